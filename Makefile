@@ -1,0 +1,34 @@
+# make demo: own environment, then the small world end to end on a CPU
+# PIP_ARGS: more arguments for pip, as --extra-index-url https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test toy clean
+
+demo: .venv/installed
+	$(BIN)/python synvid.py configs/tiny.yaml
+	$(BIN)/python distill.py configs/tiny.yaml
+	$(BIN)/python evaluate.py configs/tiny.yaml
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+toy: .venv/installed
+	$(BIN)/python toy1d.py
+
+clean:
+	rm -rf .venv runs toy1d.png toy1d.pdf toy1d.json .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+
+.venv/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11 …')"
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python requirements.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements.txt
+	touch $@
+
+.venv/installed-test: .venv/installed requirements-test.txt
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements-test.txt
+	touch $@

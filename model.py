@@ -1,0 +1,995 @@
+"""What is distilled, and what every stage must agree on bit for bit.
+
+Sections: schedule and Euler step · Wan DiT · presets · reading and writing weights · processes and
+sharding · run checkpoints · seeding · config.
+
+Conventions, said once for the whole project:
+  t in [0, 1]; t = 1 is noise, t = 0 is data; x_t = (1 - t) x0 + t x1 and v = x1 - x0 (Eq. 2, 3).
+  Many codebases run time the other way or scale it by 1000: here the factor 1000 lives inside
+  a DiT's forward and nowhere else.
+Shapes: B batch, C channels, T H W latent frames, height and width, L tokens, D width, N heads.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+import torch.nn.functional as F
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).resolve().parent
+
+
+# ------------------------------------------------------------------ schedule and Euler step
+
+def shift_time(u: Tensor, shift: float) -> Tensor:
+    """Move times u in [0, 1] towards noise: shift·u / (1 + (shift - 1)·u). Source: Wan 2.1."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def time_grid(family: str, n: int, shift: float) -> Tensor:
+    """The teacher's times 1 = t_n > … > t_0 = 0, in the order in which sampling visits them.
+
+    Wan's Euler grid is shifted twice: its end points are shifted before the grid between them is.
+    Args: family; n >= 1 steps; shift > 0. Returns float64 [n + 1].
+    Raises ValueError for another family, n < 1 or shift <= 0. Source: Wan 2.1, AccVideo releases.
+    """
+    if n < 1 or shift <= 0:
+        raise ValueError(f"time grid: got n={n}, shift={shift}; n must be >= 1 and shift > 0")
+    if family == "wan":
+        last = shift_time(torch.tensor(0.001, dtype=torch.float64), shift).item()
+        u = torch.linspace(1, last, n, dtype=torch.float64)
+        return torch.cat([shift_time(u, shift), torch.zeros(1, dtype=torch.float64)])
+    raise ValueError(f"family: got '{family}'; this version has: wan")
+
+
+def key_times(family: str, n: int, shift: float, key: list[int]) -> list[float]:
+    """Times of the key timesteps t'_m = 1 > … > t'_0 = 0, picked by index from the teacher's grid.
+
+    Args: key, indices into the n-step grid, rising from 0 (noise) to n (data).
+    Raises ValueError when key is not such a list. Source: Alg. 1, line 2; D1.
+    """
+    rising = all(a < b for a, b in itertools.pairwise(key))
+    if len(key) < 2 or key[0] != 0 or key[-1] != n or not rising:
+        raise ValueError(f"key: got {key}; wanted indices rising from 0 to n={n}")
+    return time_grid(family, n, shift)[key].tolist()
+
+
+def euler_step(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
+    """One Euler step of the probability-flow ODE from t to t_next; the state stays fp32. Eq. 5."""
+    return x + (t_next - t) * v.float()
+
+
+def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | None = None,
+             cfg_scale: float = 1.0) -> Tensor:
+    """Velocity v_θ(x, t) of a batch at one time; with `uncond`, guided by two evaluations.
+
+    Args: x [B,C,T,H,W] fp32; t in [0,1]; cond, uncond from encode_prompts; cfg_scale, where
+    1 means no guidance. Returns [B,C,T,H,W] fp32. Source: classifier-free guidance as in Wan 2.1.
+    """
+    times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+    v = dit(x, times, cond)
+    if uncond is None or cfg_scale == 1:
+        return v
+    v_uncond = dit(x, times, uncond)
+    return v_uncond + cfg_scale * (v - v_uncond)
+
+
+def walk(dit: nn.Module, x: Tensor, times: list[float], cond: dict, uncond: dict | None = None,
+         cfg_scale: float = 1.0) -> Iterator[Tensor]:
+    """Denoise x along `times`, yielding the latent after each Euler step. Eq. 5, without gradient.
+
+    Args: x [B,C,T,H,W] fp32 at times[0]; times falling; the rest as `velocity`.
+    """
+    for t, t_next in itertools.pairwise(times):
+        with torch.no_grad():
+            x = euler_step(x, velocity(dit, x, t, cond, uncond, cfg_scale), t, t_next)
+        yield x
+
+
+# ----------------------------------------------------------------------------------- Wan DiT
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a Wan 2.1 DiT under the names of the official config.json."""
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    model_type: str = "t2v"
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+
+
+PRESETS = {
+    "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, text_len=16),
+    "wan-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a layer in the dtype of its weights."""
+    return layer(x.to(layer.weight.dtype))
+
+
+def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a layer in fp32 whatever its weights are stored in (time embedding and head)."""
+    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without parameters in fp32, then (1 + scale)·x + shift; shift, scale [B,1,D]."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over all channels, statistics in fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight.float()).to(x.dtype)
+
+
+def rope_angles(grid: tuple[int, int, int], head_dim: int) -> Tensor:
+    """Rotary angles of every token of a (frames, rows, columns) grid, in row-major order.
+
+    Of the head_dim/2 channel pairs height and width get a third each (rounded down), time the rest.
+    Returns float64 [frames·rows·columns, head_dim/2]. Source: Wan 2.1 release.
+    """
+    pairs = head_dim // 2
+    counts = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+    axes = []
+    for axis, (size, count) in enumerate(zip(grid, counts, strict=True)):
+        freq = 10000 ** (-torch.arange(count, dtype=torch.float64) / count)
+        angle = torch.outer(torch.arange(size, dtype=torch.float64), freq)
+        shape = [1, 1, 1, count]
+        shape[axis] = size
+        axes.append(angle.view(shape).expand(*grid, count))
+    return torch.cat(axes, -1).flatten(0, 2)
+
+
+@functools.lru_cache(maxsize=8)
+def rope_table(grid: tuple[int, int, int], head_dim: int, device: str) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `rope_angles`, fp32 [L,1,head_dim/2], kept on the device."""
+    with torch.inference_mode(False):  # what it keeps must serve a later backward as well
+        angle = rope_angles(grid, head_dim)[:, None]
+        return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate adjacent channel pairs of x [B,L,N,head_dim] by the table's angles."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention without a mask over [B,L,N,head_dim]; returns [B,L,N·head_dim]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
+class WanAttention(nn.Module):
+    """Self-attention (with rotary positions) or cross-attention (with a context) of a Wan block."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)  # over the whole width, before the heads are split
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, context: Tensor | None = None,
+                rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        source = x if context is None else context
+        q = self.norm_q(linear(self.q, x)).unflatten(-1, (self.num_heads, -1))       # B L N d
+        k = self.norm_k(linear(self.k, source)).unflatten(-1, (self.num_heads, -1))  # B S N d
+        v = linear(self.v, source).unflatten(-1, (self.num_heads, -1))               # B S N d
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return self.o(attention(q, k, v))                                            # B L D
+
+
+class WanBlock(nn.Module):
+    """Self-attention, text cross-attention and feed-forward, on an fp32 residual stream."""
+
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.eps = cfg.eps
+        self.checkpointing = False  # recompute activations in backward: one block's worth in memory
+        self.modulation = nn.Parameter(torch.zeros(1, 6, cfg.dim))
+        self.self_attn = WanAttention(cfg.dim, cfg.num_heads, cfg.eps)
+        self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
+        self.cross_attn = WanAttention(cfg.dim, cfg.num_heads, cfg.eps)
+        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"),
+                                 nn.Linear(cfg.ffn_dim, cfg.dim))
+
+    def forward(self, x: Tensor, e: Tensor, context: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B,L,D] fp32, e [B,6,D] fp32, context [B,S,D]; returns [B,L,D] fp32."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, e, context, rope, use_reentrant=False)
+        return self._forward(x, e, context, rope)
+
+    def _forward(self, x: Tensor, e: Tensor, context: Tensor, rope: tuple) -> Tensor:
+        m = (self.modulation.float() + e).unsqueeze(2).unbind(1)          # 6 × [B 1 D]
+        y = modulated_norm(x, m[0], m[1], self.eps)
+        x = x + m[2] * self.self_attn(y, rope=rope).float()
+        affine = self.norm3.weight.float(), self.norm3.bias.float()
+        y = F.layer_norm(x, x.shape[-1:], *affine, self.eps)
+        x = x + self.cross_attn(y, context=context).float()
+        y = modulated_norm(x, m[3], m[4], self.eps)
+        return x + m[5] * self.ffn(y.to(self.ffn[0].weight.dtype)).float()
+
+
+class WanHead(nn.Module):
+    """Modulated norm and projection of every token to its patch of velocities, in fp32."""
+
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.eps = cfg.eps
+        self.modulation = nn.Parameter(torch.zeros(1, 2, cfg.dim))
+        self.head = nn.Linear(cfg.dim, math.prod(cfg.patch_size) * cfg.out_dim)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + e.unsqueeze(1)).unsqueeze(2).unbind(1)  # B 1 D
+        return linear_fp32(self.head, modulated_norm(x, shift, scale, self.eps))
+
+
+class WanDiT(nn.Module):
+    """The Wan 2.1 text-to-video transformer; parameter names are the official checkpoint's."""
+
+    def __init__(self, cfg: WanConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch_size, cfg.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, cfg.dim),
+                                            nn.GELU(approximate="tanh"),
+                                            nn.Linear(cfg.dim, cfg.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(),
+                                            nn.Linear(cfg.dim, cfg.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        self.blocks = nn.ModuleList(WanBlock(cfg) for _ in range(cfg.num_layers))
+        self.head = WanHead(cfg)
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], taps: tuple[int, ...] = (),
+                velocity: bool = True) -> Tensor | tuple[Tensor | None, list[Tensor]]:
+        """Velocity of noisy latents, and on demand the features the discriminator reads.
+
+        Args: x [B,C,T,H,W] fp32; t [B] in [0,1]; cond["text"] [B,S,text_dim], S <= text_len, rows
+        past a prompt's end zero (Wan attends to them; there is no mask); taps, 0-based blocks whose
+        residual stream is wanted; velocity=False stops the forward at the last tap.
+        Returns v [B,C,T,H,W] fp32, or with taps (v or None, [features [B,L,D] fp32 for each tap]).
+        Raises ValueError for sizes that do not fit. Source: Wan 2.1 release; taps: Eq. 8.
+        """
+        B, _, T, H, W = x.shape  # L tokens of P = C·pt·ph·pw latents each
+        grid = self.token_grid(T, H, W)
+        if taps and not 0 <= min(taps) <= max(taps) < len(self.blocks):
+            raise ValueError(f"taps: got {taps}; wanted blocks 0 … {len(self.blocks) - 1}")
+        pt, ph, pw = self.cfg.patch_size
+        patches = x.view(B, -1, grid[0], pt, grid[1], ph, grid[2], pw)
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)           # B L P
+        weight = self.patch_embedding.weight.flatten(1)  # kernel = stride: a linear layer
+        h = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias).float()    # B L D
+        e = self.embed_time(t)                                                               # B D
+        e6 = linear_fp32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))          # B 6 D
+        context = self.embed_text(cond["text"])                                              # B S D
+        rope = rope_table(grid, self.cfg.dim // self.cfg.num_heads, str(x.device))
+        features = {}
+        for b, block in enumerate(self.blocks):
+            h = block(h, e6, context, rope)
+            if b in taps:
+                features[b] = h
+            if not velocity and len(features) == len(set(taps)):
+                return None, [features[b] for b in taps]
+        out = self.head(h, e)                                                   # B L P
+        out = out.view(B, *grid, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        v = out.reshape(B, -1, T, H, W)                                         # B C T H W
+        return (v, [features[b] for b in taps]) if taps else v
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Sinusoid of the official timestep 1000·t (fp32, fractional), angles in float64. [B,D]."""
+        steps = (t.double() * 1000).float().double()
+        half = self.cfg.freq_dim // 2
+        freq = 10000 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+        angle = torch.outer(steps, freq)
+        s = torch.cat([angle.cos(), angle.sin()], -1).float()
+        return linear_fp32(self.time_embedding[2], F.silu(linear_fp32(self.time_embedding[0], s)))
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Zero-pad text [B,S,text_dim] to text_len rows and project it to [B,text_len,D]."""
+        if text.shape[1] > self.cfg.text_len or text.shape[2] != self.cfg.text_dim:
+            raise ValueError(f"cond['text']: got {tuple(text.shape)}; wanted [B, at most "
+                             f"{self.cfg.text_len}, {self.cfg.text_dim}] for this DiT")
+        text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
+        return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+
+    def token_grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
+        """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
+        pt, ph, pw = self.cfg.patch_size
+        if T % pt or H % ph or W % pw:
+            raise ValueError(f"latents of {T}×{H}×{W} cannot be cut into patches of "
+                             f"{self.cfg.patch_size}: choose a height and width divisible by 16")
+        return T // pt, H // ph, W // pw
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill with the official initialisation, every draw from `generator`. Source: Wan 2.1."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif name.startswith(("time_embedding", "text_embedding")):
+                nn.init.normal_(p, std=0.02, generator=generator)
+            elif name.endswith("modulation"):
+                nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
+            elif name == "head.head.weight":
+                nn.init.zeros_(p)
+            elif p.ndim > 1:
+                nn.init.xavier_uniform_(p.flatten(1), generator=generator)  # flatten is a view
+            else:
+                nn.init.ones_(p)
+
+    def flops(self, tokens: int) -> float:
+        """Floating-point operations of one forward of one sample: a multiply-add counts as two."""
+        c = self.cfg
+        dense = 2 * tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
+        text = 2 * c.text_len * 2 * c.dim ** 2
+        attend = 4 * tokens ** 2 * c.dim + 4 * c.text_len * tokens * c.dim
+        return float(c.num_layers * (dense + text + attend))
+
+
+def build_dit(preset: str | WanConfig) -> WanDiT:
+    """A DiT by preset name or sizes, default initialisation (use torch.device("meta") around it).
+
+    Raises ValueError for an unknown preset.
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise ValueError(f"preset: got '{preset}'; this version has: {', '.join(PRESETS)}"
+                             f"{nearest(preset, PRESETS)}. Own sizes: a line more in PRESETS")
+        preset = PRESETS[preset]
+    return WanDiT(preset)
+
+
+def collate(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack single conditionings [S_i, …] to a batch [B, max S_i, …], zeros past their ends."""
+    out = {}
+    for name in conds[0]:
+        rows = max(c[name].shape[0] for c in conds)
+        padded = [F.pad(c[name], (0, 0) * (c[name].ndim - 1) + (0, rows - c[name].shape[0]))
+                  for c in conds]
+        out[name] = torch.stack(padded)
+    return out
+
+
+def latent_shape(frames: int, height: int, width: int,
+                 channels: int = 16) -> tuple[int, int, int, int]:
+    """Latent shape [C,T,H,W] of a video: time /4 (first frame apart), space /8.
+
+    Raises ValueError unless frames = 4n + 1 and height and width are multiples of 16
+    (8 by the VAE, 2 by the patch).
+    """
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"frames: got {frames}; wanted 4n + 1, as {max(frames // 4 * 4, 0) + 1}")
+    for name, size in (("height", height), ("width", width)):
+        if size < 16 or size % 16:
+            near = max(size // 16, 1) * 16
+            raise ValueError(f"{name}: got {size}; wanted a multiple of 16, as {near}")
+    return channels, 1 + (frames - 1) // 4, height // 8, width // 8
+
+
+# --------------------------------------------------------------- reading and writing weights
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file, read when asked for: shape, dtype, file, read(rows) of the first dim."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    read: Callable[..., Tensor]
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+                      "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Names and lazy tensors of one safetensors file. Raises ValueError if it is none or cut."""
+    def lazy(name: str) -> LazyTensor:
+        view = f.get_slice(name)
+        shape, dtype = tuple(view.get_shape()), SAFETENSORS_DTYPES[view.get_dtype()]
+        return LazyTensor(shape, dtype, path,
+                          lambda rows=None: view[rows] if rows and shape else f.get_tensor(name))
+
+    try:
+        f = safe_open(path, "pt")
+        return {name: lazy(name) for name in f.keys()}
+    except (SafetensorError, OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{path}: not a whole safetensors file ({e}): copy or make it anew") from e
+
+
+def open_pth(path: Path) -> dict[str, LazyTensor]:
+    """Names and memory-mapped tensors of a .pt/.pth file; only tensors are ever read from it.
+
+    The wrappers {"module": …}, {"ema": …} and {"state_dict": …} are taken off.
+    Raises ValueError for a damaged file or one that holds code.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
+        reason = str(e).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        raise ValueError(f"{path}: cannot be read as weights ({reason}): it is damaged, or holds "
+                         "code, which is never read: copy it again, or as .safetensors") from e
+    for wrapper in ("module", "ema", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: got {type(state).__name__} of other things than tensors; wanted "
+                         "a state dict of tensors")
+
+    def lazy(value: Tensor) -> LazyTensor:
+        return LazyTensor(tuple(value.shape), value.dtype, path,
+                          lambda rows=None: value[rows] if rows and value.ndim else value)
+
+    return {name: lazy(value) for name, value in state.items()}
+
+
+def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
+    """Every tensor of a checkpoint by name, none of them read yet.
+
+    Args: path, a .safetensors, .pt, .pth or .bin file, an *.index.json, or a folder that holds one
+    index or one weight file. Raises FileNotFoundError, ValueError naming the file and the remedy.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+        found = found or sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin"))
+        if len(found) != 1:
+            got = ", ".join(p.name for p in found) or "no weight file"
+            raise FileNotFoundError(f"{path}: got {got}; wanted one .safetensors file, or shards "
+                                    "with their .index.json")
+        path = found[0]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such weight file; point `weights` at an official or "
+                                "diffusers folder (or make the file that is missing)")
+    if path.suffix == ".json":
+        shards = read_json(path).get("weight_map", {})
+        files = {name: open_tensors(path.parent / name) for name in sorted(set(shards.values()))}
+        absent = [n for n, shard in shards.items() if n not in files[shard]]
+        if absent:
+            raise ValueError(f"{path}: {absent[0]} should be in {shards[absent[0]]} and is not: "
+                             "shards and index are of different downloads")
+        return {name: files[shard][name] for name, shard in shards.items()}
+    return open_safetensors(path) if path.suffix == ".safetensors" else open_pth(path)
+
+
+@functools.lru_cache
+def name_rules(component: str, reverse: bool) -> list[tuple[re.Pattern, str]]:
+    """Rules (pattern, template) from diffusers to official names of a component, or back."""
+    rules = []
+    for diffusers, official, note in read_json(ROOT / "assets/wan_diffusers_map.json"):
+        if not re.match(rf"{component}\b", note) or (reverse and "alias" in note):
+            continue
+        source, target = (official, diffusers) if reverse else (diffusers, official)
+        pattern = re.escape(source).replace(r"\{i\}", "(?P<i>[0-9]+)")
+        pattern = pattern.replace(r"\{p\}", "(?P<p>weight|bias)")
+        target = target.replace("{i}", r"\g<i>").replace("{p}", r"\g<p>")
+        rules.append((re.compile(pattern), target))
+    return rules
+
+
+def official_names(tensors: dict, component: str, reverse: bool = False) -> dict:
+    """Rename diffusers or transformers tensors to official names (reverse: the other way).
+
+    Args: component, "transformer", "vae" or "text_encoder". A name without a rule is kept, as
+    official names are, so that strict loading can name it.
+    """
+    out = {}
+    for name, value in tensors.items():
+        for pattern, template in name_rules(component, reverse):
+            if match := pattern.fullmatch(name):
+                name = match.expand(template)
+                break
+        out[name] = value
+    return out
+
+
+def local_rows(p: Tensor) -> tuple[Tensor, slice | None]:
+    """This rank's part of a parameter and the rows of the whole that it holds (None: all)."""
+    if not isinstance(p, DTensor):
+        return p.data, None
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return p.to_local().data, slice(offset[0], offset[0] + shape[0])
+
+
+def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
+                dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """Fill a module's parameters, strictly, each rank reading only the rows it keeps.
+
+    Args: module, maybe on the meta device and sharded; what, a name for errors; dtype to keep the
+    parameters in (None: as the module has them); device for parameters that are still on meta.
+    Raises ValueError naming the missing, extra, misshapen or non-finite tensors.
+    """
+    wanted = dict(module.named_parameters())
+    for problem, names in (("misses", wanted.keys() - tensors.keys()),
+                           ("has unknown", tensors.keys() - wanted.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:4]) + (" …" if len(names) > 4 else "")
+            raise ValueError(f"{what}: the checkpoint {problem} {len(names)} tensor(s): {shown}; "
+                             "it is of another model or size than the config's preset")
+    for name, p in wanted.items():
+        if tuple(p.shape) != tensors[name].shape:
+            raise ValueError(f"{what}: {name} in {tensors[name].file} has shape "
+                             f"{list(tensors[name].shape)}, wanted {list(p.shape)}: it is of "
+                             "another size than the config's preset")
+    if dtype is not None:
+        module.to(dtype)
+    if any(p.is_meta for p in module.parameters()):
+        module.to_empty(device=device)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            local, rows = local_rows(p)
+            if local.numel() == 0:
+                continue
+            try:
+                local.copy_(tensors[name].read(rows))
+            except (SafetensorError, RuntimeError) as e:
+                raise ValueError(f"{what}: {name} cannot be read from {tensors[name].file} ({e}): "
+                                 "the file is damaged, copy it again") from e
+            if not bool(torch.isfinite(local).all()):
+                raise ValueError(f"{what}: {name} in {tensors[name].file} holds NaN or infinity "
+                                 f"as {local.dtype}: the weights are damaged")
+    return module
+
+
+DIFFUSERS_SIZES = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
+                   "out_channels": "out_dim"}
+
+
+def find_dit(weights: str | Path) -> Path:
+    """The weight file (or index of shards) of the DiT in an official or diffusers folder."""
+    weights = Path(weights)
+    if (weights / "transformer").is_dir():
+        weights = weights / "transformer"
+    if not weights.is_dir():
+        return weights
+    file = weights / "diffusion_pytorch_model.safetensors"
+    index = Path(f"{file}.index.json")
+    return index if index.exists() else file
+
+
+def check_sizes(weights: str | Path, sizes: WanConfig, preset: str) -> None:
+    """Raise ValueError if the config.json of a folder tells other sizes than the preset."""
+    config = find_dit(weights).with_name("config.json")
+    if not (Path(weights).is_dir() and config.exists()):
+        return
+    own = dataclasses.asdict(sizes)
+    for key, got in read_json(config).items():
+        name = DIFFUSERS_SIZES.get(key, key)
+        if name in own and (tuple(got) if isinstance(got, list) else got) != own[name]:
+            raise ValueError(f"{config}: {key} is {got}, preset '{preset}' has {own[name]}: choose "
+                             f"the preset that belongs to these weights ({', '.join(PRESETS)})")
+
+
+def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
+    """The DiT tensors of an official or diffusers folder, or of one file, under official names."""
+    return official_names(open_tensors(find_dit(weights)), "transformer")
+
+
+def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
+             device: str | torch.device = "cpu", ranks: "Ranks | None" = None,
+             compute_dtype: torch.dtype | None = None) -> WanDiT:
+    """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
+
+    Args: weights, an official or diffusers folder or a single weight file; preset, its sizes; dtype
+    to keep parameters in; compute_dtype of the sharded copy used in forward (None: dtype).
+    Raises ValueError/FileNotFoundError naming what does not fit.
+    """
+    with torch.device("meta"):
+        dit = build_dit(preset).to(dtype)
+    check_sizes(weights, dit.cfg, preset)
+    if ranks is not None:
+        shard(dit, ranks, compute_dtype)
+    return load_module(dit, dit_tensors(weights), f"DiT from {weights}", device=device)
+
+
+def fingerprint(weights: str | Path) -> str:
+    """Identity of a DiT's weights: a hash over each tensor's name, shape and first row.
+
+    The same for official, diffusers, sharded and single files of one dtype. It tells models apart;
+    it is no proof against damage.
+    """
+    tensors, digest = dit_tensors(weights), hashlib.sha256()
+    for name in sorted(tensors):
+        row = tensors[name].read(slice(0, 1)).float().contiguous()
+        digest.update(f"{name}{list(tensors[name].shape)}".encode())
+        digest.update(row.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place and rename it, so that its name never shows a part of it.
+
+    Raises ValueError naming the path when the disk is full or the folder read-only.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{path}: cannot be written ({e}): free some space, or choose another run "
+                         "folder (`--run`); nothing under this name was changed") from e
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Save tensors as safetensors with string metadata, written aside and renamed."""
+    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    replace_file(path, lambda p: save_file(tensors, str(p), metadata))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file aside and rename it."""
+    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, aside and renamed."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file. Raises ValueError naming it when it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: is not valid JSON ({e}): restore or remove it") from e
+
+
+# -------------------------------------------------------------------- processes and sharding
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others: its rank, their number, its device and the mesh of all."""
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh
+
+
+def pick_device(device: str) -> torch.device:
+    """"auto" is this process's GPU if there is one, else the CPU. Raises ValueError for others."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got '{device}', but torch sees no GPU; use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    try:
+        return torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(f"device: got '{device}'; wanted cpu, cuda, cuda:0, … or auto") from e
+
+
+def setup_distributed(device: str = "auto") -> Ranks:
+    """Join the processes torchrun started, or be the only one: the same code path from one up."""
+    where = pick_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(where.type, (dist.get_world_size(),))
+    return Ranks(dist.get_rank(), dist.get_world_size(), where, mesh)
+
+
+def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:
+    """Shard parameters over all ranks (FSDP2): every block by itself, then the rest.
+
+    Args: compute_dtype, what a block's weights are cast to when gathered (None: as stored);
+    gradients are reduced in fp32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
+    for block in getattr(module, "blocks", []):
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    return fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What networks compute in: bf16 on a GPU, fp32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+# ---------------------------------------------------------------------------- run checkpoints
+
+def save_checkpoint(folder: Path, step: int, state: dict, meta: dict, ranks: Ranks,
+                    keep: int) -> Path:
+    """Write step_NNNNNN/ with every rank's part of `state`, aside, then rename; keep the last few.
+
+    Args: state, nested dicts of tensors and plain values for torch.distributed.checkpoint; meta,
+    JSON values stored beside it. Raises ValueError when it cannot be written; older ones stay.
+    """
+    final, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.part"
+    if ranks.rank == 0:
+        for stale in folder.glob(".step_*.part"):
+            shutil.rmtree(stale, ignore_errors=True)
+    dist.barrier()
+    try:
+        dcp.save(state, checkpoint_id=str(aside))
+    except (OSError, dcp.api.CheckpointException) as e:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = str(e).strip().rpartition("\n")[2]  # torch puts tracebacks before it
+        raise ValueError(f"{final}: the checkpoint cannot be written ({reason}): free some space, "
+                         "or choose another run folder; older ones are untouched") from e
+    if ranks.rank == 0:
+        files = {p.name: p.stat().st_size for p in sorted(aside.iterdir())}
+        write_json(aside / "meta.json", {**meta, "step": step, "files": files})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and its meta; faulty ones are named and passed over.
+
+    Raises ValueError when there are checkpoints and none of them is whole.
+    """
+    faults = []
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        try:
+            meta = read_json(path / "meta.json")
+            wrong = [n for n, size in meta["files"].items()
+                     if not (path / n).exists() or (path / n).stat().st_size != size]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            wrong = [f"meta.json ({e})"]
+        if not wrong:
+            for fault in faults:
+                print(f"passing over {fault}; resuming from {path.name}")
+            return path, meta
+        faults.append(f"{path}: missing or cut: {', '.join(wrong)}")
+    if faults:
+        raise ValueError(f"no whole checkpoint to resume from: {'; '.join(faults)}. Remove the "
+                         "folder to start from step 0, or choose another run folder")
+    return None
+
+
+# ------------------------------------------------------------------------------------ seeding
+
+def seed_of(*key: int | str) -> int:
+    """A 63-bit seed from integers and strings; every different key gives an unrelated one."""
+    digest = hashlib.sha256(json.dumps(key, ensure_ascii=False).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator for one draw. Rank, world size and restarts cannot change what it gives."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+# ------------------------------------------------------------------------------------- config
+
+STAGES = ("teacher", "synvid", "distill", "sample", "evaluate")
+
+
+def field(default: Any, help: str) -> Any:
+    """A dataclass field with its help text (meaning and unit); lists are copied."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Shared:
+    """What all stages of a run agree on: the top level of a YAML file."""
+    family: str = field("wan", "network family (wan)")
+    preset: str = field("tiny", "sizes of the DiT, a name of model.PRESETS")
+    weights: str = field("assets/tiny", "teacher: an official or a diffusers folder")
+    run: str = field("runs/tiny", "folder for everything this run makes")
+    height: int = field(48, "pixels, a multiple of 16")
+    width: int = field(48, "pixels, a multiple of 16")
+    frames: int = field(9, "video frames, 4n + 1")
+    fps: int = field(8, "frames per second of the videos written")
+    n: int = field(50, "steps of the teacher's grid")
+    shift: float = field(7.0, "time shift of the teacher's grid")
+    cfg_scale: float = field(1.0, "teacher's classifier-free guidance; 1 = one evaluation a step")
+    negative_prompt: str = field("", "text of the teacher's unconditional branch")
+    key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
+    seed: int = field(0, "base seed of everything drawn")
+    device: str = field("auto", "cpu, cuda, or auto: a GPU if there is one")
+
+
+def nearest(name: str, names: Any) -> str:
+    """ "; did you mean …?" with the closest of the names, or nothing."""
+    close = difflib.get_close_matches(name, list(names), 1, 0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
+    """A value of YAML or the command line as its field's type. Raises ValueError naming the key."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        if value is None or value in ("none", "null"):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    wanted = " | ".join(choices) or (str(kind) if typing.get_origin(kind) else kind.__name__)
+    try:
+        if choices:
+            if value not in choices:
+                raise ValueError
+            return value
+        if typing.get_origin(kind) is list:
+            items = value.replace(",", " ").split() if isinstance(value, str) else value
+            if not isinstance(items, list):
+                raise ValueError
+            return [coerce(v, typing.get_args(kind)[0], key, where) for v in items]
+        if kind is bool:
+            if str(value).lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
+                raise ValueError
+            return str(value).lower() in ("true", "1", "yes", "on")
+        if value is None or isinstance(value, (dict, list)) or isinstance(value, bool):
+            raise ValueError
+        if kind is int:
+            number = Fraction(str(value))  # reads 1e3 too, and any size exactly
+            if number.denominator != 1:
+                raise ValueError
+            return int(number)
+        out = kind(value)
+        if kind is float and not math.isfinite(out):
+            raise ValueError
+        return out
+    except (ValueError, TypeError, OverflowError) as e:
+        raise ValueError(f"{where}: {key}: got {value!r}; wanted {wanted}") from e
+
+
+def read_yaml(path: Path, stage: str, fields: dict) -> dict:
+    """A config file's shared keys and those of one stage. Raises ValueError naming a wrong key."""
+    if not path.exists():
+        near = nearest(path.name, [p.name for p in (ROOT / "configs").glob("*.yaml")])
+        raise FileNotFoundError(f"{path}: no such config{near}; the shipped ones are in configs/")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: is not valid YAML: {e}") from e
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: got {type(data).__name__}; wanted keys with values")
+    shared = {f.name for f in dataclasses.fields(Shared)}
+    own = data.get(stage) or {}
+    if not isinstance(own, dict):
+        raise ValueError(f"{path}: {stage}: got {own!r}; wanted keys with values")
+    for key in data:
+        if key not in shared and key not in STAGES:
+            raise ValueError(f"{path}: unknown key '{key}'{nearest(str(key), [*shared, *STAGES])}")
+    for key in own:
+        if key not in fields:
+            raise ValueError(f"{path}: unknown key '{stage}.{key}'{nearest(str(key), fields)}")
+    return {**{k: v for k, v in data.items() if k in shared}, **own}
+
+
+def print_help(cls: type, stage: str, doc: str) -> None:
+    """Print a stage's docstring and each field with default and meaning."""
+    print(f"{doc.strip()}\n\nusage: python {stage}.py [CONFIG.yaml] [--field value] …\n")
+    blank = cls()
+    for f in dataclasses.fields(cls):
+        value = getattr(blank, f.name)
+        choices = " | ".join(typing.get_args(f.type)) if "Literal" in str(f.type) else ""
+        print(f"  --{f.name:<18} {choices}{': ' if choices else ''}{f.metadata['help']} "
+              f"[{'none' if value is None else value}]")
+
+
+def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str = "") -> Any:
+    """A stage's Config from a YAML file (default configs/tiny.yaml) and --field value overrides.
+
+    Args: cls, the stage's dataclass (a Shared); stage, its section's name; argv without program
+    name; doc, shown by --help. A bare --flag sets a bool field. Relative paths are the user's.
+    Raises ValueError naming the key, what was got and the nearest known key.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in args or "-h" in args:
+        print_help(cls, stage, doc)
+        raise SystemExit(0)
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    path = Path(args.pop(0)) if args and not args[0].startswith("-") else ROOT / "configs/tiny.yaml"
+    values = read_yaml(path, stage, fields)
+    where = dict.fromkeys(values, str(path))
+    while args:
+        arg = args.pop(0)
+        name, equals, value = arg.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not arg.startswith("--") or name not in fields:
+            near = nearest(name, fields)
+            raise ValueError(f"command line: unknown option '{arg}'{near}; see --help")
+        if not equals and fields[name] is bool and (not args or args[0].startswith("--")):
+            value = True
+        elif not equals:
+            if not args:
+                raise ValueError(f"command line: {arg}: got nothing; wanted a value")
+            value = args.pop(0)
+        values[name], where[name] = value, "command line"
+    cfg = cls(**{k: coerce(v, fields[k], k, where[k]) for k, v in values.items()})
+    latent_shape(cfg.frames, cfg.height, cfg.width)
+    key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
+    return cfg
+
+
+def announce(cfg: Any, stage: str, ranks: "Ranks | None" = None) -> Path:
+    """Print the resolved config and save it as <run>/<stage>/config.yaml; returns that folder."""
+    folder = Path(cfg.run) / stage
+    if ranks is None or ranks.rank == 0:
+        values = dataclasses.asdict(cfg)
+        print(f"{stage}: " + "  ".join(f"{k}={v}" for k, v in values.items()), flush=True)
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        write_text(folder / "config.yaml", text)
+    return folder
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Run a stage's main; what a user can cause ends in one line on stderr and exit status 1."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rate(seconds: float) -> str:
+    """Seconds as a short human duration: 45 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,825 @@
+"""What stays frozen: the causal 3D VAE, the text encoder, the tokenizer; and video files.
+
+Shapes: video [B, 3, T, H, W] float in [-1, 1], latents [B, C, T', H', W'], tokens [B, L, D].
+A video of T = 4n + 1 frames has T' = n + 1 latent frames; H' = H / 8, W' = W / 8.
+Latents leave `encode` and enter `decode` normalised, as the DiT sees them, in fp32.
+
+Sections: the Wan VAE · umT5 · tokenizer · prompts to text states · weight folders · video files.
+"""
+
+import html
+import itertools
+import json
+import math
+import re
+import subprocess
+import textwrap
+import warnings
+from pathlib import Path
+
+import ftfy
+import imageio_ffmpeg
+import numpy as np
+import sentencepiece
+import tokenizers
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from model import (
+    RMSNorm,
+    collate,
+    load_module,
+    official_names,
+    open_tensors,
+    read_json,
+    replace_file,
+)
+
+# ---------------------------------------------------------------------------------------------
+# The Wan 2.1 VAE: causal in time, 4 x 8 x 8 smaller, 16 channels
+# ---------------------------------------------------------------------------------------------
+
+# Per-channel statistics of the released VAE's posterior means (Wan 2.1).
+WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+# Frames that a causal layer has seen in earlier chunks, by layer. None: the clip comes whole.
+Past = dict[nn.Module, Tensor]
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution that sees the past only: zeros, or the chunk before, on the left in time."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: tuple[int, int, int]):
+        super().__init__(dim_in, dim_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """x [B, C, T, H, W] -> [B, C', T, H, W]; `past` holds the last frames of earlier chunks."""
+        reach = self.kernel_size[0] - 1
+        before = None if past is None else past.get(self)
+        if before is None:
+            x = F.pad(x, (0, 0, 0, 0, reach, 0))
+        else:
+            x = torch.cat([before, x], dim=2)
+        if past is not None:
+            past[self] = x[:, :, x.shape[2] - reach:].clone()  # a view would keep the chunk alive
+        return super().forward(x)
+
+
+class ChannelNorm(nn.Module):
+    """Scales each position's channel vector to length sqrt(C) times a learned gain (Wan 2.1)."""
+
+    def __init__(self, dim: int, axes: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.square().sum(1, keepdim=True).clamp(min=1e-24).rsqrt()  # 1 / max(norm, 1e-12)
+        return x * (scale * x.shape[1] ** 0.5) * self.gamma
+
+
+def run(layers: nn.Sequential, x: Tensor, past: Past | None) -> Tensor:
+    """Applies layers in order; those with a memory also get `past`."""
+    for layer in layers:
+        causal = isinstance(layer, (CausalConv3d, Residual, Down, Up))
+        x = layer(x, past) if causal else layer(x)
+    return x
+
+
+class Residual(nn.Module):
+    """norm, SiLU, conv, twice, plus the input (through a 1x1x1 conv if the widths differ)."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            ChannelNorm(dim_in, 3), nn.SiLU(), CausalConv3d(dim_in, dim_out, (3, 3, 3)),
+            ChannelNorm(dim_out, 3), nn.SiLU(),
+            nn.Identity(),  # the official dropout of rate 0, which counts in the names
+            CausalConv3d(dim_out, dim_out, (3, 3, 3)))
+        self.shortcut = nn.Conv3d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, past: Past | None) -> Tensor:
+        return self.shortcut(x) + run(self.residual, x, past)
+
+
+class FrameAttention(nn.Module):
+    """One attention head over the H*W positions of each frame."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = ChannelNorm(dim, 2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, _, T, H, W = x.shape
+        y = x.transpose(1, 2).flatten(0, 1)                      # B*T C H W
+        qkv = self.to_qkv(self.norm(y)).flatten(2)               # B*T 3C H*W
+        q, k, v = qkv.transpose(1, 2).unsqueeze(1).chunk(3, -1)  # B*T 1 H*W C, three times
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)   # B*T H*W C
+        y = self.proj(y.transpose(1, 2).unflatten(2, (H, W)))    # B*T C H W
+        return x + y.unflatten(0, (B, T)).transpose(1, 2)        # B C T H W
+
+
+def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
+    """Applies a 2D layer to every frame of x [B, C, T, H, W]."""
+    B, _, T, _, _ = x.shape
+    y = layer(x.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
+class Down(nn.Module):
+    """Halves height and width; with `temporal`, T = 2n + 1 frames become n + 1."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, past: Past | None) -> Tensor:
+        x = per_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        before = None if past is None else past.get(self)
+        if past is not None:
+            past[self] = x[:, :, -1:].clone()
+        if before is not None:
+            return self.time_conv(torch.cat([before, x], dim=2))
+        first = x[:, :, :1]  # the clip's first frame stays as it is
+        return first if x.shape[2] == 1 else torch.cat([first, self.time_conv(x)], dim=2)
+
+
+class Up(nn.Module):
+    """Doubles height and width, halves channels; with `temporal`, 1 + n frames become 1 + 2n."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"),
+                                      nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, past: Past | None) -> Tensor:
+        if self.time_conv is not None:
+            starts = past is None or self not in past
+            if past is not None:
+                past[self] = x.new_empty(0)  # a mark: the clip has begun
+            first, rest = (x[:, :, :1], x[:, :, 1:]) if starts else (x[:, :, :0], x)
+            if rest.shape[2]:  # the time convolution never sees the clip's first frame
+                pair = self.time_conv(rest, past).unflatten(1, (2, x.shape[1]))  # B 2 C T H W
+                rest = pair.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)              # B C 2T H W
+            x = torch.cat([first, rest], dim=2)
+        return per_frame(self.resample, x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, dim: int, dim_out: int, mult: tuple, num_res: int, temporal_down: tuple):
+        super().__init__()
+        dims = [dim, *(dim * m for m in mult)]
+        self.conv1 = CausalConv3d(3, dim, (3, 3, 3))
+        layers = []
+        for i, (a, b) in enumerate(itertools.pairwise(dims)):
+            layers += [Residual(a if j == 0 else b, b) for j in range(num_res)]
+            layers += [Down(b, temporal_down[i])] if i < len(mult) - 1 else []
+        self.downsamples = nn.Sequential(*layers)
+        top = dims[-1]
+        self.middle = nn.Sequential(Residual(top, top), FrameAttention(top), Residual(top, top))
+        self.head = nn.Sequential(ChannelNorm(top, 3), nn.SiLU(),
+                                  CausalConv3d(top, dim_out, (3, 3, 3)))
+
+    def forward(self, x: Tensor, past: Past | None) -> Tensor:
+        """x [B, 3, T, H, W] -> [B, dim_out, T', H/8, W/8]."""
+        x = run(self.downsamples, self.conv1(x, past), past)
+        return run(self.head, run(self.middle, x, past), past)
+
+
+class Decoder(nn.Module):
+    def __init__(self, dim: int, dim_in: int, mult: tuple, num_res: int, temporal_up: tuple):
+        super().__init__()
+        dims = [dim * m for m in (mult[-1], *reversed(mult))]
+        top = dims[0]
+        self.conv1 = CausalConv3d(dim_in, top, (3, 3, 3))
+        self.middle = nn.Sequential(Residual(top, top), FrameAttention(top), Residual(top, top))
+        layers = []
+        for i, (a, b) in enumerate(itertools.pairwise(dims)):
+            a = a if i == 0 else a // 2  # the step up before this level has halved the channels
+            layers += [Residual(a if j == 0 else b, b) for j in range(num_res + 1)]
+            layers += [Up(b, temporal_up[i])] if i < len(mult) - 1 else []
+        self.upsamples = nn.Sequential(*layers)
+        self.head = nn.Sequential(ChannelNorm(dims[-1], 3), nn.SiLU(),
+                                  CausalConv3d(dims[-1], 3, (3, 3, 3)))
+
+    def forward(self, x: Tensor, past: Past | None) -> Tensor:
+        """x [B, dim_in, T', H', W'] -> [B, 3, T, 8 H', 8 W']."""
+        x = run(self.middle, self.conv1(x, past), past)
+        return run(self.head, run(self.upsamples, x, past), past)
+
+
+class WanVAE(nn.Module):
+    """The causal 3D VAE of Wan 2.1, with the official checkpoint's parameter names.
+
+    `encode` / `decode` go through the clip in chunks, so that memory is bounded by the chunk, and
+    speak normalised latents; `moments` / `reconstruct` take the clip whole, are differentiable and
+    speak raw latents (training). Both are the same function of the clip.
+
+    Args:
+        dim: channels of the first level; dim_mult: each level's factor; one step down between two.
+        z_dim: latent channels.  num_res_blocks: residual blocks of an encoder level.
+        temporal_down: for each step down, whether it also halves time.
+        latents_mean, latents_std: z_dim numbers each, the normalisation of latents.
+    """
+
+    def __init__(self, dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
+                 temporal_down=(False, True, True), latents_mean=WAN_MEAN, latents_std=WAN_STD):
+        super().__init__()
+        if len(temporal_down) != len(dim_mult) - 1 or len(latents_mean) != z_dim \
+                or len(latents_std) != z_dim:
+            raise ValueError(
+                f"VAE config: dim_mult has {len(dim_mult)} levels, temporal_down "
+                f"{len(temporal_down)} steps (want one less), latents_mean and latents_std "
+                f"{len(latents_mean)} and {len(latents_std)} numbers (want z_dim={z_dim} each)")
+        self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
+        self.z_dim = z_dim
+        self.space, self.time = 2 ** (len(dim_mult) - 1), 2 ** sum(map(bool, temporal_down))
+        mult, up = tuple(dim_mult), tuple(reversed(temporal_down))
+        self.encoder = Encoder(dim, 2 * z_dim, mult, num_res_blocks, tuple(temporal_down))
+        self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
+        self.decoder = Decoder(dim, z_dim, mult, num_res_blocks, up)
+
+    def moments(self, video: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
+        """Posterior mean and log-variance [B, z, T', H', W'] of a video, not normalised.
+
+        With `past` the video is the next chunk of a clip: its first frame, or `time` later ones.
+        """
+        mean, logvar = self.conv1(self.encoder(video, past)).chunk(2, dim=1)
+        return mean, logvar
+
+    def reconstruct(self, z: Tensor, past: Past | None = None) -> Tensor:
+        """The video [B, 3, T, H, W] of raw latents z, or of a clip's next ones; not clamped."""
+        return self.decoder(self.conv2(z), past)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised latents, fp32 [B, z, 1 + (T-1)/4, H/8, W/8], of a video in [-1, 1].
+
+        Deterministic: the posterior's mean. One frame, then four at a time.
+        Raises ValueError if T != 4n + 1, or H or W is not a multiple of 8. Source: Wan 2.1.
+        """
+        self.check_video(video)
+        past, means = {}, []
+        for chunk in (video[:, :, :1], *video[:, :, 1:].split(self.time, dim=2)):
+            if chunk.shape[2]:
+                means.append(self.moments(chunk.to(self.dtype), past)[0].float())
+        mean, std = self.statistics(video.device)
+        return (torch.cat(means, dim=2) - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The video, fp32 [B, 3, 4 (T'-1) + 1, 8 H', 8 W'] in [-1, 1], of normalised latents.
+
+        One latent frame at a time. Raises ValueError on a shape that is not [B, z, T', H', W'].
+        Source: Wan 2.1.
+        """
+        if latents.ndim != 5 or latents.shape[1] != self.z_dim or 0 in latents.shape:
+            raise ValueError(f"decode: got latents of shape {list(latents.shape)}; "
+                             f"want [B, {self.z_dim}, T', H', W'], nothing empty")
+        mean, std = self.statistics(latents.device)
+        z = (latents.float() * std + mean).to(self.dtype)
+        past = {}
+        frames = [self.reconstruct(frame, past).float() for frame in z.split(1, dim=2)]
+        return torch.cat(frames, dim=2).clamp_(-1, 1)
+
+    def check_video(self, video: Tensor) -> None:
+        """Raises ValueError unless video is [B, 3, 4n+1, 8h, 8w]."""
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"encode: got a video of shape {list(video.shape)}; "
+                             f"want [B, 3, T, H, W]")
+        T, H, W = video.shape[2:]
+        if T % self.time != 1:
+            raise ValueError(f"encode: got {T} frames; want {self.time}n + 1, such as "
+                             f"{max(T - 1, 0) // self.time * self.time + 1}: cut the clip")
+        if 0 in (H, W) or H % self.space or W % self.space:
+            raise ValueError(f"encode: got frames of height {H} and width {W}; want multiples of "
+                             f"{self.space}: resize or crop the video")
+
+    def statistics(self, device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of latents, each fp32 [1, z, 1, 1, 1]."""
+        both = torch.tensor([self.latents_mean, self.latents_std], device=device)
+        mean, std = both.view(2, 1, self.z_dim, 1, 1, 1)
+        return mean, std
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv1.weight.dtype
+
+
+# ---------------------------------------------------------------------------------------------
+# umT5: the text encoder
+# ---------------------------------------------------------------------------------------------
+
+class T5Attention(nn.Module):
+    def __init__(self, dim: int, dim_attn: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v = (nn.Linear(dim, dim_attn, bias=False) for _ in range(3))
+        self.o = nn.Linear(dim_attn, dim, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x [B, L, D]; bias [B, heads, L, L] is added to the logits, which are not scaled."""
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B heads L d
+                   for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(y.transpose(1, 2).flatten(2))                          # B L D
+
+
+class T5FeedForward(nn.Module):
+    def __init__(self, dim: int, dim_ffn: int):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(dim, dim_ffn, bias=False), nn.GELU("tanh"))
+        self.fc1 = nn.Linear(dim, dim_ffn, bias=False)
+        self.fc2 = nn.Linear(dim_ffn, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x) * self.gate(x))
+
+
+class RelativeBias(nn.Module):
+    """A learned bias on attention logits for each head and bucket of key - query (T5)."""
+
+    def __init__(self, num_buckets: int, num_heads: int, max_distance: int):
+        super().__init__()
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.embedding = nn.Embedding(num_buckets, num_heads)
+
+    def forward(self, L: int) -> Tensor:
+        """The bias [heads, L, L] (query, key) for L positions."""
+        where = torch.arange(L, device=self.embedding.weight.device)
+        r = where[None, :] - where[:, None]             # key - query
+        half = self.num_buckets // 2                    # keys after the query use the upper half
+        exact = half // 2                               # nearer distances have their own bucket
+        a = r.abs()
+        far = torch.log(a.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (far * (half - exact)).long()).clamp(max=half - 1)
+        bucket = half * (r > 0) + torch.where(a < exact, a, far)
+        return self.embedding(bucket).permute(2, 0, 1)  # heads L L
+
+
+class T5Block(nn.Module):
+    def __init__(self, dim, dim_attn, num_heads, dim_ffn, num_buckets, max_distance):
+        super().__init__()
+        self.norm1 = RMSNorm(dim, eps=1e-6)
+        self.attn = T5Attention(dim, dim_attn, num_heads)
+        self.norm2 = RMSNorm(dim, eps=1e-6)
+        self.ffn = T5FeedForward(dim, dim_ffn)
+        self.pos_embedding = RelativeBias(num_buckets, num_heads, max_distance)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        bias = self.pos_embedding(x.shape[1])                                    # heads L L
+        bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(x.dtype).min)  # B heads L L
+        x = x + self.attn(self.norm1(x), bias)
+        return x + self.ffn(self.norm2(x))
+
+
+class UMT5Encoder(nn.Module):
+    """The encoder of umT5, with the parameter names of Wan's checkpoint. Defaults: umT5-XXL.
+
+    Every block owns its table of relative position biases. Source: umT5, Wan 2.1.
+    """
+
+    def __init__(self, vocab_size=256384, dim=4096, dim_attn=4096, num_heads=64, dim_ffn=10240,
+                 num_layers=24, num_buckets=32, max_distance=128):
+        super().__init__()
+        if dim_attn % num_heads:
+            raise ValueError(f"text encoder config: dim_attn={dim_attn} is not a multiple of "
+                             f"num_heads={num_heads}")
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(
+            T5Block(dim, dim_attn, num_heads, dim_ffn, num_buckets, max_distance)
+            for _ in range(num_layers))
+        self.norm = RMSNorm(dim, eps=1e-6)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Text states [B, L, dim] of ids [B, L] int64; mask [B, L] is 1 on tokens, 0 on padding."""
+        x = self.token_embedding(ids)
+        for block in self.blocks:
+            x = block(x, mask.bool())
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# The tokenizer
+# ---------------------------------------------------------------------------------------------
+
+def clean(text: str) -> str:
+    """Mends broken encodings and HTML entities, makes every run of whitespace one space (Wan)."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class Tokenizer:
+    """Text to umT5 ids, at most `max_len` with the final </s>, like Wan's.
+
+    Args:
+        path: tokenizer.json, spiece.model, or a folder that holds one; of both, the first.
+        max_len: the longest row, in tokens.
+
+    The two files give equal ids but for literal special tokens in a text: `</s>` typed by a user
+    is one token to tokenizer.json (and so to the official code), plain text to spiece.model.
+    Raises FileNotFoundError if there is no such file, ValueError if it cannot be read.
+    """
+
+    PAD, END, UNKNOWN = 0, 1, 3  # umT5's ids
+
+    def __init__(self, path: str | Path, max_len: int = 512):
+        path = Path(path)
+        names = ("tokenizer.json", "spiece.model")
+        files = [path / name for name in names] if path.is_dir() else [path]
+        self.file = next((file for file in files if file.is_file()), None)
+        if self.file is None:
+            raise FileNotFoundError(f"no tokenizer at {path}: want {' or '.join(names)} there; "
+                                    f"copy it from the checkpoint's google/umt5-xxl or tokenizer")
+        self.max_len = max_len
+        try:
+            if self.file.suffix == ".json":
+                self.fast = tokenizers.Tokenizer.from_file(str(self.file))
+                self.fast.no_padding()
+                self.fast.no_truncation()
+                self.size = self.fast.get_vocab_size()
+                end = self.fast.token_to_id("</s>")
+            else:
+                self.fast = None
+                self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
+                self.size, end = self.sp.vocab_size(), self.sp.eos_id()
+        except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
+            raise ValueError(f"{self.file} is not a tokenizer that can be read ({error}): "
+                             f"copy it anew from the checkpoint") from error
+        if end != self.END:
+            raise ValueError(f"{self.file}: </s> has id {end}; umT5's tokenizer has {self.END}: "
+                             f"this is another model's file")
+
+    def pieces(self, text: str) -> list[int]:
+        """Ids of a cleaned text, without </s>, however many."""
+        if self.fast:
+            return self.fast.encode(text, add_special_tokens=False).ids
+        ids = []
+        for i in self.sp.encode(text):
+            i = self.UNKNOWN if self.sp.is_byte(i) else i
+            if not (i == self.UNKNOWN and ids[-1:] == [i]):  # a run of raw bytes is one unknown
+                ids.append(i)
+        return ids
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, int64 [B, L], right-padded to the longest text of the batch.
+
+        A text of more than max_len - 1 pieces is cut, with a warning.
+        Raises ValueError if texts is not a list of at least one string.
+        """
+        if isinstance(texts, str) or not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"want a list of at least one prompt; got {texts!r:.80}")
+        rows = []
+        for text in texts:
+            ids = self.pieces(clean(text))
+            lost = len(ids) - (self.max_len - 1)
+            if lost > 0:
+                warnings.warn(f"prompt {clean(text)[:40]!r}... has {len(ids)} tokens; the text "
+                              f"encoder reads {self.max_len - 1}: the last {lost} are lost",
+                              stacklevel=2)
+            rows.append(torch.tensor(ids[:self.max_len - 1] + [self.END]))
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.PAD)
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts to text states
+# ---------------------------------------------------------------------------------------------
+
+class TextEncoder:
+    """Prompts to the text states that the DiT reads."""
+
+    def __init__(self, encoder: UMT5Encoder, tokenizer: Tokenizer):
+        rows = encoder.token_embedding.num_embeddings
+        if tokenizer.size > rows:
+            raise ValueError(f"{tokenizer.file} has {tokenizer.size} tokens, the text encoder's "
+                             f"embedding {rows} rows: they belong to different models")
+        self.encoder, self.tokenizer = encoder, tokenizer
+
+    @torch.no_grad()
+    def encode_each(self, prompts: list[str]) -> list[dict[str, Tensor]]:
+        """{"text": fp32 [L_i, D]} of each prompt, </s> included, without padding.
+
+        Prompts go one by one, so that a prompt's states do not depend on its company.
+        Raises ValueError if prompts is not a list of at least one string.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"want a list of at least one prompt; got {prompts!r:.80}")
+        device = self.encoder.token_embedding.weight.device
+        conds = []
+        for ids, mask in (self.tokenizer([prompt]) for prompt in prompts):
+            text = self.encoder(ids.to(device), mask.to(device))[0]
+            conds.append({"text": text.float()})
+        return conds
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """cond {"text": fp32 [B, L, D]}; rows past a prompt's own length are zero."""
+        return collate(self.encode_each(prompts))
+
+
+# ---------------------------------------------------------------------------------------------
+# Weight folders, official and diffusers
+# ---------------------------------------------------------------------------------------------
+
+def find(folder: Path, patterns: list[str]) -> Path | None:
+    """The one file in folder that matches the first pattern with any match, or None."""
+    for pattern in patterns:
+        files = sorted(folder.glob(pattern))
+        if len(files) > 1:
+            raise ValueError(f"{folder}: {', '.join(f.name for f in files)} all match {pattern}: "
+                             f"keep one")
+        if files:
+            return files[0]
+    return None
+
+
+def official_config(path: Path) -> dict:
+    """Constructor arguments that a .safetensors file names in its metadata; {} is full size."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("config", "{}")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: metadata key config is not a JSON object: {text:.80}") from error
+
+
+def translated(path: Path, names: dict[str, str], fixed: dict) -> dict:
+    """Constructor arguments from a diffusers or transformers config.json.
+
+    names: our argument to their key; keys the file lacks keep our default.
+    fixed: their key to the only value that this code implements.
+    """
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: got a {type(config).__name__}; want a JSON object")
+    for key, want in fixed.items():
+        if config.get(key, want) != want:
+            raise ValueError(f"{path}: {key} is {config[key]!r}; only {want!r} is implemented: "
+                             f"is this the checkpoint of another model?")
+    return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+
+
+def built(cls: type, arguments: dict, where: Path, tensors: dict, dtype, device) -> nn.Module:
+    """An eval-mode, frozen cls(**arguments) with the weights `tensors`, which came from `where`."""
+    try:
+        with torch.device("meta"):
+            module = cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: its config {arguments} does not describe a {cls.__name__} "
+                         f"({error})") from error
+    module = load_module(module, tensors, str(where), dtype, device)
+    return module.eval().requires_grad_(False)
+
+
+def component(weights: str | Path, what: str, official: list[str], subfolder: str) -> Path:
+    """The official file, or the diffusers subfolder, that holds one network of a weight folder."""
+    weights = Path(weights)
+    if not weights.is_dir():
+        raise FileNotFoundError(f"weights: no folder {weights}: want an official or diffusers one")
+    path = find(weights, official) or weights / subfolder
+    if not (path.is_file() or (path / "config.json").is_file()):
+        raise FileNotFoundError(f"{weights} holds no {what}: want {' or '.join(official)} "
+                                f"(official) or {subfolder}/config.json (diffusers)")
+    return path
+
+
+def load_vae(weights: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
+    """The VAE of an official or diffusers weight folder, frozen, on `device` in `dtype`.
+
+    Raises FileNotFoundError if the folder holds none, ValueError if it does not fit.
+    """
+    path = component(weights, "VAE", ["Wan2.1_VAE.safetensors", "Wan2.1_VAE.pth"], "vae")
+    tensors = open_tensors(path)
+    if path.is_file():
+        return built(WanVAE, official_config(path), path, tensors, dtype, device)
+    names = {"dim": "base_dim", "temporal_down": "temperal_downsample"}  # their spelling
+    names |= {k: k for k in ("z_dim", "dim_mult", "latents_mean", "latents_std")}
+    fixed = {"decoder_base_dim": None, "attn_scales": [], "is_residual": False,
+             "num_res_blocks": 2, "in_channels": 3, "out_channels": 3, "patch_size": None}
+    arguments = translated(path / "config.json", names, fixed)
+    return built(WanVAE, arguments, path, official_names(tensors, "vae"), dtype, device)
+
+
+def load_text(weights: str | Path, device="cpu", dtype=torch.bfloat16,
+              text_len: int = 512) -> TextEncoder:
+    """The text encoder and tokenizer of an official or diffusers weight folder, frozen.
+
+    text_len: tokens that the DiT reads. Raises FileNotFoundError if the folder lacks a file,
+    ValueError if one does not fit.
+    """
+    path = component(weights, "text encoder", ["models_t5*.safetensors", "models_t5*.pth"],
+                     "text_encoder")
+    official = path.is_file()
+    tokenizer = Tokenizer(Path(weights) / ("google/umt5-xxl" if official else "tokenizer"),
+                          text_len)
+    tensors = open_tensors(path)
+    if official:
+        arguments = official_config(path)
+    else:
+        names = {"vocab_size": "vocab_size", "dim": "d_model", "num_heads": "num_heads",
+                 "dim_ffn": "d_ff", "num_layers": "num_layers",
+                 "num_buckets": "relative_attention_num_buckets",
+                 "max_distance": "relative_attention_max_distance", "dim_attn": "d_kv"}
+        fixed = {"model_type": "umt5", "feed_forward_proj": "gated-gelu",
+                 "layer_norm_epsilon": 1e-6}
+        arguments = translated(path / "config.json", names, fixed)
+        if "dim_attn" in arguments and "num_heads" in arguments:
+            arguments["dim_attn"] *= arguments["num_heads"]  # d_kv is the width of one head
+        tensors = official_names(tensors, "text_encoder")
+    return TextEncoder(built(UMT5Encoder, arguments, path, tensors, dtype, device), tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------
+# Video files, and pictures of videos
+# ---------------------------------------------------------------------------------------------
+
+def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
+    """uint8 frames [T, H, W, 3] of a video: float [3, T, H, W] in [-1, 1], clipped, or such frames.
+
+    Values are rounded, so that frames read from a file come out as they were.
+    Raises ValueError on another shape, an empty video or non-finite values.
+    """
+    video = torch.as_tensor(video)
+    frames = video.dtype == torch.uint8
+    if video.ndim != 4 or video.shape[-1 if frames else 0] != 3 or 0 in video.shape:
+        raise ValueError(f"got a {video.dtype} video of shape {list(video.shape)}; want float "
+                         f"[3, T, H, W] or uint8 [T, H, W, 3], nothing empty")
+    if not frames:
+        if not torch.isfinite(video).all():
+            raise ValueError("the video holds NaN or infinite values: the network or its weights "
+                             "overflowed; try dtype float32")
+        video = ((video.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+        video = video.permute(1, 2, 3, 0)
+    return np.ascontiguousarray(video.cpu().numpy())
+
+
+def ffmpeg(arguments: list[str], data: bytes = b"") -> bytes:
+    """Standard output of imageio's ffmpeg, fed `data`. Raises OSError with its first complaint."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-y", *arguments]
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    if done.returncode:
+        complaint = re.sub(r"\[[^]]*\] *", "", done.stderr.decode(errors="replace")).strip()
+        raise OSError((complaint or "no reason given").splitlines()[0])
+    return done.stdout
+
+
+def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float) -> None:
+    """Writes a video as .mp4 (H.264) or .gif, looping; the same frames give the same bytes.
+
+    video: float [3, T, H, W] in [-1, 1] or uint8 [T, H, W, 3]. An odd height or width of an .mp4
+    grows by one repeated row or column, since 4:2:0 colour needs even sizes.
+    Raises ValueError on a bad video, fps or suffix, or if the file cannot be written.
+    """
+    path, frames = Path(path), to_uint8(video)
+    if path.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"{path}: got suffix {path.suffix!r}; videos are written as .mp4 or .gif")
+    if not fps > 0:
+        raise ValueError(f"{path}: got fps={fps}; want a positive number")
+    if path.suffix == ".mp4":
+        odd = [(0, n % 2) for n in frames.shape[1:3]]
+        frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
+        # One thread and bitexact: bytes that do not depend on the machine's cores.
+        # The BT.709 conversion is done and said, so that every player shows the same colours.
+        encode = ["-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd",
+                  "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709",
+                  "-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p", "-threads", "1",
+                  "-movflags", "+faststart"]
+    else:
+        encode = ["-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none", "-loop", "0"]
+    T, H, W, _ = frames.shape
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{W}x{H}", "-r", str(fps), "-i", "-"]
+    flags = ["-fflags", "+bitexact", "-flags:v", "+bitexact"]
+    replace_file(path, lambda aside: ffmpeg([*source, *encode, *flags, f"file:{aside}"],
+                                            frames.tobytes()))
+
+
+def read_video(path: str | Path) -> Tensor:
+    """All frames of a video file, float [3, T, H, W] in [-1, 1].
+
+    Raises FileNotFoundError if there is none, ValueError if it is corrupt or holds no frame.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no video file {path}")
+    try:
+        data = ffmpeg(["-protocol_whitelist", "file,pipe", "-err_detect", "explode",
+                       "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough",
+                       "-f", "image2pipe", "-c:v", "ppm", "-"])
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a video ({error}): make it anew, or convert it "
+                         f"to H.264 .mp4") from error
+    if not data:
+        raise ValueError(f"{path} holds no video frames: make it anew")
+    header = data[:data.index(b"\n255\n") + 5]  # "P6\nW H\n255\n" before each frame
+    W, H = map(int, header.split()[1:3])
+    frames = np.frombuffer(data, np.uint8).reshape(-1, len(header) + H * W * 3)
+    frames = torch.from_numpy(frames[:, len(header):].reshape(-1, H, W, 3).copy())
+    return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int = 9,
+                  title: str | None = None) -> None:
+    """Writes a PNG with one row a video: its label, then frames from first to last.
+
+    rows: (label, video as write_video takes it). columns: frames shown of each video at most.
+    Raises ValueError if there are no rows or a video is bad.
+    """
+    from matplotlib.figure import Figure  # half a second that only those who draw should pay
+
+    if not rows or columns < 1:
+        raise ValueError(f"{path}: got {len(rows)} videos and columns={columns}; want at least one")
+    videos = [to_uint8(video) for _, video in rows]
+    columns = min(columns, max(map(len, videos)))
+    tall = sum(max(video.shape[1] / video.shape[2], 0.4) for video in videos)
+    figure = Figure((2 + 1.1 * columns, 0.6 + 1.15 * tall), dpi=160, layout="constrained")  # inches
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for (label, _), video, line in zip(rows, videos, grid, strict=True):
+        shown = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
+        line[0].set_ylabel(textwrap.fill(label, 26, max_lines=6), rotation=0, ha="right",
+                           va="center", fontsize=9, parse_math=False)
+        for axes in line:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        for axes, t in zip(line, shown, strict=False):  # a short video leaves places free
+            axes.imshow(video[t], interpolation="nearest")
+            axes.set_title(f"frame {t}", fontsize=7, pad=2)
+    if title:
+        figure.suptitle(title, fontsize=11, weight="bold", parse_math=False)
+    replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
+
+
+def side_by_side(videos: list[Tensor], labels: list[str], scale: int | None = None) -> np.ndarray:
+    """One video of several, uint8 [T, H, W, 3], each under its label, left to right.
+
+    videos: of one shape, as write_video takes them. scale: integer enlargement, nearest
+    neighbour; None: the least that makes frames 192 pixels high.
+    Raises ValueError if shapes or counts differ.
+    """
+    frames = [to_uint8(video) for video in videos]
+    shapes = [list(f.shape) for f in frames]
+    if not frames or len(labels) != len(frames) or any(s != shapes[0] for s in shapes):
+        raise ValueError(f"side_by_side: got {len(labels)} labels for videos of shapes {shapes}; "
+                         f"want one label a video and one shape")
+    scale = scale or max(1, -(-192 // shapes[0][1]))
+    gap, bar = 4, 22                                                              # pixels
+    cells = []
+    for video, text in zip(frames, labels, strict=True):
+        video = video.repeat(scale, axis=1).repeat(scale, axis=2)                 # T H W 3
+        strip = np.broadcast_to(label_strip(text, video.shape[2], bar), (len(video), bar,
+                                                                        video.shape[2], 3))
+        cell = np.concatenate([strip, video], axis=1)                             # T bar+H W 3
+        cells.append(np.pad(cell, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255))
+    return np.concatenate(cells, axis=2)[:, :, :-gap]
+
+
+def label_strip(text: str, width: int, height: int) -> np.ndarray:
+    """uint8 [height, width, 3]: text in black on white, smaller and then cut if it must be."""
+    strip = Image.new("RGB", (width, height), "white")
+    text, room = " ".join(text.split()), width - 4
+    for size in (14, 13, 12, 11, 10, 9):
+        font = ImageFont.load_default(size)
+        if font.getlength(text) <= room:
+            break
+    while text and font.getlength(text) > room:
+        text = text.rstrip("…")[:-1] + "…" if len(text) > 2 else ""
+    ImageDraw.Draw(strip).text((2, height // 2), text, "black", font, anchor="lm")
+    return np.asarray(strip)
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompt files
+# ---------------------------------------------------------------------------------------------
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a UTF-8 text file, one a line; blank lines and outer spaces are ignored.
+
+    Only line feeds end a line, so that a prompt may hold any other character.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not UTF-8 (naming the
+    line) or holds no prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such prompt file; want one prompt a line, in UTF-8")
+    prompts = []
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            prompts.append(line.decode("utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason} at its byte "
+                             f"{error.start + 1}): save the file as UTF-8") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(f"{path}: got an empty prompt file; want one prompt a line")
+    return prompts

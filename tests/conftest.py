@@ -1,0 +1,131 @@
+"""What several test files need: one CPU thread, random weights in the official layout, configs, and
+stages as commands."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: here and in every command started
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+import yaml
+from torch import nn
+
+from encoders import UMT5Encoder, WanVAE
+from model import PRESETS, ROOT, WanConfig, WanDiT, generator, save_tensors, write_json
+
+CAPTIONS = [f"a {colour} {shape} moves {direction}" for colour in ("red", "green", "blue")
+            for shape in ("disc", "ring", "cross") for direction in ("left", "right", "up")]
+
+
+def randomise(module: nn.Module, *key: int | str) -> dict[str, torch.Tensor]:
+    """Fill a module with normal weights of deviation 1/sqrt(fan in); returns its state dict."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.ndim > 1 and not name.endswith("gamma"):
+                draw = torch.randn(p.shape, generator=generator(*key, name))
+                p.copy_(draw * p[0].numel() ** -0.5)
+    return module.state_dict()
+
+
+def make_tokenizer(path: Path, texts: list[str]) -> int:
+    """Train a sentencepiece model with umT5's special ids; returns its vocabulary size."""
+    path.parent.mkdir(parents=True)
+    out, words = io.BytesIO(), sorted({word for text in texts for word in text.split()})
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*texts, *words]), model_writer=out, model_type="unigram",
+        vocab_size=80, hard_vocab_limit=False, pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        normalization_rule_name="identity", minloglevel=2)
+    path.write_bytes(out.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()).vocab_size()
+
+
+def write_weights(folder: Path, seed: int = 0, sizes: WanConfig = PRESETS["tiny"]) -> Path:
+    """Random teacher, VAE, umT5 and tokenizer in Wan's official layout, and a prompts.txt.
+
+    Args: folder, made anew; sizes of the DiT: the preset `tiny` for commands, any others where the
+    test itself puts them into model.PRESETS. Returns the folder.
+    """
+    dit = WanDiT(sizes)
+    dit.init_weights(generator(seed, "dit"))
+    with torch.no_grad():  # the official start is a head of zeros: no velocity at all
+        dit.head.head.weight.normal_(std=sizes.dim ** -0.5, generator=generator(seed, "head"))
+    save_tensors(folder / "diffusion_pytorch_model.safetensors", dit.state_dict(), {})
+    own = {key: getattr(sizes, key) for key in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim",
+           "model_type", "num_heads", "num_layers", "out_dim", "text_len")}
+    write_json(folder / "config.json", {"_class_name": "WanModel", **own})
+    vae = {"dim": 4, "num_res_blocks": 1}
+    save_tensors(folder / "Wan2.1_VAE.safetensors", randomise(WanVAE(**vae), seed, "vae"),
+                 {"config": json.dumps(vae)})
+    size = make_tokenizer(folder / "google/umt5-xxl/spiece.model", CAPTIONS)
+    text = {"vocab_size": size, "dim": sizes.text_dim, "dim_attn": 32, "num_heads": 2,
+            "dim_ffn": 64, "num_layers": 2}
+    save_tensors(folder / "models_t5_umt5-random.safetensors",
+                 randomise(UMT5Encoder(**text), seed, "text"), {"config": json.dumps(text)})
+    (folder / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_weights() -> Callable[..., Path]:
+    """The function `write_weights(folder, seed, sizes)`, for other seeds or sizes."""
+    return write_weights
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory) -> Path:
+    """A weight folder of preset `tiny` with random weights and prompts.txt; read it only."""
+    return write_weights(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture
+def make_config(tiny_weights, tmp_path) -> Callable[..., Path]:
+    """make_config(**values) writes a YAML config of a quick run and returns its path.
+
+    Stages' own keys go in as dicts: make_config(n=4, key=[0, 2, 4], synvid={"count": 3}).
+    """
+    def write(name: str = "config.yaml", **values: Any) -> Path:
+        quick = {"weights": str(tiny_weights), "run": str(tmp_path / "run"), "height": 16,
+                 "width": 16, "frames": 5, "n": 4, "key": [0, 2, 4], "device": "cpu"}
+        stages = {"synvid": {"prompts": str(tiny_weights / "prompts.txt"), "videos": 0,
+                             **values.pop("synvid", {})}}
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({**quick, **values, **stages}), encoding="utf-8")
+        return path
+    return write
+
+
+def stage_command(stage: str, *args: Any, ranks: int = 1) -> list[str]:
+    """A stage as a user's command line: python, or torchrun with several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launch = [sys.executable, *(torchrun if ranks > 1 else [])]
+    return [*launch, str(ROOT / f"{stage}.py"), *map(str, args)]
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., list[str]]:
+    """The function `stage_command(stage, *args, ranks)`, to start a process in the test itself."""
+    return stage_command
+
+
+@pytest.fixture(scope="session")
+def run_stage() -> Callable[..., subprocess.CompletedProcess]:
+    """run_stage("synvid", config, "--count", 3, ranks=2) runs a command; .stdout, .stderr are text.
+
+    A failing command fails the test unless check=False.
+    """
+    def run(stage: str, *args: Any, ranks: int = 1,
+            check: bool = True) -> subprocess.CompletedProcess:
+        done = subprocess.run(stage_command(stage, *args, ranks=ranks), capture_output=True,
+                              text=True, timeout=300, check=False)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+    return run

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -431,24 +432,28 @@ class LazyTensor:
     read: Callable[..., Tensor]
 
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-                      "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-
-
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Names and lazy tensors of one safetensors file. Raises ValueError if it is none or cut."""
     def lazy(name: str) -> LazyTensor:
         view = f.get_slice(name)
-        shape, dtype = tuple(view.get_shape()), SAFETENSORS_DTYPES[view.get_dtype()]
+        shape = tuple(view.get_shape())
+        dtype = (view[:0] if shape else f.get_tensor(name)).dtype
         return LazyTensor(shape, dtype, path,
                           lambda rows=None: view[rows] if rows and shape else f.get_tensor(name))
 
     try:
         f = safe_open(path, "pt")
         return {name: lazy(name) for name in f.keys()}
-    except (SafetensorError, OSError, ValueError, KeyError) as e:
+    except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{path}: not a whole safetensors file ({e}): copy or make it anew") from e
+
+
+def cause(error: Exception) -> str:
+    """What happened, in one line, out of the pages that torch says."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return re.split(r"(?<=\w)\. |\n", text)[0] or type(error).__name__
 
 
 def open_pth(path: Path) -> dict[str, LazyTensor]:
@@ -460,8 +465,7 @@ def open_pth(path: Path) -> dict[str, LazyTensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
-        reason = str(e).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
-        raise ValueError(f"{path}: cannot be read as weights ({reason}): it is damaged, or holds "
+        raise ValueError(f"{path}: cannot be read as weights ({cause(e)}): it is damaged, or holds "
                          "code, which is never read: copy it again, or as .safetensors") from e
     for wrapper in ("module", "ema", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -769,9 +773,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, meta: dict, ranks: Ran
         dcp.save(state, checkpoint_id=str(aside))
     except (OSError, dcp.api.CheckpointException) as e:
         shutil.rmtree(aside, ignore_errors=True)
-        reason = str(e).strip().rpartition("\n")[2]  # torch puts tracebacks before it
-        raise ValueError(f"{final}: the checkpoint cannot be written ({reason}): free some space, "
-                         "or choose another run folder; older ones are untouched") from e
+        raise ValueError(f"{final}: the checkpoint cannot be written ({cause(e)}): free some "
+                         "space, or choose another run folder; older ones are untouched") from e
     if ranks.rank == 0:
         files = {p.name: p.stat().st_size for p in sorted(aside.iterdir())}
         write_json(aside / "meta.json", {**meta, "step": step, "files": files})
@@ -805,6 +808,43 @@ def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
         raise ValueError(f"no whole checkpoint to resume from: {'; '.join(faults)}. Remove the "
                          "folder to start from step 0, or choose another run folder")
     return None
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads the table of contents that torch pickles, and refuses names that are none of it."""
+
+    NAMES = re.compile(r"torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)|"
+                       r"torch\.(Size|bool|\w*(int|float)\d+\w*|serialization\._get_layout)|"
+                       r"pathlib(\._local)?\.PosixPath")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not self.NAMES.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+class PlainPlanner(dcp.DefaultLoadPlanner):
+    """Checks each value that is no tensor by weights_only; torch would run code in it."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def load_checkpoint(path: Path, state: dict) -> None:
+    """Read a checkpoint into `state`, which is nested as it was saved; on any number of ranks.
+
+    Raises ValueError when it is damaged, of another model, or holds code (which is never run).
+    """
+    try:
+        with (path / ".metadata").open("rb") as f:
+            PlainUnpickler(f).load()
+        dcp.load(state, checkpoint_id=str(path), planner=PlainPlanner())
+    except (OSError, EOFError, LookupError, AttributeError, TypeError, ValueError,
+            pickle.UnpicklingError, dcp.api.CheckpointException) as e:
+        raise ValueError(f"{path}: the checkpoint cannot be read ({cause(e)}): it is damaged or "
+                         "of another config; remove it to resume from the one before") from e
 
 
 # ------------------------------------------------------------------------------------ seeding

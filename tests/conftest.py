@@ -105,7 +105,7 @@ def make_config(tiny_weights, tmp_path) -> Callable[..., Path]:
 
 def stage_command(stage: str, *args: Any, ranks: int = 1) -> list[str]:
     """A stage as a user's command line: python, or torchrun with several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
     launch = [sys.executable, *(torchrun if ranks > 1 else [])]
     return [*launch, str(ROOT / f"{stage}.py"), *map(str, args)]
 

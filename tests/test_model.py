@@ -1,0 +1,966 @@
+"""model.py against the official numbers, against diffusers, and against everything users break."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pickle
+import socket
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import model
+from model import WanConfig, build_dit, field, generator, load_dit
+
+FIXTURES = Path(__file__).parent / "fixtures"
+MICRO = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=3, text_dim=12, text_len=8)
+KEYS_50 = list(range(0, 51, 5))
+
+
+def near(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Assert that two tensors differ by at most a part of the wanted one's largest value."""
+    assert got.shape == want.shape
+    error = ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
+    print(f"relative error {error:.1e} (tolerance {tolerance:.0e})")
+    assert error <= tolerance
+
+
+def fixture_file(name: str):
+    """A parity fixture: tensor by name, its config and its notes."""
+    f = safe_open(FIXTURES / f"{name}.safetensors", "pt")
+    meta = {key: json.loads(f.metadata()[key]) for key in ("config", "notes")}
+    return f.get_tensor, meta["config"], meta["notes"]
+
+
+def fixture_weights(name: str) -> dict:
+    tensors = model.open_tensors(FIXTURES / f"{name}.safetensors")
+    return {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
+
+
+def wan_config(official: dict) -> WanConfig:
+    """The sizes in an official constructor's arguments."""
+    names = {f.name for f in dataclasses.fields(WanConfig)}
+    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in official.items() if k in names}
+    return WanConfig(**sizes)
+
+
+@pytest.fixture(scope="module")
+def official_dit():
+    """The DiT of the parity fixtures, with its official weights."""
+    with torch.device("meta"):
+        dit = build_dit(wan_config(fixture_file("wan_t2v_dit")[1]))
+    return model.load_module(dit, fixture_weights("wan_t2v_dit"), "fixture")
+
+
+def micro_dit(*key, preset: WanConfig = MICRO) -> model.WanDiT:
+    """A small DiT with every parameter random, so that none is without effect."""
+    dit = build_dit(preset)
+    draw = generator("micro", *key)
+    with torch.no_grad():
+        for name, p in dit.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * p.shape[-1] ** -0.5)
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1)
+    return dit
+
+
+def micro_batch(*key, B: int = 2, text_dim: int = 12) -> tuple[Tensor, Tensor, dict]:
+    """Latents, times and a conditioning for `micro_dit`."""
+    draw = generator("batch", *key)
+    x = torch.randn(B, 16, 2, 4, 6, generator=draw)
+    t = torch.rand(B, generator=draw, dtype=torch.float64)
+    return x, t, {"text": torch.randn(B, 5, text_dim, generator=draw)}
+
+
+# ----------------------------------------------------------------------------------- the DiT
+
+@pytest.mark.parametrize("case", fixture_file("wan_t2v_dit")[2]["cases"], ids=lambda c: c["name"])
+def test_dit_and_its_taps_equal_the_official_network(official_dit, case):
+    tensor, name = fixture_file("wan_t2v_dit")[0], case["name"]
+    blocks = tuple(case["feature_blocks"])
+    for i in range(case["batch"]):
+        x, t = tensor(f"in.{name}.x.{i}")[None], tensor(f"in.{name}.t")[i:i + 1].double() / 1000
+        cond = {"text": tensor(f"in.{name}.context.{i}")[None]}
+        with torch.no_grad():
+            v, features = official_dit(x, t, cond, taps=blocks)
+            assert torch.equal(official_dit(x, t, cond), v)
+        near(v[0], tensor(f"out.{name}.v.{i}"), 2e-5)
+        for b, feature in zip(blocks, features, strict=True):
+            near(feature[0], tensor(f"out.{name}.feat{b}.{i}"), 2e-5)
+
+
+def test_a_batch_equals_its_samples_one_by_one(official_dit):
+    tensor = fixture_file("wan_t2v_dit")[0]
+    x = torch.stack([tensor("in.b.x.0"), tensor("in.b.x.1")])
+    cond = model.collate([{"text": tensor(f"in.b.context.{i}")} for i in range(2)])
+    assert cond["text"].shape == (2, 24, 40) and not cond["text"][1, 3:].any()
+    with torch.no_grad():
+        v, (feature,) = official_dit(x, tensor("in.b.t").double() / 1000, cond, taps=(1,))
+    for i in range(2):
+        near(v[i], tensor(f"out.b.v.{i}"), 2e-5)
+        near(feature[i], tensor(f"out.b.feat1.{i}"), 2e-5)
+
+
+def test_without_velocity_the_forward_stops_at_the_last_tap_with_the_same_features():
+    dit, (x, t, cond), calls = micro_dit(), micro_batch(), []
+    for b, block in enumerate(dit.blocks):
+        block.register_forward_pre_hook(lambda *_, b=b: calls.append(b))
+    dit.head.register_forward_pre_hook(lambda *_: calls.append("head"))
+    v, whole = dit(x, t, cond, taps=(1, 0))
+    assert calls == [0, 1, 2, "head"] and v.shape == x.shape
+    calls.clear()
+    nothing, features = dit(x, t, cond, taps=(1, 0), velocity=False)
+    assert nothing is None and calls == [0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(features, whole, strict=True))
+    assert not torch.equal(features[0], features[1])  # in the order asked for
+
+
+@pytest.mark.parametrize("taps", [(3,), (-1,), (0, 7)])
+def test_a_tap_out_of_range_is_an_error_that_names_the_blocks(taps):
+    with pytest.raises(ValueError, match=r"taps: got .*wanted blocks 0 … 2"):
+        micro_dit()(*micro_batch(), taps=taps)
+
+
+def test_latents_and_texts_that_do_not_fit_are_errors_that_name_sizes():
+    dit, (x, t, cond) = micro_dit(), micro_batch()
+    with pytest.raises(ValueError, match="2×3×6.*divisible by 16"):
+        dit(x[:, :, :, :3], t, cond)
+    with pytest.raises(ValueError, match=r"cond\['text'\].*\(2, 9, 12\).*at most 8, 12"):
+        dit(x, t, {"text": torch.zeros(2, 9, 12)})
+
+
+def test_weights_in_bf16_keep_the_residual_stream_and_the_velocity_fp32():
+    x, t, cond = micro_batch()
+    with torch.no_grad():
+        v, (feature,) = micro_dit().bfloat16()(x, t, cond, taps=(2,))
+        near(v, micro_dit()(x, t, cond), 3e-2)
+    assert v.dtype == feature.dtype == torch.float32
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    grads = []
+    for checkpointing in (False, True):
+        dit, (x, t, cond) = micro_dit(), micro_batch()
+        for block in dit.blocks:
+            block.checkpointing = checkpointing
+        dit(x.requires_grad_(), t, cond).square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in dit.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_forward_in_inference_mode_does_not_spoil_a_later_backward():
+    model.rope_table.cache_clear()
+    dit, batch = micro_dit(), micro_batch()
+    with torch.inference_mode():
+        dit(*batch)
+    dit(*batch).sum().backward()
+
+
+def test_initialisation_is_a_function_of_its_generator_and_starts_at_zero_velocity():
+    dits = [build_dit(MICRO) for _ in range(2)]
+    for dit in dits:
+        dit.init_weights(generator("init", 3))
+    for a, b in zip(dits[0].parameters(), dits[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    state = dits[0].state_dict()
+    bound = (6 / (MICRO.dim + MICRO.ffn_dim)) ** 0.5  # Xavier, uniform
+    assert 0.95 * bound < state["blocks.0.ffn.0.weight"].abs().max() <= bound
+    assert state["time_embedding.0.weight"].std() == pytest.approx(0.02, rel=0.05)
+    assert state["blocks.0.modulation"].std() == pytest.approx(MICRO.dim ** -0.5, rel=0.15)
+    assert not dits[0](*micro_batch()).any()
+
+
+def test_flops_equal_what_torch_counts_in_the_blocks():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    dit, (x, t, cond) = micro_dit(), micro_batch(B=1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        dit(x, t, cond)
+    blocks = [sum(counter.flop_counts[f"WanDiT.blocks.{b}"].values()) for b in range(3)]
+    assert dit.flops(tokens=2 * 2 * 3) == sum(blocks)
+
+
+# --------------------------------------------------------------------- live against diffusers
+
+DIFFUSERS = dict(num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16,
+                 text_dim=12, freq_dim=256, ffn_dim=64, num_layers=3, cross_attn_norm=True,
+                 qk_norm="rms_norm_across_heads", eps=1e-6)
+
+
+def diffusers_velocity(network, x: Tensor, t: Tensor, cond: dict) -> Tensor:
+    text = torch.nn.functional.pad(cond["text"], (0, 0, 0, MICRO.text_len - 5))
+    with torch.no_grad():
+        return network(x, t.float() * 1000, text, return_dict=False)[0]
+
+
+def test_our_weights_run_in_diffusers_with_equal_output():
+    from diffusers import WanTransformer3DModel
+    ours, theirs = micro_dit("ours"), WanTransformer3DModel(**DIFFUSERS)
+    state = model.official_names(ours.state_dict(), "transformer", reverse=True)
+    theirs.load_state_dict(state, strict=True)
+    batch = micro_batch(B=3)
+    with torch.no_grad():
+        near(ours(*batch), diffusers_velocity(theirs, *batch), 2e-5)
+
+
+def test_a_folder_saved_by_diffusers_loads_with_equal_output(tmp_path):
+    from diffusers import WanTransformer3DModel
+    torch.manual_seed(5)
+    theirs = WanTransformer3DModel(**DIFFUSERS)
+    theirs.save_pretrained(tmp_path / "transformer", max_shard_size="200KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    batch = micro_batch(B=3)
+    for weights in (tmp_path, tmp_path / "transformer"):
+        with torch.no_grad():
+            near(load_dit(weights, MICRO)(*batch), diffusers_velocity(theirs, *batch), 2e-5)
+
+
+@pytest.mark.parametrize("preset,keys", [("wan-t2v-1.3b", "wan_t2v_1_3b"),
+                                         ("wan-t2v-14b", "wan_t2v_14b")])
+def test_full_size_names_and_shapes_equal_the_published_checkpoints(preset, keys):
+    official = json.loads((FIXTURES / f"keys/{keys}.json").read_text())["keys"]
+    diffusers = json.loads((FIXTURES / f"keys/{keys}_diffusers.json").read_text())["keys"]
+    with torch.device("meta"):
+        dit = build_dit(preset)
+    assert {name: list(p.shape) for name, p in dit.state_dict().items()} == official
+    assert model.official_names(diffusers, "transformer") == official
+    assert model.official_names(official, "transformer") == official
+    assert model.official_names(official, "transformer", reverse=True) == diffusers
+
+
+# ---------------------------------------------------------------- schedules and the pipeline
+
+def euler_times(name: str) -> list[float]:
+    s = next(s for s in fixture_file("wan_schedule")[1]["schedules"] if s["name"] == name)
+    key = s.get("subset", list(range(s["steps"] + 1)))
+    return model.key_times("wan", s["steps"], s["shift"], key)
+
+
+@pytest.mark.parametrize("name", ["euler_t2v_50", "euler_t2v_few", "euler_i2v_40",
+                                  "euler_i2v_few"])
+def test_times_equal_the_official_euler_schedule(name):
+    tensor, times = fixture_file("wan_schedule")[0], torch.tensor(euler_times(name)).double()
+    torch.testing.assert_close(times.float(), tensor(f"out.{name}.sigmas"), rtol=1e-6, atol=0)
+    steps = (times[:-1] * 1000).float()
+    torch.testing.assert_close(steps, tensor(f"out.{name}.timesteps"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["euler_t2v_50", "euler_t2v_few", "euler_i2v_few"])
+def test_euler_step_reproduces_a_stored_trajectory(name):
+    tensor, times = fixture_file("wan_schedule")[0], euler_times(name)
+    x, velocities = tensor(f"in.{name}.x"), tensor(f"in.{name}.v")
+    for k, wanted in enumerate(tensor(f"out.{name}.x")):
+        x = model.euler_step(x, velocities[k], times[k], times[k + 1])
+        near(x, wanted, 1e-6)
+
+
+@pytest.mark.parametrize("n,m,shift", [(50, 5, 7.0), (50, 10, 5.0), (40, 10, 3.0), (48, 1, 9.0)])
+def test_m_step_key_times_are_every_n_over_m_th_of_the_grid(n, m, shift):
+    grid = model.time_grid("wan", n, shift)
+    assert grid.dtype == torch.float64 and len(grid) == n + 1
+    assert grid[0] == 1 and grid[-1] == 0 and bool((grid.diff() < 0).all())
+    key = list(range(0, n + 1, n // m))
+    assert model.key_times("wan", n, shift, key) == grid[::n // m].tolist()
+
+
+@pytest.mark.parametrize("key", [[], [0], [0, 10], [1, 50], [0, 30, 20, 50], [0, 0, 50],
+                                 [0, 20, 60]])
+def test_key_indices_that_do_not_rise_from_0_to_n_are_an_error(key):
+    with pytest.raises(ValueError, match="key: got .*rising from 0 to n=50"):
+        model.key_times("wan", 50, 5.0, key)
+
+
+def test_a_grid_of_no_steps_or_another_family_is_an_error():
+    with pytest.raises(ValueError, match="n=0"):
+        model.time_grid("wan", 0, 5.0)
+    with pytest.raises(ValueError, match="family: got 'won'"):
+        model.time_grid("won", 10, 5.0)
+
+
+def recording(dit) -> tuple:
+    """A DiT that notes the official timestep of each call."""
+    steps = []
+
+    def call(x, t, cond):
+        steps.append(t[0].item() * 1000)
+        return dit(x, t, cond)
+    return call, steps
+
+
+def decoded(latent: Tensor) -> Tensor:
+    """A latent [C,T,H,W] through the VAE of the parity fixtures."""
+    from encoders import WanVAE
+    config = fixture_file("wan_vae")[1]
+    vae = WanVAE(dim=config["dim"], z_dim=config["z_dim"], dim_mult=tuple(config["dim_mult"]),
+                 num_res_blocks=config["num_res_blocks"],
+                 temporal_down=tuple(config["temperal_downsample"]))
+    model.load_module(vae, fixture_weights("wan_vae"), "fixture")
+    with torch.no_grad():
+        return vae.decode(latent[None])[0]
+
+
+def test_few_step_sampling_equals_the_official_pipeline(official_dit):
+    tensor = fixture_file("wan_t2v_pipeline")[0]
+    dit, steps = recording(official_dit)
+    times = model.key_times("wan", 50, 5.0, KEYS_50)
+    *_, x = model.walk(dit, tensor("in.few_euler.noise")[None], times,
+                       {"text": tensor("in.context")[None]})
+    assert steps == pytest.approx(tensor("out.few_euler.model_t").tolist(), rel=1e-6)
+    near(x[0], tensor("out.few_euler.latent"), 2e-5)
+    near(decoded(x[0]), tensor("out.few_euler.video"), 2e-5)
+
+
+def unipc(velocity, x: Tensor, shift: float, n: int) -> Tensor:
+    """Sample with UniPC of order 2 (bh2), the solver of the official pipeline's guided case."""
+    t = [*model.shift_time(torch.linspace(0.999, 0, n + 1).double()[:-1], shift).tolist(), 0.0]
+    lam = [float("inf") if s == 0 else torch.log(torch.tensor((1 - s) / s)).item() for s in t]
+    data, before = [], x
+    for i in range(n):
+        data.append(x - t[i] * velocity(x, int(1000 * t[i]) / 1000))
+        if i > 0:  # corrector
+            h = lam[i] - lam[i - 1]
+            u, B = -h, torch.expm1(torch.tensor(-h)).item()
+            new = data[i] - data[i - 1]
+            change = 0.5 * new
+            if i > 1:
+                r, g = (lam[i - 2] - lam[i - 1]) / h, B / u - 1
+                b1, b2 = g / B, 2 * (g / u - 0.5) / B
+                p = (b1 - b2) / (1 - r)
+                change = p * (data[i - 2] - data[i - 1]) / r + (b1 - p) * new
+            x = t[i] / t[i - 1] * before - (1 - t[i]) * B * (data[i - 1] + change)
+        if i == n - 1:
+            return data[i]
+        h = lam[i + 1] - lam[i]
+        B, before, estimate = torch.expm1(torch.tensor(-h)).item(), x, data[i]
+        if i > 0:
+            estimate = data[i] + 0.5 * (data[i - 1] - data[i]) / ((lam[i - 1] - lam[i]) / h)
+        x = t[i + 1] / t[i] * x - (1 - t[i + 1]) * B * estimate
+
+
+def test_guided_velocities_equal_the_official_pipeline(official_dit):
+    """Its guided case samples by UniPC: that solver stands above, what it calls is `velocity`."""
+    tensor, (dit, steps) = fixture_file("wan_t2v_pipeline")[0], recording(official_dit)
+    conds = [{"text": tensor(name)[None]} for name in ("in.context", "in.context_null")]
+
+    def guided(x, t):
+        with torch.no_grad():
+            return model.velocity(dit, x, t, *conds, cfg_scale=5.0)
+    x = unipc(guided, tensor("in.cfg_unipc.noise")[None], shift=5.0, n=4)
+    assert steps == pytest.approx(tensor("out.cfg_unipc.model_t").tolist(), rel=1e-6)
+    near(x[0], tensor("out.cfg_unipc.latent"), 2e-5)
+    near(decoded(x[0]), tensor("out.cfg_unipc.video"), 2e-5)
+
+
+def test_guidance_is_the_formula_and_scale_1_asks_the_network_once(official_dit):
+    tensor, (dit, steps) = fixture_file("wan_t2v_pipeline")[0], recording(official_dit)
+    cond, uncond = ({"text": tensor(n)[None]} for n in ("in.context", "in.context_null"))
+    x, times = tensor("in.cfg_unipc.noise")[None], model.key_times("wan", 50, 5.0, [0, 20, 50])
+    wanted = x.double()
+    with torch.no_grad():
+        for t, t_next in ((times[0], times[1]), (times[1], times[2])):
+            both = [official_dit(wanted.float(), torch.tensor([t]), c).double()
+                    for c in (cond, uncond)]
+            wanted = wanted + (t_next - t) * (both[1] + 6 * (both[0] - both[1]))
+    *_, got = model.walk(dit, x, times, cond, uncond, cfg_scale=6.0)
+    near(got, wanted, 2e-5)
+    assert len(steps) == 4
+    once = model.velocity(dit, x, 0.5, cond, uncond, cfg_scale=1.0)
+    assert len(steps) == 5 and torch.equal(once, model.velocity(dit, x, 0.5, cond))
+
+
+# -------------------------------------------------------------------------- reading weights
+
+def shards(folder: Path, state: dict, config: dict, parts: int = 3) -> Path:
+    """Write a folder as the releases are: shards, their index, config.json."""
+    folder.mkdir(parents=True)
+    weight_map, names = {}, sorted(state)
+    for part in range(parts):
+        file = f"diffusion_pytorch_model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        own = names[part::parts]
+        save_file({n: state[n] for n in own}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(own, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+OFFICIAL_CONFIG = {"_class_name": "WanModel", "dim": 48, "eps": 1e-6, "ffn_dim": 64,
+                   "freq_dim": 256, "in_dim": 16, "model_type": "t2v", "num_heads": 2,
+                   "num_layers": 3, "out_dim": 16, "text_len": 8}
+FORMS = ["official", "official single", "diffusers", "safetensors", "pth", "module", "ema",
+         "state_dict"]
+
+
+def written(form: str, folder: Path, state: dict) -> Path:
+    """Write a state dict in one of the layouts that users have."""
+    if form == "official":
+        root = shards(folder / form, state, OFFICIAL_CONFIG)
+        save_file({"other": torch.ones(2)}, root / "Wan2.1_VAE.safetensors")
+        return root
+    if form == "official single":
+        (folder / form).mkdir()
+        save_file(state, folder / form / "diffusion_pytorch_model.safetensors")
+        (folder / form / "config.json").write_text(json.dumps(OFFICIAL_CONFIG))
+        return folder / form
+    if form == "diffusers":
+        theirs = model.official_names(state, "transformer", reverse=True)
+        shards(folder / form / "transformer", theirs, {"_class_name": "WanTransformer3DModel",
+                                                       **DIFFUSERS, "patch_size": [1, 2, 2]})
+        (folder / form / "vae").mkdir()
+        return folder / form
+    if form == "safetensors":
+        save_file(state, folder / "model.safetensors")
+        return folder / "model.safetensors"
+    torch.save(state if form == "pth" else {form: state, "step": 7}, folder / f"{form}.pth")
+    return folder / f"{form}.pth"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_layout_loads_to_equal_outputs_and_one_fingerprint(form, tmp_path):
+    dit, batch = micro_dit("layouts"), micro_batch()
+    weights = written(form, tmp_path, dit.state_dict())
+    loaded = load_dit(weights, MICRO)
+    assert torch.equal(loaded(*batch), dit(*batch))
+    plain = written("safetensors", tmp_path, dit.state_dict())
+    assert model.fingerprint(weights) == model.fingerprint(plain)
+    assert load_dit(weights, MICRO, dtype=torch.bfloat16).head.head.weight.dtype == torch.bfloat16
+
+
+def test_the_fingerprint_tells_models_apart(tmp_path):
+    prints = []
+    for seed in range(2):
+        model.save_tensors(tmp_path / f"{seed}.safetensors", micro_dit(seed).state_dict(), {})
+        prints.append(model.fingerprint(tmp_path / f"{seed}.safetensors"))
+    assert prints[0] != prints[1]
+
+
+def test_saved_tensors_come_back_with_their_metadata(tmp_path):
+    path = tmp_path / "new" / "student.safetensors"
+    model.save_tensors(path, {"a": torch.arange(6.).view(2, 3).T}, {"accvideo": "{}"})
+    assert safe_open(path, "pt").metadata() == {"accvideo": "{}"}
+    lazy = model.open_tensors(path)["a"]
+    assert lazy.shape == (3, 2) and lazy.dtype == torch.float32
+    assert lazy.read(slice(1, 2)).tolist() == [[1.0, 4.0]]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("form", ["official", "diffusers", "safetensors", "pth"])
+@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen", "nan"])
+def test_a_tensor_that_does_not_fit_is_an_error_that_names_it(form, fault, tmp_path):
+    state, name = micro_dit().state_dict(), "blocks.1.self_attn.q.weight"
+    if fault == "missing":
+        del state[name]
+    elif fault == "extra":
+        name = "blocks.1.self_attn.lora.weight"
+        state[name] = torch.ones(2)
+    elif fault == "misshapen":
+        state[name] = state[name][:40].clone()
+    else:
+        state[name][3, 5] = float("nan")
+    says = {"missing": "misses 1 tensor", "extra": "has unknown 1 tensor",
+            "misshapen": r"shape \[40, 48\], wanted \[48, 48\]", "nan": "NaN or infinity"}[fault]
+    with pytest.raises(ValueError, match=says) as e:
+        load_dit(written(form, tmp_path, state), MICRO)
+    assert name in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_a_value_too_large_for_the_dtype_asked_for_is_an_error(tmp_path):
+    state = micro_dit().state_dict()
+    state["blocks.0.ffn.0.bias"][0] = 1e6
+    path = written("safetensors", tmp_path, state)
+    load_dit(path, MICRO, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="blocks.0.ffn.0.bias.*infinity as torch.float16"):
+        load_dit(path, MICRO, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "official"])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_file_is_an_error_that_names_it(form, kept, tmp_path):
+    path = written(form, tmp_path, micro_dit().state_dict())
+    file = path if path.is_file() else sorted(path.glob("*00002-of-*.safetensors"))[0]
+    os.truncate(file, int(file.stat().st_size * kept))
+    with pytest.raises(ValueError, match="not a whole safetensors|cannot be read as weights") as e:
+        load_dit(path, MICRO)
+    assert str(file) in str(e.value) and "\n" not in str(e.value)
+
+
+class Evil:
+    """A pickle of this creates a file where it is loaded."""
+
+    def __init__(self, target: str):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (self.target, "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pth_is_never_run(zipped, tmp_path):
+    target = tmp_path / "run"
+    state = {**micro_dit().state_dict(), "evil": Evil(str(target))}
+    torch.save(state, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="evil.pth: cannot be read as weights .*code.*never read"):
+        load_dit(tmp_path / "evil.pth", MICRO)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("content", [{"a": 3}, [1, 2], {"state_dict": {"a": "b"}}])
+def test_a_pth_of_other_things_than_tensors_is_an_error(content, tmp_path):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="odd.pth: .*wanted a state dict of tensors"):
+        load_dit(tmp_path / "odd.pth", MICRO)
+
+
+def test_a_missing_shard_is_an_error_that_names_it(tmp_path):
+    path = written("official", tmp_path, micro_dit().state_dict())
+    (path / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors: no such"):
+        load_dit(path, MICRO)
+
+
+def test_a_shard_without_what_its_index_promises_is_an_error(tmp_path):
+    path = written("official", tmp_path, micro_dit().state_dict())
+    save_file({"x": torch.ones(1)}, path / "diffusion_pytorch_model-00002-of-00003.safetensors")
+    with pytest.raises(ValueError, match="index.json: .*should be in .*00002.*and is not"):
+        load_dit(path, MICRO)
+
+
+@pytest.mark.parametrize("form,key", [("official", "num_layers is 3"),
+                                      ("official single", "num_layers is 3"),
+                                      ("diffusers", "num_layers is 3")])
+def test_a_preset_of_other_sizes_than_config_json_is_an_error(form, key, tmp_path, monkeypatch):
+    monkeypatch.setitem(model.PRESETS, "deep", replace(MICRO, num_layers=4))
+    path = written(form, tmp_path, micro_dit().state_dict())
+    with pytest.raises(ValueError, match=f"config.json: {key}, preset 'deep' has 4"):
+        load_dit(path, "deep")
+
+
+def test_a_folder_without_weights_and_an_unknown_preset_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model.safetensors: no such"):
+        load_dit(tmp_path, MICRO)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_dit(tmp_path / "nowhere", MICRO)
+    with pytest.raises(ValueError, match="preset: got 'wan-t2v-1.3'.*did you mean 'wan-t2v-1.3b'"):
+        build_dit("wan-t2v-1.3")
+
+
+# ------------------------------------------------------------------- processes and sharding
+
+def gradients(dit) -> dict[str, Tensor]:
+    """A network's gradients by name (a process's part of each, if sharded), then none are left."""
+    grads = {n: p.grad for n, p in dit.named_parameters() if p.grad is not None}
+    dit.zero_grad()
+    return grads
+
+
+def worst(got: dict, want: dict) -> float:
+    """The largest relative difference of tensors by name; of sharded ones, this process's part."""
+    assert got.keys() == want.keys()
+    errors = [0.0]
+    for name, whole in want.items():
+        part, rows = model.local_rows(got[name])
+        if part.numel():
+            difference = part - (whole if rows is None else whole[rows])
+            errors.append((difference.abs().max() / whole.abs().max().clamp_min(1e-12)).item())
+    return max(errors)
+
+
+def trained_through(student, teacher, batch) -> dict[str, Tensor]:
+    """The student's gradient by way of a frozen teacher's features of what it generates."""
+    x, t, cond = batch
+    teacher.requires_grad_(False)
+    x_gen = x + student(x, t, cond)
+    _, features = teacher(x_gen, t, cond, taps=(0, 1), velocity=False)
+    sum(f.square().mean() for f in features).backward()
+    return gradients(student)
+
+
+def sharded_process(rank: int, world: int, port: int, folder: Path) -> None:
+    """What each of several processes measures, for the tests below; writes rank<r>.json."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    ranks, (x, t, cond) = model.setup_distributed("cpu"), micro_batch()
+    plain, rows = load_dit(folder, MICRO), {}
+    with torch.device("meta"):
+        dit = model.shard(build_dit(MICRO), ranks)
+    tensors = {}
+    for name, lazy in model.dit_tensors(folder).items():
+        def read(part=None, name=name, lazy=lazy):
+            value = lazy.read(part)
+            rows[name] = rows.get(name, 0) + len(value)
+            return value
+        tensors[name] = replace(lazy, read=read)
+    model.load_module(dit, tensors, "test")
+    out = {"world": ranks.world, "rank": ranks.rank, "rows": rows}
+
+    v, features = dit(x, t, cond, taps=(0, 2))
+    v_plain, features_plain = plain(x, t, cond, taps=(0, 2))
+    out["forward"] = worst({"v": v, "0": features[0], "2": features[1]},
+                           {"v": v_plain, "0": features_plain[0], "2": features_plain[1]})
+    (v * x).sum().backward()
+    (v_plain * x).sum().backward()
+    wanted = gradients(plain)
+    out["gradient"] = worst(gradients(dit), wanted)
+    for block in dit.blocks:
+        block.checkpointing = True
+    (dit(x, t, cond) * x).sum().backward()
+    out["checkpointed"] = worst(gradients(dit), wanted)
+
+    teacher = load_dit(folder, MICRO, ranks=ranks)
+    got = trained_through(dit, teacher, (x, t, cond))
+    want = trained_through(plain, load_dit(folder, MICRO), (x, t, cond))
+    out["early stop"] = worst(got, want)
+
+    state = {"dit": dit.state_dict()}
+    path = model.save_checkpoint(folder / "run", 3, state, {"loss": 0.5}, ranks, keep=2)
+    with torch.no_grad():
+        for p in dit.parameters():
+            p.zero_()
+    model.load_checkpoint(path, state)
+    out["checkpoint"] = worst(dit.state_dict(), plain.state_dict())
+    model.write_json(folder / f"rank{rank}.json", out)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """A folder with a DiT, and what two processes measured with it."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    save_file(micro_dit("fsdp").state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(sharded_process, (2, port, folder), nprocs=2)
+    return folder, [json.loads((folder / f"rank{r}.json").read_text()) for r in range(2)]
+
+
+@pytest.mark.parametrize("what", ["forward", "gradient", "checkpointed", "early stop",
+                                  "checkpoint"])
+def test_two_sharded_processes_equal_one_plain_network(what, two_processes):
+    for rank, out in enumerate(two_processes[1]):
+        assert (out["rank"], out["world"]) == (rank, 2)
+        print(f"relative error {out[what]:.1e}")
+        assert out[what] <= (1e-5 if what == "early stop" else 1e-6)  # it is two networks deep
+
+
+def test_each_process_reads_only_the_rows_it_keeps(two_processes):
+    shapes = {name: p.shape for name, p in micro_dit().state_dict().items()}
+    for name, shape in shapes.items():
+        read = [out["rows"].get(name, 0) for out in two_processes[1]]
+        assert sum(read) == shape[0] and max(read) <= (shape[0] + 1) // 2, name
+
+
+def test_a_checkpoint_of_two_processes_loads_in_one(two_processes, ranks):
+    folder, _ = two_processes
+    path, meta = model.latest_checkpoint(folder / "run")
+    state = {"dit": {n: torch.zeros_like(p) for n, p in micro_dit().state_dict().items()}}
+    model.load_checkpoint(path, state)
+    want = micro_dit("fsdp").state_dict()
+    assert meta["step"] == 3 and meta["loss"] == 0.5
+    assert all(torch.equal(state["dit"][n], want[n]) for n in want)
+
+
+@pytest.fixture
+def ranks():
+    """This process alone, as every stage sets itself up."""
+    yield model.setup_distributed("cpu")
+    dist.destroy_process_group()
+
+
+def test_one_process_alone_takes_the_same_sharded_path(ranks, tmp_path):
+    save_file(micro_dit().state_dict(), tmp_path / "one.safetensors")
+    dit = load_dit(tmp_path / "one.safetensors", MICRO, ranks=ranks)
+    assert ranks.world == 1 and isinstance(dit.head.modulation, DTensor)
+    assert torch.equal(dit(*micro_batch()), micro_dit()(*micro_batch()))
+
+
+def test_an_unknown_device_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="device: got 'gpu'"):
+        model.pick_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: got 'cuda'.*--device cpu"):
+            model.pick_device("cuda")
+
+
+# ------------------------------------------------------------- run checkpoints, writing files
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, with 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def save_steps(folder: Path, ranks, steps: list[int], keep: int = 3) -> None:
+    for step in steps:
+        state = {"w": torch.full((100,), float(step)), "count": step}
+        model.save_checkpoint(folder, step, state, {"lr": 1e-5}, ranks, keep)
+
+
+def test_the_last_checkpoints_are_kept_and_the_newest_is_resumed(ranks, tmp_path):
+    assert model.latest_checkpoint(tmp_path) is None
+    (tmp_path / ".step_000007.part").mkdir()  # left by a process that was killed
+    save_steps(tmp_path, ranks, [100, 200, 300, 400], keep=2)
+    assert names_in(tmp_path) == ["step_000300", "step_000400"]
+    path, meta = model.latest_checkpoint(tmp_path)
+    state = {"w": torch.zeros(100), "count": 0}
+    model.load_checkpoint(path, state)
+    assert state["count"] == meta["step"] == 400 and meta["lr"] == 1e-5
+    assert torch.equal(state["w"], torch.full((100,), 400.0))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "meta cut", "meta gone", "meta odd"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, capsys):
+    save_steps(tmp_path, ranks, [100, 200])
+    newest = tmp_path / "step_000200"
+    data = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    if damage == "cut":
+        os.truncate(data, data.stat().st_size // 2)
+    elif damage == "gone":
+        data.unlink()
+    elif damage == "meta gone":
+        (newest / "meta.json").unlink()
+    else:
+        (newest / "meta.json").write_text("[1]" if damage == "meta odd" else '{"step": 2')
+    path, meta = model.latest_checkpoint(tmp_path)
+    assert path.name == "step_000100" and meta["step"] == 100
+    said = capsys.readouterr().out
+    assert "passing over" in said and "step_000200" in said
+    assert ("meta.json" if "meta" in damage else data.name) in said
+
+
+def test_when_no_checkpoint_is_whole_resuming_is_an_error_that_names_them(ranks, tmp_path):
+    save_steps(tmp_path, ranks, [100, 200])
+    for folder in tmp_path.iterdir():
+        (folder / ".metadata").unlink()
+    with pytest.raises(ValueError, match="no whole checkpoint.*step_000200.*step_000100"):
+        model.latest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(ranks, small_disk):
+    save_steps(small_disk, ranks, [100])
+    with pytest.raises(ValueError, match="step_000200: the checkpoint cannot be written .*space"):
+        model.save_checkpoint(small_disk, 200, {"w": torch.ones(100_000)}, {}, ranks, keep=2)
+    assert names_in(small_disk) == ["step_000100"]
+    assert model.latest_checkpoint(small_disk)[1]["step"] == 100
+
+
+@pytest.mark.parametrize("where", [".metadata", "value"])
+def test_code_in_a_checkpoint_is_never_run(where, ranks, tmp_path):
+    evil, state = Evil(str(tmp_path / "run")), {"w": torch.ones(3), "count": 1}
+    saved = {**state, "count": evil} if where == "value" else state
+    path = model.save_checkpoint(tmp_path, 1, saved, {}, ranks, keep=1)
+    if where == ".metadata":
+        (path / ".metadata").write_bytes(pickle.dumps(evil))
+    with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read .*open"):
+        model.load_checkpoint(path, state)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("state", [{"w": torch.zeros(7)}, {"v": torch.zeros(100)}])
+def test_a_checkpoint_of_another_network_is_an_error_that_names_it(state, ranks, tmp_path):
+    save_steps(tmp_path, ranks, [1])
+    with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read"):
+        model.load_checkpoint(tmp_path / "step_000001", state)
+
+
+def test_a_full_disk_leaves_nothing_and_the_old_file_whole(small_disk):
+    model.save_tensors(small_disk / "a.safetensors", {"w": torch.ones(10)}, {})
+    for write in (lambda: model.save_tensors(small_disk / "a.safetensors",
+                                             {"w": torch.ones(100_000)}, {}),
+                  lambda: model.write_text(small_disk / "b.txt", "x" * 300_000)):
+        with pytest.raises(ValueError, match="cannot be written .*space.*--run"):
+            write()
+    assert names_in(small_disk) == ["a.safetensors"]
+    assert model.open_tensors(small_disk / "a.safetensors")["w"].read().sum() == 10
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/log.json: cannot be written"):
+        model.write_json(tmp_path / "file" / "log.json", {})
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def write(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        model.replace_file(tmp_path / "a.txt", write)
+    assert names_in(tmp_path) == []
+
+
+def test_broken_json_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match="a.json: is not valid JSON"):
+        model.read_json(tmp_path / "a.json")
+
+
+# ------------------------------------------------------------------------- seeding and shapes
+
+def test_a_draw_is_a_function_of_its_key_alone():
+    torch.manual_seed(1)
+    first = torch.randn(4, generator=generator("noise", 0, 7))
+    torch.manual_seed(2)
+    torch.randn(3)
+    state = torch.get_rng_state()
+    assert torch.equal(first, torch.randn(4, generator=generator("noise", 0, 7)))
+    assert torch.equal(state, torch.get_rng_state())
+    others = [("noise", 0, 8), ("noise", 1, 7), ("noise", "0", 7), ("noise", 7, 0), ("noise", 0),
+              ("noise", 0, 7, ""), ("noise0", 7)]
+    seeds = {model.seed_of(*key) for key in [("noise", 0, 7), *others]}
+    assert len(seeds) == 8 and all(0 <= s < 2 ** 63 for s in seeds)
+
+
+def test_seeds_never_change_between_versions():
+    """Stored trajectories are identified by them."""
+    assert model.seed_of("synvid", 0, 3, "a red circle · 圆") == 467499558069157233
+
+
+def test_latent_sizes_follow_the_video_and_others_are_errors_with_the_nearest():
+    assert model.latent_shape(81, 480, 832) == (16, 21, 60, 104)
+    assert model.latent_shape(1, 16, 16) == (16, 1, 2, 2)
+    for sizes, says in (((80, 480, 832), "frames: got 80; wanted 4n [+] 1, as 81"),
+                        ((0, 48, 48), "frames: got 0.*as 1"),
+                        ((9, 40, 48), "height: got 40.*multiple of 16, as 32"),
+                        ((9, 48, 8), "width: got 8.*as 16")):
+        with pytest.raises(ValueError, match=says):
+            model.latent_shape(*sizes)
+
+
+# ------------------------------------------------------------------------------------- config
+
+@dataclass
+class Config(model.Shared):
+    lr: float = field(5e-6, "learning rate")
+    steps: int = field(10, "iterations")
+    heads: str = field("shared", "heads")
+    adv: bool = field(True, "adversarial loss")
+    queue: int | None = field(None, "length; none: no queue")
+    scales: list[float] = field([1.0], "scales")
+    form: Literal["hinge", "printed"] = field("hinge", "loss")
+
+
+def config(tmp_path: Path, text: str, *argv: str) -> Config:
+    (tmp_path / "c.yaml").write_text(text)
+    return model.load_config(Config, "distill", [str(tmp_path / "c.yaml"), *argv], "Doc.")
+
+
+def test_a_config_is_its_defaults_its_file_and_its_command_line_in_this_order(tmp_path):
+    cfg = config(tmp_path, "n: 40\nkey: [0, 20, 40]\ndistill:\n  lr: 5e-6\n  steps: 1e3\n"
+                 "  adv: no\n  scales: [1, 2.5]\nsynvid: {count: 3}\n",
+                 "--n=20", "--key", "0,10,20", "--steps", "7", "--adv", "--queue=12",
+                 "--negative-prompt", "--a 'b' <c>")
+    assert (cfg.n, cfg.key, cfg.lr, cfg.steps, cfg.adv) == (20, [0, 10, 20], 5e-6, 7, True)
+    assert (cfg.scales, cfg.queue, cfg.negative_prompt) == ([1.0, 2.5], 12, "--a 'b' <c>")
+    assert (cfg.heads, cfg.width) == ("shared", 48)
+
+
+@pytest.mark.parametrize("argv,key,value", [
+    (["--adv"], "adv", True), (["--adv", "--steps", "3"], "adv", True),
+    (["--adv=false"], "adv", False), (["--adv", "off"], "adv", False),
+    (["--queue", "none"], "queue", None), (["--queue", "3"], "queue", 3),
+    (["--lr", "5e-6"], "lr", 5e-6), (["--lr", "1"], "lr", 1.0), (["--steps", "1e3"], "steps", 1000),
+    (["--scales", "1 2"], "scales", [1.0, 2.0]), (["--scales=0.5,2"], "scales", [0.5, 2.0]),
+    (["--seed", str(2 ** 62 + 1)], "seed", 2 ** 62 + 1), (["--heads="], "heads", ""),
+    (["--shift", "3"], "shift", 3.0), (["--form=printed"], "form", "printed"),
+    (["--heads", "-1"], "heads", "-1")])
+def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
+    got = getattr(config(tmp_path, "", *argv), key)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("yaml,says", [
+    ("heigth: 48", "unknown key 'heigth'; did you mean 'height'"),
+    ("distill: {stepz: 3}", "unknown key 'distill.stepz'; did you mean 'steps'"),
+    ("destill: {steps: 3}", "unknown key 'destill'; did you mean 'distill'"),
+    ("distill: 3", "distill: got 3; wanted keys"), ("- a", "got list; wanted keys"),
+    ("n: true", "n: got True; wanted int"), ("n: 3.5", "n: got 3.5; wanted int"),
+    ("n: '3.5'", "n: got '3.5'; wanted int"), ("n: null", "n: got None; wanted int"),
+    ("n: [1]", r"n: got \[1\]; wanted int"), ("n: x", "n: got 'x'; wanted int"),
+    ("n: .inf", "n: got inf; wanted int"),
+    ("shift: .nan", "shift: got nan; wanted float"), ("shift: abc", "shift: got 'abc'"),
+    ("shift: .inf", "shift: got inf; wanted float"), ("shift: true", "shift: got True"),
+    ("run: true", "run: got True; wanted str"), ("distill: {adv: maybe}", "adv: got 'maybe'"),
+    ("key: 3", r"key: got 3; wanted list\[int\]"), ("key: [0, x]", r"\[0, 'x'\]; wanted list"),
+    ("key: [0, 20]", r"key: got \[0, 20\]; wanted indices rising from 0 to n=50"),
+    ("frames: 8", "frames: got 8; wanted 4n"), ("height: 50", "height: got 50"),
+    ("distill: {form: hinges}", r"form: got 'hinges'; wanted hinge \| printed"),
+    ("a: b: c", "is not valid YAML"), ("family: wam", "family: got 'wam'")])
+def test_a_wrong_config_is_an_error_that_names_file_key_and_value(tmp_path, yaml, says):
+    with pytest.raises(ValueError, match=says):
+        config(tmp_path, yaml)
+
+
+@pytest.mark.parametrize("argv,says", [
+    (["--stepz", "3"], "unknown option '--stepz'; did you mean 'steps'"),
+    (["steps", "3"], "unknown option 'steps'"), (["-n", "3"], "unknown option '-n'"),
+    (["--steps"], "--steps: got nothing; wanted a value"),
+    (["--steps", "many"], "command line: steps: got 'many'; wanted int"),
+    (["--adv=perhaps"], "command line: adv: got 'perhaps'; wanted bool")])
+def test_a_wrong_command_line_is_an_error_that_names_the_option(tmp_path, argv, says):
+    with pytest.raises(ValueError, match=says):
+        config(tmp_path, "", *argv)
+
+
+def test_a_config_file_that_does_not_exist_is_named():
+    with pytest.raises(FileNotFoundError, match="configs/tinny.yaml: no such config"):
+        model.load_config(Config, "distill", ["configs/tinny.yaml"])
+
+
+def test_help_lists_every_field_with_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as e:
+        model.load_config(Config, "distill", ["--help"], "What it does.")
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and "What it does." in said and "python distill.py" in said
+    for f in dataclasses.fields(Config):
+        assert f"--{f.name} " in said and f.metadata["help"] in said
+    assert "[5e-06]" in said and "[none]" in said
+
+
+def test_the_resolved_config_is_printed_and_saved_with_the_run(tmp_path, capsys):
+    cfg = config(tmp_path, "", "--run", str(tmp_path / "run"), "--negative-prompt", "模糊")
+    folder = model.announce(cfg, "distill")
+    assert "lr=5e-06" in capsys.readouterr().out and folder == tmp_path / "run/distill"
+    saved = (folder / "config.yaml").read_text(encoding="utf-8")
+    assert "negative_prompt: 模糊" in saved and config(tmp_path, "distill:\n" + "".join(
+        f"  {line}\n" for line in saved.splitlines())) == cfg
+
+
+def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
+    def main():
+        raise ValueError("runs/x: wrong")
+    with pytest.raises(SystemExit) as e:
+        model.cli(main)
+    assert e.value.code == 1 and capsys.readouterr().err == "error: runs/x: wrong\n"
+
+
+STAGES = [s for s in model.STAGES if (model.ROOT / f"{s}.py").exists()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("path", sorted(model.ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_loads_in_every_stage(path, stage):
+    cfg = model.load_config(importlib.import_module(stage).Config, stage, [str(path)])
+    assert cfg.preset in model.PRESETS

@@ -1,0 +1,649 @@
+"""Stage 2: distill the teacher into a student of m steps, Algorithm 1 of AccVideo.
+
+    python distill.py [CONFIG]        torchrun --nproc-per-node 8 distill.py CONFIG
+
+Input: <run>/synvid (made first if the config is the small world's), the teacher's weights.
+Output: <run>/student.safetensors; <run>/distill/ with log.jsonl, curves.png and checkpoints.
+The same command resumes. Cost: per sample and iteration about 9 forwards of the teacher's size
+without recomputation (two forwards and backwards of the student, 3 forwards' worth of the teacher).
+
+The paper's symbols: v_θ teacher · s_β student · H_k heads[k] · t'_k t_key[k] · l_{t'_k} x_key[k] ·
+l^gen x_gen · Q_k queues[k] · λ_adv lambda_adv · m, n.  k = m is noise, k = 0 is data.
+
+Departures from the paper and open points, as decided here:
+  D1 key timesteps are indices into the teacher's grid, computed, never typed.
+  D2 an iteration is one k-step; m iterations are one pass over k.
+  D3 Q_0 is never popped, so it is not kept; entries carry their conditioning and are detached.
+  D4 the generated and the real latent share the prompt, not the noise: z is fresh.
+  D5 the student's adversarial loss is -log D by default; log(1 - D) as printed or hinge by choice.
+  D6 β is updated twice through one AdamW (literal), by an AdamW for each loss (separate) or once on
+     L_traj + λ_adv L_adv (combined, the default). x_gen's features are computed once for β and H_k.
+  D7 features: the last block for t'_k > 0, the block at 2/3 of the depth for t'_k = 0.
+"""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+from tqdm import tqdm
+
+import synvid
+from model import (
+    Ranks, Shared, announce, build_dit, cli, collate, compute_dtype, euler_step, field,
+    fingerprint, generator, latest_checkpoint, load_checkpoint, load_config, load_dit,
+    official_names, replace_file, save_checkpoint, save_tensors, setup_distributed, velocity, walk,
+    write_text)
+
+
+@dataclass
+class Config(Shared):
+    """Settings of a distillation; the paper's where it states them."""
+    synvid: str | None = field(None, "folder of trajectories; none: <run>/synvid")
+    iterations: int = field(1200, "k-steps (D2); the paper's 1200")
+    batch: int = field(32, "samples an iteration over all ranks; the paper's 32")
+    micro_batch: int = field(1, "samples a forward; the rest is gradient accumulation")
+    lr: float = field(5e-6, "AdamW learning rate of the student; the paper's 5e-6")
+    lr_final: float = field(1.0, "share of lr left at the last iteration, reached linearly")
+    lr_heads: float | None = field(None, "learning rate of the heads; none: lr")
+    beta1: float = field(0.9, "AdamW first moment decay (not stated in the paper)")
+    beta2: float = field(0.999, "AdamW second moment decay (not stated)")
+    weight_decay: float = field(0.0, "AdamW weight decay (not stated)")
+    clip: float | None = field(1.0, "largest gradient norm of an update (not stated), or none")
+    lambda_adv: float = field(0.1, "weight of L_adv; the paper's 0.1")
+    traj: bool = field(True, "train on L_traj, Eq. 6")
+    adv: bool = field(True, "train on L_adv, Eq. 7")
+    heads: Literal["per_timestep", "shared"] = field("per_timestep", "or one for all k (Table 3)")
+    head_dim: int = field(128, "channels inside a head")
+    adv_form: Literal["nonsaturating", "printed", "hinge"] = field("nonsaturating", "see D5")
+    updates: Literal["literal", "separate", "combined"] = field("combined", "see D6")
+    tap: int | None = field(None, "feature block for t'_k > 0, 0-based; none: the last (D7)")
+    tap_data: int | None = field(None, "feature block for t'_0; none: at 2/3 of the depth (D7)")
+    held_out: int = field(32, "last trajectories kept from training, for evaluation")
+    eval_every: int = field(100, "iterations between evaluations")
+    save_every: int = field(50, "iterations between checkpoints")
+    keep: int = field(2, "checkpoints kept")
+    checkpointing: bool = field(True, "recompute each block's activations in backward")
+    compile: bool = field(False, "torch.compile every block")
+    export: Literal["official", "diffusers"] = field("official", "names in student.safetensors")
+    peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
+
+
+def check_config(cfg: Config, world: int) -> None:
+    """Raise ValueError for settings that cannot work together."""
+    for key in ("iterations", "batch", "micro_batch", "held_out", "eval_every", "save_every",
+                "keep"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
+    if cfg.batch % (cfg.micro_batch * world):
+        raise ValueError(f"batch: got {cfg.batch}; wanted a multiple of micro_batch "
+                         f"{cfg.micro_batch} × {world} rank(s) = {cfg.micro_batch * world}")
+    if not (cfg.traj or cfg.adv):
+        raise ValueError("traj and adv are both off: nothing to train; switch one on")
+
+
+# ------------------------------------------------------------------------- heads and losses
+
+def make_heads(cfg: Config, dim: int) -> nn.ModuleList:
+    """H_0 … H_{m-1}, or one head for all k: 2D convolutions over a frame's grid of features.
+
+    [B·T,D,h,w] -> logits [B·T,1,h,w], a verdict a patch; zero at the start, the rest from the seed.
+    Few channels from the first layer on keep a head small beside v_θ. Source: Eq. 8; the paper says
+    no more than "2D convolutional".
+    """
+    count, c = len(cfg.key) - 1 if cfg.heads == "per_timestep" else 1, cfg.head_dim
+    heads = nn.ModuleList(nn.Sequential(
+        nn.Conv2d(dim, c, 1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(min(8, c), c),
+        nn.SiLU(), nn.Conv2d(c, 1, 3, padding=1)) for _ in range(count))
+    for name, p in heads.named_parameters():
+        if p.ndim > 1 and p.shape[0] > 1:
+            nn.init.kaiming_uniform_(p, 5 ** 0.5, generator=generator("head", cfg.seed, name))
+        elif not name.endswith("3.weight"):  # the norm's stays at 1
+            nn.init.zeros_(p)
+    return heads
+
+
+def traj_loss(student: nn.Module, x_key: list[Tensor], t_key: list[float], k: int,
+              cond: dict) -> Tensor:
+    """Mean squared error between s_β(l_{t'_{k+1}}) and the slope to l_{t'_k}. Eq. 6."""
+    slope = (x_key[k] - x_key[k + 1]) / (t_key[k] - t_key[k + 1])
+    return F.mse_loss(velocity(student, x_key[k + 1], t_key[k + 1], cond), slope)
+
+
+def features(teacher: nn.Module, x: Tensor, t: float, cond: dict, tap: int) -> Tensor:
+    """Teacher features of latents x at time t after block `tap`, by frame: [B·T,D,h,w]. Eq. 8."""
+    times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+    _, [f] = teacher(x, times, cond, taps=(tap,), velocity=False)      # B L D
+    f = F.layer_norm(f, f.shape[-1:]).unflatten(1, teacher.token_grid(*x.shape[2:]))
+    return f.permute(0, 1, 4, 2, 3).flatten(0, 1)                      # (B T) D h w
+
+
+def student_adv_loss(fake: Tensor, form: str) -> Tensor:
+    """What β minimises, from the logits of generated latents. Eq. 7, D5."""
+    if form == "nonsaturating":
+        return F.softplus(-fake).mean()          # -log D
+    if form == "printed":
+        return -F.softplus(fake).mean()          # log(1 - D)
+    return -fake.mean()                          # hinge
+
+
+def head_loss(real: Tensor, fake: Tensor, form: str) -> Tensor:
+    """What H_k minimises: -log D(real) - log(1 - D(fake)), or the hinge form. Eq. 7."""
+    if form == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def adv_losses(head: nn.Module, teacher: nn.Module, x_gen: Tensor, x_real: Tensor, t: float,
+               cond: dict, tap: int, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L_adv for β (through frozen H_k and v_θ) and for H_k (features detached). Eq. 7, 8; D6.
+
+    Returns (loss for β, loss for H_k, share of real judged real, share of generated judged so).
+    """
+    f_gen = features(teacher, x_gen, t, cond, tap)
+    with torch.no_grad():
+        f_real = features(teacher, x_real, t, cond, tap)
+    frozen = {name: p.detach() for name, p in head.named_parameters()}
+    loss_student = student_adv_loss(functional_call(head, frozen, (f_gen,)), form)
+    real, fake = head(f_real), head(f_gen.detach())
+    right = [(logits.detach() > 0).float().mean() for logits in (real, -fake)]
+    return loss_student, head_loss(real, fake, form), *right
+
+
+# ------------------------------------------------------------------------------------- data
+
+@dataclass
+class Batch:
+    """One micro-batch of trajectories: x_key[k] [B,C,T,H,W], cond, and its slots in the batch."""
+    x_key: list[Tensor]
+    cond: dict[str, Tensor]
+    slots: list[int]
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    """The order of trajectories in one pass over the data."""
+    return torch.randperm(count, generator=generator("order", seed, epoch)).tolist()
+
+
+class Loader:
+    """Micro-batches of an iteration by its number, the next one's read while this one computes.
+
+    Slot s of iteration i always means the same trajectory; micro-batch a of a rank holds the slots
+    from (a·world + rank)·micro_batch on.
+    """
+
+    def __init__(self, cfg: Config, data: "synvid.SynVid", ranks: Ranks):
+        self.cfg, self.data, self.device = cfg, data, ranks.device
+        self.shape = tuple(data.manifest["shape"])                            # C T H W
+        self.count = len(data) - cfg.held_out
+        if self.count < 1:
+            raise ValueError(f"held_out: got {cfg.held_out} of {len(data)} trajectories; wanted "
+                             "fewer, or more trajectories")
+        size, each = cfg.micro_batch, cfg.batch // (cfg.micro_batch * ranks.world)
+        starts = [(a * ranks.world + ranks.rank) * size for a in range(each)]
+        self.slots = [list(range(start, start + size)) for start in starts]
+        self.pool, self.ahead = ThreadPoolExecutor(1), {}
+
+    def batch(self, indices: list[int], slots: list[int]) -> Batch:
+        """Read trajectories and stack them; latents are fp32 whatever they are stored in."""
+        items = [self.data.read(i) for i in indices]
+        x = torch.stack([x_key for x_key, _, _ in items], 1).to(self.device)      # m+1 B C T H W
+        cond = collate([cond for _, cond, _ in items])
+        return Batch(list(x), {name: c.to(self.device) for name, c in cond.items()}, slots)
+
+    def read(self, step: int) -> list[Batch]:
+        """The micro-batches of one iteration: each trajectory once before any comes again."""
+        out = []
+        for slots in self.slots:
+            places = [divmod(step * self.cfg.batch + slot, self.count) for slot in slots]
+            out.append(self.batch([epoch_order(self.cfg.seed, epoch, self.count)[place]
+                                   for epoch, place in places], slots))
+        return out
+
+    def __call__(self, step: int) -> list[Batch]:
+        ready = self.ahead.pop(step, None)
+        batches = ready.result() if ready else self.read(step)
+        self.ahead = {step + 1: self.pool.submit(self.read, step + 1)}
+        return batches
+
+
+def draw_noise(cfg: Config, step: int, like: Batch) -> Tensor:
+    """Fresh z ~ N(0, I), one draw a slot. Alg. 1; D4."""
+    z = [torch.randn(like.x_key[0].shape[1:], generator=generator("z", cfg.seed, step, slot))
+         for slot in like.slots]
+    return torch.stack(z).to(like.x_key[0].device)
+
+
+# ------------------------------------------------------------------------------- Algorithm 1
+
+@dataclass
+class Nets:
+    """Everything a run's state consists of; `queues` holds (x_gen, x_key, cond) by k."""
+    student: nn.Module
+    teacher: nn.Module
+    heads: nn.ModuleList
+    opts: dict[str, torch.optim.Optimizer]   # traj, heads, and adv if D6 separates them
+    t_key: list[float]
+    taps: list[int]                          # by k
+    queues: list[deque]
+    step: int = 0
+
+
+def algorithm_1(cfg: Config, nets: Nets, loader, after) -> None:
+    """Distill, in the paper's order. loader(step) gives micro-batches; after(step, k, log) logs and
+    saves, and stops the loop by returning True."""
+    student, teacher, heads, queues = nets.student, nets.teacher, nets.heads, nets.queues
+    t_key, m = nets.t_key, len(nets.t_key) - 1
+    for step in range(nets.step, cfg.iterations):                     # while training      (D2)
+        k, log = m - 1 - step % m, Log(student)                       # for k = m-1 … 0
+        batches = loader(step)                                        # {l_t'm … l_t'0} ~ SynVid
+        log.lap("data")
+        if cfg.traj:
+            for b in batches:
+                loss = traj_loss(student, b.x_key, t_key, k, b.cond)  # L_traj              Eq. 6
+                (loss / len(batches)).backward()
+                log.add(loss_traj=loss)
+            log.lap("traj")
+            update_student(cfg, nets, "traj", step, log)              # β ← Update(β, L_traj) (D6)
+        if cfg.adv:
+            for b in batches:
+                if k == m - 1:
+                    z = draw_noise(cfg, step, b)                      # z ~ N(0, I)         (D4)
+                    queues[m].append((z, b.x_key, b.cond))            # Q_m.push
+                x_gen, x_key, cond = queues[k + 1].popleft()          # Q_{k+1}.pop
+                v = velocity(student, x_gen, t_key[k + 1], cond)
+                x_gen = euler_step(x_gen, v, t_key[k + 1], t_key[k])  # Solver              Eq. 5
+                if k > 0:
+                    queues[k].append((x_gen.detach(), x_key, cond))   # Q_k.push            (D3)
+                loss, loss_head, real, fake = adv_losses(             # L_adv         Eq. 7, 8, D5
+                    heads[k % len(heads)], teacher, x_gen, x_key[k], t_key[k], cond,
+                    nets.taps[k], cfg.adv_form)
+                (cfg.lambda_adv * (loss + loss_head) / len(batches)).backward()
+                log.add(loss_adv=loss, loss_head=loss_head, acc_real=real, acc_fake=fake)
+            log.lap("adv")
+            update_student(cfg, nets, "adv", step, log)               # β ← Update(β, λ L_adv)
+            update_heads(cfg, nets, step, log)                        # H_k ← Update(H_k, λ L_adv)
+        nets.step = step + 1
+        if after(step, k, log):
+            break
+
+
+def learning_rate(cfg: Config, step: int, base: float) -> float:
+    """Linear from `base` to lr_final of it at the last iteration."""
+    return base * (1 + (cfg.lr_final - 1) * step / max(cfg.iterations - 1, 1))
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """Gradient norm over all ranks."""
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def apply_update(cfg: Config, opt: torch.optim.Optimizer, params: list, lr: float) -> Tensor:
+    """Clip, step and clear the gradients; returns the gradient norm before clipping."""
+    norm = norm_of([p.grad for p in params])
+    if cfg.clip is not None:
+        nn.utils.clip_grads_with_norm_(params, cfg.clip, norm)
+    for group in opt.param_groups:
+        group["lr"] = lr
+    opt.step()
+    opt.zero_grad()
+    return norm
+
+
+def update_student(cfg: Config, nets: Nets, loss: str, step: int, log: "Log") -> None:
+    """Update β after the backward passes of one loss, "traj" or "adv", as D6 has it."""
+    params = [p for p in nets.student.parameters() if p.grad is not None]
+    if cfg.updates == "combined" and cfg.adv and cfg.traj:
+        if loss == "traj":  # set aside, so that both norms are seen; one step for both
+            log.aside = [p.grad for p in params]
+            return nets.opts["traj"].zero_grad()
+        log.add(grad_traj=norm_of(log.aside), grad_adv=norm_of([p.grad for p in params]))
+        for p, grad in zip(params, log.aside, strict=True):
+            p.grad.add_(grad)
+        log.aside, loss = [], "sum"
+    opt = nets.opts[loss if loss in nets.opts else "traj"]
+    log.add(**{f"grad_{loss}": apply_update(cfg, opt, params, learning_rate(cfg, step, cfg.lr))})
+    log.lap("optimizer")
+
+
+def update_heads(cfg: Config, nets: Nets, step: int, log: "Log") -> None:
+    """Update H_k; heads are small, so every rank keeps them whole and gradients are averaged."""
+    params = [p for p in nets.heads.parameters() if p.grad is not None]
+    for p in params:
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+    lr = learning_rate(cfg, step, cfg.lr if cfg.lr_heads is None else cfg.lr_heads)
+    log.add(grad_head=apply_update(cfg, nets.opts["heads"], params, lr))
+    log.lap("optimizer")
+
+
+# -------------------------------------------------------------------- figures and evaluation
+
+class Log:
+    """Figures of one iteration: kept on the device, gathered once at its end."""
+
+    def __init__(self, student: nn.Module):
+        self.device = next(student.parameters()).device
+        self.values, self.marks, self.aside = {}, [("", self.now())], []
+
+    def now(self) -> "float | torch.cuda.Event":
+        """A moment: the clock on a CPU, an event in the stream on a GPU (no waiting)."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, **figures: Tensor) -> None:
+        """Add one micro-batch's figures; the mean over micro-batches and ranks is logged."""
+        for name, value in figures.items():
+            self.values.setdefault(name, []).append(value.detach().float().to(self.device))
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last lap as `name`'s."""
+        self.marks.append((name, self.now()))
+
+    def gather(self, stop: bool) -> dict[str, float]:
+        """Means over micro-batches and ranks, seconds of each part, stop > 0 if a rank wants to."""
+        self.add(stop=torch.tensor(float(stop)))
+        names = sorted(self.values)
+        means = torch.stack([torch.stack(self.values[n]).mean() for n in names])
+        dist.all_reduce(means)
+        out = dict(zip(names, (means / dist.get_world_size()).tolist(), strict=True))
+        for (_, a), (name, b) in zip(self.marks, self.marks[1:], strict=False):
+            seconds = b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
+            out[f"s_{name}"] = out.get(f"s_{name}", 0.0) + seconds
+        return out
+
+
+def relative_error(x: Tensor, y: Tensor) -> Tensor:
+    """‖x − y‖² / ‖y‖² of every sample: [B]."""
+    return (x - y).flatten(1).square().sum(1) / y.flatten(1).square().sum(1)
+
+
+@torch.no_grad()
+def held_out_errors(cfg: Config, dit: nn.Module, loader: Loader, ranks: Ranks) -> dict:
+    """How far a network at the key timesteps is from held-out trajectories of the teacher.
+
+    Returns endpoint, ‖its m-step result − l_0‖² / ‖l_0‖² from the stored noise, and velocity, that
+    ratio of the slope of Eq. 6 by k; means over the held-out trajectories of all ranks.
+    """
+    t_key, size = loader.data.t_key, cfg.micro_batch
+    m = len(t_key) - 1
+    sums = torch.zeros(m + 2, device=ranks.device)
+    for start in range(0, cfg.held_out, size * ranks.world):  # every rank runs as many forwards
+        rows = [start + ranks.rank * size + j for j in range(size)]
+        real = torch.tensor([float(r < cfg.held_out) for r in rows], device=ranks.device)
+        b = loader.batch([loader.count + min(r, cfg.held_out - 1) for r in rows], rows)
+        *_, x = walk(dit, b.x_key[m], t_key[::-1], b.cond)
+        errors = [relative_error(x, b.x_key[0])]
+        for k in range(m):
+            slope = (b.x_key[k] - b.x_key[k + 1]) / (t_key[k] - t_key[k + 1])
+            v = velocity(dit, b.x_key[k + 1], t_key[k + 1], b.cond)
+            errors.append(relative_error(v, slope))
+        sums += torch.cat([(torch.stack(errors) * real).sum(1), real.sum()[None]])
+    dist.all_reduce(sums)
+    endpoint, *by_k = (sums[:-1] / sums[-1]).tolist()
+    return {"endpoint": endpoint, "velocity": by_k}
+
+
+def draw_curves(path: Path, lines: list[dict], m: int) -> None:
+    """Losses, head accuracy, gradient norms and held-out error from the log, as one PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    by_k = [(f"k={k}", [x for x in lines if x["k"] == k]) for k in range(m)]
+    panels = {  # title: [(figure, label, lines, style)]
+        "L_traj (Eq. 6)": [("loss_traj", label, own, "-") for label, own in by_k],
+        "head accuracy: real (solid), generated (dashed)":
+            [("acc_real", label, own, "-") for label, own in by_k]
+            + [("acc_fake", None, own, "--") for _, own in by_k],
+        "gradient norms before clipping": [(f"grad_{name}", name, lines, "-")
+                                           for name in ("traj", "adv", "sum", "head")],
+        "held-out endpoint error": [("endpoint", "student", lines, "o-"),
+                                    ("endpoint_teacher", "teacher, same steps", lines, "--")]}
+    fig, axes = plt.subplots(2, 2, figsize=(12, 7), constrained_layout=True)
+    for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
+        for i, (name, label, own, style) in enumerate(curves):
+            points = [(x["step"], x[name]) for x in own if name in x]
+            ax.plot(*zip(*points or [(0, math.nan)], strict=True), style, lw=1, color=f"C{i % m}",
+                    label=label if points else None)
+        ax.set(title=title, xlabel="iteration", yscale="linear" if "accuracy" in title else "log")
+        ax.legend(fontsize=8)
+    replace_file(path, lambda p: fig.savefig(p, dpi=90, format="png"))
+    plt.close(fig)
+
+
+# ---------------------------------------------------------- state: build, save, resume, export
+
+def adamw(cfg: Config, module: nn.Module) -> torch.optim.AdamW:
+    """AdamW with its state laid out at once, so that a checkpoint is read in place."""
+    opt = torch.optim.AdamW(module.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
+                            weight_decay=cfg.weight_decay)
+    for p in module.parameters():
+        opt.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p.detach()),
+                        "exp_avg_sq": torch.zeros_like(p.detach())}
+    return opt
+
+
+def build(cfg: Config, t_key: list[float], ranks: Ranks) -> Nets:
+    """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3."""
+    dtype, m = compute_dtype(ranks.device), len(t_key) - 1
+    student = load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype)
+    teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks).requires_grad_(False)
+    for block in [*student.blocks, *teacher.blocks]:
+        block.checkpointing = cfg.checkpointing
+        if cfg.compile:
+            block.compile()
+    heads = make_heads(cfg, student.cfg.dim).to(ranks.device)
+    opts = {"traj": adamw(cfg, student), "heads": adamw(cfg, heads)}
+    if cfg.updates == "separate":
+        opts["adv"] = adamw(cfg, student)
+    depth = len(teacher.blocks)
+    last = depth - 1 if cfg.tap is None else cfg.tap                                         # D7
+    data = math.ceil(depth * 2 / 3) - 1 if cfg.tap_data is None else cfg.tap_data            # D7
+    return Nets(student, teacher, heads, opts, t_key, [data] + [last] * (m - 1),
+                [deque() for _ in range(m + 1)])
+
+
+def state_of(nets: Nets, slots: dict[str, Tensor]) -> dict:
+    """All tensors of a run by name; a checkpoint is read into this dict, in place."""
+    student, heads = (dict(net.named_parameters()) for net in (nets.student, nets.heads))
+    state = {"student": {n: p.detach() for n, p in student.items()},
+             "heads": {n: p.detach() for n, p in heads.items()}, "queue": slots}
+    for name, opt in nets.opts.items():
+        named = heads if name == "heads" else student
+        state[f"opt_{name}"] = {f"{n}/{key}": value for n, p in named.items()
+                                for key, value in opt.state[p].items()}
+    return state
+
+
+def save(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) -> None:
+    """Checkpoint networks, optimizers and the one queue that is not empty between iterations."""
+    entries = [entry for queue in nets.queues for entry in queue]
+    slots = {str(slot): x for (x_gen, _, _), mine in zip(entries, loader.slots, strict=False)
+             for slot, x in zip(mine, x_gen, strict=True)}
+    save_checkpoint(Path(cfg.run) / "distill", nets.step, state_of(nets, slots), meta, ranks,
+                    cfg.keep)
+
+
+MAY_CHANGE = {"run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep",
+              "synvid", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps"}
+
+
+def resume(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) -> None:
+    """Continue from the newest whole checkpoint, if there is one.
+
+    Raises ValueError when it belongs to a run with other settings.
+    """
+    found = latest_checkpoint(Path(cfg.run) / "distill")
+    if found is None:
+        return
+    path, saved = found
+    for key in ["teacher", "count", *(key for key in meta["config"] if key not in MAY_CHANGE)]:
+        old, new = (about.get(key, about["config"].get(key)) for about in (saved, meta))
+        if old != new:
+            raise ValueError(f"{path}: that run began with {key}={old}, the config has {new}: go "
+                             "back to it, choose another --run, or remove that run's checkpoints")
+    nets.step, m = saved["step"], len(nets.t_key) - 1
+    done, slots = nets.step % m if cfg.adv else 0, {}
+    if done:  # in the midst of a pass over k, Q_{m - done} holds the generated latents
+        slots = {str(slot): torch.zeros(loader.shape, device=ranks.device)
+                 for mine in loader.slots for slot in mine}
+    load_checkpoint(path, state_of(nets, slots))
+    for b in loader.read(nets.step - done) if done else []:  # the trajectories the pass began with
+        x_gen = torch.stack([slots[str(slot)] for slot in b.slots])
+        nets.queues[m - done].append((x_gen, b.x_key, b.cond))
+    if ranks.rank == 0:
+        print(f"resuming from {path}", flush=True)
+
+
+def export_student(cfg: Config, nets: Nets, ranks: Ranks, meta: dict) -> Path:
+    """Write <run>/student.safetensors with the key timesteps and the teacher's identity."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors = get_model_state_dict(nets.student, options=options)
+    path = Path(cfg.run) / "student.safetensors"
+    if ranks.rank == 0:
+        tensors = official_names(tensors, "transformer", reverse=cfg.export == "diffusers")
+        keys = ("family", "preset", "key", "n", "shift", "cfg_scale")
+        about = {key: getattr(cfg, key) for key in keys}
+        about |= {"t_key": nets.t_key[::-1], "teacher": meta["teacher"], "iterations": nets.step}
+        save_tensors(path, tensors, {"format": "pt", "accvideo": json.dumps(about)})
+    return path
+
+
+def memory_plan(cfg: Config, shape: tuple[int, ...], ranks: Ranks) -> str:
+    """GiB a rank will need, from the shapes; what the framework itself takes is not in it."""
+    with torch.device("meta"):
+        dit = build_dit(cfg.preset)
+    wide = compute_dtype(ranks.device).itemsize
+    count, block = (sum(p.numel() for p in net.parameters()) for net in (dit, dit.blocks[0]))
+    rest = count - len(dit.blocks) * block
+    L, D = math.prod(dit.token_grid(*shape[1:])) * cfg.micro_batch, dit.cfg.dim
+    working = L * (D * (4 * 6 + wide * 10) + dit.cfg.ffn_dim * wide * 3)   # inside one block
+    kept = L * D * 4 if cfg.checkpointing else working                     # of each block
+    aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
+    parts = {"student": 4 * count / ranks.world, "gradients": 4 * aside * count / ranks.world,
+             "AdamW": 8 * (1 + (cfg.updates == "separate")) * count / ranks.world,
+             "teacher": wide * count / ranks.world,
+             "gathered layers": 2 * wide * (2 * block + rest) if ranks.world > 1 else 0,
+             "activations": len(dit.blocks) * kept * (1 + cfg.adv) + working,
+             "batch, queue": 8 * cfg.batch // ranks.world * math.prod(shape) * (len(cfg.key) + 1)}
+    lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
+    lines.append(f"  {'together':<16}{sum(parts.values()) / 2 ** 30:9.2f} GiB a rank")
+    if ranks.device.type == "cuda":
+        have = torch.cuda.mem_get_info(ranks.device)[1]
+        word = "fits in" if sum(parts.values()) < 0.92 * have else "DOES NOT FIT in"
+        lines.append(f"  {word} the GPU's {have / 2 ** 30:.0f} GiB")
+    return "memory plan\n" + "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the config, make a missing small SynVid, train or resume, export."""
+    argv = sys.argv[1:] if argv is None else argv
+    cfg = load_config(Config, "distill", argv, __doc__)
+    ranks = setup_distributed(cfg.device)
+    check_config(cfg, ranks.world)
+    folder = announce(cfg, "distill", ranks)
+    data = open_synvid(cfg, argv)
+    loader = Loader(cfg, data, ranks)
+    meta = {"config": asdict(cfg), "teacher": fingerprint(cfg.weights), "count": loader.count}
+    if ranks.rank == 0:
+        print(memory_plan(cfg, loader.shape, ranks), flush=True)
+    nets = build(cfg, data.t_key, ranks)
+    resume(cfg, nets, loader, ranks, meta)
+    m, tokens = len(data.t_key) - 1, math.prod(nets.student.token_grid(*loader.shape[1:]))
+    depth = len(nets.teacher.blocks)
+    lines = read_log(folder / "log.jsonl", nets.step)
+    base = held_out_errors(cfg, nets.teacher, loader, ranks)["endpoint"]
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: stop.append(number))
+    bar = tqdm(total=cfg.iterations, initial=nets.step, desc="distill", disable=ranks.rank > 0)
+
+    def after(step: int, k: int, log: Log) -> bool:
+        figures = log.gather(bool(stop))
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(f"iteration {step}, k={k}: {bad[0]} is {figures[bad[0]]}: stopped; "
+                             f"the last good checkpoint stays in {folder}. Lower lr, or set clip")
+        seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
+        flops = (6 * cfg.traj + cfg.adv * (6 + 3 * (nets.taps[k] + 1) / depth)) * cfg.batch \
+            * nets.student.flops(tokens)
+        line = {"step": nets.step, "k": k, **figures, "lr": learning_rate(cfg, step, cfg.lr),
+                "seconds": seconds, "tokens_per_s": cfg.batch * tokens / seconds}
+        if cfg.peak_tflops is not None:
+            line["mfu"] = flops / seconds / (cfg.peak_tflops * 1e12 * ranks.world)
+        last, stopping = nets.step == cfg.iterations, line.pop("stop") > 0
+        if nets.step % cfg.eval_every == 0 or last:
+            line |= held_out_errors(cfg, nets.student, loader, ranks) | {"endpoint_teacher": base}
+        if nets.step % cfg.save_every == 0 or last or stopping:
+            save(cfg, nets, loader, ranks, meta)
+        lines.append(line)
+        if ranks.rank == 0:
+            with (folder / "log.jsonl").open("a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+            if "endpoint" in line:
+                draw_curves(folder / "curves.png", lines, m)
+        bar.set_postfix_str(" ".join(f"{name}={line[name]:.3g}" for name in
+                                     ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line))
+        bar.update()
+        return stopping
+
+    if ranks.rank == 0:
+        write_text(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    algorithm_1(cfg, nets, loader, after)
+    bar.close()
+    if nets.step < cfg.iterations:
+        print(f"stopped by a signal after iteration {nets.step}: the same command goes on")
+        return
+    path = export_student(cfg, nets, ranks, meta)
+    if ranks.rank == 0:
+        own = [x for x in lines if "endpoint" in x][-1]
+        print(f"student: {path}  curves: {folder / 'curves.png'}\nheld-out endpoint error: student "
+              f"{own['endpoint']:.4f}, teacher at the same {m} steps {base:.4f} "
+              f"(ratio {own['endpoint'] / base:.2f})", flush=True)
+    dist.barrier()
+
+
+def read_log(path: Path, step: int) -> list[dict]:
+    """A log's lines up to an iteration; what a crash cut off or will be repeated is dropped."""
+    text = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    whole = [json.loads(line) for line in text if line.endswith("}")]
+    return [x for x in whole if x["step"] <= step]
+
+
+def open_synvid(cfg: Config, argv: list[str]) -> "synvid.SynVid":
+    """The trajectories of this run; for the small world they are made if there are none."""
+    folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
+    config = argv[0] if argv and not argv[0].startswith("-") else "configs/tiny.yaml"
+    if not (folder / "manifest.json").exists() and cfg.preset != "tiny":
+        raise FileNotFoundError(f"{folder}: no SynVid here: make it by `python synvid.py {config}`")
+    if cfg.preset == "tiny" and cfg.synvid is None:
+        shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
+        text = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in shared.items()}
+        start = argv[:1] if argv and not argv[0].startswith("-") else []
+        synvid.main([*start, *(f"--{k}={v}" for k, v in text.items())])  # what is there is skipped
+        dist.barrier()
+    return synvid.SynVid(folder, cfg)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,432 @@
+"""Stage 2: Algorithm 1 in the paper's order, its losses, its data order, and nothing lost."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import deque
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import distill
+import model
+from model import WanConfig, generator, key_times
+
+SMALL = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=3, text_dim=8, text_len=4,
+                  freq_dim=16)
+M3 = key_times("wan", 6, 5.0, [0, 2, 4, 6])[::-1]
+
+
+class FakeSynVid:
+    """Random trajectories in memory with SynVid's interface."""
+
+    def __init__(self, t_key, count=12, shape=(16, 2, 4, 4)):
+        self.t_key, self.count, self.manifest = t_key, count, {"shape": list(shape)}
+
+    def __len__(self):
+        return self.count
+
+    def read(self, i):
+        g = generator("fake", i)
+        x = torch.randn(len(self.t_key), *self.manifest["shape"], generator=g)
+        return x, {"text": torch.randn(1 + i % 4, 8, generator=g)}, f"prompt {i}"
+
+
+@pytest.fixture
+def ranks():
+    yield model.setup_distributed("cpu")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """A small random teacher as one file, its sizes known as preset `small`."""
+    monkeypatch.setitem(model.PRESETS, "small", SMALL)
+    dit = model.build_dit("small")
+    dit.init_weights(generator("teacher"))
+    with torch.no_grad():
+        dit.head.head.weight.normal_(std=0.2, generator=generator("head"))
+    path = tmp_path / "teacher.safetensors"
+    model.save_tensors(path, dit.state_dict(), {})
+    return path
+
+
+def settings(weights, tmp_path, **own):
+    base = {"preset": "small", "weights": str(weights), "run": str(tmp_path / "run"), "n": 6,
+            "key": [0, 2, 4, 6], "shift": 5.0, "batch": 4, "micro_batch": 4, "iterations": 6,
+            "held_out": 3, "lr": 1e-3, "clip": None, "head_dim": 8, "checkpointing": False}
+    return distill.Config(**{**base, **own})
+
+
+def run(cfg, ranks, steps=None, nets=None):
+    """Distill in this process; returns nets and each iteration's figures."""
+    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    nets = nets or distill.build(cfg, M3, ranks)
+    lines = []
+
+    def after(step, k, log):
+        lines.append({"k": k, **log.gather(False)})
+        return steps is not None and len(lines) == steps
+
+    distill.algorithm_1(cfg, nets, loader, after)
+    return nets, lines
+
+
+def parameters(nets):
+    return torch.cat([model.local_rows(p)[0].flatten() for p in nets.student.parameters()])
+
+
+class Recorder(nn.Module):
+    """A network that notes the times it is asked for, whether a gradient flows, and the taps."""
+
+    def __init__(self, name, events):
+        super().__init__()
+        self.name, self.events, self.scale = name, events, nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, cond, taps=(), velocity=True):
+        kind = "generated" if x.requires_grad else "stored"
+        self.events.append((self.name, round(float(t[0]), 6), *([kind, *taps] if taps else [])))
+        return (None, [x.flatten(2).transpose(1, 2)]) if taps else self.scale * x
+
+    def token_grid(self, T, H, W):
+        return T, H, W
+
+
+def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks):
+    events = []
+    cfg = distill.Config(key=[0, 2, 4, 6], n=6, batch=2, micro_batch=2, iterations=3, held_out=1,
+                         updates="literal")
+    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    heads = distill.make_heads(cfg, 16)
+    queues = [deque() for _ in range(4)]
+    nets = distill.Nets(Recorder("student", events), Recorder("teacher", events), heads, {}, M3,
+                        [1, 2, 2], queues)
+    for name in ("update_student", "update_heads"):
+        monkeypatch.setattr(distill, name, lambda cfg, nets, *loss, _n=name: events.append(
+            (_n, *[x for x in loss if isinstance(x, str)])))
+    for k, head in enumerate(heads):
+        head.register_forward_hook(lambda *_, k=k: events.append(("head", k)))
+    noise = distill.draw_noise
+    monkeypatch.setattr(distill, "draw_noise", lambda *a: events.append(("noise",)) or noise(*a))
+    monkeypatch.setattr(distill, "functional_call", lambda head, params, args: head(*args))
+
+    def data(step):
+        events.append(("data", step))
+        return loader.read(step)
+
+    distill.algorithm_1(cfg, nets, data, lambda step, k, log: events.append(
+        ("queues", [len(q) for q in queues])))
+
+    t, expected = [round(x, 6) for x in M3], []
+    for step, k in enumerate((2, 1, 0)):
+        tap = 1 if k == 0 else 2
+        expected += [("data", step), ("student", t[k + 1]), ("update_student", "traj")]
+        expected += [("noise",)] if k == 2 else []
+        expected += [("student", t[k + 1]), ("teacher", t[k], "generated", tap),
+                     ("teacher", t[k], "stored", tap), ("head", k), ("head", k), ("head", k),
+                     ("update_student", "adv"), ("update_heads",),
+                     ("queues", [0, int(k == 1), int(k == 2), 0])]
+    assert events == expected
+
+
+def test_oracle_student_has_zero_trajectory_loss():
+    x, _, _ = FakeSynVid(M3).read(0)
+    x_key = list(x[:, None])
+    slope = {M3[k + 1]: (x_key[k] - x_key[k + 1]) / (M3[k] - M3[k + 1]) for k in range(3)}
+    for k in range(3):
+        loss = distill.traj_loss(lambda x, t, cond: slope[float(t[0])], x_key, M3, k, {})
+        assert loss.item() == 0
+
+
+def test_losses_at_zero_logits_are_those_of_a_coin():
+    zero = torch.zeros(2, 3)
+    assert distill.head_loss(zero, zero, "nonsaturating").item() == pytest.approx(2 * math.log(2))
+    assert distill.head_loss(zero, zero, "hinge").item() == 2
+    assert distill.student_adv_loss(zero, "nonsaturating").item() == pytest.approx(math.log(2))
+    assert distill.student_adv_loss(zero, "printed").item() == pytest.approx(-math.log(2))
+
+
+def test_adversarial_forms_push_logits_of_generated_latents_up():
+    for form in ("nonsaturating", "printed", "hinge"):
+        fake = torch.tensor([-1.0, 0.5], requires_grad=True)
+        distill.student_adv_loss(fake, form).backward()
+        assert (fake.grad < 0).all()
+
+
+def test_fresh_heads_are_undecided_and_differ_by_seed_alone():
+    cfg = distill.Config(head_dim=8)
+    a, b = distill.make_heads(cfg, 24), distill.make_heads(cfg, 24)
+    assert len(a) == 5 and len(distill.make_heads(distill.Config(heads="shared"), 24)) == 1
+    assert a[2](torch.randn(2, 24, 4, 5)).abs().max() == 0
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert not torch.equal(a[0][0].weight, a[1][0].weight)
+
+
+def test_teacher_and_head_stay_frozen_while_the_generated_latent_gets_a_gradient(weights):
+    teacher = model.load_dit(weights, "small").requires_grad_(False)
+    [head] = distill.make_heads(distill.Config(heads="shared", head_dim=8), 24)
+    nn.init.normal_(head[-1].weight)
+    x_gen = torch.randn(2, 16, 2, 4, 4, requires_grad=True)
+    x_real, cond = torch.randn(2, 16, 2, 4, 4), {"text": torch.randn(2, 3, 8)}
+    loss, loss_head, real, fake = distill.adv_losses(head, teacher, x_gen, x_real, M3[1], cond, 2,
+                                                     "nonsaturating")
+    loss.backward()
+    assert x_gen.grad.abs().max() > 0
+    assert all(p.grad is None for p in [*teacher.parameters(), *head.parameters()])
+    x_gen.grad = None
+    loss_head.backward()
+    assert x_gen.grad is None and head[0].weight.grad.abs().max() > 0
+    assert 0 <= real <= 1 and 0 <= fake <= 1
+
+
+def test_queue_entries_are_detached_and_carry_prompt_and_latents(weights, tmp_path, ranks):
+    nets, _ = run(settings(weights, tmp_path), ranks, steps=1)
+    assert [len(q) for q in nets.queues] == [0, 0, 1, 0]
+    x_gen, x_key, cond = nets.queues[2][0]
+    assert not x_gen.requires_grad and len(x_key) == 4 and cond["text"].shape[0] == 4
+
+
+def test_every_trajectory_is_read_once_before_any_comes_again(weights, tmp_path, ranks):
+    cfg = settings(weights, tmp_path, batch=3, micro_batch=1)
+    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    first = {i: FakeSynVid(M3).read(i)[0][0] for i in range(9)}
+    seen = [next(i for i, x in first.items() if torch.equal(x, b.x_key[0][0]))
+            for step in range(3) for b in loader(step)]
+    assert sorted(seen) == list(range(9)) and seen != list(range(9))
+
+
+def test_accumulated_micro_batches_equal_one_batch(weights, tmp_path, ranks):
+    whole, _ = run(settings(weights, tmp_path, lr=1e-4), ranks)
+    parts, _ = run(settings(weights, tmp_path, lr=1e-4, micro_batch=1), ranks)
+    assert (parameters(whole) - parameters(parts)).abs().max() < 1e-5
+
+
+def test_activation_checkpointing_changes_no_parameter(weights, tmp_path, ranks):
+    plain, _ = run(settings(weights, tmp_path), ranks, steps=2)
+    saved, _ = run(settings(weights, tmp_path, checkpointing=True), ranks, steps=2)
+    assert (parameters(plain) - parameters(saved)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("updates", ["literal", "separate", "combined"])
+def test_updates_of_the_student_are_those_of_d6(updates, weights, tmp_path, ranks):
+    cfg = settings(weights, tmp_path, updates=updates)
+    nets, _ = run(cfg, ranks, steps=4)
+    # the same four iterations by hand
+    ours = distill.build(cfg, M3, ranks)
+    loader, student = distill.Loader(cfg, FakeSynVid(M3), ranks), ours.student
+    first = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0)
+    second = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0)
+    second = {"literal": first, "separate": second, "combined": first}[updates]
+    for step in range(4):
+        k, [b] = 2 - step % 3, loader.read(step)
+        distill.traj_loss(student, b.x_key, M3, k, b.cond).backward()
+        if updates != "combined":
+            first.step()
+            first.zero_grad()
+        if k == 2:
+            x, pushed = distill.draw_noise(cfg, step, b), b
+        v = model.velocity(student, x, M3[k + 1], pushed.cond)
+        x = model.euler_step(x, v, M3[k + 1], M3[k])
+        loss, loss_head, _, _ = distill.adv_losses(
+            ours.heads[k], ours.teacher, x, pushed.x_key[k], M3[k], pushed.cond, ours.taps[k],
+            cfg.adv_form)
+        (cfg.lambda_adv * (loss + loss_head)).backward()
+        second.step()
+        second.zero_grad()
+        distill.update_heads(cfg, ours, step, distill.Log(student))
+        x = x.detach()
+    assert (parameters(nets) - parameters(ours)).abs().max() < 1e-6
+
+
+def test_switching_a_loss_off_leaves_its_calls_out(weights, tmp_path, ranks):
+    _, lines = run(settings(weights, tmp_path, adv=False), ranks, steps=2)
+    assert "loss_adv" not in lines[0] and "loss_traj" in lines[0] and "grad_traj" in lines[0]
+    nets, lines = run(settings(weights, tmp_path, traj=False), ranks, steps=2)
+    assert "loss_traj" not in lines[0] and "loss_adv" in lines[0] and "grad_adv" in lines[0]
+    assert lines[0]["loss_head"] == pytest.approx(2 * math.log(2), rel=1e-6)
+
+
+def test_trajectory_loss_falls_and_the_held_out_error_with_it(weights, tmp_path, ranks):
+    cfg = settings(weights, tmp_path, iterations=60, adv=False, lr=5e-3)
+    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    nets = distill.build(cfg, M3, ranks)
+    _, lines = run(cfg, ranks, nets=nets)
+    assert lines[-1]["loss_traj"] < 0.9 * next(x for x in lines if x["k"] == 0)["loss_traj"]
+    errors = distill.held_out_errors(cfg, nets.student, loader, ranks)
+    assert len(errors["velocity"]) == 3 and errors["endpoint"] > 0
+
+
+def test_held_out_error_of_an_exact_student_is_zero(weights, tmp_path, ranks):
+    cfg = settings(weights, tmp_path, micro_batch=2)
+    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    x = torch.stack([loader.data.read(9 + j)[0] for j in range(3)], 1)
+
+    def oracle(x_t, t, cond):  # held-out rows come as 9, 10 and then 11, 11
+        k = M3.index(float(t[0])) - 1
+        slopes = (x[k] - x[k + 1]) / (M3[k] - M3[k + 1])
+        near = torch.cdist(x_t.flatten(1), x[k + 1].flatten(1)).argmin(1)
+        return slopes[near]
+
+    errors = distill.held_out_errors(cfg, oracle, loader, ranks)
+    assert errors["endpoint"] < 1e-10 and max(errors["velocity"]) < 1e-10
+
+
+def test_resuming_gives_the_same_bits_at_every_k(weights, tmp_path, ranks):
+    cfg = settings(weights, tmp_path, updates="separate")
+    undisturbed, _ = run(cfg, ranks)
+    meta = {"config": distill.asdict(cfg), "teacher": "t", "count": 9}
+    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    for steps in (1, 2, 3, 4):
+        nets, _ = run(cfg, ranks, steps=steps)
+        distill.save(cfg, nets, loader, ranks, meta)
+        fresh = distill.build(cfg, M3, ranks)
+        distill.resume(cfg, fresh, loader, ranks, meta)
+        assert fresh.step == steps
+        run(cfg, ranks, nets=fresh)
+        assert torch.equal(parameters(fresh), parameters(undisturbed))
+
+
+def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_path, ranks):
+    cfg = settings(weights, tmp_path)
+    nets, _ = run(cfg, ranks, steps=1)
+    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    meta = {"config": distill.asdict(cfg), "teacher": "t", "count": 9}
+    distill.save(cfg, nets, loader, ranks, meta)
+    other = distill.asdict(settings(weights, tmp_path, lr=2e-3))
+    with pytest.raises(ValueError, match="lr=0.001, the config has 0.002"):
+        distill.resume(cfg, nets, loader, ranks, {**meta, "config": other})
+    with pytest.raises(ValueError, match="teacher=t, the config has u"):
+        distill.resume(cfg, nets, loader, ranks, {**meta, "teacher": "u"})
+
+
+@pytest.mark.parametrize("own, message", [
+    ({"batch": 5, "micro_batch": 2}, "batch: got 5; wanted a multiple of micro_batch 2"),
+    ({"traj": False, "adv": False}, "traj and adv are both off"),
+    ({"iterations": 0}, "iterations: got 0"), ({"held_out": 0}, "held_out: got 0")])
+def test_settings_that_cannot_work_are_named(own, message):
+    with pytest.raises(ValueError, match=message):
+        distill.check_config(distill.Config(**own), 1)
+
+
+def test_holding_out_everything_is_an_error(weights, tmp_path, ranks):
+    with pytest.raises(ValueError, match="held_out: got 12 of 12"):
+        distill.Loader(settings(weights, tmp_path, held_out=12), FakeSynVid(M3), ranks)
+
+
+# ---------------------------------------------------------------------- as a user runs it
+
+QUICK = {"iterations": 8, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 1,
+         "eval_every": 4, "lr": 1e-3, "head_dim": 8, "keep": 2, "checkpointing": False}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_weights):
+    """One whole run of the command; its folder and the config's text for others."""
+    folder = tmp_path_factory.mktemp("distill")
+    config = {"weights": str(tiny_weights), "height": 16, "width": 16, "frames": 5, "n": 4,
+              "key": [0, 2, 4], "device": "cpu", "distill": QUICK,
+              "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return folder, path
+
+
+def test_command_makes_a_missing_small_synvid_trains_and_exports(undisturbed, run_stage):
+    folder, config = undisturbed
+    done = run_stage("distill", config, "--run", folder / "a")
+    assert "memory plan" in done.stdout and "held-out endpoint error" in done.stdout
+    path = folder / "a/student.safetensors"
+    with safe_open(path, "pt") as f:
+        about = json.loads(f.metadata()["accvideo"])
+        names = set(f.keys())
+    assert about["t_key"] == key_times("wan", 4, 7.0, [0, 2, 4]) and about["iterations"] == 8
+    assert names == set(dict(model.build_dit("tiny").named_parameters()))
+    lines = [json.loads(x) for x in (folder / "a/distill/log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == list(range(1, 9))
+    assert [x["k"] for x in lines[:3]] == [1, 0, 1]
+    assert {"loss_traj", "loss_adv", "loss_head", "acc_real", "acc_fake", "grad_traj", "grad_adv",
+            "grad_head", "lr", "s_data", "tokens_per_s"} <= lines[0].keys()
+    assert "endpoint" in lines[3] and len(lines[3]["velocity"]) == 2
+    assert (folder / "a/distill/curves.png").read_bytes()[:4] == b"\x89PNG"
+    kept = sorted(p.name for p in (folder / "a/distill").glob("step_*"))
+    assert kept == ["step_000007", "step_000008"]
+
+
+def test_killed_ten_times_it_ends_with_the_same_weights(undisturbed, command, tmp_path):
+    folder, config = undisturbed
+    moments, kills = random.Random(0), 0
+    log = tmp_path / "b/distill/log.jsonl"
+    os.symlink(folder / "a/synvid", _made(tmp_path / "b") / "synvid")
+    for attempt in range(11):
+        process = subprocess.Popen(command("distill", config, "--run", tmp_path / "b"),
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if attempt < 10:  # on the way up, or some moments after one more iteration was logged
+            lines = log.read_text().count("\n") if log.exists() else 0
+            until = time.monotonic() + (1.5 if attempt % 4 == 3 else 120)
+            while process.poll() is None and time.monotonic() < until:
+                if log.exists() and log.read_text().count("\n") > min(lines, attempt * 2 // 3):
+                    time.sleep(moments.uniform(0, 0.3))
+                    break
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+    out = process.communicate()[0]
+    assert process.returncode == 0, out
+    assert kills == 10
+    ours, theirs = (load_file(p / "student.safetensors") for p in (tmp_path / "b", folder / "a"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def _made(path):
+    path.mkdir(parents=True)
+    return path
+
+
+def test_sigterm_saves_exits_cleanly_and_can_go_on(undisturbed, command, run_stage, tmp_path):
+    folder, config = undisturbed
+    os.symlink(folder / "a/synvid", _made(tmp_path / "c") / "synvid")
+    args = (config, "--run", tmp_path / "c", "--save_every", "100")
+    process = subprocess.Popen(command("distill", *args), stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "c/distill/log.jsonl"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "the same command goes on" in out
+    assert len(list((tmp_path / "c/distill").glob("step_*"))) == 1
+    run_stage("distill", *args)
+    ours, theirs = (load_file(p / "student.safetensors") for p in (tmp_path / "c", folder / "a"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_ranks_give_the_parameters_of_one(undisturbed, run_stage, tmp_path):
+    folder, config = undisturbed
+    os.symlink(folder / "a/synvid", _made(tmp_path / "d") / "synvid")
+    run_stage("distill", config, "--run", tmp_path / "d", ranks=2)
+    ours, theirs = (load_file(p / "student.safetensors") for p in (tmp_path / "d", folder / "a"))
+    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5
+
+
+def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, tmp_path):
+    folder, config = undisturbed
+    os.symlink(folder / "a/synvid", _made(tmp_path / "e") / "synvid")
+    done = run_stage("distill", config, "--run", tmp_path / "e", "--lr", "1e30", "--clip", "none",
+                     check=False)
+    assert done.returncode == 1 and "error: iteration" in done.stderr and "is nan" in done.stderr
+    assert not (tmp_path / "e/student.safetensors").exists()
+
+
+def test_missing_synvid_of_another_preset_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(model.PRESETS, "small", SMALL)
+    cfg = distill.Config(preset="small", run=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="python synvid.py my.yaml"):
+        distill.open_synvid(cfg, ["my.yaml"])

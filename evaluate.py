@@ -1,0 +1,434 @@
+"""Stage 4: what few steps cost and what distillation wins back, as one table.
+
+    python evaluate.py [CONFIG] [--students a.safetensors,b.safetensors] [--count 96]
+
+In:   the weight folder, the student (or several, from several seeds), held-out captions.
+Out:  <run>/evaluate/: table.md, table.json, table.png; videos.mp4, videos.gif and videos.png, which
+      show teacher@n, teacher@m and student@m (of several the first) side by side.
+Cost: `count` × 2 trajectories of the teacher and a few decodes: a minute for the small world.
+
+Everyone starts from the same noise on the same captions. teacher@m walks the student's own key
+timesteps. The columns, N videos, x latents, all in float64:
+  endpoint   mean of ‖x − x50‖² / ‖x50‖², x50 what teacher@n makes of the same noise
+  energy     2 E|x − y| − E|x − x'| − E|y − y'| over pairs of different videos (unbiased, so that it
+             may fall below 0), |·| root mean square over latent elements; y are other teacher@n
+             samples of the same captions, with other noise. teacher@n's own value is its zero.
+  sliced W   Wasserstein-1 distance to y along fixed random unit directions, their mean
+  HF         high-frequency energy (teacher.high_frequency) of the videos over that of teacher@n's
+  oracle     part of the videos that show what their caption says (small world only)
+± is a standard error over videos, by jackknife for energy, sliced W and HF; for the two distances
+that of the difference from teacher@n's value, since noise and y are shared (in teacher@n's own
+row: of the value). In the row of several students' mean it is over students.
+"""
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+import teacher as world
+from encoders import (
+    contact_sheet, label_strip, load_vae, read_prompts, side_by_side, write_video)
+from model import (
+    ROOT, Shared, announce, cli, compute_dtype, field, generator, load_config, pick_device,
+    replace_file, time_grid, write_json, write_text)
+from sample import (
+    Watch, denoise, device_name, draw_noise, encode_texts, load_student, load_teacher,
+    student_facts, thumbnail)
+
+
+@dataclass
+class Config(Shared):
+    """Settings of an evaluation."""
+    prompts: str | None = field(None, "held-out captions; none: <weights>/prompts_heldout.txt")
+    students: str | None = field(None, "files, comma between; none: <run>/student.safetensors")
+    count: int = field(96, "videos of each model, and of the independent teacher samples")
+    batch: int = field(32, "videos denoised at once")
+    videos: int = field(6, "captions shown side by side")
+    directions: int = field(128, "random directions of sliced W")
+
+
+# ----------------------------------------------------------------------------------- metrics
+
+Statistic = Callable[[Tensor], float]  # of the videos whose indices it is given
+
+
+def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
+    """‖x − x50‖² / ‖x50‖² of each video, float64 [N], for latents [N, …] from the same noise."""
+    x, x50 = x.double().flatten(1), x50.double().flatten(1)
+    return (x - x50).square().sum(1) / x50.square().sum(1)
+
+
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Root mean square difference of each x [N, …] to each y [M, …], float64 [N, M]."""
+    x, y = x.double().flatten(1), y.double().flatten(1)
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
+
+
+def energy_distance(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
+    """2 E|x − y| − E|x − x'| − E|y − y'| from the distance matrices of N videos each.
+
+    x_i and y_i share caption i, so the diagonal of xy is left out like those of xx and yy: all
+    three means are over the same pairs of captions, and equal distributions give 0 on average.
+    Source: Székely and Rizzo, 2013 (U-statistic).
+    """
+    off = 1 - torch.eye(len(xx), dtype=xx.dtype)
+    return float(((2 * xy - xx - yy) * off).sum() / off.sum())
+
+
+def projections(x: Tensor, count: int) -> Tensor:
+    """x [N, …] along `count` fixed random unit directions, float64 [N, count]."""
+    x, g = x.double().flatten(1), generator("sliced Wasserstein")
+    out = []
+    for _ in range(count):  # one by one: large latents have millions of elements
+        u = torch.randn(x.shape[1], generator=g, dtype=torch.float64)
+        out.append(x @ (u / u.norm()))
+    return torch.stack(out, 1)
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
+    """Mean over directions of the Wasserstein-1 distance of projections x, y [N, directions]."""
+    return float((x.sort(0).values - y.sort(0).values).abs().mean())
+
+
+def set_distances(x: Tensor, y: Tensor, directions: int) -> dict[str, Statistic]:
+    """Energy and sliced Wasserstein distance of latents x, y [N, …] as functions of indices."""
+    xx, yy, xy = distances(x, x), distances(y, y), distances(x, y)
+    p, q = projections(x, directions), projections(y, directions)
+    return {"energy": lambda i: energy_distance(xx[i][:, i], yy[i][:, i], xy[i][:, i]),
+            "sliced": lambda i: sliced_wasserstein(p[i], q[i])}
+
+
+def mean_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error, of values [N]."""
+    values = values.double()
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+
+
+def jackknife(statistic: Statistic, n: int) -> tuple[float, float]:
+    """A statistic of n videos, given their indices, and its leave-one-out standard error."""
+    every = torch.arange(n)
+    left = torch.tensor([statistic(every[every != i]) for i in range(n)], dtype=torch.float64)
+    return statistic(every), float(((n - 1) * left.var(correction=0)).sqrt())
+
+
+# ---------------------------------------------------------------------------------- sampling
+
+@dataclass
+class Samples:
+    """What one model made: latents [N,C,T,H,W], and after `look` what its videos showed."""
+    label: str
+    latents: Tensor
+    evaluations: int
+    seconds: float                                # of the DiT, a video
+    hf: Tensor | None = None                      # [N]
+    hits: dict[str, Tensor] | None = None         # [N] bool for each attribute, and "all"
+    shown: list[Tensor] | None = None             # the videos of cfg.videos captions, small
+    decode_seconds: float = 0.0                   # a video
+
+
+def walk_all(label: str, dit: nn.Module, times: list[float], noise: Tensor, conds: list[dict],
+             uncond: dict | None, cfg: Config, device: torch.device) -> Samples:
+    """Denoise noise [N,C,T,H,W] in batches along `times`; uncond None is without guidance."""
+    watch, out, steps = Watch(device), [], len(times) - 1
+    bar = tqdm(total=len(noise) * steps, desc=label, unit="step", mininterval=1, disable=None)
+    for a in range(0, len(noise), cfg.batch):
+        b = slice(a, a + cfg.batch)
+        x, _ = denoise(dit, noise[b], times, conds[b], uncond, cfg.cfg_scale, watch, bar)
+        out.append(x.cpu())
+    bar.close()
+    latents, evaluations = torch.cat(out), steps * (1 if uncond is None else 2)
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError(f"{label}: its latents hold NaN or infinity: the weights do not sample; "
+                         "distill them again, with a lower lr")
+    return Samples(label, latents, evaluations, watch.seconds["steps"] / len(noise))
+
+
+@torch.no_grad()
+def look(samples: Samples, vae: nn.Module, captions: list[str], cfg: Config,
+         device: torch.device) -> None:
+    """Decode the videos one by one; keep what is measured on them, and a few to show."""
+    oracle, kept = is_small_world(captions, cfg), shown_indices(cfg)
+    watch, hf, hits, samples.shown = Watch(device), [], [], []
+    for i, latents in enumerate(tqdm(samples.latents, f"decode {samples.label}", disable=None)):
+        watch.lap("other")
+        video = vae.decode(latents[None].to(device))[0]
+        watch.lap("decode")
+        hf.append(world.high_frequency(video[None]))
+        if oracle:
+            hits.append(oracle_hits(video.cpu(), captions[i]))
+        if i in kept:
+            samples.shown.append(thumbnail(video.cpu()))
+    samples.hf = torch.tensor(hf, dtype=torch.float64)
+    samples.decode_seconds = watch.seconds["decode"] / len(hf)
+    if oracle:
+        samples.hits = {name: torch.tensor([h[name] for h in hits]) for name in hits[0]}
+
+
+def shown_indices(cfg: Config) -> list[int]:
+    """The videos to show: spread evenly, since captions are often in order."""
+    return torch.linspace(0, cfg.count - 1, min(cfg.videos, cfg.count)).round().int().tolist()
+
+
+def is_small_world(captions: list[str], cfg: Config) -> bool:
+    """Whether every caption names a colour, a shape and a direction that the oracle can read."""
+    told = [world.caption_attributes(caption) for caption in captions]
+    return cfg.height == cfg.width and all(min(t.values()) >= 0 for t in told)
+
+
+def oracle_hits(video: Tensor, caption: str) -> dict[str, bool]:
+    """Whether a video [3,T,H,W] shows each attribute of its caption, and all of them."""
+    seen, told = world.read_clip(video[None]), world.caption_attributes(caption)
+    hits = {name: int(seen[name]) == told[name] for name in told}
+    return hits | {"all": all(hits.values())}
+
+
+# ------------------------------------------------------------------------------------- table
+
+COLUMNS = {"endpoint": "endpoint error ↓", "energy": "energy distance", "sliced": "sliced W ↓",
+           "hf": "HF, 1 = teacher's"}
+
+
+def measure(samples: Samples, best: Samples, reference: Tensor, cfg: Config) -> dict:
+    """One row of the table: {"label", "evaluations", "seconds", column: (value, standard error)}.
+
+    Args: best, teacher@n from the same noise; reference, independent teacher@n latents [N,…].
+    """
+    n = len(samples.latents)
+    row = {"label": samples.label, "evaluations": samples.evaluations, "seconds": samples.seconds,
+           "decode_seconds": samples.decode_seconds,
+           "endpoint": mean_error(endpoint_error(samples.latents, best.latents)),
+           "hf": jackknife(lambda i: float(samples.hf[i].sum() / best.hf[i].sum()), n)}
+    zero = set_distances(best.latents, reference, cfg.directions)
+    for name, distance in set_distances(samples.latents, reference, cfg.directions).items():
+        row[name] = jackknife(distance, n)
+        if samples is not best:
+            gap = jackknife(lambda i, d=distance, z=zero[name]: d(i) - z(i), n)
+            row[name] = (row[name][0], gap[1])
+    for name, hits in (samples.hits or {}).items():
+        row[name] = mean_error(hits)
+    return row
+
+
+def mean_row(rows: list[dict]) -> dict:
+    """The mean of several students' rows, ± the standard error over students."""
+    out = {"label": f"{rows[0]['label'].split(' ')[0]}, mean of {len(rows)}",
+           "evaluations": rows[0]["evaluations"]}
+    for name in rows[0].keys() - out.keys():
+        if isinstance(rows[0][name], tuple):
+            out[name] = mean_error(torch.tensor([row[name][0] for row in rows]))
+        else:
+            out[name] = sum(row[name] for row in rows) / len(rows)
+    return out
+
+
+def gates(best: dict, few: dict, student: dict) -> list[dict]:
+    """The small world's gates, from the rows of teacher@n, teacher@m and the (mean) student."""
+    ratio = student["endpoint"][0] / few["endpoint"][0]
+    near, far = (abs(row["energy"][0] - best["energy"][0]) for row in (student, few))
+    hf, hf_few = student["hf"][0], few["hf"][0]
+    right = best["all"][0]
+    listed = [
+        (f"{best['label']}: all attributes right", right, "≥ 0.9", right >= 0.9),
+        (f"{few['label']}: high-frequency energy", hf_few, "≤ 0.85", hf_few <= 0.85),
+        (f"student's endpoint error / {few['label']}'s", ratio, "≤ 0.5, aim 0.25", ratio <= 0.5),
+        ("student's high-frequency energy", hf, "0.95 … 1.05", 0.95 <= hf <= 1.05),
+        (f"student's energy distance from {best['label']}'s", near,
+         f"< {few['label']}'s {far:.4f}", near < far)]
+    return [{"gate": name, "got": got, "wanted": wanted, "pass": passed}
+            for name, got, wanted, passed in listed]
+
+
+def cells(row: dict, columns: dict[str, str]) -> list[str]:
+    """A row's table cells as text."""
+    def number(name: str) -> str:
+        if name not in row:
+            return ""
+        digits = 2 if name in world.ATTRIBUTES or name == "all" else 4
+        return f"{row[name][0]:.{digits}f} ± {row[name][1]:.{digits}f}"
+
+    return [row["label"], *(number(name) for name in columns), str(row["evaluations"]),
+            f"{row['seconds']:.3f}"]
+
+
+def columns_of(rows: list[dict]) -> dict[str, str]:
+    """Table columns: key to heading; the oracle's only where it was asked."""
+    oracle = {name: f"oracle: {name}" for name in (*world.ATTRIBUTES, "all") if name in rows[0]}
+    return COLUMNS | oracle
+
+
+def markdown(rows: list[dict], passed: list[dict], cfg: Config, facts: dict) -> str:
+    """The table and the gates as Markdown."""
+    columns = columns_of(rows)
+    head = ["model", *columns.values(), "evaluations", "DiT s a video"]
+    lines = [f"{cfg.count} videos of held-out captions, the same noise for every model, "
+             f"{cfg.width}×{cfg.height}×{cfg.frames}, teacher guidance {cfg.cfg_scale}, "
+             f"{facts['device']}; ± standard error. Columns: `python evaluate.py --help`.", "",
+             "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in rows]
+    decode = sum(row["decode_seconds"] for row in rows) / len(rows)
+    lines += ["", f"Decoding takes {decode:.3f} s a video on top, for every row."]
+    if passed:
+        lines += ["", "| gate | got | wanted | |", "|---|---|---|---|"]
+        lines += [f"| {g['gate']} | {g['got']:.4f} | {g['wanted']} | "
+                  f"{'pass' if g['pass'] else '**FAIL**'} |" for g in passed]
+    return "\n".join(lines) + "\n"
+
+
+def draw_table(path: Path, rows: list[dict], title: str) -> None:
+    """Write the table with a bar chart of each main column as a PNG."""
+    from matplotlib.figure import Figure  # half a second that only those who draw should pay
+
+    columns = columns_of(rows)
+    figure = Figure(figsize=(14, 4.6 + 0.3 * len(rows)), dpi=120, layout="constrained")
+    top, bottom = figure.subfigures(2, height_ratios=[1.0 + 0.3 * len(rows), 3.6])
+    axes = top.subplots()
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=11, weight="bold", parse_math=False)
+    head = ["model", *(name.replace(": ", ":\n") for name in columns.values()), "evalu-\nations",
+            "DiT s\na video"]
+    table = axes.table([cells(row, columns) for row in rows], colLabels=head, loc="center",
+                       cellLoc="center", edges="horizontal")
+    table.auto_set_font_size(False)
+    table.set_fontsize(8.5)
+    table.auto_set_column_width(list(range(len(head))))
+    table.scale(1, 1.5)
+    for column in range(len(head)):
+        table[0, column].set_height(0.5 / (1.0 + 0.3 * len(rows)))
+    panels = bottom.subplots(1, len(COLUMNS))
+    labels = [row["label"].replace(", ", ",\n") for row in rows]
+    for axes, (name, heading) in zip(panels, COLUMNS.items(), strict=True):
+        shade = ["#8a8f98", "#d98032", *["#2f6db3"] * (len(rows) - 2)]
+        values, errors = zip(*(row[name] for row in rows), strict=True)
+        axes.bar(range(len(rows)), values, yerr=errors, color=shade, capsize=3)
+        axes.set_xticks(range(len(rows)), labels, fontsize=8, rotation=0 if len(rows) < 4 else 40)
+        axes.set_title(heading, fontsize=10)
+        axes.axhline(values[0], color="#8a8f98", lw=0.8, ls="--")
+        axes.spines[["top", "right"]].set_visible(False)
+    replace_file(path, lambda aside: figure.savefig(aside, format="png"))
+
+
+def wall(models: list[Samples], captions: list[str]) -> np.ndarray:
+    """The models' videos next to each other under their captions, uint8 [T,H,W,3]."""
+    tiles = []
+    for i, videos in enumerate(zip(*(model.shown for model in models), strict=True)):
+        tile = side_by_side(list(videos), [model.label for model in models])
+        strip = np.broadcast_to(label_strip(captions[i], tile.shape[2], 24),
+                                (len(tile), 24, tile.shape[2], 3))
+        tile = np.concatenate([strip, tile], axis=1)
+        tiles.append(np.pad(tile, ((0, 0), (0, 8), (0, 16), (0, 0)), constant_values=255))
+    columns = max(1, min(len(tiles), 1300 // tiles[0].shape[2]))
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    lines = [np.concatenate(tiles[a:a + columns], axis=2) for a in range(0, len(tiles), columns)]
+    return np.concatenate(lines, axis=1)
+
+
+# -------------------------------------------------------------------------------------- main
+
+def check_config(cfg: Config) -> None:
+    """Raise ValueError for settings that cannot be evaluated."""
+    for key, least in (("count", 3), ("batch", 1), ("videos", 1), ("directions", 1)):
+        if getattr(cfg, key) < least:
+            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {least} or more")
+
+
+def students_of(cfg: Config) -> list[tuple[Path, dict]]:
+    """The students' files and facts; ValueError if their teacher or key times are not all alike."""
+    names = (cfg.students or str(Path(cfg.run) / "student.safetensors")).split(",")
+    found = [(path, student_facts(path, cfg)) for path in (Path(name.strip()) for name in names)]
+    for path, facts in found:
+        wanted = {"n": cfg.n, "shift": cfg.shift, "cfg_scale": cfg.cfg_scale,
+                  "t_key": found[0][1]["t_key"]}
+        for key, value in wanted.items():
+            if facts[key] != value:
+                raise ValueError(f"{path}: the student has {key} {facts[key]}, wanted {value}, as "
+                                 f"{'the first student' if key == 't_key' else 'the config'} has: "
+                                 "evaluate it with the config that it was distilled with")
+    return found
+
+
+def sample_all(cfg: Config, captions: list[str], students: list[tuple[Path, dict]],
+               device: torch.device) -> tuple[list[Samples], Tensor]:
+    """Samples of teacher@n, teacher@m and every student from one noise, and latents of teacher@n
+    from another noise."""
+    conds, uncond = encode_texts(cfg, captions, device, Watch(device))
+    noise, other = (draw_noise(cfg, [(name, cfg.seed, i, c) for i, c in enumerate(captions)])
+                    for name in ("evaluate", "evaluate, reference"))
+    grid, t_key = time_grid(cfg.family, cfg.n, cfg.shift).tolist(), students[0][1]["t_key"]
+    n, m = len(grid) - 1, len(t_key) - 1
+    dit = load_teacher(cfg, device)
+    models = [walk_all(f"teacher@{n}", dit, grid, noise, conds, uncond, cfg, device),
+              walk_all(f"teacher@{m}", dit, t_key, noise, conds, uncond, cfg, device)]
+    reference = walk_all(f"teacher@{n}, other noise", dit, grid, other, conds, uncond, cfg, device)
+    del dit
+    for number, (path, _) in enumerate(students, 1):
+        label = f"student@{m}" + (f" #{number}" if len(students) > 1 else "")
+        student = load_student(cfg, path, device)
+        models.append(walk_all(label, student, t_key, noise, conds, None, cfg, device))
+    return models, reference.latents
+
+
+def commit() -> str | None:
+    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
+                              capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def main(argv: list[str] | None = None) -> None:
+    started = time.perf_counter()
+    cfg = load_config(Config, "evaluate", argv, __doc__)
+    check_config(cfg)
+    students = students_of(cfg)
+    held_out = read_prompts(cfg.prompts or Path(cfg.weights) / "prompts_heldout.txt")
+    every = max(1, len(held_out) // cfg.count)  # few videos: captions from all over the list
+    captions = [held_out[i * every % len(held_out)] for i in range(cfg.count)]
+    device = pick_device(cfg.device)
+    out = announce(cfg, "evaluate")
+
+    models, reference = sample_all(cfg, captions, students, device)
+    vae = load_vae(cfg.weights, device, compute_dtype(device))
+    for model in models:
+        look(model, vae, captions, cfg, device)
+
+    best, few, *rest = (measure(model, models[0], reference, cfg) for model in models)
+    rows = [best, few, *rest] + ([mean_row(rest)] if len(rest) > 1 else [])
+    passed = gates(best, few, rows[-1]) if "all" in best else []
+    argv = sys.argv[1:] if argv is None else argv
+    facts = {"command": shlex.join(["python", "evaluate.py", *argv]), "commit": commit(),
+             "device": device_name(device), "torch": torch.__version__,
+             "seconds": round(time.perf_counter() - started, 1)}
+    text = markdown(rows, passed, cfg, facts)
+    write_text(out / "table.md", text)
+    write_json(out / "table.json", {
+        **facts, "config": dataclasses.asdict(cfg), "rows": rows, "gates": passed,
+        "students": [{"file": str(path), **known} for path, known in students]})
+    draw_table(out / "table.png", rows, f"{cfg.run}: {cfg.count} videos, the same noise for all")
+
+    shown = [captions[i] for i in shown_indices(cfg)]
+    frames = wall(models[:3], shown)
+    write_video(out / "videos.gif", frames, cfg.fps)
+    loops = max(1, round(4 * cfg.fps / len(frames)))  # players stop at the end of an mp4
+    write_video(out / "videos.mp4", np.concatenate([frames] * loops), cfg.fps)
+    sheet = [(f"{model.label}: {caption}", model.shown[i])
+             for i, caption in enumerate(shown[:4]) for model in models[:3]]
+    contact_sheet(out / "videos.png", sheet, title=f"{cfg.run}: three rows a caption, one noise")
+    print(f"\n{text}\nlook at {out / 'videos.mp4'} (or .gif) and videos.png: side by side\n"
+          f"        {out / 'table.png'}, table.md, table.json: the numbers")
+
+
+if __name__ == "__main__":
+    cli(main)

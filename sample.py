@@ -1,0 +1,313 @@
+"""Stage 3: prompts to videos, by the distilled student (m steps) or by the teacher (n steps).
+
+    python sample.py [CONFIG] --prompt "…" [--count 4] [--seed 7] [--teacher]
+    torchrun --nproc-per-node 8 sample.py CONFIG --prompt_file prompts.txt
+
+In:   the weight folder `weights` (text encoder, VAE, and the DiT with --teacher), and the student
+      that distill.py wrote, <run>/student.safetensors.
+Out:  <run>/samples (or --out): an .mp4 for each prompt and seed, a contact sheet and a .json with
+      prompts, seeds, files and seconds; names begin with who and steps: student5_, teacher50_.
+Cost: small world: 1 s and 10 ms a student's video; the table it prints says it for any model.
+
+The student walks its own key timesteps, stored in its file, without guidance: that is built in.
+The teacher walks its grid of `n` steps, or with --steps its own grid of so many steps (evaluate.py
+compares at the student's key timesteps instead). Noise is a function of (seed, prompt's number,
+prompt), so the same seed gives student and teacher the same noise. Under torchrun every rank has
+whole networks and takes its part of the videos.
+"""
+
+import dataclasses
+import itertools
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from encoders import contact_sheet, load_text, load_vae, read_prompts, read_video, write_video
+from model import (
+    Ranks, Shared, announce, build_dit, cli, collate, compute_dtype, field, fingerprint, generator,
+    latent_shape, load_config, load_dit, load_module, official_names, open_tensors,
+    setup_distributed, time_grid, walk, write_json)
+
+
+@dataclass
+class Config(Shared):
+    """Settings of a sampling run."""
+    prompt: str = field("", "one prompt; it goes before prompt_file")
+    prompt_file: str | None = field(None, "text file in UTF-8, one prompt a line")
+    teacher: bool = field(False, "sample the teacher instead of the student")
+    student: str | None = field(None, "the student's file; none: <run>/student.safetensors")
+    steps: int | None = field(None, "the teacher's steps, on its grid of so many; none: n")
+    count: int = field(1, "videos a prompt, with seeds seed, seed + 1, …")
+    batch: int = field(1, "videos denoised at once")
+    out: str | None = field(None, "folder for the videos; none: <run>/samples")
+
+
+SHEET_ROWS = 12  # videos shown on the contact sheet, the first ones
+
+
+def check_config(cfg: Config) -> None:
+    """Raise ValueError for settings that cannot be sampled."""
+    for key in ("count", "batch", "steps"):
+        if getattr(cfg, key) is not None and getattr(cfg, key) < 1:
+            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
+    if cfg.teacher and cfg.student is not None:
+        raise ValueError(f"got both --teacher and --student {cfg.student}: give one of them")
+
+
+def wanted_prompts(cfg: Config) -> list[str]:
+    """The prompt of --prompt, or else those of prompt_file; ValueError if there is neither."""
+    if cfg.prompt.strip():
+        return [cfg.prompt.strip()]
+    if cfg.prompt_file is not None:
+        return read_prompts(cfg.prompt_file)
+    own = Path(cfg.weights) / "prompts_heldout.txt"
+    hint = f", as --prompt_file {own}" if own.exists() else ""
+    raise ValueError(f'prompt: got none; give --prompt "…" or --prompt_file FILE{hint}')
+
+
+# ---------------------------------------------------------------------------------- networks
+
+FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale")
+
+
+def student_facts(path: Path, cfg: Shared) -> dict:
+    """What a student's file says about itself, checked against the config's teacher.
+
+    Returns FACTS and more: teacher is its weights' fingerprint, t_key are the times from 1 (noise)
+    to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not fit.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no student yet; make it by `python distill.py "
+                                "CONFIG`, or sample the teacher with --teacher")
+    open_tensors(path)  # names a damaged file
+    with safe_open(path, "pt") as f:
+        facts = json.loads((f.metadata() or {}).get("accvideo", "{}"))
+    absent = [name for name in FACTS if name not in facts]
+    if absent:
+        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}; wanted a "
+                         "student written by distill.py (to sample another DiT, point `weights` "
+                         "at it and add --teacher)")
+    for name, wanted in (("family", cfg.family), ("preset", cfg.preset)):
+        if facts[name] != wanted:
+            raise ValueError(f"{path}: the student's {name} is '{facts[name]}', the config's "
+                             f"'{wanted}': use the config that it was distilled with")
+    teacher = fingerprint(cfg.weights)
+    if facts["teacher"] != teacher:
+        raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, the "
+                         f"weights in {cfg.weights} are {teacher}: point `weights` at its teacher, "
+                         "or distill again with `python distill.py CONFIG`")
+    t = facts["t_key"]
+    if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
+        raise ValueError(f"{path}: t_key is {t}; wanted times falling from 1 (noise) to 0 (data)")
+    return facts
+
+
+def student_path(cfg: Config) -> Path:
+    """The student's file that the config means."""
+    return Path(cfg.student or Path(cfg.run) / "student.safetensors")
+
+
+def sampling_times(cfg: Config) -> list[float]:
+    """The times to walk, from 1 to 0; checks the student's file, so that errors come first."""
+    if cfg.teacher:
+        return time_grid(cfg.family, cfg.steps or cfg.n, cfg.shift).tolist()
+    times = student_facts(student_path(cfg), cfg)["t_key"]
+    m = len(times) - 1
+    if cfg.steps not in (None, m):
+        raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for {m} "
+                         "steps: leave --steps out, or distill with another `key`")
+    return times
+
+
+def load_student(cfg: Shared, path: Path, device: torch.device) -> nn.Module:
+    """A student's DiT, frozen; its file may have official or diffusers names."""
+    with torch.device("meta"):
+        dit = build_dit(cfg.preset).to(compute_dtype(device))
+    tensors = official_names(open_tensors(path), "transformer")
+    return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
+
+
+def load_teacher(cfg: Shared, device: torch.device) -> nn.Module:
+    """The teacher's DiT, frozen, whole on this device."""
+    dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device)
+    return dit.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------- sampling
+
+class Watch:
+    """Seconds by name; lap(name) adds the time since the lap before, the device's work included."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+
+    def lap(self, name: str) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        spent, self.last = now - self.last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        return spent
+
+
+def encode_texts(cfg: Shared, prompts: list[str], device: torch.device,
+                 watch: Watch) -> tuple[list[dict], dict | None]:
+    """The conditioning of each prompt, and of the negative one if cfg_scale asks for guidance.
+
+    The text encoder is loaded for it and freed again; a repeated prompt is encoded once.
+    """
+    with torch.device("meta"):
+        text_len = build_dit(cfg.preset).cfg.text_len
+    text = load_text(cfg.weights, device, compute_dtype(device), text_len)
+    watch.lap("load")
+    negative = [] if cfg.cfg_scale == 1 else [cfg.negative_prompt]
+    different = list(dict.fromkeys(prompts + negative))
+    cond_of = dict(zip(different, text.encode_each(different), strict=True))
+    watch.lap("text")
+    return [cond_of[p] for p in prompts], cond_of[negative[0]] if negative else None
+
+
+def draw_noise(cfg: Shared, seeds: list[tuple]) -> Tensor:
+    """Noise [B,C,T,H,W] fp32 on the CPU, a draw for each key (name, seed, index, prompt)."""
+    shape = latent_shape(cfg.frames, cfg.height, cfg.width)
+    return torch.stack([torch.randn(shape, generator=generator(*key)) for key in seeds])
+
+
+def denoise(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict],
+            uncond: dict | None, cfg_scale: float, watch: Watch,
+            bar: tqdm) -> tuple[Tensor, list[float]]:
+    """Walk a batch from noise to data; returns latents [B,C,T,H,W] and the seconds of each step.
+
+    Args: noise [B,C,T,H,W]; times from 1 to 0; conds, one a video; uncond, one for all, or None.
+    Source: Eq. 5.
+    """
+    cond = collate(conds)
+    unconds = None if uncond is None else collate([uncond] * len(conds))
+    x, seconds = noise.to(watch.device), []
+    for latents in walk(dit, x, times, cond, unconds, cfg_scale):
+        x = latents
+        seconds.append(watch.lap("steps"))
+        bar.update(len(conds))
+    return x, seconds
+
+
+@torch.no_grad()
+def sample(cfg: Config, jobs: list[tuple[int, str, int]], times: list[float], who: str, out: Path,
+           ranks: Ranks) -> dict:
+    """Sample this rank's videos and write them. jobs: (prompt's number, prompt, seed) of each.
+
+    Returns {"seconds": by phase, "videos": a record of each, "peak_bytes"}.
+    """
+    watch, device = Watch(ranks.device), ranks.device
+    conds, uncond = encode_texts(cfg, [prompt for _, prompt, _ in jobs], device, watch)
+    uncond = uncond if cfg.teacher else None  # guidance is built into a student
+    dit = load_teacher(cfg, device) if cfg.teacher else load_student(cfg, student_path(cfg), device)
+    vae = load_vae(cfg.weights, device, compute_dtype(device))
+    watch.lap("load")
+    records = []
+    bar = tqdm(total=len(jobs) * (len(times) - 1), desc=who, unit="step", mininterval=1,
+               disable=None if ranks.rank == 0 else True)
+    for start in range(0, len(jobs), cfg.batch):
+        batch = jobs[start:start + cfg.batch]
+        noise = draw_noise(cfg, [("sample", seed, i, prompt) for i, prompt, seed in batch])
+        watch.lap("noise")
+        x, steps = denoise(dit, noise, times, conds[start:start + cfg.batch], uncond,
+                           cfg.cfg_scale, watch, bar)
+        for (i, prompt, seed), latents in zip(batch, x, strict=True):
+            video, file = vae.decode(latents[None])[0], f"{who}_{i:04d}_seed{seed}.mp4"
+            seconds = {"steps": [s / len(batch) for s in steps], "decode": watch.lap("decode")}
+            write_video(out / file, video, cfg.fps)
+            seconds["save"] = watch.lap("save")
+            records.append({"file": file, "index": i, "prompt": prompt, "seed": seed,
+                            "evaluations": len(steps) * (1 if uncond is None else 2),
+                            "seconds": seconds})
+    bar.close()
+    return {"seconds": watch.seconds, "videos": records, "peak_bytes": peak_bytes(device)}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory this process has held: on the GPU if it is there, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+# ------------------------------------------------------------------------------------ report
+
+def thumbnail(video: Tensor, height: int = 256) -> Tensor:
+    """Video [3,T,H,W] made smaller by a whole factor, to at most about `height` pixels."""
+    factor = max(1, video.shape[-2] // height)
+    return F.avg_pool2d(video.transpose(0, 1), factor).transpose(0, 1)
+
+
+def timing_table(results: list[dict]) -> str:
+    """Seconds by phase as text: in all (of the slowest rank) and for each video."""
+    videos = [record for result in results for record in result["videos"]]
+    slowest = max(results, key=lambda result: sum(result["seconds"].values()))
+    steps = len(videos[0]["seconds"]["steps"])
+    lines = [f"{'':<10}{'seconds':>10}{'a video':>10}"]
+    for name, seconds in slowest["seconds"].items():
+        each = "" if name == "load" else f"{seconds / len(slowest['videos']):10.3f}"
+        lines.append(f"{f'{steps} steps' if name == 'steps' else name:<10}{seconds:10.2f}{each}")
+    step = sum(sum(v["seconds"]["steps"]) for v in videos) / len(videos) / steps
+    peak = max(result["peak_bytes"] for result in results) / 2 ** 30
+    lines.append(f"{len(videos)} videos, {videos[0]['evaluations']} evaluations a video, "
+                 f"{step:.3f} s a step, peak memory {peak:.2f} GiB a process")
+    return "\n".join(lines)
+
+
+def write_report(cfg: Config, who: str, facts: dict, out: Path, results: list[dict]) -> None:
+    """Write the contact sheet and the JSON of all ranks' videos; print timings and file names."""
+    videos = [v for result in results for v in result["videos"]]
+    videos.sort(key=lambda v: (v["index"], v["seed"]))
+    rows = [(f"{v['prompt']} (seed {v['seed']})", thumbnail(read_video(out / v["file"])))
+            for v in videos[:SHEET_ROWS]]
+    contact_sheet(out / f"{who}.png", rows, title=f"{who}, {cfg.width}×{cfg.height}×{cfg.frames}")
+    ranks = [{"seconds": r["seconds"], "peak_bytes": r["peak_bytes"]} for r in results]
+    write_json(out / f"{who}.json",
+               {**facts, "videos": videos, "ranks": ranks, "config": dataclasses.asdict(cfg)})
+    print(timing_table(results))
+    shown = f"{videos[0]['file']} … {videos[-1]['file']}" if len(videos) > 1 else videos[0]["file"]
+    print(f"look at {out / f'{who}.png'} (contact sheet), {out / f'{who}.json'} (seconds), "
+          f"and the videos {out}/{shown}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = load_config(Config, "sample", argv, __doc__)
+    check_config(cfg)
+    jobs = [(i, prompt, cfg.seed + j)
+            for i, prompt in enumerate(wanted_prompts(cfg)) for j in range(cfg.count)]
+    times = sampling_times(cfg)
+    who = f"{'teacher' if cfg.teacher else 'student'}{len(times) - 1}"
+    ranks = setup_distributed(cfg.device)
+    announce(cfg, "samples", ranks)
+    out = Path(cfg.out or Path(cfg.run) / "samples")
+    mine = jobs[ranks.rank::ranks.world]
+    results = [None] * ranks.world
+    dist.all_gather_object(results, sample(cfg, mine, times, who, out, ranks) if mine else None)
+    if ranks.rank == 0:
+        facts = {"who": who, "times": times, "device": device_name(ranks.device)}
+        write_report(cfg, who, facts, out, [result for result in results if result is not None])
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,252 @@
+"""evaluate.py: each metric against a case whose answer is known, and the table end to end."""
+
+import json
+
+import pytest
+import torch
+from test_sample import KEY, N, write_student
+from torch import Tensor
+
+import evaluate
+import teacher as world
+from encoders import read_video
+from evaluate import (
+    distances, endpoint_error, energy_distance, gates, jackknife, mean_error, mean_row,
+    projections, set_distances, sliced_wasserstein)
+from model import generator
+
+
+def normal(*shape: int, key: str = "x") -> Tensor:
+    return torch.randn(shape, generator=generator(key), dtype=torch.float64)
+
+
+def energy(x: Tensor, y: Tensor) -> float:
+    return energy_distance(distances(x, x), distances(y, y), distances(x, y))
+
+
+# ----------------------------------------------------------------------------------- metrics
+
+def test_endpoint_error_is_0_for_the_same_and_scales_with_the_square():
+    x = normal(3, 2, 4)
+    assert endpoint_error(x, x).tolist() == [0, 0, 0]
+    assert torch.allclose(endpoint_error(1.5 * x, x), torch.full((3,), 0.25, dtype=torch.float64))
+    assert torch.equal(endpoint_error(torch.zeros_like(x), x), torch.ones(3))
+
+
+def test_distances_are_root_mean_squares_over_elements():
+    x, y = normal(3, 2, 5), normal(4, 2, 5, key="y")
+    want = (x[:, None] - y[None]).square().mean((2, 3)).sqrt()
+    assert torch.allclose(distances(x, y), want)
+
+
+def test_energy_distance_of_points_is_the_closed_form():
+    x, y = torch.zeros(5, 7), torch.full((5, 7), 3.0)
+    assert energy(x, y) == pytest.approx(6)   # 2 · |0 − 3| − 0 − 0
+    assert energy(x, x) == 0
+
+
+def test_energy_distance_is_unbiased_and_tells_a_shift_of_gaussians():
+    same = [energy(normal(48, 6, key=f"x{i}"), normal(48, 6, key=f"y{i}")) for i in range(40)]
+    mean, error = mean_error(torch.tensor(same))
+    assert abs(mean) < 3 * error
+    # one dimension: E|N(s, 2)| = 2 exp(−s²/4)/√π + s erf(s/2), for a difference of two N(·, 1)
+    s = torch.tensor(2.0, dtype=torch.float64)
+    far = 2 * torch.exp(-s ** 2 / 4) / torch.pi ** 0.5 + s * torch.erf(s / 2)
+    want = 2 * far - 4 / torch.pi ** 0.5
+    got = energy(normal(2000, 1), normal(2000, 1, key="y") + s)
+    assert got == pytest.approx(float(want), abs=0.08)
+
+
+def test_energy_distance_of_samples_that_share_captions_has_no_bias():
+    means = 5 * normal(24, 6, key="captions")
+    draws = [energy(means + normal(24, 6, key=f"x{i}"), means + normal(24, 6, key=f"y{i}"))
+             for i in range(60)]
+    mean, error = mean_error(torch.tensor(draws))
+    assert abs(mean) < 3 * error
+
+
+def test_projections_are_fixed_and_onto_unit_vectors():
+    x = normal(5, 3, 4)
+    assert torch.equal(projections(x, 7), projections(x, 7))
+    u = projections(torch.eye(12, dtype=torch.float64).view(12, 3, 4), 7)  # the directions
+    assert torch.allclose(u.square().sum(0), torch.ones(7, dtype=torch.float64))
+    assert torch.allclose(projections(x, 7), x.flatten(1) @ u)
+
+
+def test_sliced_wasserstein_of_a_shifted_set_is_the_mean_projected_shift():
+    x, shift = normal(50, 4), torch.tensor([3.0, 0, -1, 0], dtype=torch.float64)
+    u = projections(torch.eye(4, dtype=torch.float64), 32)
+    got = sliced_wasserstein(projections(x + shift, 32), projections(x, 32)[torch.randperm(50)])
+    assert got == pytest.approx(float((shift @ u).abs().mean()))
+    one = sliced_wasserstein(projections(x[:, :1] + 2, 32), projections(x[:, :1], 32))
+    assert one == pytest.approx(2)   # in one dimension every direction is the axis
+
+
+def test_sliced_wasserstein_of_unlike_spreads_is_the_closed_form():
+    x = torch.linspace(-1, 1, 101, dtype=torch.float64)[:, None]
+    assert sliced_wasserstein(3 * x, x) == pytest.approx(2 * float(x.abs().mean()))
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    x = normal(30)
+    got = jackknife(lambda i: float(x[i].mean()), 30)
+    assert got == pytest.approx(mean_error(x))
+
+
+def test_jackknife_of_the_energy_distance_tells_its_spread():
+    found = []
+    for i in range(60):
+        x, y = normal(40, 5, key=f"x{i}"), normal(40, 5, key=f"y{i}") + 0.3
+        found.append(jackknife(set_distances(x, y, 1)["energy"], 40))
+    values, errors = torch.tensor(found).T
+    assert 0.7 < float(errors.mean() / values.std()) < 1.5
+
+
+def test_high_frequency_energy_falls_with_blur_and_scales_with_the_square():
+    video = world.make_clips(0, 0, 4)[0]
+    blurred = torch.nn.functional.avg_pool3d(video, (1, 3, 3), 1, (0, 1, 1))
+    whole = world.high_frequency(video)
+    assert world.high_frequency(blurred) < 0.5 * whole
+    assert world.high_frequency(0.5 * video) == pytest.approx(0.25 * whole)
+    assert world.high_frequency(torch.ones(1, 3, 1, 16, 16)) < 1e-10
+
+
+# ------------------------------------------------------------------------- the oracle and gates
+
+def test_the_oracle_is_asked_for_small_world_captions_only():
+    cfg = evaluate.Config()
+    captions = world.make_captions(0, 0, 5, held_out=True)
+    assert evaluate.is_small_world(captions, cfg)
+    assert not evaluate.is_small_world([*captions, "a fox in the snow"], cfg)
+    assert not evaluate.is_small_world(captions, evaluate.Config(width=64))
+
+
+def test_the_oracle_reads_a_drawn_clip_and_rejects_another_caption():
+    video, captions, _ = world.make_clips(0, 0, 1)
+    hits = evaluate.oracle_hits(video[0], captions[0])
+    assert hits == {"colour": True, "shape": True, "direction": True, "all": True}
+    blank = evaluate.oracle_hits(torch.zeros_like(video[0]), captions[0])
+    assert not blank["all"] and not blank["shape"]
+
+
+def row(label: str, endpoint: float, energy: float, hf: float, right: float = 1.0) -> dict:
+    values = {"endpoint": endpoint, "energy": energy, "sliced": 0.1, "hf": hf, "all": right}
+    return {"label": label, "evaluations": 5, "seconds": 0.1, "decode_seconds": 0.03,
+            **{name: (value, 0.01) for name, value in values.items()}}
+
+
+def passes(best: dict, few: dict, student: dict) -> list[bool]:
+    return [gate["pass"] for gate in gates(best, few, student)]
+
+
+def test_gates_pass_a_good_student_and_name_what_fails():
+    best, few = row("teacher@50", 0, -0.01, 1, 0.95), row("teacher@5", 0.08, 0.02, 0.7)
+    assert passes(best, few, row("student@5", 0.02, -0.009, 1.03)) == [True] * 5
+    assert passes(best, few, row("student@5", 0.05, 0.021, 1.06))[2:] == [False, False, False]
+    assert passes(best, few, row("student@5", 0.02, -0.05, 0.94))[2:] == [True, False, False]
+    poor = row("teacher@50", 0, -0.01, 1, 0.85), row("teacher@5", 0.08, 0.02, 0.9)
+    assert passes(*poor, row("student@5", 0.02, -0.009, 1.0))[:2] == [False, False]
+
+
+def test_the_mean_of_students_has_the_error_over_students():
+    mean = mean_row([row("student@5 #1", 0.02, 0.0, 1.0), row("student@5 #2", 0.04, 0.0, 1.1)])
+    assert mean["label"] == "student@5, mean of 2"
+    assert mean["endpoint"] == pytest.approx((0.03, 0.01))
+    assert mean["hf"] == pytest.approx((1.05, 0.05)) and mean["seconds"] == pytest.approx(0.1)
+
+
+# ------------------------------------------------------------------------------------ end to end
+
+@pytest.fixture
+def run(tiny_weights, tmp_path, make_config):
+    """evaluate.main for a small config: run(options…) -> table.json."""
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(world.make_captions(0, 0, 3, held_out=True)))
+    config = make_config(n=N, key=KEY, evaluate={
+        "prompts": str(captions), "count": 4, "batch": 3, "videos": 2, "directions": 8})
+
+    def main(*options: str) -> dict:
+        evaluate.main([str(config), *options])
+        return json.loads((tmp_path / "run/evaluate/table.json").read_text())
+
+    main.folder, main.weights = tmp_path, tiny_weights
+    return main
+
+
+def test_the_table_of_a_student_that_is_its_teacher(run, capsys):
+    write_student(run.folder / "run/student.safetensors", run.weights, 0)
+    out, table = run.folder / "run/evaluate", run()
+    best, few, student = table["rows"]
+    assert [r["label"] for r in table["rows"]] == ["teacher@4", "teacher@2", "student@2"]
+    assert [r["evaluations"] for r in table["rows"]] == [4, 2, 2]
+    assert best["endpoint"] == [0, 0] and best["hf"] == [1, 0] and few["endpoint"][0] > 0
+    for name in ("endpoint", "energy", "sliced", "hf", "all"):
+        assert student[name] == few[name]
+    assert len(table["gates"]) == 5 and table["command"].startswith("python evaluate.py ")
+    names = {"config.yaml", "table.json", "table.md", "table.png"}
+    assert {p.name for p in out.iterdir()} == names | {f"videos.{s}" for s in ("gif", "mp4", "png")}
+    frames = [read_video(out / f"videos.{suffix}").shape[1] for suffix in ("gif", "mp4")]
+    assert frames == [5, 5 * 6]  # the mp4 shows it six times: four seconds
+    printed = capsys.readouterr().out
+    assert (out / "table.md").read_text() in printed and str(out / "videos.mp4") in printed
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Tables without the seconds that pictures and videos of them take."""
+    for name in ("draw_table", "contact_sheet", "write_video"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: None)
+
+
+def test_several_students_have_a_row_each_and_one_of_their_mean(run, no_pictures):
+    a = write_student(run.folder / "a.safetensors", run.weights)
+    b = write_student(run.folder / "b.safetensors", run.weights, 0)
+    rows = run("--students", f"{a}, {b}", "--cfg_scale", "1.0")["rows"]
+    labels = [r["label"] for r in rows[2:]]
+    assert labels == ["student@2 #1", "student@2 #2", "student@2, mean of 2"]
+    for name in ("endpoint", "energy", "hf"):
+        assert rows[4][name][0] == pytest.approx((rows[2][name][0] + rows[3][name][0]) / 2)
+
+
+def test_captions_of_the_world_at_large_have_no_oracle_and_no_gates(run, no_pictures):
+    write_student(run.folder / "run/student.safetensors", run.weights, 0)
+    (run.folder / "captions.txt").write_text("a fox in the snow\n")
+    table = run("--videos", "1")
+    assert table["gates"] == [] and "all" not in table["rows"][0]
+    assert "oracle" not in (run.folder / "run/evaluate/table.md").read_text()
+
+
+@pytest.mark.parametrize("facts, message", [
+    ({"cfg_scale": 3.0}, "cfg_scale 3.0, wanted 1.0, as the config has"),
+    ({"n": 50}, "n 50, wanted 4, as the config has"),
+    ({"teacher": "0123abcd"}, "distilled from teacher 0123abcd"),
+    ({"t_key": [1.0, 0.9, 0.0]}, "t_key .* wanted .* as the first student has"),
+])
+def test_students_that_cannot_be_compared_are_refused(run, facts, message):
+    good = write_student(run.folder / "good.safetensors", run.weights, 0)
+    bad = write_student(run.folder / "bad.safetensors", run.weights, 0, **facts)
+    with pytest.raises(ValueError, match=message):
+        run("--students", f"{good},{bad}")
+
+
+def test_latents_that_are_not_finite_are_refused_by_the_model_s_name():
+    def broken(x, t, cond):
+        return x / 0
+
+    noise, conds = torch.ones(3, 16, 1, 2, 2), [{"text": torch.ones(1, 2)}] * 3
+    with pytest.raises(ValueError, match="student@1: its latents hold NaN or infinity"):
+        evaluate.walk_all("student@1", broken, [1.0, 0.0], noise, conds, None, evaluate.Config(),
+                          torch.device("cpu"))
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--count", "2"), "count: got 2; wanted 3"),
+    (("--prompts", "nowhere.txt"), "nowhere.txt: no such prompt file"),
+    (("--frames", "8"), "frames: got 8"),
+    (("--prompt", "x"), "unknown option '--prompt'; did you mean 'prompts'"),
+    (("--students", "nowhere.safetensors"), "nowhere.safetensors: .*`python distill.py CONFIG`"),
+])
+def test_bad_options_are_refused_by_name(run, options, message):
+    write_student(run.folder / "run/student.safetensors", run.weights, 0)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(*options)

@@ -1,0 +1,276 @@
+"""sample.py: what is drawn, what is walked, what is written, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+import sample
+from encoders import read_prompts
+from model import (
+    Ranks, Shared, dit_tensors, fingerprint, generator, key_times, load_dit, official_names,
+    save_tensors, time_grid)
+
+N, KEY = 4, [0, 1, 4]  # a short grid, with uneven key timesteps
+
+
+def write_student(path: Path, weights: Path, moved: float = 0.02, diffusers: bool = False,
+                  **facts) -> Path:
+    """A student file as distill.py writes it: the teacher's weights, moved a little."""
+    tensors = {name: t.read() for name, t in dit_tensors(weights).items()}
+    tensors = {name: t + moved * torch.randn(t.shape, generator=generator(name))
+               for name, t in tensors.items()}
+    about = {"family": "wan", "preset": "tiny", "key": KEY, "n": N, "shift": 7.0, "cfg_scale": 1.0,
+             "t_key": key_times("wan", N, 7.0, KEY), "teacher": fingerprint(weights), **facts}
+    tensors = official_names(tensors, "transformer", reverse=True) if diffusers else tensors
+    save_tensors(path, tensors, {"accvideo": json.dumps(about)})
+    return path
+
+
+@pytest.fixture
+def run(tiny_weights, tmp_path, make_config):
+    """sample.main for a small config: run(options…) -> folder of the videos."""
+    config = make_config(n=N, key=KEY, width=32)
+
+    def main(*options: str) -> Path:
+        sample.main([str(config), *options])
+        return tmp_path / "run/samples"
+
+    main.config, main.folder, main.weights = config, tmp_path, tiny_weights
+    return main
+
+
+@pytest.fixture
+def student(run):
+    return write_student(run.folder / "run/student.safetensors", run.weights)
+
+
+class Stub(torch.nn.Module):
+    """v(x, t) = mean(text) · x + t, which remembers the times and texts that it was asked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, t, cond):
+        self.calls.append((t.tolist(), cond["text"]))
+        return cond["text"].mean((1, 2)).view(-1, 1, 1, 1, 1) * x + t.float().view(-1, 1, 1, 1, 1)
+
+
+def stub_batch(*means: float) -> tuple[torch.Tensor, list[dict]]:
+    noise = torch.randn(len(means), 16, 2, 4, 6, generator=generator("stub"))
+    return noise, [{"text": torch.full((3, 2), mean)} for mean in means]
+
+
+def denoise(dit, noise, times, conds, uncond=None, cfg_scale=1.0):
+    watch = sample.Watch(torch.device("cpu"))
+    return sample.denoise(dit, noise, times, conds, uncond, cfg_scale, watch, tqdm(disable=True))
+
+
+# ------------------------------------------------------------------------------ prompt files
+
+def test_prompt_files_keep_every_prompt_and_only_line_feeds_end_one(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red disc\r\n\n   \n  --teacher \nein\u2028Fuchs\x0cläuft".encode())
+    assert read_prompts(path) == ["a red disc", "--teacher", "ein\u2028Fuchs\x0cläuft"]
+
+
+def test_bad_prompt_files_are_named_with_the_line_at_fault(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.txt: no such prompt file"):
+        read_prompts(tmp_path / "nowhere.txt")
+    (tmp_path / "empty.txt").write_text("\n \n\n")
+    with pytest.raises(ValueError, match="empty.txt: got an empty prompt file"):
+        read_prompts(tmp_path / "empty.txt")
+    (tmp_path / "latin.txt").write_bytes(b"a fox\nein B\xe4r\n")
+    with pytest.raises(ValueError, match="latin.txt: line 2 is not UTF-8 .* at its byte 6"):
+        read_prompts(tmp_path / "latin.txt")
+
+
+# ---------------------------------------------------------------------------------- the walk
+
+def test_denoising_equals_a_loop_written_by_hand():
+    times, (noise, conds) = time_grid("wan", N, 7.0)[KEY].tolist(), stub_batch(0.3, -0.2)
+    dit, mean = Stub(), torch.tensor([0.3, -0.2]).view(2, 1, 1, 1, 1)
+    x, seconds = denoise(dit, noise, times, conds)
+    want = noise
+    for t, t_next in ((times[0], times[1]), (times[1], times[2])):
+        want = want + (t_next - t) * (mean * want + t)
+    assert torch.allclose(x, want, atol=1e-6)
+    assert [t for t, _ in dit.calls] == [[t, t] for t in times[:-1]]
+    assert len(seconds) == 2
+
+
+def test_guidance_is_uncond_plus_scale_times_the_difference():
+    noise, conds = stub_batch(0.5, 0.1)
+    dit = Stub()
+    x, _ = denoise(dit, noise, [1.0, 0.0], conds, {"text": torch.full((1, 2), 0.2)}, 3.0)
+    mean = torch.tensor([0.2 + 3 * (0.5 - 0.2), 0.2 + 3 * (0.1 - 0.2)]).view(2, 1, 1, 1, 1)
+    assert torch.allclose(x, noise - (mean * noise + 1), atol=1e-5)
+    assert len(dit.calls) == 2
+
+
+def record_denoise(monkeypatch) -> list[tuple]:
+    calls, real = [], sample.denoise
+
+    def spy(dit, noise, times, conds, uncond, cfg_scale, watch, bar):
+        calls.append((noise, times, uncond))
+        return real(dit, noise, times, conds, uncond, cfg_scale, watch, bar)
+
+    monkeypatch.setattr(sample, "denoise", spy)
+    monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)  # a second a sheet
+    return calls
+
+
+def test_student_and_teacher_start_from_the_same_noise_of_the_seed(run, student, monkeypatch):
+    calls = record_denoise(monkeypatch)
+    run("--prompt", "a red disc", "--seed", "3")
+    run("--prompt", "a red disc", "--seed", "3", "--teacher")
+    run("--prompt", "a red disc", "--seed", "2", "--count", "2", "--batch", "2")
+    run("--prompt", "a blue disc", "--seed", "3")
+    a, b, both, other = (noise for noise, _, _ in calls)
+    assert torch.equal(a, b) and torch.equal(a, both[1:])
+    assert not torch.equal(both[0], both[1]) and not torch.equal(a, other)
+
+
+def test_each_walks_its_own_times_and_only_the_teacher_is_guided(run, student, monkeypatch):
+    calls = record_denoise(monkeypatch)
+    guided = ("--prompt", "a red disc", "--cfg_scale", "2")
+    out = run(*guided)
+    run(*guided, "--teacher")
+    run(*guided, "--teacher", "--steps", "2")
+    assert [times for _, times, _ in calls] == [
+        key_times("wan", N, 7.0, KEY), time_grid("wan", N, 7.0).tolist(),
+        time_grid("wan", 2, 7.0).tolist()]
+    assert [uncond is None for _, _, uncond in calls] == [True, False, False]
+    counts = [json.loads((out / f"{who}.json").read_text())["videos"][0]["evaluations"]
+              for who in ("student2", "teacher4", "teacher2")]
+    assert counts == [2, 8, 4]
+
+
+def test_a_student_with_diffusers_names_is_the_same_student(run, student):
+    other = write_student(run.folder / "diffusers.safetensors", run.weights, diffusers=True)
+    cpu, shared = torch.device("cpu"), Shared(weights=str(run.weights))
+    a, b = (sample.load_student(shared, path, cpu).state_dict() for path in (student, other))
+    teacher = load_dit(run.weights, "tiny").state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["head.head.weight"], teacher["head.head.weight"])
+
+
+# --------------------------------------------------------------------------- what is written
+
+def test_the_same_command_twice_writes_the_same_bytes(run, student):
+    prompts = run.folder / "prompts.txt"
+    prompts.write_text("a red disc\na blue disc\n")
+    options = ("--prompt_file", str(prompts), "--count", "2", "--batch", "3")
+    run(*options, "--out", str(run.folder / "a"))
+    run(*options, "--out", str(run.folder / "b"))
+    files = sorted(path.name for path in (run.folder / "a").iterdir())
+    videos = [f"student2_000{i}_seed{seed}.mp4" for i in (0, 1) for seed in (0, 1)]
+    assert files == ["student2.json", "student2.png", *videos]
+    a, b = ([(run.folder / x / name).read_bytes() for name in videos] for x in "ab")
+    assert a == b and len(set(a)) == 4
+
+
+def test_a_prompt_is_text_whatever_it_looks_like(run, student):
+    for prompt in ("--teacher", "../../etc/<b>$x^2$ %s {0}", "none"):
+        out = run("--prompt", prompt)
+        assert json.loads((out / "student2.json").read_text())["videos"][0]["prompt"] == prompt
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.yaml", "student2.json", "student2.png", "student2_0000_seed0.mp4"]
+
+
+def test_a_prompt_of_10000_words_is_cut_with_a_warning(run, student, monkeypatch):
+    monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)
+    with pytest.warns(UserWarning, match="the text encoder reads 15"):
+        run("--prompt", "red " * 10_000)
+
+
+def test_a_prompt_goes_before_the_config_s_prompt_file():
+    cfg = sample.Config(prompt=" a red disc ", prompt_file="nowhere.txt")
+    assert sample.wanted_prompts(cfg) == ["a red disc"]
+
+
+def test_the_report_tells_the_seconds_of_every_phase(run, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)
+    out = run("--teacher", "--prompt", "a red disc", "--count", "2")
+    report = json.loads((out / "teacher4.json").read_text())
+    rank, phases = report["ranks"][0], {"load", "text", "noise", "steps", "decode", "save"}
+    assert rank["seconds"].keys() == phases and rank["peak_bytes"] > 1e7
+    assert [len(v["seconds"]["steps"]) for v in report["videos"]] == [4, 4]
+    assert [v["seed"] for v in report["videos"]] == [0, 1]
+    printed = capsys.readouterr().out
+    assert "2 videos, 4 evaluations a video" in printed and "teacher4.png" in printed
+
+
+def test_two_ranks_write_what_one_writes(run, student, monkeypatch):
+    prompts = run.folder / "prompts.txt"
+    prompts.write_text("a red disc\na blue disc\na green disc\n")
+    monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)
+    alone = run.folder / "one"
+    run("--prompt_file", str(prompts), "--out", str(alone))
+    gathered = [None, None]
+    for rank in (1, 0):  # one after the other; the last one gathers
+        ranks = Ranks(rank, 2, torch.device("cpu"), None)
+
+        def gather(results, mine, rank=rank):
+            gathered[rank] = mine
+            results[:] = gathered
+
+        monkeypatch.setattr(sample, "setup_distributed", lambda _, ranks=ranks: ranks)
+        monkeypatch.setattr(sample.dist, "all_gather_object", gather)
+        out = run("--prompt_file", str(prompts))
+    files = sorted(alone.glob("*.mp4"))
+    assert len(files) == 3 and all(p.read_bytes() == (out / p.name).read_bytes() for p in files)
+    report = json.loads((out / "student2.json").read_text())
+    assert [v["index"] for v in report["videos"]] == [0, 1, 2] and len(report["ranks"]) == 2
+
+
+# --------------------------------------------------------------------------- what is refused
+
+def test_a_missing_student_names_the_command_that_makes_it(run):
+    with pytest.raises(FileNotFoundError, match="student.safetensors: .*`python distill.py CONF"):
+        run("--prompt", "a red disc")
+
+
+@pytest.mark.parametrize("facts, message", [
+    ({"teacher": "0123abcd"}, "distilled from teacher 0123abcd, the weights in .* are [0-9a-f]+"),
+    ({"preset": "wan-t2v-14b"}, "preset is 'wan-t2v-14b', the config's 'tiny'"),
+    ({"family": "hunyuan"}, "family is 'hunyuan', the config's 'wan'"),
+    ({"t_key": [0.0, 0.5, 1.0]}, r"t_key is \[0.0, 0.5, 1.0\]; wanted times falling"),
+])
+def test_a_student_of_another_teacher_is_refused_naming_both(run, facts, message):
+    write_student(run.folder / "run/student.safetensors", run.weights, **facts)
+    with pytest.raises(ValueError, match=message):
+        run("--prompt", "a red disc")
+
+
+def test_files_that_are_no_student_are_refused(run, student):
+    with pytest.raises(ValueError, match="'accvideo' metadata lacks family"):
+        run("--prompt", "x", "--student", str(run.weights / "Wan2.1_VAE.safetensors"))
+    student.write_bytes(student.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        run("--prompt", "x")
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--promt", "x"), "unknown option '--promt'; did you mean 'prompt'"),
+    ((), "prompt: got none; give --prompt"),
+    (("--prompt", "  "), "prompt: got none"),
+    (("--prompt_file", "nowhere.txt"), "nowhere.txt: no such prompt file"),
+    (("--prompt", "x", "--frames", "6"), "frames: got 6; wanted 4n"),
+    (("--prompt", "x", "--height", "40"), "height: got 40; wanted a multiple of 16"),
+    (("--prompt", "x", "--width", "0"), "width: got 0"),
+    (("--prompt", "x", "--count", "0"), "count: got 0"),
+    (("--prompt", "x", "--steps", "three"), "steps: got 'three'; wanted int"),
+    (("--prompt", "x", "--steps", "3"), "steps: got 3; .* was distilled for 2 steps"),
+    (("--prompt", "x", "--teacher", "--steps", "0"), "steps: got 0"),
+    (("--prompt", "x", "--teacher", "--student", "s.safetensors"), "both --teacher and --student"),
+    (("--prompt", "x", "--preset", "huge"), "preset is 'tiny', the config's 'huge'"),
+    (("--prompt", "x", "--teacher", "--preset", "huge"), "preset: got 'huge'"),
+])
+def test_bad_options_are_refused_by_name(run, student, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(*options)
+    assert not list((run.folder / "run").rglob("*.mp4"))

@@ -47,8 +47,8 @@ import synvid
 from model import (
     Ranks, Shared, announce, build_dit, cli, collate, compute_dtype, euler_step, field,
     fingerprint, generator, latest_checkpoint, load_checkpoint, load_config, load_dit,
-    official_names, replace_file, save_checkpoint, save_tensors, setup_distributed, velocity, walk,
-    write_text)
+    names_config, official_names, replace_file, save_checkpoint, save_tensors, setup_distributed,
+    velocity, walk, write_text)
 
 
 @dataclass
@@ -633,14 +633,14 @@ def read_log(path: Path, step: int) -> list[dict]:
 def open_synvid(cfg: Config, argv: list[str]) -> "synvid.SynVid":
     """The trajectories of this run; for the small world they are made if there are none."""
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
-    config = argv[0] if argv and not argv[0].startswith("-") else "configs/tiny.yaml"
+    config = argv[0] if names_config(argv) else "configs/tiny.yaml"
     if not (folder / "manifest.json").exists() and cfg.preset != "tiny":
         raise FileNotFoundError(f"{folder}: no SynVid here: make it by `python synvid.py {config}`")
     if cfg.preset == "tiny" and cfg.synvid is None:
         shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
         text = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in shared.items()}
-        start = argv[:1] if argv and not argv[0].startswith("-") else []
-        synvid.main([*start, *(f"--{k}={v}" for k, v in text.items())])  # what is there is skipped
+        argv = [*argv[:names_config(argv)], *(f"{k}={v}" for k, v in text.items())]
+        synvid.main(argv)  # what is there is skipped
         dist.barrier()
     return synvid.SynVid(folder, cfg)
 

@@ -961,7 +961,7 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
 
 def print_help(cls: type, stage: str, doc: str) -> None:
     """Print a stage's docstring and each field with default and meaning."""
-    print(f"{doc.strip()}\n\nusage: python {stage}.py [CONFIG.yaml] [--field value] …\n")
+    print(f"{doc.strip()}\n\nusage: python {stage}.py [CONFIG.yaml] [--field value | field=value]\n")
     blank = cls()
     for f in dataclasses.fields(cls):
         value = getattr(blank, f.name)
@@ -970,26 +970,32 @@ def print_help(cls: type, stage: str, doc: str) -> None:
               f"[{'none' if value is None else value}]")
 
 
+def names_config(args: list[str]) -> bool:
+    """Whether a command line starts with a config file, not with an override."""
+    return bool(args) and not args[0].startswith("-") and "=" not in args[0]
+
+
 def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str = "") -> Any:
-    """A stage's Config from a YAML file (default configs/tiny.yaml) and --field value overrides.
+    """A stage's Config from a YAML file (default configs/tiny.yaml) and overrides of its fields.
 
     Args: cls, the stage's dataclass (a Shared); stage, its section's name; argv without program
-    name; doc, shown by --help. A bare --flag sets a bool field. Relative paths are the user's.
-    Raises ValueError naming the key, what was got and the nearest known key.
+    name; doc, shown by --help. An override is `--field value`, `--field=value` or `field=value`
+    (the one that torchrun's own parser leaves alone); a bare --flag sets a bool field. Relative
+    paths are the user's. Raises ValueError naming the key, what was got and the nearest known key.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in args or "-h" in args:
-        print_help(cls, stage, doc)
-        raise SystemExit(0)
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
-    path = Path(args.pop(0)) if args and not args[0].startswith("-") else ROOT / "configs/tiny.yaml"
+    path = Path(args.pop(0)) if names_config(args) else ROOT / "configs/tiny.yaml"
     values = read_yaml(path, stage, fields)
     where = dict.fromkeys(values, str(path))
     while args:
         arg = args.pop(0)
+        if arg in ("--help", "-h"):
+            print_help(cls, stage, doc)
+            raise SystemExit(0)
         name, equals, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        if not arg.startswith("--") or name not in fields:
+        if not (arg.startswith("--") or equals) or name not in fields:
             near = nearest(name, fields)
             raise ValueError(f"command line: unknown option '{arg}'{near}; see --help")
         if not equals and fields[name] is bool and (not args or args[0].startswith("--")):

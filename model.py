@@ -740,14 +740,18 @@ def setup_distributed(device: str = "auto") -> Ranks:
 def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:
     """Shard parameters over all ranks (FSDP2): every block by itself, then the rest.
 
-    Args: compute_dtype, what a block's weights are cast to when gathered (None: as stored);
-    gradients are reduced in fp32.
+    Args: compute_dtype, what a block's weights are cast to when gathered (None: as stored); the
+    embeddings and the head around the blocks stay as stored. Gradients are reduced in fp32.
     """
+    # The root reshards too: else a forward without backward would leave it whole, and a checkpoint
+    # taken then would miss the optimizer's state of its sharded parameters.
+    how = {"mesh": ranks.mesh, "reshard_after_forward": True}
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in getattr(module, "blocks", []):
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-    return fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
+        fully_shard(block, mp_policy=policy, **how)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return fully_shard(module, mp_policy=policy, **how)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -961,7 +965,7 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
 
 def print_help(cls: type, stage: str, doc: str) -> None:
     """Print a stage's docstring and each field with default and meaning."""
-    print(f"{doc.strip()}\n\nusage: python {stage}.py [CONFIG.yaml] [--field value | field=value]\n")
+    print(f"{doc.strip()}\n\nusage: python {stage}.py [CONFIG] [--field value | field=value]\n")
     blank = cls()
     for f in dataclasses.fields(cls):
         value = getattr(blank, f.name)

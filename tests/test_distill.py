@@ -294,6 +294,16 @@ def test_resuming_gives_the_same_bits_at_every_k(weights, tmp_path, ranks):
         assert torch.equal(parameters(fresh), parameters(undisturbed))
 
 
+def test_checkpoint_after_an_evaluation_holds_every_optimizer_state(weights, tmp_path, ranks):
+    cfg = settings(weights, tmp_path)
+    nets, _ = run(cfg, ranks, steps=1)
+    names = distill.state_of(nets, {}).keys(), distill.state_of(nets, {})["opt_traj"].keys()
+    distill.held_out_errors(cfg, nets.student, distill.Loader(cfg, FakeSynVid(M3), ranks), ranks)
+    after = distill.state_of(nets, {})
+    assert (after.keys(), after["opt_traj"].keys()) == names
+    assert len(names[1]) == 3 * len(list(nets.student.parameters()))
+
+
 def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path)
     nets, _ = run(cfg, ranks, steps=1)

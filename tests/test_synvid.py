@@ -1,0 +1,498 @@
+"""SynVid: trajectories obey Eq. 5, their bytes depend on seed, index and prompt alone, nothing is
+lost to a kill, and what a user can get wrong is named. On random weights of preset `tiny`."""
+
+import ast
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import model
+import synvid
+from model import collate, euler_step, load_dit, time_grid, velocity
+from synvid import SynVid, initial_noise, place
+
+
+def generate(config: Path, *args) -> Path:
+    """Run stage 1 in this process; returns its folder."""
+    synvid.main([str(config), *map(str, args)])
+    return Path(config_of(config, *args).run) / "synvid"
+
+
+def config_of(config: Path, *args) -> synvid.Config:
+    return model.load_config(synvid.Config, "synvid", [str(config), *map(str, args)])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a SynVid folder but the job's own config.yaml, hidden ones included."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "config.yaml"}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_weights, tmp_path_factory):
+    """A finished folder and the config it was made with; tests must not change it."""
+    root = tmp_path_factory.mktemp("made")
+    args = ["--weights", tiny_weights, "--prompts", tiny_weights / "prompts.txt", "--run", root,
+            "--height", 16, "--width", 16, "--frames", 5, "--n", 4, "--key", "0,2,4", "--videos", 0,
+            "--device", "cpu", "--count", 7]
+    path = root / "config.yaml"
+    path.write_text("{}")
+    return generate(path, *args), config_of(path, *args), [path, *args]
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """A mounted memory disk of 1 MiB, or a skipped test."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# ------------------------------------------------------------------------------ trajectories
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+def test_a_stored_trajectory_satisfies_eq_5_exactly_when_rewalked(make_config, cfg_scale):
+    config = make_config(n=6, key=list(range(7)), cfg_scale=cfg_scale, negative_prompt="a red disc",
+                         synvid={"keep": "all", "dtype": "fp32", "batch": 3, "count": 3})
+    data, cfg = SynVid(generate(config), config_of(config)), config_of(config)
+    x_key, conds, _ = zip(*[data.read(i) for i in range(3)], strict=True)
+    x_key, times = torch.stack(x_key, 1), time_grid(cfg.family, cfg.n, cfg.shift).tolist()
+    assert data.t_key == times[::-1]
+    dit, uncond = load_dit(cfg.weights, cfg.preset), None
+    if cfg_scale != 1:
+        from encoders import load_text
+        text = load_text(cfg.weights, "cpu", torch.float32, dit.cfg.text_len)
+        uncond = collate(text.encode_each(["a red disc"]) * 3)
+    for k in range(5, -1, -1):  # k + 1 is the noisier end
+        with torch.no_grad():
+            v = velocity(dit, x_key[k + 1], data.t_key[k + 1], collate(conds), uncond, cfg_scale)
+        step = euler_step(x_key[k + 1], v, data.t_key[k + 1], data.t_key[k])
+        assert torch.equal(step, x_key[k])
+        assert not torch.equal(x_key[k], x_key[k + 1])
+
+
+def test_key_latents_are_those_of_the_whole_trajectory_and_fp16_rounds_once(make_config, tmp_path):
+    config = make_config(n=6, key=[0, 2, 4, 6], synvid={"count": 3})
+
+    def latents(*args):
+        run = tmp_path / "-".join(args)
+        cfg = config_of(config, "--run", run, *args)
+        data = SynVid(generate(config, "--run", run, *args), cfg)
+        return torch.stack([data.read(i)[0] for i in range(3)])
+
+    whole = latents("--keep", "all", "--dtype", "fp32", "--store_noise")
+    assert torch.equal(latents("--dtype", "fp32"), whole)
+    half = latents("--dtype", "fp16")
+    assert torch.equal(half[:, :-1], whole[:, :-1].half().float())
+    assert torch.equal(half[:, -1], whole[:, -1])  # the noise is drawn again, in fp32
+    assert whole.abs().mean() > 0.1
+
+
+def test_the_noise_is_a_function_of_seed_index_and_prompt_alone():
+    shape = (16, 2, 2, 2)
+    noise = initial_noise(0, 5, "a red disc", shape)
+    torch.manual_seed(1)
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise, initial_noise(0, 5, "a red disc", shape))
+    for other in ((1, 5, "a red disc"), (0, 6, "a red disc"), (0, 5, "a red disk")):
+        assert not torch.equal(noise, initial_noise(*other, shape))
+
+
+def test_the_reader_gives_prompts_conditions_and_times_in_order(made, tiny_weights):
+    folder, cfg, _ = made
+    data, prompts = SynVid(folder, cfg), (tiny_weights / "prompts.txt").read_text().splitlines()
+    assert len(data) == 7
+    assert data.t_key[0] == 0 and data.t_key[-1] == 1 and data.t_key == sorted(data.t_key)
+    for i in range(7):
+        x_key, cond, prompt = data.read(i)
+        assert prompt == prompts[i] and x_key.dtype == torch.float32
+        assert torch.equal(x_key[2], initial_noise(0, i, prompt, (16, 2, 2, 2)))
+        assert cond["text"].dtype == torch.float32 and not (cond["text"] == 0).all(1).any()
+    assert torch.equal(data.read(3, [1, 0])[0], data.read(3)[0][[1, 0]])
+    with pytest.raises(IndexError):
+        data.read(7)
+
+
+def test_text_states_are_stored_without_loss_and_as_bf16_where_that_holds_them():
+    exact, other = torch.randn(3, 4).bfloat16().float(), torch.randn(3, 4)
+    assert synvid.shorten(exact).dtype == torch.bfloat16
+    assert torch.equal(synvid.shorten(exact).float(), exact)
+    assert synvid.shorten(other) is other
+
+
+def test_more_trajectories_than_prompts_take_the_prompts_in_turn(make_config, tmp_path):
+    prompts = tmp_path / "two.txt"
+    prompts.write_text("a red disc\n\n  a blue ring \n", encoding="utf-8")
+    config = make_config(synvid={"prompts": str(prompts), "count": 5, "batch": 2})
+    data = SynVid(generate(config), config_of(config))
+    assert [data.read(i)[2] for i in range(5)] == ["a red disc", "a blue ring"] * 2 + ["a red disc"]
+    assert not torch.equal(data.read(0)[0], data.read(2)[0])
+
+
+def test_the_first_trajectories_are_decoded_to_videos_and_lost_ones_made_again(make_config):
+    config = make_config(synvid={"count": 3})
+    folder = generate(config)
+    assert not (folder / "videos").exists()
+    generate(config, "--videos", 2)
+    before = contents(folder)
+    assert sorted(p.name for p in (folder / "videos").iterdir()) == ["000000.mp4", "000001.mp4"]
+    (folder / "videos/000001.mp4").unlink()
+    generate(config, "--videos", 2)
+    assert contents(folder) == before
+
+
+def test_the_cost_is_told_before_and_after_the_first_batch(make_config, capsys):
+    config = make_config(synvid={"count": 5, "batch": 2})
+    generate(config, "--count", 3)
+    capsys.readouterr()
+    generate(config)
+    out = capsys.readouterr().out
+    assert "2 trajectories to do, 3 of 5 are there" in out and "free at" in out
+    assert "a trajectory on cpu" in out and "device-hours" in out and "to go" in out
+
+
+def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
+    folder, _, _ = made
+    manifest, x = synvid.read_manifest(folder), torch.zeros(2, 16, 2, 2, 2, dtype=torch.float16)
+    x[1, 3] = torch.inf
+    with pytest.raises(ValueError, match=r"000000.safetensors: the latent after step 4 holds NaN"):
+        synvid.write_trajectory(tmp_path, manifest, 0, "a red disc", x, {})
+    assert contents(tmp_path) == {}
+
+
+def test_the_trainer_reads_synvid_without_the_encoders():
+    top = [node for node in ast.parse(Path(synvid.__file__).read_text()).body]
+    imported = {getattr(node, "module", None) or node.names[0].name for node in top
+                if isinstance(node, (ast.Import, ast.ImportFrom))}
+    assert "model" in imported and "encoders" not in imported
+
+
+# ----------------------------------------------------------------------- nothing but the index
+
+def test_neither_ranks_nor_jobs_nor_their_order_change_a_byte(make_config, run_stage, tmp_path):
+    config = make_config(synvid={"count": 11, "batch": 4, "videos": 2})
+    whole = contents(generate(config, "--run", tmp_path / "one"))
+    assert len(whole) == 1 + 11 + 2
+    for start, count in ((9, 2), (0, 3), (3, 6)):  # parts that are not whole batches, out of order
+        jobs = generate(config, "--run", tmp_path / "jobs", "--start", start, "--count", count)
+    assert contents(jobs) == whole
+    done = run_stage("synvid", config, "--run", tmp_path / "ranks", ranks=2)
+    assert "with 2 rank(s)" in done.stdout
+    assert contents(tmp_path / "ranks/synvid") == whole
+
+
+def test_the_number_of_threads_changes_no_byte(made, tmp_path):
+    folder, _, args = made
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert contents(generate(*args, "--run", tmp_path)) == contents(folder)
+        assert torch.get_num_threads() == 2  # whoever called this stage gets its threads back
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_batch_size_changes_no_more_than_rounding(make_config, tmp_path):
+    config = make_config(synvid={"count": 5, "dtype": "fp32"})
+    latents = []
+    for batch in (1, 5):
+        args = ["--run", tmp_path / str(batch), "--batch", batch]
+        data = SynVid(generate(config, *args), config_of(config, *args))
+        latents.append(torch.stack([data.read(i)[0] for i in range(5)]))
+    # fp32 matrix products of other sizes are summed in another order: some 1e-7 of each value
+    assert (latents[0] - latents[1]).abs().max() <= 1e-5 * latents[0].abs().max()
+
+
+# ------------------------------------------------------------------------------ nothing lost
+
+def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(make_config, command,
+                                                                            tmp_path):
+    config = make_config(height=48, width=48, n=6, key=[0, 3, 6],
+                         synvid={"count": 200, "batch": 2, "keep": "all", "dtype": "fp32"})
+    whole = contents(generate(config, "--run", tmp_path / "whole"))
+    folder, rng, there = tmp_path / "run/synvid", random.Random(0), {}
+    for _ in range(10):
+        enough = len(synvid.find_trajectories(folder)) + rng.choice((1, 2, 3))
+        victim = subprocess.Popen(command("synvid", config), stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE)
+        while victim.poll() is None and len(synvid.find_trajectories(folder)) < enough:
+            time.sleep(0.004)
+        time.sleep(rng.uniform(0, 0.05))
+        victim.kill()
+        assert victim.wait() == -signal.SIGKILL, victim.stderr.read()
+        there = {name: data for name, data in contents(folder).items() if "/." not in name}
+        assert there.items() <= whole.items()  # nothing half-written has a final name
+    assert len(there) < len(whole)  # each victim had work left
+    generate(config)
+    assert contents(folder) == whole
+
+
+def test_dying_while_a_file_is_written_leaves_no_final_name(made, tmp_path):
+    folder, _, args = made
+    copy = Path(shutil.copytree(folder, tmp_path / "synvid"))
+    manifest, path = synvid.read_manifest(copy), place(copy, 2)
+    with safe_open(path, "pt") as f:
+        x, cond = f.get_tensor("x"), {"text": f.get_tensor("cond.text")}
+    path.unlink()
+
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_half(path, data):
+        with path.open("wb") as f:
+            f.write(data[:len(data) // 2])
+        die()
+
+    for owner, name, death in ((Path, "write_bytes", write_half), (os, "replace", die)):
+        child = os.fork()
+        if child == 0:
+            setattr(owner, name, death)
+            synvid.write_trajectory(copy, manifest, 2, "a red disc moves up", x, cond)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    left = contents(copy).keys() - contents(folder).keys()
+    assert left and all(name.startswith("000/.000002.safetensors.") for name in left)
+    assert not path.exists()
+    assert contents(generate(*args, "--run", tmp_path)) == contents(folder)
+
+
+def test_leftovers_of_other_jobs_are_left_alone(make_config):
+    config = make_config(synvid={"count": 3, "batch": 2})
+    folder = generate(config)
+    mine, other = (folder / f"000/.{i:06d}.safetensors.123.part.safetensors" for i in (2, 3))
+    for part in (mine, other):
+        part.write_bytes(b"half")
+    generate(config)
+    assert other.exists() and not mine.exists()
+    assert len(SynVid(folder, config_of(config))) == 3
+
+
+# ---------------------------------------------------------------------- one folder, one kind
+
+OTHERS = {"n": ["--n", 8, "--key", "0,2,4,8"], "shift": ["--shift", 5], "height": ["--height", 32],
+          "frames": ["--frames", 9], "cfg_scale": ["--cfg_scale", 2], "weights": None}
+
+
+@pytest.fixture
+def other(request, make_weights, tmp_path):
+    """Arguments that differ in the key under test."""
+    return OTHERS[request.param] or ["--weights", make_weights(tmp_path / "other", seed=1)]
+
+
+@pytest.mark.parametrize("key, other", [(key, key) for key in OTHERS], indirect=["other"])
+def test_trajectories_of_another_teacher_grid_guidance_or_size_are_refused(made, key, other):
+    folder, _, args = made
+    before = contents(folder)
+    wrong = rf"manifest.json: {key} is .*, this config wants .*: .*--run"
+    with pytest.raises(ValueError, match=wrong):
+        SynVid(folder, config_of(*args, *other))
+    with pytest.raises(ValueError, match=wrong):
+        generate(*args, *other)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("key, args", {
+    "stored": ["--keep", "all"], "dtype": ["--dtype", "fp32"], "seed": ["--seed", 1],
+    "count": ["--prompts", "more.txt"], "prompts": ["--prompts", "others.txt"]}.items())
+def test_a_job_of_other_storage_seed_or_prompts_is_refused(made, key, args, tmp_path, monkeypatch):
+    folder, cfg, first = made
+    prompts = Path(cfg.prompts).read_text()
+    (tmp_path / "more.txt").write_text(prompts + "one more\n")
+    (tmp_path / "others.txt").write_text(prompts.replace("red", "pink"))
+    monkeypatch.chdir(tmp_path)
+    before = contents(folder)
+    with pytest.raises(ValueError, match=f"manifest.json: {key} is"):
+        generate(*first, *args)
+    assert contents(folder) == before
+
+
+def test_without_guidance_the_negative_prompt_does_not_matter_and_the_trainers_seed_never(made):
+    folder, _, args = made
+    assert len(SynVid(folder, config_of(*args, "--negative_prompt", "blurry", "--seed", 3))) == 7
+
+
+def test_a_key_timestep_that_is_not_stored_is_named(made):
+    folder, _, args = made
+    with pytest.raises(ValueError, match=r"latents after steps \[2, 4\].*needs 3.*--keep all"):
+        SynVid(folder, config_of(*args, "--key", "0,3,4"))
+
+
+def test_missing_empty_and_unfinished_folders_are_named_with_the_command(made, tmp_path):
+    folder, cfg, _ = made
+    with pytest.raises(FileNotFoundError, match="no SynVid; make it by `python synvid.py"):
+        SynVid(tmp_path / "none", cfg)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    place(copy, 4).unlink()
+    with pytest.raises(ValueError, match="000004.safetensors: is missing, 6 others are there"):
+        SynVid(copy, cfg)
+    shutil.rmtree(copy / "000")
+    with pytest.raises(ValueError, match="000000.safetensors: is missing, 0 others are there"):
+        SynVid(copy, cfg)
+    for text, wrong in (('{"version": 2}', "format version 2"), ("{", "is not valid JSON")):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=f"manifest.json: .*{wrong}"):
+            SynVid(copy, cfg)
+
+
+def test_a_manifest_that_changes_under_a_running_job_stops_it(make_config, monkeypatch):
+    config = make_config(synvid={"count": 4, "batch": 2})
+    folder, encode = Path(config_of(config).run) / "synvid", synvid.denoise
+
+    def meddle(*args):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        model.write_json(folder / "manifest.json", manifest | {"seed": 9})
+        return encode(*args)
+
+    monkeypatch.setattr(synvid, "denoise", meddle)
+    with pytest.raises(ValueError, match="was changed while this job ran"):
+        generate(config)
+    assert not (folder / "000").exists()
+
+
+# --------------------------------------------------------------------------------- bad files
+
+def test_a_flipped_bit_or_a_cut_anywhere_in_a_trajectory_is_found(made, tmp_path):
+    folder, cfg, _ = made
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path, data = place(copy, 2), SynVid(copy, cfg)
+    x_key, cond, prompt = data.read(2)
+    good, rng = path.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(good[:8], "little")
+    spots = [*range(16), *rng.sample(range(16, header), 150),
+             *rng.sample(range(header, len(good)), 150)]
+    damaged = [good[:i] + bytes([good[i] ^ 1 << rng.randrange(8)]) + good[i + 1:] for i in spots]
+    damaged += [good[:cut] for cut in (0, 1, 8, header, len(good) // 2, len(good) - 1)]
+    damaged.append(good + b"x")
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="000002.safetensors: cannot be used .* delete the"):
+            data.read(2)
+    path.write_bytes(good)
+    again = data.read(2)
+    assert torch.equal(again[0], x_key) and torch.equal(again[1]["text"], cond["text"])
+    assert again[2] == prompt
+
+
+def test_a_damaged_trajectory_deleted_as_the_error_says_is_made_again(made, tmp_path):
+    folder, _, args = made
+    shutil.copytree(folder, tmp_path / "synvid")
+    place(tmp_path / "synvid", 2).unlink()
+    assert contents(generate(*args, "--run", tmp_path)) == contents(folder)
+
+
+def test_a_trajectory_under_another_number_or_from_another_folder_is_refused(made, tmp_path):
+    folder, cfg, args = made
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    shutil.copy(place(copy, 1), place(copy, 2))
+    with pytest.raises(ValueError, match="000002.safetensors: .*it is trajectory 1 of"):
+        SynVid(copy, cfg).read(2)
+    foreign = generate(*args, "--run", tmp_path, "--seed", 1)
+    shutil.copy(place(foreign, 3), place(copy, 3))
+    with pytest.raises(ValueError, match="000003.safetensors: .* of manifest"):
+        SynVid(copy, cfg).read(3)
+
+
+def test_only_the_latents_asked_for_are_read(made, tmp_path):
+    folder, cfg, _ = made
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path, data = place(copy, 0), SynVid(copy, cfg)
+    with safe_open(path, "pt") as f:
+        middle = f.get_slice("x")[0].numpy().tobytes()  # after step 2: k = 1
+    content = bytearray(path.read_bytes())
+    content[content.find(middle)] ^= 1
+    path.write_bytes(content)
+    data.read(0, [2, 0])
+    with pytest.raises(ValueError, match="latent after step 2 does not match its checksum"):
+        data.read(0)
+
+
+# --------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("content, wrong", [
+    (None, "no such prompt file"), (b"\n \n", "empty prompt file"),
+    (b"a red disc\na bl\xffe ring\n", "line 2 is not UTF-8")])
+def test_a_prompt_file_missing_empty_or_not_utf8_is_named(make_config, tmp_path, content, wrong):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"prompts.txt: .*{wrong}"):
+        generate(make_config(synvid={"prompts": str(path)}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_of_10000_words_is_cut_with_a_warning(make_config, tmp_path):
+    prompts = tmp_path / "long.txt"
+    prompts.write_text("a red disc " * 3333 + "moves left\n", encoding="utf-8")
+    config = make_config(synvid={"prompts": str(prompts)})
+    with pytest.warns(UserWarning, match="tokens"):
+        folder = generate(config)
+    x_key, cond, prompt = SynVid(folder, config_of(config)).read(0)
+    assert len(prompt.split()) == 10001 and len(cond["text"]) == model.PRESETS["tiny"].text_len
+
+
+def test_prompts_that_look_like_flags_paths_or_markup_are_text(make_config, tmp_path):
+    prompts = ["--run /etc", "../../../etc/passwd", "/dev/sda", "<b>bold</b> &lt;", "{0.__class__}",
+               "%s %n", "$(reboot); `ls`", 'a "quoted" \\ one', "</s> <pad>", "红色 圆盘 🔴",
+               "a\x00b\x1b[31m", "line\u2028separator"]
+    (tmp_path / "odd.txt").write_text("\n".join(prompts), encoding="utf-8")
+    config = make_config(synvid={"prompts": str(tmp_path / "odd.txt")})
+    data = SynVid(generate(config), config_of(config))
+    assert [data.read(i)[2] for i in range(len(data))] == prompts
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "odd.txt", "config.yaml"}
+
+
+@pytest.mark.parametrize("args, wrong", [
+    (["--keep", "some"], "keep: got 'some'; wanted key | all"),
+    (["--dtype", "bf16"], "dtype: got 'bf16'; wanted fp16 | fp32"),
+    (["--count", 0], "count: got 0; wanted 1 or more"), (["--start", -1], "start: got -1"),
+    (["--batch", 0], "batch: got 0"), (["--videos", -1], "videos: got -1"),
+    (["--start", 27], "start: got 27 with no count.*--count"),
+    (["--preset", "tinny"], "preset: got 'tinny'.*did you mean 'tiny'")])
+def test_settings_that_cannot_work_are_named(make_config, args, wrong):
+    with pytest.raises(ValueError, match=wrong.replace("|", r"\|")):
+        generate(make_config(), *args)
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_start(make_config, tmpfs):
+    config = make_config(run=str(tmpfs / "run"), synvid={"count": 500})
+    with pytest.raises(ValueError, match="500 trajectories need up to .*B, got .*B: free some"):
+        generate(config)
+    assert not list(tmpfs.rglob("*.safetensors"))
+
+
+def test_a_disk_that_fills_up_is_told_and_the_same_command_ends_with_the_same_bytes(
+        make_config, tmpfs, tmp_path, monkeypatch):
+    config = make_config(synvid={"count": 12, "batch": 4})
+    whole = contents(generate(config, "--run", tmp_path / "whole"))
+    huge = shutil.disk_usage(tmpfs)._replace(free=10 ** 12)
+    (tmpfs / "filler").write_bytes(bytes(2 ** 20 - 40_000))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: huge)
+        with pytest.raises(ValueError, match=r"\.safetensors: cannot be written .*No space left"):
+            generate(config, "--run", tmpfs / "run")
+    left = contents(tmpfs / "run/synvid")
+    assert 1 < len(left) < 13 and left.items() <= whole.items()
+    (tmpfs / "filler").unlink()
+    assert contents(generate(config, "--run", tmpfs / "run")) == whole
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(make_config, tmp_path, tmpfs):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"file/synvid/manifest.json: cannot be written .*--run"):
+        generate(make_config(run=str(tmp_path / "file")))
+    subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
+    with pytest.raises(ValueError, match=r"manifest.json: cannot be written .*[Rr]ead-only.*--run"):
+        generate(make_config(run=str(tmpfs / "run")))

@@ -25,7 +25,6 @@ import json
 import math
 import signal
 import sys
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -44,10 +43,11 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import synvid
+from monitor import Log, draw_panels, memory_plan, read_log
 from model import (
-    Ranks, Shared, announce, build_dit, cli, collate, compute_dtype, euler_step, field,
+    Ranks, Shared, announce, cli, collate, compute_dtype, euler_step, field,
     fingerprint, generator, latest_checkpoint, load_checkpoint, load_config, load_dit,
-    names_config, official_names, replace_file, save_checkpoint, save_tensors, setup_distributed,
+    names_config, official_names, save_checkpoint, save_tensors, setup_distributed,
     velocity, walk, write_text)
 
 
@@ -307,7 +307,7 @@ def apply_update(cfg: Config, opt: torch.optim.Optimizer, params: list, lr: floa
     return norm
 
 
-def update_student(cfg: Config, nets: Nets, loss: str, step: int, log: "Log") -> None:
+def update_student(cfg: Config, nets: Nets, loss: str, step: int, log: Log) -> None:
     """Update β after the backward passes of one loss, "traj" or "adv", as D6 has it."""
     params = [p for p in nets.student.parameters() if p.grad is not None]
     if cfg.updates == "combined" and cfg.adv and cfg.traj:
@@ -323,7 +323,7 @@ def update_student(cfg: Config, nets: Nets, loss: str, step: int, log: "Log") ->
     log.lap("optimizer")
 
 
-def update_heads(cfg: Config, nets: Nets, step: int, log: "Log") -> None:
+def update_heads(cfg: Config, nets: Nets, step: int, log: Log) -> None:
     """Update H_k; heads are small, so every rank keeps them whole and gradients are averaged."""
     params = [p for p in nets.heads.parameters() if p.grad is not None]
     for p in params:
@@ -334,44 +334,7 @@ def update_heads(cfg: Config, nets: Nets, step: int, log: "Log") -> None:
     log.lap("optimizer")
 
 
-# -------------------------------------------------------------------- figures and evaluation
-
-class Log:
-    """Figures of one iteration: kept on the device, gathered once at its end."""
-
-    def __init__(self, student: nn.Module):
-        self.device = next(student.parameters()).device
-        self.values, self.marks, self.aside = {}, [("", self.now())], []
-
-    def now(self) -> "float | torch.cuda.Event":
-        """A moment: the clock on a CPU, an event in the stream on a GPU (no waiting)."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def add(self, **figures: Tensor) -> None:
-        """Add one micro-batch's figures; the mean over micro-batches and ranks is logged."""
-        for name, value in figures.items():
-            self.values.setdefault(name, []).append(value.detach().float().to(self.device))
-
-    def lap(self, name: str) -> None:
-        """Count the time since the last lap as `name`'s."""
-        self.marks.append((name, self.now()))
-
-    def gather(self, stop: bool) -> dict[str, float]:
-        """Means over micro-batches and ranks, seconds of each part, stop > 0 if a rank wants to."""
-        self.add(stop=torch.tensor(float(stop)))
-        names = sorted(self.values)
-        means = torch.stack([torch.stack(self.values[n]).mean() for n in names])
-        dist.all_reduce(means)
-        out = dict(zip(names, (means / dist.get_world_size()).tolist(), strict=True))
-        for (_, a), (name, b) in zip(self.marks, self.marks[1:], strict=False):
-            seconds = b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
-            out[f"s_{name}"] = out.get(f"s_{name}", 0.0) + seconds
-        return out
-
+# -------------------------------------------------------------------- held-out trajectories
 
 def relative_error(x: Tensor, y: Tensor) -> Tensor:
     """‖x − y‖² / ‖y‖² of every sample: [B]."""
@@ -406,29 +369,17 @@ def held_out_errors(cfg: Config, dit: nn.Module, loader: Loader, ranks: Ranks) -
 
 def draw_curves(path: Path, lines: list[dict], m: int) -> None:
     """Losses, head accuracy, gradient norms and held-out error from the log, as one PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     by_k = [(f"k={k}", [x for x in lines if x["k"] == k]) for k in range(m)]
-    panels = {  # title: [(figure, label, lines, style)]
+    norms = [(f"grad_{name}", name, lines, "-") for name in ("traj", "adv", "sum", "head")]
+    draw_panels(path, {
         "L_traj (Eq. 6)": [("loss_traj", label, own, "-") for label, own in by_k],
         "head accuracy: real (solid), generated (dashed)":
             [("acc_real", label, own, "-") for label, own in by_k]
             + [("acc_fake", None, own, "--") for _, own in by_k],
-        "gradient norms before clipping": [(f"grad_{name}", name, lines, "-")
-                                           for name in ("traj", "adv", "sum", "head")],
+        "gradient norms before clipping": norms,
         "held-out endpoint error": [("endpoint", "student", lines, "o-"),
-                                    ("endpoint_teacher", "teacher, same steps", lines, "--")]}
-    fig, axes = plt.subplots(2, 2, figsize=(12, 7), constrained_layout=True)
-    for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
-        for i, (name, label, own, style) in enumerate(curves):
-            points = [(x["step"], x[name]) for x in own if name in x]
-            ax.plot(*zip(*points or [(0, math.nan)], strict=True), style, lw=1, color=f"C{i % m}",
-                    label=label if points else None)
-        ax.set(title=title, xlabel="iteration", yscale="linear" if "accuracy" in title else "log")
-        ax.legend(fontsize=8)
-    replace_file(path, lambda p: fig.savefig(p, dpi=90, format="png"))
-    plt.close(fig)
+                                    ("endpoint_teacher", "teacher, same steps", lines, "--")]},
+        x="step", linear=("head accuracy",), colours=m)
 
 
 # ---------------------------------------------------------- state: build, save, resume, export
@@ -529,32 +480,6 @@ def export_student(cfg: Config, nets: Nets, ranks: Ranks, meta: dict) -> Path:
     return path
 
 
-def memory_plan(cfg: Config, shape: tuple[int, ...], ranks: Ranks) -> str:
-    """GiB a rank will need, from the shapes; what the framework itself takes is not in it."""
-    with torch.device("meta"):
-        dit = build_dit(cfg.preset)
-    wide = compute_dtype(ranks.device).itemsize
-    count, block = (sum(p.numel() for p in net.parameters()) for net in (dit, dit.blocks[0]))
-    rest = count - len(dit.blocks) * block
-    L, D = math.prod(dit.token_grid(*shape[1:])) * cfg.micro_batch, dit.cfg.dim
-    working = L * (D * (4 * 6 + wide * 10) + dit.cfg.ffn_dim * wide * 3)   # inside one block
-    kept = L * D * 4 if cfg.checkpointing else working                     # of each block
-    aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
-    parts = {"student": 4 * count / ranks.world, "gradients": 4 * aside * count / ranks.world,
-             "AdamW": 8 * (1 + (cfg.updates == "separate")) * count / ranks.world,
-             "teacher": wide * count / ranks.world,
-             "gathered layers": 2 * wide * (2 * block + rest) if ranks.world > 1 else 0,
-             "activations": len(dit.blocks) * kept * (1 + cfg.adv) + working,
-             "batch, queue": 8 * cfg.batch // ranks.world * math.prod(shape) * (len(cfg.key) + 1)}
-    lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
-    lines.append(f"  {'together':<16}{sum(parts.values()) / 2 ** 30:9.2f} GiB a rank")
-    if ranks.device.type == "cuda":
-        have = torch.cuda.mem_get_info(ranks.device)[1]
-        word = "fits in" if sum(parts.values()) < 0.92 * have else "DOES NOT FIT in"
-        lines.append(f"  {word} the GPU's {have / 2 ** 30:.0f} GiB")
-    return "memory plan\n" + "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Read the config, make a missing small SynVid, train or resume, export."""
     argv = sys.argv[1:] if argv is None else argv
@@ -623,13 +548,6 @@ def main(argv: list[str] | None = None) -> None:
     dist.barrier()
 
 
-def read_log(path: Path, step: int) -> list[dict]:
-    """A log's lines up to an iteration; what a crash cut off or will be repeated is dropped."""
-    text = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    whole = [json.loads(line) for line in text if line.endswith("}")]
-    return [x for x in whole if x["step"] <= step]
-
-
 def open_synvid(cfg: Config, argv: list[str]) -> "synvid.SynVid":
     """The trajectories of this run; for the small world they are made if there are none."""
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
@@ -637,10 +555,11 @@ def open_synvid(cfg: Config, argv: list[str]) -> "synvid.SynVid":
     if not (folder / "manifest.json").exists() and cfg.preset != "tiny":
         raise FileNotFoundError(f"{folder}: no SynVid here: make it by `python synvid.py {config}`")
     if cfg.preset == "tiny" and cfg.synvid is None:
-        shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
-        text = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in shared.items()}
-        argv = [*argv[:names_config(argv)], *(f"{k}={v}" for k, v in text.items())]
-        synvid.main(argv)  # what is there is skipped
+        values = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
+        if (folder / "manifest.json").exists():  # other seeds of distillation, the same trajectories
+            values["seed"] = synvid.read_manifest(folder)["seed"]
+        text = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
+        synvid.main([*argv[:names_config(argv)], *(f"{k}={v}" for k, v in text.items())])
         dist.barrier()
     return synvid.SynVid(folder, cfg)
 

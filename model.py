@@ -676,7 +676,12 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Save tensors as safetensors with string metadata, written aside and renamed."""
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    replace_file(path, lambda p: save_file(tensors, str(p), metadata))
+
+    def write(aside: Path) -> None:
+        save_file(tensors, str(aside), metadata)
+        aside.chmod(0o644)  # safetensors makes files that only their owner can read
+
+    replace_file(path, write)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -1,0 +1,113 @@
+"""What a training run tells its person: figures of an iteration, curves, and the memory it needs.
+
+Used by distill.py (all of it) and teacher.py (log and curves).
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model import Ranks, build_dit, compute_dtype, replace_file
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
+
+
+class Log:
+    """Figures of one iteration: kept on the device, gathered once at its end."""
+
+    def __init__(self, student: nn.Module):
+        self.device = next(student.parameters()).device
+        self.values, self.marks, self.aside = {}, [("", self.now())], []
+
+    def now(self) -> float | torch.cuda.Event:
+        """A moment: the clock on a CPU, an event in the stream on a GPU (no waiting)."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, **figures: Tensor) -> None:
+        """Add one micro-batch's figures; the mean over micro-batches and ranks is logged."""
+        for name, value in figures.items():
+            self.values.setdefault(name, []).append(value.detach().float().to(self.device))
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last lap as `name`'s."""
+        self.marks.append((name, self.now()))
+
+    def gather(self, stop: bool) -> dict[str, float]:
+        """Means over micro-batches and ranks, seconds of each part, stop > 0 if a rank wants to."""
+        self.add(stop=torch.tensor(float(stop)))
+        names = sorted(self.values)
+        means = torch.stack([torch.stack(self.values[n]).mean() for n in names])
+        dist.all_reduce(means)
+        out = dict(zip(names, (means / dist.get_world_size()).tolist(), strict=True))
+        for (_, a), (name, b) in zip(self.marks, self.marks[1:], strict=False):
+            seconds = b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
+            out[f"s_{name}"] = out.get(f"s_{name}", 0.0) + seconds
+        return out
+
+
+def read_log(path: Path, step: int) -> list[dict]:
+    """A log's lines up to an iteration; what a crash cut off or will be repeated is dropped."""
+    text = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    whole = [json.loads(line) for line in text if line.endswith("}")]
+    return [x for x in whole if x["step"] <= step]
+
+
+def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tuple[str, ...] = (),
+                colours: int = 10) -> None:
+    """Draw figures of a log as one PNG of panels, two in a row.
+
+    Args: panels, {title: [(figure, label or None, log lines, line style), …]}; x, the figure on the
+    horizontal axis; titles that start with one of `linear` have a linear vertical axis, others a
+    logarithmic one; colours, after how many curves of a panel the colours start again.
+    """
+    rows = (len(panels) + 1) // 2
+    fig, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), constrained_layout=True)
+    for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
+        for i, (name, label, lines, style) in enumerate(curves):
+            points = [(line[x], line[name]) for line in lines if name in line]
+            if points:
+                ax.plot(*zip(*points, strict=True), style, lw=1, color=f"C{i % colours}",
+                        label=label)
+        ax.set(title=title, xlabel=x, yscale="linear" if title.startswith(linear) else "log")
+        if ax.has_data():
+            ax.legend(fontsize=8)
+    replace_file(path, lambda aside: fig.savefig(aside, dpi=90, format="png"))
+    plt.close(fig)
+
+
+def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> str:
+    """GiB a rank will need, from the shapes; what the framework itself takes is not in it."""
+    with torch.device("meta"):
+        dit = build_dit(cfg.preset)
+    wide = compute_dtype(ranks.device).itemsize
+    count, block = (sum(p.numel() for p in net.parameters()) for net in (dit, dit.blocks[0]))
+    rest = count - len(dit.blocks) * block
+    L, D = math.prod(dit.token_grid(*shape[1:])) * cfg.micro_batch, dit.cfg.dim
+    working = L * (D * (4 * 6 + wide * 10) + dit.cfg.ffn_dim * wide * 3)   # inside one block
+    kept = L * D * 4 if cfg.checkpointing else working                     # of each block
+    aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
+    parts = {"student": 4 * count / ranks.world, "gradients": 4 * aside * count / ranks.world,
+             "AdamW": 8 * (1 + (cfg.updates == "separate")) * count / ranks.world,
+             "teacher": wide * count / ranks.world,
+             "gathered layers": 2 * wide * (2 * block + rest) if ranks.world > 1 else 0,
+             "activations": len(dit.blocks) * kept * (1 + cfg.adv) + working,
+             "batch, queue": 8 * cfg.batch // ranks.world * math.prod(shape) * (len(cfg.key) + 1)}
+    lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
+    lines.append(f"  {'together':<16}{sum(parts.values()) / 2 ** 30:9.2f} GiB a rank")
+    if ranks.device.type == "cuda":
+        have = torch.cuda.mem_get_info(ranks.device)[1]
+        word = "fits in" if sum(parts.values()) < 0.92 * have else "DOES NOT FIT in"
+        lines.append(f"  {word} the GPU's {have / 2 ** 30:.0f} GiB")
+    return "memory plan\n" + "\n".join(lines)

@@ -1,13 +1,15 @@
 # make demo: own environment, then the small world end to end on a CPU
+# RANKS: processes that make trajectories, one a core
 # PIP_ARGS: more arguments for pip, as --extra-index-url https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
+RANKS ?= 2
 
 .PHONY: demo test toy clean
 
 demo: .venv/installed
-	$(BIN)/python synvid.py configs/tiny.yaml
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) synvid.py configs/tiny.yaml
 	$(BIN)/python distill.py configs/tiny.yaml
 	$(BIN)/python evaluate.py configs/tiny.yaml
 

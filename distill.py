@@ -556,7 +556,7 @@ def open_synvid(cfg: Config, argv: list[str]) -> "synvid.SynVid":
         raise FileNotFoundError(f"{folder}: no SynVid here: make it by `python synvid.py {config}`")
     if cfg.preset == "tiny" and cfg.synvid is None:
         values = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
-        if (folder / "manifest.json").exists():  # other seeds of distillation, the same trajectories
+        if (folder / "manifest.json").exists():  # another seed, the same data
             values["seed"] = synvid.read_manifest(folder)["seed"]
         text = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
         synvid.main([*argv[:names_config(argv)], *(f"{k}={v}" for k, v in text.items())])

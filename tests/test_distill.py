@@ -430,7 +430,7 @@ def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, 
     folder, config = undisturbed
     os.symlink(folder / "a/synvid", _made(tmp_path / "e") / "synvid")
     done = run_stage("distill", config, "--run", tmp_path / "e", "--lr", "1e30", "--clip", "none",
-                     "--seed", "1", check=False)  # another seed of distillation takes the same SynVid
+                     "--seed", "1", check=False)  # another seed takes the same SynVid
     assert done.returncode == 1 and "error: iteration" in done.stderr and "is nan" in done.stderr
     assert not (tmp_path / "e/student.safetensors").exists()
 

@@ -14,7 +14,8 @@ Departures from the paper and open points, as decided here:
   D1 key timesteps are indices into the teacher's grid, computed, never typed.
   D2 an iteration is one k-step; m iterations are one pass over k.
   D3 Q_0 is never popped, so it is not kept; entries carry their conditioning and are detached.
-  D4 the generated and the real latent share the prompt, not the noise: z is fresh.
+  D4 the generated and the real latent share the prompt, not the noise: z is fresh. The real one is
+     of the trajectory that was pushed with z (line 20 may also mean the one sampled in line 7).
   D5 the student's adversarial loss is -log D by default; log(1 - D) as printed or hinge by choice.
   D6 β is updated twice through one AdamW (literal), by an AdamW for each loss (separate) or once on
      L_traj + λ_adv L_adv (combined, the default). x_gen's features are computed once for β and H_k.
@@ -43,9 +44,9 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import synvid
-from monitor import Log, draw_panels, memory_plan, read_log
+from monitor import Log, append_log, draw_panels, memory_plan, read_log
 from model import (
-    Ranks, Shared, announce, cli, collate, compute_dtype, euler_step, field,
+    PRESETS, Ranks, Shared, announce, cli, collate, compute_dtype, euler_step, field,
     fingerprint, generator, latest_checkpoint, load_checkpoint, load_config, load_dit,
     names_config, official_names, save_checkpoint, save_tensors, setup_distributed,
     velocity, walk, write_text)
@@ -95,6 +96,16 @@ def check_config(cfg: Config, world: int) -> None:
                          f"{cfg.micro_batch} × {world} rank(s) = {cfg.micro_batch * world}")
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
+    depth, width = PRESETS[cfg.preset].num_layers if cfg.preset in PRESETS else 0, cfg.head_dim
+    for key, good, wanted in (
+            ("lr", cfg.lr > 0, "more than 0"), ("beta1", 0 <= cfg.beta1 < 1, "0 ≤ beta1 < 1"),
+            ("beta2", 0 <= cfg.beta2 < 1, "0 ≤ beta2 < 1"),
+            ("head_dim", width > 0 and width % min(8, width) == 0, "a multiple of 8, or fewer"),
+            ("tap", cfg.tap is None or 0 <= cfg.tap < depth, f"a block 0 … {depth - 1}"),
+            ("tap_data", cfg.tap_data is None or 0 <= cfg.tap_data < depth, f"0 … {depth - 1}"),
+            ("peak_tflops", cfg.peak_tflops is None or cfg.peak_tflops > 0, "more than 0")):
+        if not good:
+            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {wanted}")
 
 
 # ------------------------------------------------------------------------- heads and losses
@@ -118,7 +129,7 @@ def make_heads(cfg: Config, dim: int) -> nn.ModuleList:
     return heads
 
 
-def traj_loss(student: nn.Module, x_key: list[Tensor], t_key: list[float], k: int,
+def traj_loss(student: nn.Module, x_key: dict[int, Tensor], t_key: list[float], k: int,
               cond: dict) -> Tensor:
     """Mean squared error between s_β(l_{t'_{k+1}}) and the slope to l_{t'_k}. Eq. 6."""
     slope = (x_key[k] - x_key[k + 1]) / (t_key[k] - t_key[k + 1])
@@ -170,7 +181,7 @@ def adv_losses(head: nn.Module, teacher: nn.Module, x_gen: Tensor, x_real: Tenso
 @dataclass
 class Batch:
     """One micro-batch of trajectories: x_key[k] [B,C,T,H,W], cond, and its slots in the batch."""
-    x_key: list[Tensor]
+    x_key: dict[int, Tensor]
     cond: dict[str, Tensor]
     slots: list[int]
 
@@ -191,7 +202,9 @@ class Loader:
     def __init__(self, cfg: Config, data: "synvid.SynVid", ranks: Ranks):
         self.cfg, self.data, self.device = cfg, data, ranks.device
         self.shape = tuple(data.manifest["shape"])                            # C T H W
-        self.count = len(data) - cfg.held_out
+        count = torch.tensor(len(data) - cfg.held_out)
+        dist.broadcast(count, 0)  # a job may still be adding trajectories
+        self.count = int(count)
         if self.count < 1:
             raise ValueError(f"held_out: got {cfg.held_out} of {len(data)} trajectories; wanted "
                              "fewer, or more trajectories")
@@ -200,20 +213,22 @@ class Loader:
         self.slots = [list(range(start, start + size)) for start in starts]
         self.pool, self.ahead = ThreadPoolExecutor(1), {}
 
-    def batch(self, indices: list[int], slots: list[int]) -> Batch:
-        """Read trajectories and stack them; latents are fp32 whatever they are stored in."""
-        items = [self.data.read(i) for i in indices]
-        x = torch.stack([x_key for x_key, _, _ in items], 1).to(self.device)      # m+1 B C T H W
-        cond = collate([cond for _, cond, _ in items])
-        return Batch(list(x), {name: c.to(self.device) for name, c in cond.items()}, slots)
+    def batch(self, indices: list[int], slots: list[int], ks: list[int]) -> Batch:
+        """Read the latents of some k and stack them; fp32 whatever they are stored in."""
+        items = [self.data.read(i, ks) for i in indices]
+        x = torch.stack([x_key for x_key, _, _ in items], 1).to(self.device)    # len(ks) B C T H W
+        cond = {name: c.to(self.device) for name, c in collate([c for _, c, _ in items]).items()}
+        return Batch(dict(zip(ks, x, strict=True)), cond, slots)
 
     def read(self, step: int) -> list[Batch]:
         """The micro-batches of one iteration: each trajectory once before any comes again."""
-        out = []
+        m, out = len(self.data.t_key) - 1, []
+        k = m - 1 - step % m
+        ks = list(range(m + 1)) if k == m - 1 and self.cfg.adv else [k, k + 1]  # all go into Q_m
         for slots in self.slots:
             places = [divmod(step * self.cfg.batch + slot, self.count) for slot in slots]
             out.append(self.batch([epoch_order(self.cfg.seed, epoch, self.count)[place]
-                                   for epoch, place in places], slots))
+                                   for epoch, place in places], slots, ks))
         return out
 
     def __call__(self, step: int) -> list[Batch]:
@@ -225,9 +240,10 @@ class Loader:
 
 def draw_noise(cfg: Config, step: int, like: Batch) -> Tensor:
     """Fresh z ~ N(0, I), one draw a slot. Alg. 1; D4."""
-    z = [torch.randn(like.x_key[0].shape[1:], generator=generator("z", cfg.seed, step, slot))
+    one = next(iter(like.x_key.values()))
+    z = [torch.randn(one.shape[1:], generator=generator("z", cfg.seed, step, slot))
          for slot in like.slots]
-    return torch.stack(z).to(like.x_key[0].device)
+    return torch.stack(z).to(one.device)
 
 
 # ------------------------------------------------------------------------------- Algorithm 1
@@ -354,7 +370,8 @@ def held_out_errors(cfg: Config, dit: nn.Module, loader: Loader, ranks: Ranks) -
     for start in range(0, cfg.held_out, size * ranks.world):  # every rank runs as many forwards
         rows = [start + ranks.rank * size + j for j in range(size)]
         real = torch.tensor([float(r < cfg.held_out) for r in rows], device=ranks.device)
-        b = loader.batch([loader.count + min(r, cfg.held_out - 1) for r in rows], rows)
+        b = loader.batch([loader.count + min(r, cfg.held_out - 1) for r in rows], rows,
+                         list(range(m + 1)))
         *_, x = walk(dit, b.x_key[m], t_key[::-1], b.cond)
         errors = [relative_error(x, b.x_key[0])]
         for k in range(m):
@@ -378,7 +395,7 @@ def draw_curves(path: Path, lines: list[dict], m: int) -> None:
             + [("acc_fake", None, own, "--") for _, own in by_k],
         "gradient norms before clipping": norms,
         "held-out endpoint error": [("endpoint", "student", lines, "o-"),
-                                    ("endpoint_teacher", "teacher, same steps", lines, "--")]},
+                                    ("endpoint_teacher", "teacher, no CFG", lines, "--")]},
         x="step", linear=("head accuracy",), colours=m)
 
 
@@ -448,11 +465,15 @@ def resume(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) ->
     if found is None:
         return
     path, saved = found
-    for key in ["teacher", "count", *(key for key in meta["config"] if key not in MAY_CHANGE)]:
+    for key in ["teacher", "synvid", *(key for key in meta["config"] if key not in MAY_CHANGE)]:
         old, new = (about.get(key, about["config"].get(key)) for about in (saved, meta))
         if old != new:
             raise ValueError(f"{path}: that run began with {key}={old}, the config has {new}: go "
                              "back to it, choose another --run, or remove that run's checkpoints")
+    if saved["count"] > loader.count:
+        raise ValueError(f"{path}: that run learned from {saved['count']} trajectories, now there "
+                         f"are {loader.count}: make the missing ones again by `python synvid.py`")
+    loader.count = meta["count"] = saved["count"]  # more have come since: the order stays
     nets.step, m = saved["step"], len(nets.t_key) - 1
     done, slots = nets.step % m if cfg.adv else 0, {}
     if done:  # in the midst of a pass over k, Q_{m - done} holds the generated latents
@@ -480,26 +501,38 @@ def export_student(cfg: Config, nets: Nets, ranks: Ranks, meta: dict) -> Path:
     return path
 
 
+def step_flops(cfg: Config, nets: Nets, k: int, tokens: int) -> float:
+    """Floating-point operations of an iteration, recomputation not counted (for MFU).
+
+    Student: forward and backward (3 forwards' worth) for each loss; teacher: two forwards and a
+    backward to its input, as far as the tap.
+    """
+    tapped = (nets.taps[k] + 1) / len(nets.teacher.blocks)
+    forwards = 3 * cfg.traj + 3 * cfg.adv * (1 + tapped)
+    return forwards * cfg.batch * nets.student.flops(tokens)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Read the config, make a missing small SynVid, train or resume, export."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = load_config(Config, "distill", argv, __doc__)
     ranks = setup_distributed(cfg.device)
     check_config(cfg, ranks.world)
-    folder = announce(cfg, "distill", ranks)
     data = open_synvid(cfg, argv)
     loader = Loader(cfg, data, ranks)
-    meta = {"config": asdict(cfg), "teacher": fingerprint(cfg.weights), "count": loader.count}
+    meta = {"config": asdict(cfg), "teacher": fingerprint(cfg.weights), "count": loader.count,
+            "synvid": synvid.crc32(data.manifest)}
     if ranks.rank == 0:
         print(memory_plan(cfg, loader.shape, ranks), flush=True)
     nets = build(cfg, data.t_key, ranks)
     resume(cfg, nets, loader, ranks, meta)
+    folder = announce(cfg, "distill", ranks)
     m, tokens = len(data.t_key) - 1, math.prod(nets.student.token_grid(*loader.shape[1:]))
-    depth = len(nets.teacher.blocks)
     lines = read_log(folder / "log.jsonl", nets.step)
-    base = held_out_errors(cfg, nets.teacher, loader, ranks)["endpoint"]
+    base = {f"{name}_teacher": error
+            for name, error in held_out_errors(cfg, nets.teacher, loader, ranks).items()}
     stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stop.append(number))
     bar = tqdm(total=cfg.iterations, initial=nets.step, desc="distill", disable=ranks.rank > 0)
 
@@ -507,26 +540,26 @@ def main(argv: list[str] | None = None) -> None:
         figures = log.gather(bool(stop))
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
         if bad:
-            raise ValueError(f"iteration {step}, k={k}: {bad[0]} is {figures[bad[0]]}: stopped; "
+            raise ValueError(f"iteration {nets.step}, k={k}: {bad[0]} is {figures[bad[0]]}: stop; "
                              f"the last good checkpoint stays in {folder}. Lower lr, or set clip")
         seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
-        flops = (6 * cfg.traj + cfg.adv * (6 + 3 * (nets.taps[k] + 1) / depth)) * cfg.batch \
-            * nets.student.flops(tokens)
         line = {"step": nets.step, "k": k, **figures, "lr": learning_rate(cfg, step, cfg.lr),
                 "seconds": seconds, "tokens_per_s": cfg.batch * tokens / seconds}
+        if "grad_adv" in line and "grad_traj" in line:
+            line["grad_ratio"] = line["grad_adv"] / max(line["grad_traj"], 1e-30)
         if cfg.peak_tflops is not None:
-            line["mfu"] = flops / seconds / (cfg.peak_tflops * 1e12 * ranks.world)
+            peak = cfg.peak_tflops * 1e12 * ranks.world
+            line["mfu"] = step_flops(cfg, nets, k, tokens) / seconds / peak
         last, stopping = nets.step == cfg.iterations, line.pop("stop") > 0
         if nets.step % cfg.eval_every == 0 or last:
-            line |= held_out_errors(cfg, nets.student, loader, ranks) | {"endpoint_teacher": base}
+            line |= held_out_errors(cfg, nets.student, loader, ranks) | base
+        lines.append(line)
+        if ranks.rank == 0:  # before the checkpoint: a line too many is dropped on resuming
+            append_log(folder / "log.jsonl", line)
         if nets.step % cfg.save_every == 0 or last or stopping:
             save(cfg, nets, loader, ranks, meta)
-        lines.append(line)
-        if ranks.rank == 0:
-            with (folder / "log.jsonl").open("a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
-            if "endpoint" in line:
-                draw_curves(folder / "curves.png", lines, m)
+        if ranks.rank == 0 and "endpoint" in line:
+            draw_curves(folder / "curves.png", lines, m)
         bar.set_postfix_str(" ".join(f"{name}={line[name]:.3g}" for name in
                                      ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line))
         bar.update()
@@ -537,14 +570,16 @@ def main(argv: list[str] | None = None) -> None:
     algorithm_1(cfg, nets, loader, after)
     bar.close()
     if nets.step < cfg.iterations:
-        print(f"stopped by a signal after iteration {nets.step}: the same command goes on")
+        if ranks.rank == 0:
+            print(f"stopped by a signal after iteration {nets.step}: the same command goes on")
         return
     path = export_student(cfg, nets, ranks, meta)
     if ranks.rank == 0:
         own = [x for x in lines if "endpoint" in x][-1]
+        alike = "at the same steps" if cfg.cfg_scale == 1 else "at the same steps, without guidance"
         print(f"student: {path}  curves: {folder / 'curves.png'}\nheld-out endpoint error: student "
-              f"{own['endpoint']:.4f}, teacher at the same {m} steps {base:.4f} "
-              f"(ratio {own['endpoint'] / base:.2f})", flush=True)
+              f"{own['endpoint']:.4f}, teacher {alike} {own['endpoint_teacher']:.4f} "
+              f"(ratio {own['endpoint'] / own['endpoint_teacher']:.2f})", flush=True)
     dist.barrier()
 
 

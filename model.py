@@ -24,6 +24,7 @@ import pickle
 import re
 import shutil
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -790,7 +791,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, meta: dict, ranks: Ran
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
         for old in sorted(folder.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
 
@@ -1032,15 +1033,28 @@ def announce(cfg: Any, stage: str, ranks: "Ranks | None" = None) -> Path:
 
 
 def cli(main: Callable[[], None]) -> None:
-    """Run a stage's main; what a user can cause ends in one line on stderr and exit status 1."""
+    """Run a stage's main; what a user can cause ends in one line on stderr and exit status 1.
+
+    A rank that fails leaves at once, without the farewell that the others cannot answer, so that
+    torchrun sees it and stops them.
+    """
     try:
         main()
-    except (ValueError, FileNotFoundError) as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException as e:
+        known = isinstance(e, (ValueError, FileNotFoundError))
+        if known:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            if not known and not isinstance(e, SystemExit):
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
+        if known:
+            raise SystemExit(1) from None
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rate(seconds: float) -> str:

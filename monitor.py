@@ -57,6 +57,16 @@ class Log:
         return out
 
 
+def append_log(path: Path, line: dict) -> None:
+    """Append one line of JSON. Raises ValueError naming the file when it cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be written ({e}): free some space; the same command then "
+                         "goes on from the last checkpoint") from e
+
+
 def read_log(path: Path, step: int) -> list[dict]:
     """A log's lines up to an iteration; what a crash cut off or will be repeated is dropped."""
     text = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -95,14 +105,14 @@ def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> str:
     count, block = (sum(p.numel() for p in net.parameters()) for net in (dit, dit.blocks[0]))
     rest = count - len(dit.blocks) * block
     L, D = math.prod(dit.token_grid(*shape[1:])) * cfg.micro_batch, dit.cfg.dim
-    working = L * (D * (4 * 6 + wide * 10) + dit.cfg.ffn_dim * wide * 3)   # inside one block
+    working = L * (D * (4 * 12 + wide * 10) + dit.cfg.ffn_dim * wide * 3)  # inside one block
     kept = L * D * 4 if cfg.checkpointing else working                     # of each block
     aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
     parts = {"student": 4 * count / ranks.world, "gradients": 4 * aside * count / ranks.world,
              "AdamW": 8 * (1 + (cfg.updates == "separate")) * count / ranks.world,
              "teacher": wide * count / ranks.world,
-             "gathered layers": 2 * wide * (2 * block + rest) if ranks.world > 1 else 0,
-             "activations": len(dit.blocks) * kept * (1 + cfg.adv) + working,
+             "gathered layers": 4 * wide * block + (4 + wide) * rest + 2 * 4 * block,
+             "activations": (len(dit.blocks) * kept + 3 * L * D * 4) * (1 + cfg.adv) + working,
              "batch, queue": 8 * cfg.batch // ranks.world * math.prod(shape) * (len(cfg.key) + 1)}
     lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'together':<16}{sum(parts.values()) / 2 ** 30:9.2f} GiB a rank")

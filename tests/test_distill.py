@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import model
@@ -33,9 +35,10 @@ class FakeSynVid:
     def __len__(self):
         return self.count
 
-    def read(self, i):
+    def read(self, i, ks=None):
         g = generator("fake", i)
         x = torch.randn(len(self.t_key), *self.manifest["shape"], generator=g)
+        x = x if ks is None else x[ks]
         return x, {"text": torch.randn(1 + i % 4, 8, generator=g)}, f"prompt {i}"
 
 
@@ -197,9 +200,9 @@ def test_queue_entries_are_detached_and_carry_prompt_and_latents(weights, tmp_pa
 def test_every_trajectory_is_read_once_before_any_comes_again(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path, batch=3, micro_batch=1)
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
-    first = {i: FakeSynVid(M3).read(i)[0][0] for i in range(9)}
-    seen = [next(i for i, x in first.items() if torch.equal(x, b.x_key[0][0]))
-            for step in range(3) for b in loader(step)]
+    first = {i: FakeSynVid(M3).read(i)[0] for i in range(9)}
+    seen = [next(i for i, x in first.items() if torch.equal(x[k], b.x_key[k][0]))
+            for step in range(3) for k in [2 - step] for b in loader(step)]
     assert sorted(seen) == list(range(9)) and seen != list(range(9))
 
 
@@ -282,7 +285,7 @@ def test_held_out_error_of_an_exact_student_is_zero(weights, tmp_path, ranks):
 def test_resuming_gives_the_same_bits_at_every_k(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path, updates="separate")
     undisturbed, _ = run(cfg, ranks)
-    meta = {"config": distill.asdict(cfg), "teacher": "t", "count": 9}
+    meta = {"config": distill.asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
     for steps in (1, 2, 3, 4):
         nets, _ = run(cfg, ranks, steps=steps)
@@ -308,19 +311,48 @@ def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_p
     cfg = settings(weights, tmp_path)
     nets, _ = run(cfg, ranks, steps=1)
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
-    meta = {"config": distill.asdict(cfg), "teacher": "t", "count": 9}
+    meta = {"config": distill.asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
     distill.save(cfg, nets, loader, ranks, meta)
     other = distill.asdict(settings(weights, tmp_path, lr=2e-3))
     with pytest.raises(ValueError, match="lr=0.001, the config has 0.002"):
         distill.resume(cfg, nets, loader, ranks, {**meta, "config": other})
-    with pytest.raises(ValueError, match="teacher=t, the config has u"):
-        distill.resume(cfg, nets, loader, ranks, {**meta, "teacher": "u"})
+    for key in ("teacher", "synvid"):
+        with pytest.raises(ValueError, match=f"{key}={meta[key]}, the config has other"):
+            distill.resume(cfg, nets, loader, ranks, {**meta, key: "other"})
+    loader.count = 8
+    with pytest.raises(ValueError, match="learned from 9 trajectories, now there are 8"):
+        distill.resume(cfg, nets, loader, ranks, meta)
+
+
+def test_trajectories_added_later_change_nothing(weights, tmp_path, ranks):
+    cfg = settings(weights, tmp_path)
+    undisturbed, _ = run(cfg, ranks)
+    nets, _ = run(cfg, ranks, steps=2)
+    meta = {"config": distill.asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
+    distill.save(cfg, nets, distill.Loader(cfg, FakeSynVid(M3), ranks), ranks, meta)
+    more, fresh = distill.Loader(cfg, FakeSynVid(M3, 20), ranks), distill.build(cfg, M3, ranks)
+    distill.resume(cfg, fresh, more, ranks, meta)
+    distill.algorithm_1(cfg, fresh, more, lambda step, k, log: False)
+    assert torch.equal(parameters(fresh), parameters(undisturbed))
+
+
+def test_operations_of_an_iteration_are_those_torch_counts(weights, tmp_path, ranks):
+    cfg = settings(weights, tmp_path, traj=True, adv=True)
+    nets = distill.build(cfg, M3, ranks)
+    tokens = math.prod(nets.student.token_grid(2, 4, 4))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run(cfg, ranks, steps=1, nets=nets)
+    assert counter.get_total_flops() == pytest.approx(distill.step_flops(cfg, nets, 2, tokens),
+                                                      rel=0.35)
 
 
 @pytest.mark.parametrize("own, message", [
     ({"batch": 5, "micro_batch": 2}, "batch: got 5; wanted a multiple of micro_batch 2"),
     ({"traj": False, "adv": False}, "traj and adv are both off"),
-    ({"iterations": 0}, "iterations: got 0"), ({"held_out": 0}, "held_out: got 0")])
+    ({"iterations": 0}, "iterations: got 0"), ({"held_out": 0}, "held_out: got 0"),
+    ({"tap": 6}, "tap: got 6; wanted a block 0 … 5"), ({"lr": -1.0}, "lr: got -1.0"),
+    ({"beta1": 1.0}, "beta1: got 1.0"), ({"head_dim": 12}, "head_dim: got 12"),
+    ({"peak_tflops": 0.0}, "peak_tflops: got 0.0")])
 def test_settings_that_cannot_work_are_named(own, message):
     with pytest.raises(ValueError, match=message):
         distill.check_config(distill.Config(**own), 1)
@@ -391,6 +423,8 @@ def test_killed_ten_times_it_ends_with_the_same_weights(undisturbed, command, tm
     out = process.communicate()[0]
     assert process.returncode == 0, out
     assert kills == 10
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 9))
     ours, theirs = (load_file(p / "student.safetensors") for p in (tmp_path / "b", folder / "a"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

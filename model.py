@@ -996,7 +996,7 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     args = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     path = Path(args.pop(0)) if names_config(args) else ROOT / "configs/tiny.yaml"
-    values = read_yaml(path, stage, fields)
+    values = {} if args[:1] in (["--help"], ["-h"]) else read_yaml(path, stage, fields)
     where = dict.fromkeys(values, str(path))
     while args:
         arg = args.pop(0)

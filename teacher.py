@@ -1,0 +1,731 @@
+"""Stage 0: train the small teacher that ships with the project (Eq. 3), on procedural clips.
+
+The small world is one object on a grey ground: a caption names its colour, its shape and the
+direction in which it moves; size, place, speed, shade and a slight slope stay undecided, so that a
+caption has many videos and the denoising paths curve: that is what few steps get wrong and what
+distillation repairs. An exact oracle (`read_clip`) reads the three attributes back from a video.
+Trained in this order, each by `fit`: a sentencepiece model and a tiny umT5 (to tell the attributes
+of a caption), a tiny Wan VAE, a tiny Wan DiT on the VAE's latents.
+
+    python teacher.py [CONFIG] [--out DIR] [--field value]      rerun the same command to resume
+
+In:   nothing, everything is drawn from `seed`.
+Out:  DIR (default <run>/teacher/weights) in the layout of the official Wan 2.1 folder, with
+      training.json and curves.png; <run>/teacher/log.jsonl and the training states.
+Cost: about 80 minutes of one core, up to twice that where MKL lacks fast kernels (AMD); 1.5 GB of
+      memory. assets/tiny/training.json has the parts.
+
+Held-out: each of the 72 combinations of attributes has four wordings; one of the four (which one
+depends on the combination) never occurs in training. Gates use these 72 captions and fresh noise.
+
+Legend: N clips or B batch, C channels, T frames, H W height and width, L text tokens, D width.
+"""
+
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import encoders
+import model
+from model import Shared, field, generator
+
+# ------------------------------------------------------------------------------------ Config
+
+
+@dataclass
+class Config(Shared):
+    out: str | None = field(None, "folder for the weights; default <run>/teacher/weights")
+    threads: int = field(1, "CPU threads")
+    compile: bool = field(True, "torch.compile the DiT while training (needs a C++ compiler)")
+    ema: float = field(0.999, "decay of the moving average of the weights, per iteration")
+    save_every: float = field(120.0, "seconds between two training states on disk")
+    text_iters: int = field(600, "iterations of the text encoder, 96 captions each")
+    vae_muon_lr: float = field(2e-3, "learning rate of the VAE's kernels (Muon)")
+    vae_adam_lr: float = field(1e-3, "learning rate of the VAE's other parameters (AdamW)")
+    vae_decay_from: float = field(0.4, "part of the VAE's iterations before its cosine decay")
+    vae_iters: int = field(5000, "iterations of the VAE")
+    vae_batch: int = field(3, "clips an iteration of the VAE")
+    vae_crop: int = field(32, "side of the crops that the VAE is trained on, pixels")
+    vae_dim: int = field(16, "base width of the VAE")
+    vae_bf16: bool = field(True, "train the VAE's convolutions in bfloat16")
+    vae_sample_from: float = field(0.6, "part of the iterations after which latents are sampled")
+    dit_pool: int = field(24000, "clips encoded for the DiT")
+    dit_muon_lr: float = field(8e-3, "learning rate of the DiT's blocks (Muon)")
+    dit_adam_lr: float = field(2e-3, "learning rate of the DiT's other parameters (AdamW)")
+    dit_decay_from: float = field(0.3, "part of the DiT's iterations before its cosine decay")
+    dit_iters: int = field(17000, "iterations of the DiT")
+    dit_batch: int = field(64, "latents an iteration of the DiT")
+    dit_shift: float = field(3.0, "shift of the training times (sampling uses `shift`)")
+    dit_dropout: float = field(0.1, "part of the latents whose caption is empty, for CFG")
+    eval_every: int = field(1000, "iterations between two looks at held-out clips")
+    gate_clips: int = field(288, "clips of each gate")
+
+
+# ------------------------------------------------------------------------------------- Clips
+
+COLOURS = {"red": (0.9, 0.1, 0.1), "yellow": (0.9, 0.9, 0.1), "green": (0.1, 0.9, 0.1),
+           "cyan": (0.1, 0.9, 0.9), "blue": (0.1, 0.1, 0.9), "pink": (0.9, 0.1, 0.9)}
+SHAPES = ("disc", "pillar", "plank")  # a disc, a tall bar, a wide bar, of equal area
+DIRECTIONS = {"right": (1.0, 0.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "up": (0.0, -1.0)}
+ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "direction": tuple(DIRECTIONS)}
+WORDINGS = ("a {colour} {shape} moves {direction}", "{colour} {shape} moving {direction}",
+            "a {shape}, {colour}, goes {direction}", "the {colour} {shape} drifts {direction}")
+COMBINATIONS = tuple(itertools.product(*(range(len(v)) for v in ATTRIBUTES.values())))
+BAR = 2.5  # long side of a bar, in short sides
+PALETTE = torch.tensor(tuple(COLOURS.values()))  # [colours, 3] in [0, 1]
+HEADINGS = torch.tensor(tuple(DIRECTIONS.values()))  # [directions, 2] as (x right, y down)
+
+
+def caption(combination: int, wording: int) -> str:
+    """The text of one combination of attributes in one wording."""
+    picked = zip(ATTRIBUTES, COMBINATIONS[combination], strict=True)
+    return WORDINGS[wording].format(**{name: ATTRIBUTES[name][index] for name, index in picked})
+
+
+def draw(seed: int, index: int, held_out: bool) -> tuple[int, int, Tensor]:
+    """Combination, wording and 7 uniform numbers of clip `index`: a function of its arguments."""
+    g = generator(seed, "held-out clip" if held_out else "clip", index)
+    u = torch.rand(9, generator=g, dtype=torch.float64)
+    total, ways = len(COMBINATIONS), len(WORDINGS)
+    if held_out:  # every 72 indices show each combination once
+        combination = index % total
+        return combination, combination % ways, u[2:]
+    combination = int(u[0] * total)
+    return combination, (combination + 1 + int(u[1] * (ways - 1))) % ways, u[2:]
+
+
+def make_captions(seed: int, start: int, count: int, held_out: bool = False) -> list[str]:
+    """Captions of clips `start` ... `start + count - 1`, the same as `make_clips` returns."""
+    drawn = (draw(seed, i, held_out)[:2] for i in range(start, start + count))
+    return [caption(combination, wording) for combination, wording in drawn]
+
+
+def make_clips(seed: int, start: int, count: int, size: int = 48, frames: int = 9,
+               held_out: bool = False) -> tuple[Tensor, list[str], dict[str, Tensor]]:
+    """Draw clips by signed distance; clip i depends on (seed, i, held_out) alone.
+
+    Returns video [N, 3, T, size, size] fp32 in [-1, 1], N captions, and for each of "colour",
+    "shape", "direction" the indices [N] into ATTRIBUTES. `held_out` draws the held-out wordings.
+    """
+    drawn = [draw(seed, i, held_out) for i in range(start, start + count)]
+    captions = [caption(combination, wording) for combination, wording, _ in drawn]
+    chosen = torch.tensor([COMBINATIONS[combination] for combination, _, _ in drawn]).view(-1, 3)
+    attributes = dict(zip(ATTRIBUTES, chosen.unbind(1), strict=True))
+    u = torch.stack([u for _, _, u in drawn]).float()  # [N, 7]
+    radius = 0.15 + 0.06 * u[:, 0]  # of a disc of the same area, in sides
+    travel = 0.20 + 0.14 * u[:, 1]  # way of the centre in the whole clip, in sides
+    slope = 0.25 * (2 * u[:, 2] - 1)  # sideways per forward
+    forward = HEADINGS[attributes["direction"]]
+    sideways = forward.flip(1) * torch.tensor([-1.0, 1.0])
+    step = travel[:, None] * (forward + slope[:, None] * sideways)  # [N, 2]
+    room = 0.5 - half_sizes(attributes["shape"], radius) - step.abs() / 2  # never cut by the frame
+    middle = 0.5 + room.clamp(min=0) * (2 * u[:, 3:5] - 1)
+    when = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
+    centre = middle[:, None] + when[:, None] * step[:, None]  # [N, T, 2]
+    shade = 0.05 + 0.90 * u[:, 5]
+    mask = render(attributes["shape"], centre, radius[:, None].expand(-1, frames), size)
+    video = paint(mask, PALETTE[attributes["colour"]], shade[:, None].expand(-1, 3))
+    return video, captions, attributes
+
+
+def half_sizes(shape: Tensor, radius: Tensor) -> Tensor:
+    """Half width and half height [..., 2] of shapes whose area is that of a disc of `radius`."""
+    short = radius * math.sqrt(math.pi / 4 / BAR)
+    tall, wide = torch.stack((short, BAR * short), -1), torch.stack((BAR * short, short), -1)
+    disc = torch.stack((radius, radius), -1)
+    kind = shape.view(shape.shape + (1,) * (disc.ndim - shape.ndim))
+    return torch.where(kind == 0, disc, torch.where(kind == 1, tall, wide))
+
+
+def render(shape: Tensor, centre: Tensor, radius: Tensor, size: int) -> Tensor:
+    """Coverage [N, T, size, size] of shapes [N] at centre [N, T, 2], radius [N, T], in sides."""
+    at = (torch.arange(size, device=centre.device) + 0.5) / size
+    dx = (at - centre[..., :1])[..., None, :]  # [N, T, 1, W]
+    dy = (at - centre[..., 1:])[..., :, None]  # [N, T, H, 1]
+    half = half_sizes(shape, radius)[..., None, None, :]
+    disc = (dx.square() + dy.square()).sqrt() - radius[..., None, None]
+    bar = torch.maximum(dx.abs() - half[..., 0], dy.abs() - half[..., 1])
+    distance = torch.where(shape.view(-1, 1, 1, 1) == 0, disc, bar)
+    return (0.5 - distance * size).clamp(0, 1)
+
+
+def paint(mask: Tensor, colour: Tensor, ground: Tensor) -> Tensor:
+    """Video [N, 3, T, H, W] of coverage [N, T, H, W]; colour and ground [N, 3] in [0, 1]."""
+    colour, ground = colour.view(-1, 3, 1, 1, 1), ground.reshape(-1, 3, 1, 1, 1)
+    return (ground + mask[:, None] * (colour - ground)) * 2 - 1
+
+
+# ------------------------------------------------------------------------------------ Oracle
+
+
+def caption_attributes(text: str) -> dict[str, int]:
+    """Indices into ATTRIBUTES of the words of a caption; -1 where it names none."""
+    words = [word.strip(",.;:!?").lower() for word in text.split()]
+    return {name: next((values.index(w) for w in words if w in values), -1)
+            for name, values in ATTRIBUTES.items()}
+
+
+def read_clip(video: Tensor) -> dict[str, Tensor]:
+    """Read the attributes of video [N, 3, T, H, W] in [-1, 1] back, by fitting a clip to it.
+
+    Saturation gives the object's coverage, its mean hue the colour, moments the place and the area
+    in each frame, the best soft overlap with a shape of that area the shape, a straight line
+    through the places the direction. Returns tensors [N]: "colour", "shape", "direction" (indices
+    into ATTRIBUTES; -1 where there is no such object: overlap under 0.5 or hardly any motion),
+    "psnr" (dB, of the video against the drawn fit) and "iou" (soft overlap with the fit).
+    """
+    rgb = video.float().clamp(-1, 1) / 2 + 0.5
+    count, _, frames, size, _ = rgb.shape
+    saturation = rgb.amax(1) - rgb.amin(1)  # [N, T, H, W]
+    full = saturation.flatten(1).quantile(0.97, dim=1).clamp(min=0.2)
+    mask = ((saturation / full.view(-1, 1, 1, 1) - 0.15) / 0.7).clamp(0, 1)
+    weight = mask.flatten(2).sum(2).clamp(min=1e-6)  # [N, T] pixels
+    colour, ground = mean_colour(rgb, mask > 0.9), mean_colour(rgb, mask < 0.02)
+    hue = F.normalize(colour - colour.mean(1, keepdim=True), dim=1)
+    named = F.normalize(PALETTE - PALETTE.mean(1, keepdim=True), dim=1).to(hue)
+    at = (torch.arange(size, device=rgb.device) + 0.5) / size
+    centre = torch.stack(((mask.sum(2) * at).sum(-1), (mask.sum(3) * at).sum(-1)), -1)
+    centre = centre / weight[..., None]  # [N, T, 2]
+    when = torch.linspace(-0.5, 0.5, frames, device=rgb.device)
+    step = (centre * when[:, None]).sum(1) / when.square().sum().clamp(min=1e-6)  # [N, 2]
+    line = centre.mean(1, keepdim=True) + when[:, None] * step[:, None]  # [N, T, 2]
+    radius = (weight.mean(1, keepdim=True) / math.pi).sqrt().expand(-1, frames) / size
+    kinds = torch.arange(len(SHAPES), device=rgb.device).view(-1, 1).expand(-1, count)
+    fits = torch.stack([render(kind, line, radius, size) for kind in kinds])  # [shapes, N, T, H, W]
+    union = torch.maximum(fits, mask).flatten(2).sum(2).clamp(min=1e-6)
+    iou, shape = (torch.minimum(fits, mask).flatten(2).sum(2) / union).max(0)  # [N]
+    fit = fits[shape, torch.arange(count, device=rgb.device)]
+    error = (paint(fit, colour, ground) - video.float().clamp(-1, 1)).square().flatten(1).mean(1)
+    found, moved = iou >= 0.5, step.norm(dim=1) >= 0.05
+    absent = torch.full_like(shape, -1)
+    return {"colour": torch.where(found, (hue @ named.T).argmax(1), absent),
+            "shape": torch.where(found, shape, absent),
+            "direction": torch.where(found & moved, (step @ HEADINGS.to(step).T).argmax(1), absent),
+            "psnr": 10 * (4 / error.clamp(min=1e-10)).log10(), "iou": iou}
+
+
+def mean_colour(rgb: Tensor, where: Tensor) -> Tensor:
+    """Mean [N, 3] of rgb [N, 3, T, H, W] over the pixels of `where` [N, T, H, W]."""
+    area = where.flatten(1).sum(1).clamp(min=1)
+    return (rgb * where[:, None]).flatten(2).sum(2) / area[:, None]
+
+
+def agreement(video: Tensor, captions: list[str]) -> dict[str, float]:
+    """Part of the clips [N, 3, T, H, W] that show what their captions say, by attribute and all."""
+    seen, told = read_clip(video.cpu()), [caption_attributes(text) for text in captions]
+    right = {name: seen[name] == torch.tensor([t[name] for t in told]) for name in ATTRIBUTES}
+    right["all"] = torch.stack(list(right.values())).all(0)
+    scores = {name: float(hits.float().mean()) for name, hits in right.items()}
+    return scores | {"iou": float(seen["iou"].mean()), "fit_psnr": float(seen["psnr"].mean())}
+
+
+def psnr(video: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each clip [N, 3, T, H, W] in [-1, 1]."""
+    return 10 * (4 / (video - reference).square().flatten(1).mean(1).clamp(min=1e-10)).log10()
+
+
+def high_frequency(video: Tensor) -> float:
+    """Mean power of video [N, 3, T, H, W] above half the Nyquist frequency, in space."""
+    height, width = video.shape[-2:]
+    spectrum = torch.fft.fft2(video.float(), norm="ortho").abs().square()
+    rows, columns = torch.fft.fftfreq(height).abs(), torch.fft.fftfreq(width).abs()
+    high = torch.maximum(rows[:, None], columns[None]).to(spectrum.device) >= 0.25
+    return float(spectrum[..., high].mean())
+
+
+# -------------------------------------------------------------------------------- Optimisers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal: each matrix steps by 0.2 sqrt(longer side) U Vᵀ of its momentum.
+
+    Convolution kernels [out, in, ...] count as matrices [out, in * ...]. The polynomial iteration
+    runs on the small Gram matrix, all matrices of one shape at once. Source: Jordan et al., Muon,
+    2024 (iteration, Nesterov momentum 0.95); Liu et al., arXiv 2502.16982 (scale).
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95):
+        super().__init__([{"params": params}], {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike = {}
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                alike.setdefault(p.flatten(1).shape, []).append(p)
+            for shape, params in alike.items():
+                ahead = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params]
+                update = orthogonalise(torch.stack([m.flatten(1) for m in ahead]))
+                for p, u in zip(params, update, strict=True):
+                    p.add_(u.view_as(p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalise(x: Tensor) -> Tensor:
+    """Roughly U Vᵀ of each matrix x [n, rows, columns] = U S Vᵀ, by five quintic iterations."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalise(x.mT).mT
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1)
+    gram, identity = x @ x.mT, torch.eye(x.shape[1], device=x.device)
+    total = identity.expand_as(gram)
+    for _ in range(5):
+        p = 3.4445 * identity - 4.7750 * gram + 2.0315 * (gram @ gram)
+        total, gram = p @ total, p @ gram @ p
+    return total @ x
+
+
+def optimisers(module: nn.Module, muon_lr: float, adam_lr: float) -> tuple:
+    """Muon for the weight matrices and kernels of the blocks, AdamW for everything else."""
+    matrices, rest = [], []
+    for name, p in module.named_parameters():
+        inner = name.startswith(("blocks.", "encoder.", "decoder."))
+        matrix = inner and p.ndim > 1 and min(p.flatten(1).shape) >= 16
+        (matrices if matrix else rest).append(p)
+    return Muon(matrices, muon_lr), torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.99),
+                                                      weight_decay=0.0)
+
+
+# ---------------------------------------------------------------------------------- Training
+
+PART = 500  # clips of one file of encoded clips
+NOTE_EVERY = 50  # iterations of one line of the log
+# Settings of every training; those named after one of them belong to it.
+COMMON = ("seed", "height", "width", "frames", "ema")
+
+
+def folder(cfg: Config) -> Path:
+    """<run>/teacher, made if it is missing."""
+    path = Path(cfg.run) / "teacher"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def note(cfg: Config, **entry) -> None:
+    """Append one line to <run>/teacher/log.jsonl."""
+    with open(folder(cfg) / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps({"time": round(time.time(), 1), **entry}) + "\n")
+
+
+def log_lines(cfg: Config) -> list[dict]:
+    """The lines of <run>/teacher/log.jsonl."""
+    text = (folder(cfg) / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def resume(path: Path, settings: str, loaded: dict) -> tuple[int, float]:
+    """Iterations and seconds done according to the state at `path`, which is read into `loaded`.
+
+    Raises ValueError if it cannot be read, or belongs to other settings.
+    """
+    if not path.exists():
+        return 0, 0.0
+    try:
+        state = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it and train anew") from error
+    if state["settings"] != settings:
+        raise ValueError(f"{path} was trained with {state['settings']}, this run wants {settings}: "
+                         "choose another --run, or remove the file")
+    for name, target in loaded.items():
+        target.load_state_dict(state[name])
+    return state["iteration"], state["seconds"]
+
+
+def fit(cfg: Config, label: str, module: nn.Module, iters: int, lrs: tuple[float, float],
+        decay_from: float, loss_of, look=None) -> nn.Module:
+    """Train `module` and return the moving average of its weights, in evaluation mode.
+
+    `lrs` are those of Muon and of AdamW, constant at first and falling as a cosine from the part
+    `decay_from` of the iterations on; `loss_of(i)` is the loss of iteration i, all its draws
+    seeded by i; `look(average)` returns figures for the log. The state is saved every `save_every`
+    seconds: the same command continues with the same bits. Raises ValueError if a loss is not
+    finite.
+    """
+    path, begun = folder(cfg) / f"{label}.pt", time.perf_counter()
+    settings = json.dumps({name: value for name, value in asdict(cfg).items()
+                           if name in COMMON or name.startswith(label)})
+    average = copy.deepcopy(module).requires_grad_(False).eval()
+    muon, adam = optimisers(module, *lrs)
+    state = {"module": module, "average": average, "muon": muon, "adam": adam}
+    first, spent = resume(path, settings, state)
+    saved, total = begun, 0.0
+    bar = tqdm(range(first, iters), label, iters, initial=first, disable=None, mininterval=1)
+    for i in bar:
+        part = max(0.0, (i / iters - decay_from) / (1 - decay_from))
+        scale = min(1.0, (i + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * part))
+        loss = loss_of(i)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for stepper, lr in zip((muon, adam), lrs, strict=True):
+            for group in stepper.param_groups:
+                group["lr"] = lr * scale
+            stepper.step()
+            stepper.zero_grad()
+        decay = min(cfg.ema, (i + 1) / (i + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+        total += loss.item()
+        if not math.isfinite(total):
+            raise ValueError(f"{label}: loss {loss.item()} at iteration {i}; {path} is the last "
+                             f"good state: lower {label}_muon_lr or {label}_adam_lr")
+        done, seconds = i + 1, spent + time.perf_counter() - begun
+        if look is not None and (done % cfg.eval_every == 0 or done == iters):
+            note(cfg, stage=label, iteration=done, seconds=round(seconds, 1), **look(average))
+        if done % NOTE_EVERY == 0 or done == iters:
+            total /= done % NOTE_EVERY or NOTE_EVERY
+            note(cfg, stage=label, iteration=done, seconds=round(seconds, 1), loss=total)
+            bar.set_postfix(loss=f"{total:.4f}")
+            total = 0.0
+            if done == iters or time.perf_counter() - saved > cfg.save_every:
+                values = {name: target.state_dict() for name, target in state.items()}
+                values |= {"settings": settings, "iteration": done, "seconds": seconds}
+                model.replace_file(path, lambda aside, values=values: torch.save(values, aside))
+                saved = time.perf_counter()
+    return average
+
+
+# --------------------------------------------------------------------------------------- VAE
+
+
+def initialise_vae(vae: nn.Module, g: torch.Generator) -> None:
+    """Start a small VAE as a blurring autoencoder, from which it learns at once to see objects.
+
+    Steps down average 2x2 pixels and pairs of frames, steps up repeat and smooth, other kernels of
+    the main path act at one place, residual branches start small. The first biases spread: channel
+    norms discard amplitude, so that without them the shade of the ground could not be seen.
+    """
+    def normal(weight: Tensor, fan_in: int) -> Tensor:
+        return torch.randn(weight.shape, generator=g) / fan_in ** 0.5
+
+    for name, p in vae.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.ones_(p)
+            continue
+        if p.ndim == 1:
+            p.data = 0.7 * torch.randn(p.shape, generator=g) * (name == "encoder.conv1.bias")
+            continue
+        channels, taps = p.shape[1], p[0, 0].numel()
+        noise = normal(p, channels * taps)
+        same = torch.eye(p.shape[0], channels).view(*p.shape[:2], *[1] * (p.ndim - 2))
+        if "downsamples" in name and "resample" in name:
+            kernel = torch.tensor([[0.25, 0.25, 0.0], [0.25, 0.25, 0.0], [0.0, 0.0, 0.0]])
+            p.data = same * kernel + 0.2 * noise
+        elif "downsamples" in name and "time_conv" in name:
+            p.data = same * torch.tensor([0.0, 0.5, 0.5]).view(3, 1, 1) + 0.2 * noise
+        elif "upsamples" in name and "time_conv" in name:
+            twice = torch.cat([torch.eye(channels)] * 2).view(*p.shape[:2], 1, 1, 1)
+            p.data = twice * torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1) + 0.2 * noise
+        elif "upsamples" in name and "resample" in name:
+            kernel = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([0.25, 0.5, 0.25]))
+            p.data = normal(p[..., :1, :1], channels) * kernel + 0.2 * noise
+        elif name.endswith(("residual.6.weight", "proj.weight")):
+            p.data = 0.3 * noise
+        elif "residual" in name or "to_qkv" in name or taps == 1:
+            p.data = noise
+        else:  # the first and last convolutions of encoder and decoder, causal in time
+            p.data = 0.2 * noise
+            p.data[..., -1, 1, 1] += normal(p[..., 0, 0, 0], channels)
+    for conv in (vae.conv1, vae.conv2):  # between the networks and the latent
+        conv.weight.data = torch.eye(conv.weight.shape[0]).view_as(conv.weight)
+    vae.conv1.bias.data[vae.z_dim:] = -6.0  # log-variance
+
+
+def train_vae(cfg: Config, out: Path) -> nn.Module:
+    """A VAE trained on random crops of whole clips: MSE + 0.2 L1, latents sampled near the end.
+
+    Crops keep all frames: the later latent frames of a causal VAE have their own work to learn.
+    """
+    sizes = {"dim": cfg.vae_dim, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1,
+             "temporal_down": [False, True, True]}
+    device, vae = model.pick_device(cfg.device), encoders.WanVAE(**sizes)
+    initialise_vae(vae, generator(cfg.seed, "vae"))
+    vae.to(device)
+    moments, reconstruct = vae.moments, vae.reconstruct
+    if cfg.compile:
+        moments, reconstruct = torch.compile(moments), torch.compile(reconstruct)
+
+    def loss_of(i: int) -> Tensor:
+        g = generator(cfg.seed, "vae", i)
+        clips = make_clips(cfg.seed, i * cfg.vae_batch, cfg.vae_batch, cfg.height, cfg.frames)[0]
+        y, x = torch.randint(cfg.height - cfg.vae_crop + 1, (2,), generator=g).tolist()
+        video = clips[..., y:y + cfg.vae_crop, x:x + cfg.vae_crop].contiguous().to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.vae_bf16):
+            mean, logvar = (m.float() for m in moments(video))
+        z, divergence = mean, 0.0
+        if i >= cfg.vae_sample_from * cfg.vae_iters:
+            z = mean + torch.randn(mean.shape, generator=g).to(device) * (logvar / 2).exp()
+            divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.vae_bf16):
+            error = reconstruct(z).float() - video
+        return (error.square().mean() + 0.2 * error.abs().mean()
+                + 1e-5 * mean.square().mean() + 1e-6 * divergence)
+
+    def look(average: nn.Module) -> dict:
+        clips = make_clips(cfg.seed, 0, min(48, cfg.gate_clips), cfg.height, cfg.frames, True)[0]
+        with torch.no_grad():
+            again = [average.reconstruct(average.moments(some.to(device))[0]).clamp(-1, 1).cpu()
+                     for some in clips.split(8)]
+        return {"psnr": float(psnr(torch.cat(again), clips).mean())}
+
+    vae = fit(cfg, "vae", vae, cfg.vae_iters, (cfg.vae_muon_lr, cfg.vae_adam_lr),
+              cfg.vae_decay_from, loss_of, look)
+    with torch.no_grad():  # the DiT sees channels of mean 0 and deviation 1
+        clips = make_clips(cfg.seed, 0, min(480, cfg.dit_pool), cfg.height, cfg.frames)[0]
+        means = torch.cat([vae.moments(some.to(device))[0] for some in clips.split(8)])
+    sizes["latents_mean"] = means.mean((0, 2, 3, 4)).tolist()
+    sizes["latents_std"] = means.std((0, 2, 3, 4)).tolist()
+    model.save_tensors(out / "Wan2.1_VAE.safetensors", half(vae), {"config": json.dumps(sizes)})
+    return encoders.load_vae(out, device)
+
+
+# -------------------------------------------------------------------------------------- text
+
+
+def train_text(cfg: Config, out: Path) -> encoders.TextEncoder:
+    """A sentencepiece model and a umT5 that tells a caption's attributes, written to `out`.
+
+    Only the encoder is kept: its states are what the DiT reads, frozen, as in Wan.
+    """
+    ways = range(len(WORDINGS))
+    captions = [caption(c, w) for c in range(len(COMBINATIONS)) for w in ways]
+    words = sorted({word.strip(",") for text in captions for word in text.split()})
+    # A word that occurs in one form only is cut into letters: each is shown with several marks.
+    lines = captions + [word + mark for word in words for mark in (",", ".", ";")]
+    pieces = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=pieces, model_type="unigram", vocab_size=96,
+        hard_vocab_limit=False, normalization_rule_name="identity", num_threads=1, minloglevel=2,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3)
+    spiece = out / "google/umt5-xxl/spiece.model"
+    model.replace_file(spiece, lambda path: path.write_bytes(pieces.getvalue()))
+    tokenizer = encoders.Tokenizer(spiece)
+    sizes = {"vocab_size": tokenizer.size, "dim": 64, "dim_attn": 64, "num_heads": 4,
+             "dim_ffn": 128, "num_layers": 2}
+    counts = [len(values) for values in ATTRIBUTES.values()]
+    with torch.random.fork_rng():
+        torch.manual_seed(model.seed_of(cfg.seed, "text"))
+        both = nn.ModuleDict({"text": encoders.UMT5Encoder(**sizes),
+                              "heads": nn.Linear(sizes["dim"], sum(counts))})
+    device = model.pick_device(cfg.device)
+    both.to(device)
+
+    def loss_of(i: int) -> Tensor:
+        drawn = make_captions(cfg.seed, i * 96, 96)
+        ids, mask = (x.to(device) for x in tokenizer(drawn))
+        states = both["text"](ids, mask) * mask[..., None]                   # B L D
+        logits = both["heads"](states.sum(1) / mask.sum(1, keepdim=True))    # B sum(counts)
+        wanted = torch.tensor([list(caption_attributes(text).values()) for text in drawn])
+        return sum(F.cross_entropy(part, wanted[:, j].to(device))
+                   for j, part in enumerate(logits.split(counts, 1)))
+
+    encoder = fit(cfg, "text", both, cfg.text_iters, (0.0, 2e-3), 0.4, loss_of)["text"]
+    model.save_tensors(out / "models_t5_umt5-tiny.safetensors", half(encoder),
+                       {"config": json.dumps(sizes)})
+    return encoders.load_text(out, device, torch.float32, model.PRESETS[cfg.preset].text_len)
+
+
+def half(module: nn.Module) -> dict[str, Tensor]:
+    """Tensors as they are stored: float16 keeps 11 bits, and the files small."""
+    return {name: value.half() for name, value in module.state_dict().items()}
+
+
+# --------------------------------------------------------------------------------------- DiT
+
+
+def encode_part(cfg: Config, vae: nn.Module, start: int) -> Tensor:
+    """Latents [at most PART, 16, T, H/8, W/8] fp16 of clips from `start` on, kept on disk."""
+    path = folder(cfg) / "pool" / f"{start:06d}.safetensors"
+    count = min(PART, cfg.dit_pool - start)
+    mark = {"vae": str(sum(p.double().abs().sum().item() for p in vae.parameters())),
+            "clips": f"{count} of seed {cfg.seed}, {cfg.frames} frames, {cfg.height} pixels"}
+    if path.exists():
+        with safe_open(path, "pt") as stored:
+            if stored.metadata() == mark:
+                return stored.get_tensor("latents")
+    begun = time.perf_counter()
+    clips = make_clips(cfg.seed, start, count, cfg.height, cfg.frames)[0]
+    with torch.no_grad():
+        device = model.pick_device(cfg.device)
+        latents = torch.cat([vae.encode(some.to(device)) for some in clips.split(4)]).half().cpu()
+    model.save_tensors(path, {"latents": latents}, mark)
+    note(cfg, stage="encode", iteration=start + count, seconds=time.perf_counter() - begun)
+    return latents
+
+
+def train_dit(cfg: Config, out: Path, vae: nn.Module, text: encoders.TextEncoder) -> None:
+    """The tiny DiT by flow matching (Eq. 3) on encoded clips, written to `out`."""
+    device, dit = model.pick_device(cfg.device), model.build_dit(cfg.preset)
+    dit.init_weights(generator(cfg.seed, "dit"))
+    dit.to(device)
+    parts = tqdm(range(0, cfg.dit_pool, PART), "encode", disable=None)
+    pool = torch.cat([encode_part(cfg, vae, start) for start in parts])
+    captions = make_captions(cfg.seed, 0, cfg.dit_pool)
+    known = sorted(set(captions))
+    row = torch.tensor([known.index(text) for text in captions])
+    states = text.encode_prompts([*known, ""])["text"]  # [captions + 1, L, D], frozen
+    network = torch.compile(dit) if cfg.compile else dit
+
+    def loss_of(i: int) -> Tensor:
+        g, count = generator(cfg.seed, "dit", i), cfg.dit_batch
+        pick = torch.randint(cfg.dit_pool, (count,), generator=g)
+        empty = torch.rand(count, generator=g) < cfg.dit_dropout
+        u = (torch.arange(count) + torch.rand((), generator=g)) / count  # even: less variance
+        x0 = pool[pick].float().to(device)
+        x1 = torch.randn(x0.shape, generator=g).to(device)
+        text = states[torch.where(empty, len(known), row[pick]).to(device)]
+        t = model.shift_time(u, cfg.dit_shift).to(device)
+        x = x0 + t.view(-1, 1, 1, 1, 1) * (x1 - x0)
+        v = network(x, t, {"text": text})
+        return F.mse_loss(v, x1 - x0)  # Eq. 3
+
+    def look(average: nn.Module) -> dict:
+        count = min(len(COMBINATIONS), cfg.gate_clips)
+        wanted = make_captions(cfg.seed, 0, count, held_out=True)
+        times = model.time_grid(cfg.family, 25, cfg.shift).tolist()
+        return agreement(sample(cfg, average, vae, text, wanted, times), wanted)
+
+    dit = fit(cfg, "dit", dit, cfg.dit_iters, (cfg.dit_muon_lr, cfg.dit_adam_lr),
+              cfg.dit_decay_from, loss_of, look)
+    sizes = {name: value for name, value in asdict(dit.cfg).items() if name != "patch_size"}
+    model.write_json(out / "config.json", {"_class_name": "WanModel", **sizes})
+    model.save_tensors(out / "diffusion_pytorch_model.safetensors", half(dit), {})
+
+
+def sample(cfg: Config, dit: nn.Module, vae: nn.Module, text: encoders.TextEncoder,
+           captions: list[str], times: list[float]) -> Tensor:
+    """Videos [N, 3, T, H, W] of captions, each from its own noise, denoised along `times`."""
+    shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
+    videos = []
+    for start in range(0, len(captions), 72):
+        some = captions[start:start + 72]
+        cond = text.encode_prompts(some)
+        x = torch.stack([torch.randn(shape, generator=generator(cfg.seed, "gate", start + i))
+                         for i in range(len(some))]).to(cond["text"].device)
+        *_, x = model.walk(dit, x, times, cond)
+        with torch.no_grad():
+            videos += [vae.decode(part).cpu() for part in x.split(8)]
+    return torch.cat(videos)
+
+
+# ------------------------------------------------------------------------------------- gates
+
+
+def gates(cfg: Config, out: Path) -> dict[str, dict]:
+    """What the weights stored in `out` can do, on held-out captions, clips and noise.
+
+    Each gate: figure, bound and whether it is kept. Oracle readings are parts of all clips.
+    """
+    device = model.pick_device(cfg.device)
+    vae, dit = encoders.load_vae(out, device), model.load_dit(out, cfg.preset, device=device).eval()
+    text = encoders.load_text(out, device, torch.float32, dit.cfg.text_len)
+    clips, captions, _ = make_clips(cfg.seed, 0, cfg.gate_clips, cfg.height, cfg.frames, True)
+    with torch.no_grad():
+        again = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in clips.split(8)])
+    times = model.time_grid(cfg.family, cfg.n, cfg.shift)
+    many = sample(cfg, dit, vae, text, captions, times.tolist())
+    few = sample(cfg, dit, vae, text, captions, times[cfg.key].tolist())
+    figures = {"vae_psnr": (float(psnr(again, clips).mean()), 30.0),
+               "vae_oracle": (agreement(again, captions)["all"], 0.95),
+               "teacher_oracle": (agreement(many, captions)["all"], 0.90),
+               "few_step_high_frequency": (high_frequency(few) / high_frequency(many), 0.85)}
+    passed = {name: {"figure": figure, "bound": bound,
+                     "kept": figure <= bound if name.startswith("few") else figure >= bound}
+              for name, (figure, bound) in figures.items()}
+    return passed | {"readings": {"vae": agreement(again, captions),
+                                  "teacher, all steps": agreement(many, captions),
+                                  "teacher, few steps": agreement(few, captions)}}
+
+
+def draw_curves(cfg: Config, path: Path) -> None:
+    """Losses and held-out figures of all stages, from the log, as a PNG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7))
+    for row, stage, figures in ((0, "vae", ("psnr",)), (1, "dit", ("all", *ATTRIBUTES))):
+        own = [line for line in log_lines(cfg) if line["stage"] == stage]
+        for axis, names in zip(axes[row], (("loss",), figures), strict=True):
+            for name in names:
+                points = {line["iteration"]: line[name] for line in own if name in line}
+                axis.plot(points.keys(), points.values(), label=name)
+            axis.set_title(f"{stage}: {'loss' if names == ('loss',) else 'held-out clips'}")
+            axis.set_xlabel("iteration")
+            axis.legend()
+        axes[row][0].set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------- main
+
+
+def processor() -> str:
+    """Name of the processor, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def check(cfg: Config) -> None:
+    """Raise ValueError for settings that this stage cannot serve."""
+    if cfg.family != "wan" or cfg.preset != "tiny":
+        raise ValueError(f"family, preset: got {cfg.family}, {cfg.preset}; wanted wan, tiny: "
+                         "use configs/tiny.yaml")
+    if cfg.height != cfg.width:
+        raise ValueError(f"height, width: got {cfg.height}, {cfg.width}; clips are square")
+    if not 8 <= cfg.vae_crop <= cfg.height or cfg.vae_crop % 8:
+        raise ValueError(f"vae_crop: got {cfg.vae_crop}; wanted a multiple of 8 up to {cfg.height}")
+    if cfg.compile and model.pick_device(cfg.device).type == "cpu" and not shutil.which("g++"):
+        raise ValueError("compile: found no g++ for torch.compile: install it, or --compile=false")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = model.load_config(Config, "teacher", argv, __doc__)
+    check(cfg)
+    out = Path(cfg.out or folder(cfg) / "weights")
+    torch.set_num_threads(cfg.threads)
+    model.announce(cfg, "teacher")
+    text = train_text(cfg, out)
+    vae = train_vae(cfg, out)
+    train_dit(cfg, out, vae, text)
+    captions = make_captions(cfg.seed, 0, cfg.dit_pool)
+    model.write_text(out / "prompts.txt", "\n".join(dict.fromkeys(captions)) + "\n")
+    held_out = make_captions(cfg.seed, 0, len(COMBINATIONS), held_out=True)
+    model.write_text(out / "prompts_heldout.txt", "\n".join(held_out) + "\n")
+    kept, seconds = gates(cfg, out), {"encode": 0.0}
+    for line in log_lines(cfg):
+        done = seconds["encode"] if line["stage"] == "encode" else 0.0
+        seconds[line["stage"]] = round(done + line["seconds"], 1)
+    given = sys.argv[1:] if argv is None else argv
+    model.write_json(out / "training.json", {
+        "command": " ".join(["python teacher.py", *given]), "config": asdict(cfg),
+        "seconds": seconds, "hardware": f"{cfg.threads} of {os.cpu_count()} cores, {processor()}",
+        "torch": torch.__version__, "gates": kept})
+    draw_curves(cfg, out / "curves.png")
+    for name, gate in kept.items():
+        print(f"{name}: {gate}")
+    print(f"weights, training.json and curves.png are in {out}")
+
+
+if __name__ == "__main__":
+    model.cli(main)

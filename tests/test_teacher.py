@@ -1,0 +1,141 @@
+"""Stage 0: clips, oracle, optimiser, tokenizer, and a training that survives interruption."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import encoders
+import model
+import teacher
+
+TINY = {"height": 32, "width": 32, "frames": 5, "n": 4, "key": "0,2,4", "text_iters": 3,
+        "vae_iters": 3, "vae_batch": 1, "vae_dim": 8, "dit_iters": 3, "dit_batch": 4, "dit_pool": 6,
+        "gate_clips": 2, "eval_every": 2, "save_every": 0.0, "compile": False, "vae_bf16": False}
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return teacher.make_clips(0, 0, 144)
+
+
+def test_a_clip_depends_on_its_seed_and_index_alone(clips):
+    video, captions, attributes = clips
+    again, same, _ = teacher.make_clips(0, 100, 3)
+    assert torch.equal(again, video[100:103]) and same == captions[100:103]
+    assert teacher.make_captions(0, 0, 144) == captions
+    assert not torch.equal(teacher.make_clips(1, 0, 3)[0], video[:3])
+    assert video.shape == (144, 3, 9, 48, 48) and float(video.abs().max()) <= 1
+
+
+def test_held_out_captions_never_occur_in_training():
+    held_out = teacher.make_captions(0, 0, 144, held_out=True)
+    trained = set(teacher.make_captions(0, 0, 4000))
+    assert len(set(held_out)) == len(teacher.COMBINATIONS) == 72
+    assert not trained & set(held_out)
+    seen = {tuple(teacher.caption_attributes(text).values()) for text in trained}
+    assert seen == {tuple(teacher.caption_attributes(text).values()) for text in held_out}
+
+
+def test_captions_name_the_attributes_of_their_clips(clips):
+    _, captions, attributes = clips
+    for name in teacher.ATTRIBUTES:
+        told = [teacher.caption_attributes(text)[name] for text in captions]
+        assert told == attributes[name].tolist()
+    assert teacher.caption_attributes("") == {"colour": -1, "shape": -1, "direction": -1}
+
+
+@pytest.mark.parametrize("size, frames", [(48, 9), (64, 17), (48, 5)])
+def test_oracle_reads_every_real_clip(size, frames):
+    video, captions, attributes = teacher.make_clips(3, 0, 72, size, frames, held_out=True)
+    seen = teacher.read_clip(video)
+    for name, wanted in attributes.items():
+        assert torch.equal(seen[name], wanted), name
+    assert float(seen["psnr"].min()) > 30 and float(seen["iou"].min()) > 0.95
+    assert teacher.agreement(video, captions)["all"] == 1
+
+
+def test_oracle_rejects_other_captions_and_what_is_no_clip(clips):
+    video, captions, _ = clips
+    turned = video[:24].transpose(-1, -2)  # bars and directions change, discs keep their shape
+    assert teacher.agreement(turned, captions[:24])["all"] == 0
+    assert teacher.agreement(video[:24].flip(2), captions[:24])["direction"] == 0
+    still = video[:24, :, :1].expand(-1, -1, 9, -1, -1)
+    assert set(teacher.read_clip(still)["direction"].tolist()) == {-1}
+    noise = torch.rand(8, 3, 9, 48, 48, generator=model.generator(0)) * 2 - 1
+    for nothing in (noise, torch.zeros(2, 3, 9, 48, 48)):
+        assert set(teacher.read_clip(nothing)["shape"].tolist()) == {-1}
+
+
+def test_psnr_and_high_frequency_have_their_definitions(clips):
+    video = clips[0][:2] * 0.5
+    assert torch.allclose(teacher.psnr(video + 0.02, video), torch.full((2,), 40.0), atol=1e-2)
+    noise = torch.randn(2, 3, 9, 48, 48, generator=model.generator(1))
+    assert abs(teacher.high_frequency(noise) - 1) < 0.02  # white noise has unit power everywhere
+    assert teacher.high_frequency(torch.ones(1, 3, 1, 48, 48)) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 24, 96), (2, 96, 24)])
+def test_muon_makes_momentum_nearly_orthogonal(shape):
+    matrices = torch.randn(shape, generator=model.generator(2))
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    update = teacher.orthogonalise(matrices)
+    values = torch.linalg.svdvals(update)
+    assert 0.5 < float(values.median()) and float(values.max()) < 1.3
+    cosine = torch.nn.functional.cosine_similarity(update.flatten(1), (u @ vh).flatten(1))
+    assert float(cosine.min()) > 0.9
+
+
+def run(folder, **changes):
+    values = TINY | {"run": str(folder), "out": str(folder / "out")} | changes
+    teacher.main([f"--{name}={value}" for name, value in values.items()])
+    files = sorted((folder / "out").rglob("*.safetensors"))
+    return {f"{f.name}:{name}": value for f in files for name, value in load_file(f).items()}
+
+
+def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "NOTE_EVERY", 1)
+    whole = run(tmp_path / "whole")
+
+    for stage, iteration in (("text", 2), ("vae", 2), ("vae", 3), ("dit", 2)):
+        def stop(cfg, at=(stage, iteration), **entry):
+            if (entry["stage"], entry["iteration"]) == at:
+                raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(teacher, "note", stop)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "parts")
+    parts = run(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    # What was written is the official layout, and other stages can read it.
+    out = tmp_path / "whole/out"
+    assert {"vae_psnr", "vae_oracle", "teacher_oracle", "few_step_high_frequency"} < set(
+        json.loads((out / "training.json").read_text())["gates"])
+    assert (out / "curves.png").stat().st_size > 0
+    dit, vae = model.load_dit(out, "tiny"), encoders.load_vae(out)
+    text = encoders.load_text(out, dtype=torch.float32, text_len=16)
+    for caption in teacher.make_captions(0, 0, 72, held_out=True):
+        assert text.tokenizer([caption])[0].shape[1] <= 15
+    assert vae.decode(dit(torch.zeros(1, 16, 2, 4, 4), torch.ones(1), text.encode_prompts([""]))
+                      ).shape == (1, 3, 5, 32, 32)
+    with pytest.raises(ValueError, match="vae.pt was trained with"):
+        run(tmp_path / "parts", vae_batch=2)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"width": 48}, "clips are square"), ({"vae_crop": 40}, "multiple of 8 up to 32"),
+    ({"dit_iter": 3}, "dit_iters"), ({"vae_iters": "many"}, "vae_iters"),
+    ({"preset": "wan-t2v-1.3b"}, "tiny.yaml")])
+def test_settings_that_cannot_be_served_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_training_state_is_named(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/text.pt").write_bytes(b"PK\x03\x04 half a state")
+    with pytest.raises(ValueError, match="text.pt is damaged"):
+        run(tmp_path)

@@ -1,7 +1,4 @@
-"""What a training run tells its person: figures of an iteration, curves, and the memory it needs.
-
-Used by distill.py (all of it) and teacher.py (log and curves).
-"""
+"""What a training run tells its person: figures of an iteration, curves, and the memory it needs."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What a training run tells its person: figures of an iteration, curves, and the memory it needs."""
+"""What a training run tells its person: figures of an iteration, curves, the memory it needs."""
 
 import json
 import math

@@ -1,13 +1,14 @@
 """What is distilled, and what every stage must agree on bit for bit.
 
-Sections: schedule and Euler step · Wan DiT · presets · reading and writing weights · processes and
-sharding · run checkpoints · seeding · config.
+Sections: schedule and Euler step · what both DiTs share · Wan DiT · HunyuanVideo DiT · presets ·
+reading and writing weights · processes and sharding · run checkpoints · seeding · config.
 
 Conventions, said once for the whole project:
   t in [0, 1]; t = 1 is noise, t = 0 is data; x_t = (1 - t) x0 + t x1 and v = x1 - x0 (Eq. 2, 3).
   Many codebases run time the other way or scale it by 1000: here the factor 1000 lives inside
   a DiT's forward and nowhere else.
-Shapes: B batch, C channels, T H W latent frames, height and width, L tokens, D width, N heads.
+Shapes: B batch, C channels, T H W latent frames, height and width, L tokens, S text tokens,
+D width, N heads.
 """
 
 import contextlib
@@ -27,11 +28,11 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -54,16 +55,20 @@ ROOT = Path(__file__).resolve().parent
 # ------------------------------------------------------------------ schedule and Euler step
 
 def shift_time(u: Tensor, shift: float) -> Tensor:
-    """Move times u in [0, 1] towards noise: shift·u / (1 + (shift - 1)·u). Source: Wan 2.1."""
+    """Move times u in [0, 1] towards noise: shift·u / (1 + (shift - 1)·u). Source: the releases."""
     return shift * u / (1 + (shift - 1) * u)
+
+
+FAMILIES = ("wan", "hunyuan")
 
 
 def time_grid(family: str, n: int, shift: float) -> Tensor:
     """The teacher's times 1 = t_n > … > t_0 = 0, in the order in which sampling visits them.
 
-    Wan's Euler grid is shifted twice: its end points are shifted before the grid between them is.
+    HunyuanVideo shifts an even grid. Wan's Euler grid is shifted twice: its end points are shifted
+    before the grid between them is.
     Args: family; n >= 1 steps; shift > 0. Returns float64 [n + 1].
-    Raises ValueError for another family, n < 1 or shift <= 0. Source: Wan 2.1, AccVideo releases.
+    Raises ValueError for another family, n < 1 or shift <= 0. Source: the families' releases.
     """
     if n < 1 or shift <= 0:
         raise ValueError(f"time grid: got n={n}, shift={shift}; n must be >= 1 and shift > 0")
@@ -71,7 +76,9 @@ def time_grid(family: str, n: int, shift: float) -> Tensor:
         last = shift_time(torch.tensor(0.001, dtype=torch.float64), shift).item()
         u = torch.linspace(1, last, n, dtype=torch.float64)
         return torch.cat([shift_time(u, shift), torch.zeros(1, dtype=torch.float64)])
-    raise ValueError(f"family: got '{family}'; this version has: wan")
+    if family == "hunyuan":
+        return shift_time(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift)
+    raise ValueError(f"family: got '{family}'; this version has: {', '.join(FAMILIES)}")
 
 
 def key_times(family: str, n: int, shift: float, key: list[int]) -> list[float]:
@@ -118,6 +125,147 @@ def walk(dit: nn.Module, x: Tensor, times: list[float], cond: dict, uncond: dict
         yield x
 
 
+# ----------------------------------------------------------------------- what both DiTs share
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a layer in the dtype of its weights."""
+    return layer(x.to(layer.weight.dtype))
+
+
+def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a layer in fp32 whatever its weights are stored in (embeddings of t, head)."""
+    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+def embed(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """First and last of some layers with SiLU between them, in fp32."""
+    first, *_, last = layers
+    return linear_fp32(last, F.silu(linear_fp32(first, x)))
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without parameters in fp32, then (1 + scale)·x + shift; shift, scale [B,1,D]."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, statistics in fp32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * self.weight.float()).to(x.dtype)
+
+
+def sinusoid(steps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """[cos(s w), sin(s w)] of scalars s [B], w falling from 1 to 1/10000: fp32 [B,dim].
+
+    dtype of the angles: Wan's release takes float64, HunyuanVideo's float32, and at s = 6016 that
+    rounding can be seen.
+    """
+    k = torch.arange(dim // 2, dtype=dtype, device=steps.device)
+    angle = torch.outer(steps.float().to(dtype), torch.exp(-math.log(10000) * k / (dim // 2)))
+    return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+def rope_angles(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: float) -> Tensor:
+    """Rotary angles of every token of a (frames, rows, columns) grid, in row-major order.
+
+    Args: pairs of channels for each axis; theta, base of the frequencies theta^(-k / pairs).
+    Returns float64 [frames·rows·columns, sum(pairs)]. Source: both releases.
+    """
+    axes = []
+    for axis, (size, count) in enumerate(zip(grid, pairs, strict=True)):
+        freq = theta ** (-torch.arange(count, dtype=torch.float64) / count)
+        angle = torch.outer(torch.arange(size, dtype=torch.float64), freq)
+        shape = [1, 1, 1, count]
+        shape[axis] = size
+        axes.append(angle.view(shape).expand(*grid, count))
+    return torch.cat(axes, -1).flatten(0, 2)
+
+
+@functools.lru_cache(maxsize=8)
+def rope_table(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: float,
+               device: str) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `rope_angles`, fp32 [L,1,sum(pairs)], kept on the device."""
+    with torch.inference_mode(False):  # what it keeps must serve a later backward as well
+        angle = rope_angles(grid, pairs, theta)[:, None]
+        return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate adjacent channel pairs of x [B,L,N,head_dim] by the table's angles."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention over [B,L,N,head_dim]; returns [B,L,N·head_dim].
+
+    mask: bool [B,1,1 or L,keys], False hides a key; None, the hot path, lets flash kernels run.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """A transformer block; `checkpointing` recomputes its activations in backward."""
+    checkpointing = False  # one block's worth of activations in memory, not all
+
+    def forward(self, *args: Any) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, *args, use_reentrant=False)
+        return self._forward(*args)
+
+
+class DiT(nn.Module):
+    """What the families have in common: patches, and the walk through the blocks with its taps.
+
+    A family's class has `cfg` (its sizes), `blocks`, forward(x, t, cond, taps, velocity),
+    init_weights(generator) and flops(tokens); parameter names are the official checkpoint's.
+    """
+
+    def token_grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
+        """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
+        pt, ph, pw = self.cfg.patch_size
+        if T % pt or H % ph or W % pw:
+            raise ValueError(f"latents of {T}×{H}×{W} cannot be cut into patches of "
+                             f"{self.cfg.patch_size}: choose a height and width divisible by 16")
+        return T // pt, H // ph, W // pw
+
+    def embed_patches(self, x: Tensor, proj: nn.Conv3d) -> Tensor:
+        """Tokens [B,L,D] of latents [B,C,T,H,W]; kernel = stride, so a linear layer does it."""
+        pt, ph, pw = self.cfg.patch_size
+        grid = self.token_grid(*x.shape[2:])
+        patches = x.reshape(len(x), -1, grid[0], pt, grid[1], ph, grid[2], pw)
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # B L C·pt·ph·pw
+        weight = proj.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight, proj.bias)
+
+    def through_blocks(self, h: Tensor, L: int, taps: tuple[int, ...], velocity: bool,
+                       *context: Any) -> tuple[Tensor | None, list[Tensor]]:
+        """The stream after all blocks and its first L tokens after the blocks of `taps` (fp32).
+
+        Without velocity it stops at the last tap, and the stream is None.
+        """
+        if taps and not 0 <= min(taps) <= max(taps) < len(self.blocks):
+            raise ValueError(f"taps: got {taps}; wanted blocks 0 … {len(self.blocks) - 1}")
+        features = {}
+        for b, block in enumerate(self.blocks):
+            h = block(h, *context)
+            if b in taps:
+                features[b] = h[:, :L].float()
+            if not velocity and len(features) == len(set(taps)):
+                return None, [features[b] for b in taps]
+        return h, [features[b] for b in taps]
+
+
 # ----------------------------------------------------------------------------------- Wan DiT
 
 @dataclass(frozen=True)
@@ -135,81 +283,15 @@ class WanConfig:
     text_len: int = 512
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    family: ClassVar[str] = "wan"
+    diffusers: ClassVar[dict] = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
+                                 "out_channels": "out_dim"}  # their names of our fields
 
-
-PRESETS = {
-    "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, text_len=16),
-    "wan-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-    "wan-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-}
-
-
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a layer in the dtype of its weights."""
-    return layer(x.to(layer.weight.dtype))
-
-
-def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a layer in fp32 whatever its weights are stored in (time embedding and head)."""
-    return F.linear(x.float(), layer.weight.float(), layer.bias.float())
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters in fp32, then (1 + scale)·x + shift; shift, scale [B,1,D]."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over all channels, statistics in fp32."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.float()).to(x.dtype)
-
-
-def rope_angles(grid: tuple[int, int, int], head_dim: int) -> Tensor:
-    """Rotary angles of every token of a (frames, rows, columns) grid, in row-major order.
-
-    Of the head_dim/2 channel pairs height and width get a third each (rounded down), time the rest.
-    Returns float64 [frames·rows·columns, head_dim/2]. Source: Wan 2.1 release.
-    """
-    pairs = head_dim // 2
-    counts = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-    axes = []
-    for axis, (size, count) in enumerate(zip(grid, counts, strict=True)):
-        freq = 10000 ** (-torch.arange(count, dtype=torch.float64) / count)
-        angle = torch.outer(torch.arange(size, dtype=torch.float64), freq)
-        shape = [1, 1, 1, count]
-        shape[axis] = size
-        axes.append(angle.view(shape).expand(*grid, count))
-    return torch.cat(axes, -1).flatten(0, 2)
-
-
-@functools.lru_cache(maxsize=8)
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of `rope_angles`, fp32 [L,1,head_dim/2], kept on the device."""
-    with torch.inference_mode(False):  # what it keeps must serve a later backward as well
-        angle = rope_angles(grid, head_dim)[:, None]
-        return angle.cos().float().to(device), angle.sin().float().to(device)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate adjacent channel pairs of x [B,L,N,head_dim] by the table's angles."""
-    cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention without a mask over [B,L,N,head_dim]; returns [B,L,N·head_dim]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2).flatten(2)
+    @property
+    def rope_pairs(self) -> tuple[int, int, int]:
+        """Of a head's channel pairs height and width get a third (rounded down), time the rest."""
+        third, pairs = self.dim // self.num_heads // 6, self.dim // self.num_heads // 2
+        return pairs - 2 * third, third, third
 
 
 class WanAttention(nn.Module):
@@ -236,13 +318,12 @@ class WanAttention(nn.Module):
         return self.o(attention(q, k, v))                                            # B L D
 
 
-class WanBlock(nn.Module):
+class WanBlock(Block):
     """Self-attention, text cross-attention and feed-forward, on an fp32 residual stream."""
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
         self.eps = cfg.eps
-        self.checkpointing = False  # recompute activations in backward: one block's worth in memory
         self.modulation = nn.Parameter(torch.zeros(1, 6, cfg.dim))
         self.self_attn = WanAttention(cfg.dim, cfg.num_heads, cfg.eps)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
@@ -250,13 +331,8 @@ class WanBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"),
                                  nn.Linear(cfg.ffn_dim, cfg.dim))
 
-    def forward(self, x: Tensor, e: Tensor, context: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B,L,D] fp32, e [B,6,D] fp32, context [B,S,D]; returns [B,L,D] fp32."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, e, context, rope, use_reentrant=False)
-        return self._forward(x, e, context, rope)
-
     def _forward(self, x: Tensor, e: Tensor, context: Tensor, rope: tuple) -> Tensor:
+        """x [B,L,D] fp32, e [B,6,D] fp32, context [B,S,D]; returns [B,L,D] fp32."""
         m = (self.modulation.float() + e).unsqueeze(2).unbind(1)          # 6 × [B 1 D]
         y = modulated_norm(x, m[0], m[1], self.eps)
         x = x + m[2] * self.self_attn(y, rope=rope).float()
@@ -281,7 +357,7 @@ class WanHead(nn.Module):
         return linear_fp32(self.head, modulated_norm(x, shift, scale, self.eps))
 
 
-class WanDiT(nn.Module):
+class WanDiT(DiT):
     """The Wan 2.1 text-to-video transformer; parameter names are the official checkpoint's."""
 
     def __init__(self, cfg: WanConfig):
@@ -307,39 +383,24 @@ class WanDiT(nn.Module):
         Returns v [B,C,T,H,W] fp32, or with taps (v or None, [features [B,L,D] fp32 for each tap]).
         Raises ValueError for sizes that do not fit. Source: Wan 2.1 release; taps: Eq. 8.
         """
-        B, _, T, H, W = x.shape  # L tokens of P = C·pt·ph·pw latents each
-        grid = self.token_grid(T, H, W)
-        if taps and not 0 <= min(taps) <= max(taps) < len(self.blocks):
-            raise ValueError(f"taps: got {taps}; wanted blocks 0 … {len(self.blocks) - 1}")
-        pt, ph, pw = self.cfg.patch_size
-        patches = x.view(B, -1, grid[0], pt, grid[1], ph, grid[2], pw)
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)           # B L P
-        weight = self.patch_embedding.weight.flatten(1)  # kernel = stride: a linear layer
-        h = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias).float()    # B L D
+        B, _, T, H, W = x.shape
+        grid, (pt, ph, pw) = self.token_grid(T, H, W), self.cfg.patch_size
+        h = self.embed_patches(x, self.patch_embedding).float()                              # B L D
         e = self.embed_time(t)                                                               # B D
         e6 = linear_fp32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))          # B 6 D
         context = self.embed_text(cond["text"])                                              # B S D
-        rope = rope_table(grid, self.cfg.dim // self.cfg.num_heads, str(x.device))
-        features = {}
-        for b, block in enumerate(self.blocks):
-            h = block(h, e6, context, rope)
-            if b in taps:
-                features[b] = h
-            if not velocity and len(features) == len(set(taps)):
-                return None, [features[b] for b in taps]
-        out = self.head(h, e)                                                   # B L P
-        out = out.view(B, *grid, pt, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        v = out.reshape(B, -1, T, H, W)                                         # B C T H W
-        return (v, [features[b] for b in taps]) if taps else v
+        rope = rope_table(grid, self.cfg.rope_pairs, 10000.0, str(x.device))
+        h, features = self.through_blocks(h, h.shape[1], taps, velocity, e6, context, rope)
+        if h is None:
+            return None, features
+        out = self.head(h, e).view(B, *grid, pt, ph, pw, -1)                    # channels last
+        v = out.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, -1, T, H, W)         # B C T H W
+        return (v, features) if taps else v
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """Sinusoid of the official timestep 1000·t (fp32, fractional), angles in float64. [B,D]."""
-        steps = (t.double() * 1000).float().double()
-        half = self.cfg.freq_dim // 2
-        freq = 10000 ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
-        angle = torch.outer(steps, freq)
-        s = torch.cat([angle.cos(), angle.sin()], -1).float()
-        return linear_fp32(self.time_embedding[2], F.silu(linear_fp32(self.time_embedding[0], s)))
+        """Embedding of the official timestep 1000·t, in fp32. [B,D]"""
+        return embed(self.time_embedding,
+                     sinusoid(t.double() * 1000, self.cfg.freq_dim, torch.float64))
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Zero-pad text [B,S,text_dim] to text_len rows and project it to [B,text_len,D]."""
@@ -348,14 +409,6 @@ class WanDiT(nn.Module):
                              f"{self.cfg.text_len}, {self.cfg.text_dim}] for this DiT")
         text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
         return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
-
-    def token_grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
-        """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
-        pt, ph, pw = self.cfg.patch_size
-        if T % pt or H % ph or W % pw:
-            raise ValueError(f"latents of {T}×{H}×{W} cannot be cut into patches of "
-                             f"{self.cfg.patch_size}: choose a height and width divisible by 16")
-        return T // pt, H // ph, W // pw
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill with the official initialisation, every draw from `generator`. Source: Wan 2.1."""
@@ -382,27 +435,320 @@ class WanDiT(nn.Module):
         return float(c.num_layers * (dense + text + attend))
 
 
-def build_dit(preset: str | WanConfig) -> WanDiT:
+# -------------------------------------------------------------------------- HunyuanVideo DiT
+
+@dataclass(frozen=True)
+class HunyuanConfig:
+    """Sizes of a HunyuanVideo DiT."""
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_double: int
+    num_single: int
+    num_refiner: int = 2
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 256
+    pooled_dim: int = 768
+    rope_dims: tuple[int, int, int] = (16, 56, 56)
+    eps: float = 1e-6
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    family: ClassVar[str] = "hunyuan"
+    diffusers: ClassVar[dict] = {
+        "num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
+        "num_layers": "num_double", "num_single_layers": "num_single",
+        "num_refiner_layers": "num_refiner", "text_embed_dim": "text_dim", "patch_size": "",
+        "pooled_projection_dim": "pooled_dim", "rope_axes_dim": "rope_dims"}
+
+    @property
+    def num_layers(self) -> int:
+        return self.num_double + self.num_single
+
+    @property
+    def rope_pairs(self) -> tuple[int, ...]:
+        return tuple(n // 2 for n in self.rope_dims)
+
+
+def scalar_embedder(freq_dim: int, dim: int) -> nn.ModuleDict:
+    """Two layers for a sinusoid, under the official names."""
+    layers = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+    return nn.ModuleDict({"mlp": layers})
+
+
+class MLP(nn.Module):
+    """fc1, activation, fc2."""
+
+    def __init__(self, dim: int, ffn_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.fc2(activation(linear(self.fc1, x)))
+
+
+class Modulation(nn.Module):
+    """`count` vectors [B,1,D] from the conditioning vector: shifts, scales and gates, in fp32."""
+
+    def __init__(self, dim: int, count: int):
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(dim, count * dim)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return linear(self.linear, F.silu(vec)).float().unsqueeze(1).chunk(self.count, -1)
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """q, k, v, each [B,L,N,d], of a fused projection [B,L,3·D]."""
+    return qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+
+
+gelu = functools.partial(F.gelu, approximate="tanh")
+
+
+class RefinerBlock(nn.Module):
+    """Self-attention and MLP over text tokens, each behind a gate."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        D, self.num_heads = cfg.dim, cfg.num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(D, cfg.eps), nn.LayerNorm(D, cfg.eps)
+        self.self_attn_qkv = nn.Linear(D, 3 * D)
+        self.self_attn_proj = nn.Linear(D, D)
+        self.mlp = MLP(D, 4 * D)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B,S,D], c [B,D]; mask [B,1,S,S]."""
+        g1, g2 = linear(self.adaLN_modulation[1], F.silu(c)).unsqueeze(1).chunk(2, -1)
+        q, k, v = split_heads(self.self_attn_qkv(self.norm1(x)), self.num_heads)
+        x = x + g1 * self.self_attn_proj(attention(q, k, v, mask))
+        return x + g2 * self.mlp(self.norm2(x), F.silu)
+
+
+class TokenRefiner(nn.Module):
+    """Text states to text tokens of the DiT, refined under the time and their own mean."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        self.input_embedder = nn.Linear(cfg.text_dim, cfg.dim)
+        self.t_embedder = scalar_embedder(cfg.freq_dim, cfg.dim)
+        self.c_embedder = nn.ModuleDict({"linear_1": nn.Linear(cfg.text_dim, cfg.dim),
+                                         "linear_2": nn.Linear(cfg.dim, cfg.dim)})
+        self.individual_token_refiner = nn.ModuleDict(
+            {"blocks": nn.ModuleList(RefinerBlock(cfg) for _ in range(cfg.num_refiner))})
+
+    def forward(self, text: Tensor, time: Tensor, mask: Tensor | None) -> Tensor:
+        """text [B,S,text_dim], time [B,freq_dim] sinusoid, mask bool [B,S] -> [B,S,D]."""
+        if mask is None:
+            mean, allowed = text.float().mean(1), None
+        else:
+            weight = mask.float().unsqueeze(-1)
+            mean = (text.float() * weight).sum(1) / weight.sum(1)
+            allowed = mask[:, None, :, None] & mask[:, None, None, :]  # B 1 S S
+            allowed[..., 0] = True  # a row of padding looks at the first token: no empty softmax
+        c = embed(self.t_embedder["mlp"], time) + embed(self.c_embedder.values(), mean)
+        x = linear(self.input_embedder, text)
+        for block in self.individual_token_refiner["blocks"]:
+            x = block(x, c, allowed)
+        return x
+
+
+class DoubleBlock(Block):
+    """Joint attention of image and text tokens; each stream has weights of its own."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        D, self.num_heads, self.eps = cfg.dim, cfg.num_heads, cfg.eps
+        for s in ("img", "txt"):
+            self.add_module(f"{s}_mod", Modulation(D, 6))
+            self.add_module(f"{s}_attn_qkv", nn.Linear(D, 3 * D))
+            self.add_module(f"{s}_attn_q_norm", RMSNorm(D // cfg.num_heads, cfg.eps))
+            self.add_module(f"{s}_attn_k_norm", RMSNorm(D // cfg.num_heads, cfg.eps))
+            self.add_module(f"{s}_attn_proj", nn.Linear(D, D))
+            self.add_module(f"{s}_mlp", MLP(D, cfg.ffn_dim))
+
+    def _forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
+        """x [B,L+S,D], image tokens first; vec [B,D]; mask of keys bool [B,1,1,L+S] or None."""
+        streams, heads = {"img": x[:, :L], "txt": x[:, L:]}, []
+        mods = {s: getattr(self, f"{s}_mod")(vec) for s in streams}
+        for s, y in streams.items():
+            y = linear(getattr(self, f"{s}_attn_qkv"), modulated_norm(y, *mods[s][:2], self.eps))
+            q, k, v = split_heads(y, self.num_heads)
+            q, k = getattr(self, f"{s}_attn_q_norm")(q), getattr(self, f"{s}_attn_k_norm")(k)
+            heads.append((rotate(q, rope), rotate(k, rope), v) if s == "img" else (q, k, v))
+        q, k, v = (torch.cat(pair, 1) for pair in zip(*heads, strict=True))
+        y = attention(q, k, v, mask)                                            # B L+S D
+        out = []
+        for (s, z), part in zip(streams.items(), (y[:, :L], y[:, L:]), strict=True):
+            _, _, gate1, shift2, scale2, gate2 = mods[s]
+            z = (z + gate1 * getattr(self, f"{s}_attn_proj")(part)).to(z.dtype)
+            y = getattr(self, f"{s}_mlp")(modulated_norm(z, shift2, scale2, self.eps), gelu)
+            out.append((z + gate2 * y).to(z.dtype))
+        return torch.cat(out, 1)
+
+
+class SingleBlock(Block):
+    """Attention and MLP side by side, over image and text tokens with the same weights."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        D, self.num_heads, self.eps = cfg.dim, cfg.num_heads, cfg.eps
+        self.modulation = Modulation(D, 3)
+        self.linear1 = nn.Linear(D, 3 * D + cfg.ffn_dim)
+        self.linear2 = nn.Linear(D + cfg.ffn_dim, D)
+        self.q_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
+        self.k_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
+
+    def _forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
+        """As DoubleBlock._forward."""
+        shift, scale, gate = self.modulation(vec)
+        y = linear(self.linear1, modulated_norm(x, shift, scale, self.eps))
+        qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
+        q, k, v = split_heads(qkv, self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (torch.cat([rotate(z[:, :L], rope), z[:, L:]], 1) for z in (q, k))
+        y = self.linear2(torch.cat([attention(q, k, v, mask), gelu(y)], -1))
+        return (x + gate * y).to(x.dtype)
+
+
+class HunyuanDiT(DiT):
+    """The HunyuanVideo transformer with embedded guidance."""
+
+    def __init__(self, cfg: HunyuanConfig):
+        super().__init__()
+        self.cfg, D = cfg, cfg.dim
+        self.img_in = nn.ModuleDict(
+            {"proj": nn.Conv3d(cfg.in_dim, D, cfg.patch_size, cfg.patch_size)})
+        self.txt_in = TokenRefiner(cfg)
+        self.time_in = scalar_embedder(cfg.freq_dim, D)
+        self.vector_in = nn.ModuleDict({"in_layer": nn.Linear(cfg.pooled_dim, D),
+                                        "out_layer": nn.Linear(D, D)})
+        self.guidance_in = scalar_embedder(cfg.freq_dim, D)
+        self.double_blocks = nn.ModuleList(DoubleBlock(cfg) for _ in range(cfg.num_double))
+        self.single_blocks = nn.ModuleList(SingleBlock(cfg) for _ in range(cfg.num_single))
+        self.final_layer = nn.ModuleDict({
+            "linear": nn.Linear(D, math.prod(cfg.patch_size) * cfg.out_dim),
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))})
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks in order: taps are indices into them."""
+        return [*self.double_blocks, *self.single_blocks]
+
+    def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], taps: tuple[int, ...] = (),
+                velocity: bool = True) -> Tensor | tuple[Tensor | None, list[Tensor]]:
+        """Velocity of noisy latents, and on demand the features the discriminator reads.
+
+        Args: x, t, taps, velocity and what is returned as in WanDiT.forward; cond["text"]
+        [B,S,text_dim]; cond["mask"] [B,S], nonzero where a text token is valid, absent if all are
+        (then attention needs no mask); cond["pooled"] [B,pooled_dim]; cond["guidance"] [B], the
+        embedded guidance scale. Source: HunyuanVideo release; taps: Eq. 8.
+        """
+        B, _, T, H, W = x.shape
+        grid, (pt, ph, pw), c = self.token_grid(T, H, W), self.cfg.patch_size, self.cfg
+        text, mask = cond["text"], cond["mask"].bool() if "mask" in cond else None
+        if text.shape[2] != c.text_dim or cond["pooled"].shape[1] != c.pooled_dim:
+            raise ValueError(f"cond: got text {tuple(text.shape)}, pooled "
+                             f"{tuple(cond['pooled'].shape)}; wanted widths {c.text_dim} and "
+                             f"{c.pooled_dim} for this DiT")
+        time = sinusoid(t.double() * 1000, c.freq_dim, torch.float32)
+        vec = self.modulation_vector(time, cond)                                       # B D
+        text = self.txt_in(text, time, mask)                                           # B S D
+        h = self.embed_patches(x, self.img_in["proj"])                                 # B L D
+        L = h.shape[1]
+        h = torch.cat([h, text.to(h.dtype)], 1).to(compute_dtype(x.device))            # B L+S D
+        if mask is not None:
+            mask = F.pad(mask, (L, 0), value=True)[:, None, None]                      # B 1 1 L+S
+        rope = rope_table(grid, c.rope_pairs, 256.0, str(x.device))
+        h, features = self.through_blocks(h, L, taps, velocity, L, vec, rope, mask)
+        if h is None:
+            return None, features
+        ada, last = self.final_layer["adaLN_modulation"][1], self.final_layer["linear"]
+        shift, scale = linear_fp32(ada, F.silu(vec)).unsqueeze(1).chunk(2, -1)
+        out = linear_fp32(last, modulated_norm(h[:, :L], shift, scale, c.eps))
+        out = out.view(B, *grid, -1, pt, ph, pw)                                # channels first
+        v = out.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, -1, T, H, W)         # B C T H W
+        return (v, features) if taps else v
+
+    def modulation_vector(self, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """What shifts, scales and gates are made of: time, pooled text and guidance. [B,D]"""
+        guidance = sinusoid(cond["guidance"].double() * 1000, self.cfg.freq_dim, torch.float32)
+        return (embed(self.time_in["mlp"], time) + embed(self.guidance_in["mlp"], guidance)
+                + embed(self.vector_in.values(), cond["pooled"]))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill with the official initialisation, every draw from `generator`."""
+        zero = ("_mod.linear", ".modulation.linear", "final_layer.", ".adaLN_modulation.")
+        for name, p in self.named_parameters():
+            if any(part in name for part in zero) or name == "img_in.proj.bias":
+                nn.init.zeros_(p)
+            elif "norm" in name:
+                nn.init.constant_(p, float(name.endswith("weight")))
+            elif ".mlp.0.weight" in name or ".mlp.2.weight" in name:  # time_in, guidance_in, …
+                nn.init.normal_(p, std=0.02, generator=generator)
+            elif name == "img_in.proj.weight":
+                nn.init.xavier_uniform_(p.flatten(1), generator=generator)
+            else:  # torch's own start for a Linear: uniform within 1 / sqrt(fan in)
+                fan_in = self.get_submodule(name.rpartition(".")[0]).in_features
+                nn.init.uniform_(p, -fan_in ** -0.5, fan_in ** -0.5, generator=generator)
+
+    def flops(self, tokens: int) -> float:
+        """Floating-point operations of one forward of one sample with a full-length text."""
+        c, S = self.cfg, tokens + self.cfg.text_len
+        dense = 2 * S * (4 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
+        return float(c.num_layers * (dense + 4 * S ** 2 * c.dim))
+
+
+# ----------------------------------------------------------------------------------- presets
+
+PRESETS = {
+    "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, text_len=16),
+    "wan-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "wan-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "hunyuan-tiny": HunyuanConfig(dim=48, ffn_dim=192, num_heads=2, num_double=2, num_single=4,
+                                  text_dim=32, text_len=24, pooled_dim=16, rope_dims=(4, 10, 10)),
+    "hunyuan-t2v": HunyuanConfig(dim=3072, ffn_dim=12288, num_heads=24, num_double=20,
+                                 num_single=40),
+}
+Sizes = WanConfig | HunyuanConfig
+
+
+def sizes_of(preset: str) -> Sizes:
+    """The sizes of a preset. Raises ValueError for an unknown one."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset: got '{preset}'; this version has: {', '.join(PRESETS)}"
+                         f"{nearest(preset, PRESETS)}. Own sizes: a line more in PRESETS")
+    return PRESETS[preset]
+
+
+def build_dit(preset: str | Sizes) -> DiT:
     """A DiT by preset name or sizes, default initialisation (use torch.device("meta") around it).
 
     Raises ValueError for an unknown preset.
     """
-    if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise ValueError(f"preset: got '{preset}'; this version has: {', '.join(PRESETS)}"
-                             f"{nearest(preset, PRESETS)}. Own sizes: a line more in PRESETS")
-        preset = PRESETS[preset]
-    return WanDiT(preset)
+    sizes = sizes_of(preset) if isinstance(preset, str) else preset
+    return (WanDiT if sizes.family == "wan" else HunyuanDiT)(sizes)
 
 
 def collate(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack single conditionings [S_i, …] to a batch [B, max S_i, …], zeros past their ends."""
-    out = {}
+    """Stack single conditionings [S_i, …] to a batch [B, max S_i, …], zeros past their ends.
+
+    If texts differ in length, "mask" [B, max S_i] is 1 where a text token is one.
+    """
+    out, lengths = {}, [c["text"].shape[0] for c in conds]
+    if min(lengths) < max(lengths):
+        places = torch.arange(max(lengths), device=conds[0]["text"].device)
+        out["mask"] = torch.stack([places < n for n in lengths]).long()
     for name in conds[0]:
-        rows = max(c[name].shape[0] for c in conds)
-        padded = [F.pad(c[name], (0, 0) * (c[name].ndim - 1) + (0, rows - c[name].shape[0]))
-                  for c in conds]
-        out[name] = torch.stack(padded)
+        values = [c[name] for c in conds]
+        if values[0].ndim:
+            rows = max(len(v) for v in values)
+            values = [F.pad(v, (0, 0) * (v.ndim - 1) + (0, rows - len(v))) for v in values]
+        out[name] = torch.stack(values)
     return out
 
 
@@ -512,10 +858,10 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
 
 
 @functools.lru_cache
-def name_rules(component: str, reverse: bool) -> list[tuple[re.Pattern, str]]:
+def name_rules(family: str, component: str, reverse: bool) -> list[tuple[re.Pattern, str]]:
     """Rules (pattern, template) from diffusers to official names of a component, or back."""
     rules = []
-    for diffusers, official, note in read_json(ROOT / "assets/wan_diffusers_map.json"):
+    for diffusers, official, note in read_json(ROOT / f"assets/{family}_diffusers_map.json"):
         if not re.match(rf"{component}\b", note) or (reverse and "alias" in note):
             continue
         source, target = (official, diffusers) if reverse else (diffusers, official)
@@ -526,20 +872,63 @@ def name_rules(component: str, reverse: bool) -> list[tuple[re.Pattern, str]]:
     return rules
 
 
+def joined(parts: list[LazyTensor]) -> LazyTensor:
+    """Several tensors one after the other along their first dimension, as one; read lazily."""
+    ends = list(itertools.accumulate(part.shape[0] for part in parts))
+
+    def read(rows: slice | None = None) -> Tensor:
+        a, b = (rows.start, rows.stop) if rows else (0, ends[-1])
+        inside = [part.read(slice(max(a - end + part.shape[0], 0), min(b - end, 0) + part.shape[0]))
+                  for part, end in zip(parts, ends, strict=True)
+                  if a < end and b > end - part.shape[0]]
+        return torch.cat(inside)
+
+    first = parts[0]
+    return LazyTensor((ends[-1], *first.shape[1:]), first.dtype, first.file, read)
+
+
+def half_of(tensor: LazyTensor, second: bool) -> LazyTensor:
+    """The first or the second half of a tensor's rows."""
+    half = tensor.shape[0] // 2
+    start = half * second
+
+    def read(rows: slice | None = None) -> Tensor:
+        rows = rows or slice(0, half)
+        return tensor.read(slice(start + rows.start, start + rows.stop))
+
+    return LazyTensor((half, *tensor.shape[1:]), tensor.dtype, tensor.file, read)
+
+
+HUNYUAN_MARKS = {"context_embedder.proj_in.weight", "txt_in.input_embedder.weight"}
+
+
 def official_names(tensors: dict, component: str, reverse: bool = False) -> dict:
     """Rename diffusers or transformers tensors to official names (reverse: the other way).
 
     Args: component, "transformer", "vae" or "text_encoder". A name without a rule is kept, as
-    official names are, so that strict loading can name it.
+    official names are, so that strict loading can name it. HunyuanVideo's diffusers layout also has
+    q, k, v (and the MLP's input) apart, in the order of its rules, and [scale, shift] for [shift,
+    scale] in the last layer: forward takes lazy tensors, reverse takes plain ones.
     """
-    out = {}
+    fused = component == "transformer" and bool(HUNYUAN_MARKS & tensors.keys())
+    rules, found = name_rules("hunyuan" if fused else "wan", component, reverse), {}
     for name, value in tensors.items():
-        for pattern, template in name_rules(component, reverse):
-            if match := pattern.fullmatch(name):
-                name = match.expand(template)
-                break
-        out[name] = value
-    return out
+        hits = [(i, match.expand(template)) for i, (pattern, template) in enumerate(rules)
+                if (match := pattern.fullmatch(name))]
+        if fused and reverse and hits:  # one official tensor, or the parts of it
+            parts, D = [value], len(tensors["img_in.proj.bias"])
+            if len(hits) > 1:
+                parts = value.tensor_split([D, 2 * D, 3 * D][:len(hits) - 1])
+            elif name.startswith("final_layer.adaLN"):
+                parts = [torch.cat(value.chunk(2)[::-1])]
+            found |= {target: [(i, part)] for (i, target), part in zip(hits, parts, strict=True)}
+            continue
+        i, target = hits[0] if hits else (0, name)
+        if fused and hits and target.startswith("final_layer.adaLN"):
+            value = joined([half_of(value, True), half_of(value, False)])
+        found.setdefault(target, []).append((i, value))
+    return {name: joined([v for _, v in sorted(parts, key=lambda part: part[0])])
+            if len(parts) > 1 else parts[0][1] for name, parts in found.items()}
 
 
 def local_rows(p: Tensor) -> tuple[Tensor, slice | None]:
@@ -590,13 +979,18 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
     return module
 
 
-DIFFUSERS_SIZES = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
-                   "out_channels": "out_dim"}
+# Where official folders keep a DiT: HunyuanVideo's ckpts, AccVideo's release.
+OFFICIAL_DITS = ("hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt",
+                 "accvideo-t2v-5-steps/diffusion_pytorch_model.pt",
+                 "accvideo-t2v-5-steps/diffusion_pytorch_model.safetensors")
 
 
 def find_dit(weights: str | Path) -> Path:
     """The weight file (or index of shards) of the DiT in an official or diffusers folder."""
     weights = Path(weights)
+    for name in OFFICIAL_DITS:
+        if (weights / name).is_file():
+            return weights / name
     if (weights / "transformer").is_dir():
         weights = weights / "transformer"
     if not weights.is_dir():
@@ -606,14 +1000,14 @@ def find_dit(weights: str | Path) -> Path:
     return index if index.exists() else file
 
 
-def check_sizes(weights: str | Path, sizes: WanConfig, preset: str) -> None:
+def check_sizes(weights: str | Path, sizes: Sizes, preset: str) -> None:
     """Raise ValueError if the config.json of a folder tells other sizes than the preset."""
     config = find_dit(weights).with_name("config.json")
     if not (Path(weights).is_dir() and config.exists()):
         return
     own = dataclasses.asdict(sizes)
     for key, got in read_json(config).items():
-        name = DIFFUSERS_SIZES.get(key, key)
+        name = sizes.diffusers.get(key, key)
         if name in own and (tuple(got) if isinstance(got, list) else got) != own[name]:
             raise ValueError(f"{config}: {key} is {got}, preset '{preset}' has {own[name]}: choose "
                              f"the preset that belongs to these weights ({', '.join(PRESETS)})")
@@ -626,7 +1020,7 @@ def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
 
 def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
              device: str | torch.device = "cpu", ranks: "Ranks | None" = None,
-             compute_dtype: torch.dtype | None = None) -> WanDiT:
+             compute_dtype: torch.dtype | None = None) -> DiT:
     """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
 
     Args: weights, an official or diffusers folder or a single weight file; preset, its sizes; dtype
@@ -885,7 +1279,7 @@ def field(default: Any, help: str) -> Any:
 @dataclass
 class Shared:
     """What all stages of a run agree on: the top level of a YAML file."""
-    family: str = field("wan", "network family (wan)")
+    family: str = field("wan", "network family: wan | hunyuan")
     preset: str = field("tiny", "sizes of the DiT, a name of model.PRESETS")
     weights: str = field("assets/tiny", "teacher: an official or a diffusers folder")
     run: str = field("runs/tiny", "folder for everything this run makes")
@@ -896,6 +1290,7 @@ class Shared:
     n: int = field(50, "steps of the teacher's grid")
     shift: float = field(7.0, "time shift of the teacher's grid")
     cfg_scale: float = field(1.0, "teacher's classifier-free guidance; 1 = one evaluation a step")
+    guidance: float = field(6.016, "HunyuanVideo's embedded guidance; its release's 6 acts as this")
     negative_prompt: str = field("", "text of the teacher's unconditional branch")
     key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
     seed: int = field(0, "base seed of everything drawn")
@@ -1018,6 +1413,9 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     cfg = cls(**{k: coerce(v, fields[k], k, where[k]) for k, v in values.items()})
     latent_shape(cfg.frames, cfg.height, cfg.width)
     key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
+    if sizes_of(cfg.preset).family != cfg.family:
+        raise ValueError(f"preset: '{cfg.preset}' is of family {sizes_of(cfg.preset).family}, got "
+                         f"family '{cfg.family}': change one of them")
     return cfg
 
 

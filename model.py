@@ -28,7 +28,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -126,6 +126,8 @@ def walk(dit: nn.Module, x: Tensor, times: list[float], cond: dict, uncond: dict
 
 
 # ----------------------------------------------------------------------- what both DiTs share
+# A family's DiT has `cfg` (its sizes), `blocks`, forward(x, t, cond, taps, velocity), token_grid,
+# init_weights(generator) and flops(tokens); parameter names are the official checkpoint's.
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply a layer in the dtype of its weights."""
@@ -214,56 +216,50 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
-class Block(nn.Module):
-    """A transformer block; `checkpointing` recomputes its activations in backward."""
-    checkpointing = False  # one block's worth of activations in memory, not all
-
-    def forward(self, *args: Any) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._forward, *args, use_reentrant=False)
-        return self._forward(*args)
+def run_block(block: nn.Module, *args: Any) -> Tensor:
+    """block._forward(*args); with block.checkpointing its activations are recomputed in backward,
+    so that one block's worth of them is in memory and not all."""
+    if block.checkpointing and torch.is_grad_enabled():
+        return checkpoint(block._forward, *args, use_reentrant=False)
+    return block._forward(*args)
 
 
-class DiT(nn.Module):
-    """What the families have in common: patches, and the walk through the blocks with its taps.
+def cut_grid(T: int, H: int, W: int, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
+    pt, ph, pw = patch
+    if T % pt or H % ph or W % pw:
+        raise ValueError(f"latents of {T}×{H}×{W} cannot be cut into patches of {patch}: choose a "
+                         "height and width divisible by 16")
+    return T // pt, H // ph, W // pw
 
-    A family's class has `cfg` (its sizes), `blocks`, forward(x, t, cond, taps, velocity),
-    init_weights(generator) and flops(tokens); parameter names are the official checkpoint's.
+
+def embed_patches(x: Tensor, proj: nn.Conv3d) -> Tensor:
+    """Tokens [B,L,D] of latents [B,C,T,H,W]; kernel = stride, so a linear layer does it."""
+    pt, ph, pw = proj.kernel_size
+    grid = cut_grid(*x.shape[2:], proj.kernel_size)
+    patches = x.reshape(len(x), -1, grid[0], pt, grid[1], ph, grid[2], pw)
+    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)      # B L C·pt·ph·pw
+    weight = proj.weight.flatten(1)
+    return F.linear(patches.to(weight.dtype), weight, proj.bias)
+
+
+def through_blocks(blocks: Sequence[nn.Module], h: Tensor, L: int, taps: tuple[int, ...],
+                   velocity: bool, *context: Any) -> tuple[Tensor | None, list[Tensor]]:
+    """The stream h after all blocks and its first L tokens after the blocks of `taps`, fp32.
+
+    Without velocity it stops at the last tap, and the stream is None. Raises ValueError for a tap
+    that there is not.
     """
-
-    def token_grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
-        """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
-        pt, ph, pw = self.cfg.patch_size
-        if T % pt or H % ph or W % pw:
-            raise ValueError(f"latents of {T}×{H}×{W} cannot be cut into patches of "
-                             f"{self.cfg.patch_size}: choose a height and width divisible by 16")
-        return T // pt, H // ph, W // pw
-
-    def embed_patches(self, x: Tensor, proj: nn.Conv3d) -> Tensor:
-        """Tokens [B,L,D] of latents [B,C,T,H,W]; kernel = stride, so a linear layer does it."""
-        pt, ph, pw = self.cfg.patch_size
-        grid = self.token_grid(*x.shape[2:])
-        patches = x.reshape(len(x), -1, grid[0], pt, grid[1], ph, grid[2], pw)
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # B L C·pt·ph·pw
-        weight = proj.weight.flatten(1)
-        return F.linear(patches.to(weight.dtype), weight, proj.bias)
-
-    def through_blocks(self, h: Tensor, L: int, taps: tuple[int, ...], velocity: bool,
-                       *context: Any) -> tuple[Tensor | None, list[Tensor]]:
-        """The stream after all blocks and its first L tokens after the blocks of `taps` (fp32).
-
-        Without velocity it stops at the last tap, and the stream is None.
-        """
-        if taps and not 0 <= min(taps) <= max(taps) < len(self.blocks):
-            raise ValueError(f"taps: got {taps}; wanted blocks 0 … {len(self.blocks) - 1}")
-        features = {}
-        for b, block in enumerate(self.blocks):
-            h = block(h, *context)
-            if b in taps:
-                features[b] = h[:, :L].float()
-            if not velocity and len(features) == len(set(taps)):
-                return None, [features[b] for b in taps]
-        return h, [features[b] for b in taps]
+    if taps and not 0 <= min(taps) <= max(taps) < len(blocks):
+        raise ValueError(f"taps: got {taps}; wanted blocks 0 … {len(blocks) - 1}")
+    features = {}
+    for b, block in enumerate(blocks):
+        h = block(h, *context)
+        if b in taps:
+            features[b] = h[:, :L].float()
+        if not velocity and len(features) == len(set(taps)):
+            return None, [features[b] for b in taps]
+    return h, [features[b] for b in taps]
 
 
 # ----------------------------------------------------------------------------------- Wan DiT
@@ -318,12 +314,12 @@ class WanAttention(nn.Module):
         return self.o(attention(q, k, v))                                            # B L D
 
 
-class WanBlock(Block):
+class WanBlock(nn.Module):
     """Self-attention, text cross-attention and feed-forward, on an fp32 residual stream."""
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
-        self.eps = cfg.eps
+        self.eps, self.checkpointing = cfg.eps, False
         self.modulation = nn.Parameter(torch.zeros(1, 6, cfg.dim))
         self.self_attn = WanAttention(cfg.dim, cfg.num_heads, cfg.eps)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
@@ -331,8 +327,11 @@ class WanBlock(Block):
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"),
                                  nn.Linear(cfg.ffn_dim, cfg.dim))
 
-    def _forward(self, x: Tensor, e: Tensor, context: Tensor, rope: tuple) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, context: Tensor, rope: tuple) -> Tensor:
         """x [B,L,D] fp32, e [B,6,D] fp32, context [B,S,D]; returns [B,L,D] fp32."""
+        return run_block(self, x, e, context, rope)
+
+    def _forward(self, x: Tensor, e: Tensor, context: Tensor, rope: tuple) -> Tensor:
         m = (self.modulation.float() + e).unsqueeze(2).unbind(1)          # 6 × [B 1 D]
         y = modulated_norm(x, m[0], m[1], self.eps)
         x = x + m[2] * self.self_attn(y, rope=rope).float()
@@ -357,7 +356,7 @@ class WanHead(nn.Module):
         return linear_fp32(self.head, modulated_norm(x, shift, scale, self.eps))
 
 
-class WanDiT(DiT):
+class WanDiT(nn.Module):
     """The Wan 2.1 text-to-video transformer; parameter names are the official checkpoint's."""
 
     def __init__(self, cfg: WanConfig):
@@ -385,12 +384,12 @@ class WanDiT(DiT):
         """
         B, _, T, H, W = x.shape
         grid, (pt, ph, pw) = self.token_grid(T, H, W), self.cfg.patch_size
-        h = self.embed_patches(x, self.patch_embedding).float()                              # B L D
+        h = embed_patches(x, self.patch_embedding).float()                              # B L D
         e = self.embed_time(t)                                                               # B D
         e6 = linear_fp32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))          # B 6 D
         context = self.embed_text(cond["text"])                                              # B S D
         rope = rope_table(grid, self.cfg.rope_pairs, 10000.0, str(x.device))
-        h, features = self.through_blocks(h, h.shape[1], taps, velocity, e6, context, rope)
+        h, features = through_blocks(self.blocks, h, h.shape[1], taps, velocity, e6, context, rope)
         if h is None:
             return None, features
         out = self.head(h, e).view(B, *grid, pt, ph, pw, -1)                    # channels last
@@ -409,6 +408,10 @@ class WanDiT(DiT):
                              f"{self.cfg.text_len}, {self.cfg.text_dim}] for this DiT")
         text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
         return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
+
+    def token_grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
+        """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
+        return cut_grid(T, H, W, self.cfg.patch_size)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill with the official initialisation, every draw from `generator`. Source: Wan 2.1."""
@@ -557,12 +560,12 @@ class TokenRefiner(nn.Module):
         return x
 
 
-class DoubleBlock(Block):
+class DoubleBlock(nn.Module):
     """Joint attention of image and text tokens; each stream has weights of its own."""
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
-        D, self.num_heads, self.eps = cfg.dim, cfg.num_heads, cfg.eps
+        D, self.num_heads, self.eps, self.checkpointing = cfg.dim, cfg.num_heads, cfg.eps, False
         for s in ("img", "txt"):
             self.add_module(f"{s}_mod", Modulation(D, 6))
             self.add_module(f"{s}_attn_qkv", nn.Linear(D, 3 * D))
@@ -571,8 +574,11 @@ class DoubleBlock(Block):
             self.add_module(f"{s}_attn_proj", nn.Linear(D, D))
             self.add_module(f"{s}_mlp", MLP(D, cfg.ffn_dim))
 
-    def _forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
         """x [B,L+S,D], image tokens first; vec [B,D]; mask of keys bool [B,1,1,L+S] or None."""
+        return run_block(self, x, L, vec, rope, mask)
+
+    def _forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
         streams, heads = {"img": x[:, :L], "txt": x[:, L:]}, []
         mods = {s: getattr(self, f"{s}_mod")(vec) for s in streams}
         for s, y in streams.items():
@@ -591,20 +597,23 @@ class DoubleBlock(Block):
         return torch.cat(out, 1)
 
 
-class SingleBlock(Block):
+class SingleBlock(nn.Module):
     """Attention and MLP side by side, over image and text tokens with the same weights."""
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
-        D, self.num_heads, self.eps = cfg.dim, cfg.num_heads, cfg.eps
+        D, self.num_heads, self.eps, self.checkpointing = cfg.dim, cfg.num_heads, cfg.eps, False
         self.modulation = Modulation(D, 3)
         self.linear1 = nn.Linear(D, 3 * D + cfg.ffn_dim)
         self.linear2 = nn.Linear(D + cfg.ffn_dim, D)
         self.q_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
         self.k_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
 
+    def forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
+        """As DoubleBlock.forward."""
+        return run_block(self, x, L, vec, rope, mask)
+
     def _forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
-        """As DoubleBlock._forward."""
         shift, scale, gate = self.modulation(vec)
         y = linear(self.linear1, modulated_norm(x, shift, scale, self.eps))
         qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
@@ -615,7 +624,7 @@ class SingleBlock(Block):
         return (x + gate * y).to(x.dtype)
 
 
-class HunyuanDiT(DiT):
+class HunyuanDiT(nn.Module):
     """The HunyuanVideo transformer with embedded guidance."""
 
     def __init__(self, cfg: HunyuanConfig):
@@ -635,7 +644,7 @@ class HunyuanDiT(DiT):
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))})
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[nn.Module]:
         """All blocks in order: taps are indices into them."""
         return [*self.double_blocks, *self.single_blocks]
 
@@ -658,13 +667,13 @@ class HunyuanDiT(DiT):
         time = sinusoid(t.double() * 1000, c.freq_dim, torch.float32)
         vec = self.modulation_vector(time, cond)                                       # B D
         text = self.txt_in(text, time, mask)                                           # B S D
-        h = self.embed_patches(x, self.img_in["proj"])                                 # B L D
+        h = embed_patches(x, self.img_in["proj"])                                 # B L D
         L = h.shape[1]
         h = torch.cat([h, text.to(h.dtype)], 1).to(compute_dtype(x.device))            # B L+S D
         if mask is not None:
             mask = F.pad(mask, (L, 0), value=True)[:, None, None]                      # B 1 1 L+S
         rope = rope_table(grid, c.rope_pairs, 256.0, str(x.device))
-        h, features = self.through_blocks(h, L, taps, velocity, L, vec, rope, mask)
+        h, features = through_blocks(self.blocks, h, L, taps, velocity, L, vec, rope, mask)
         if h is None:
             return None, features
         ada, last = self.final_layer["adaLN_modulation"][1], self.final_layer["linear"]
@@ -673,6 +682,10 @@ class HunyuanDiT(DiT):
         out = out.view(B, *grid, -1, pt, ph, pw)                                # channels first
         v = out.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, -1, T, H, W)         # B C T H W
         return (v, features) if taps else v
+
+    def token_grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
+        """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
+        return cut_grid(T, H, W, self.cfg.patch_size)
 
     def modulation_vector(self, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """What shifts, scales and gates are made of: time, pooled text and guidance. [B,D]"""
@@ -725,7 +738,7 @@ def sizes_of(preset: str) -> Sizes:
     return PRESETS[preset]
 
 
-def build_dit(preset: str | Sizes) -> DiT:
+def build_dit(preset: str | Sizes) -> WanDiT | HunyuanDiT:
     """A DiT by preset name or sizes, default initialisation (use torch.device("meta") around it).
 
     Raises ValueError for an unknown preset.
@@ -1020,7 +1033,7 @@ def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
 
 def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
              device: str | torch.device = "cpu", ranks: "Ranks | None" = None,
-             compute_dtype: torch.dtype | None = None) -> DiT:
+             compute_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
     """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
 
     Args: weights, an official or diffusers folder or a single weight file; preset, its sizes; dtype
@@ -1290,7 +1303,7 @@ class Shared:
     n: int = field(50, "steps of the teacher's grid")
     shift: float = field(7.0, "time shift of the teacher's grid")
     cfg_scale: float = field(1.0, "teacher's classifier-free guidance; 1 = one evaluation a step")
-    guidance: float = field(6.016, "HunyuanVideo's embedded guidance; its release's 6 acts as this")
+    embedded_guidance: float = field(6.016, "HunyuanVideo's; its release's 6 acts as 6.016")
     negative_prompt: str = field("", "text of the teacher's unconditional branch")
     key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
     seed: int = field(0, "base seed of everything drawn")

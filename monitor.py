@@ -99,8 +99,8 @@ def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> str:
     with torch.device("meta"):
         dit = build_dit(cfg.preset)
     wide = compute_dtype(ranks.device).itemsize
-    count, block = (sum(p.numel() for p in net.parameters()) for net in (dit, dit.blocks[0]))
-    rest = count - len(dit.blocks) * block
+    count, *blocks = (sum(p.numel() for p in net.parameters()) for net in (dit, *dit.blocks))
+    rest, block = count - sum(blocks), max(blocks)
     L, D = math.prod(dit.token_grid(*shape[1:])) * cfg.micro_batch, dit.cfg.dim
     working = L * (D * (4 * 12 + wide * 10) + dit.cfg.ffn_dim * wide * 3)  # inside one block
     kept = L * D * 4 if cfg.checkpointing else working                     # of each block

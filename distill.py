@@ -494,7 +494,7 @@ def export_student(cfg: Config, nets: Nets, ranks: Ranks, meta: dict) -> Path:
     path = Path(cfg.run) / "student.safetensors"
     if ranks.rank == 0:
         tensors = official_names(tensors, "transformer", reverse=cfg.export == "diffusers")
-        keys = ("family", "preset", "key", "n", "shift", "cfg_scale")
+        keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance")
         about = {key: getattr(cfg, key) for key in keys}
         about |= {"t_key": nets.t_key[::-1], "teacher": meta["teacher"], "iterations": nets.step}
         save_tensors(path, tensors, {"format": "pt", "accvideo": json.dumps(about)})

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from encoders import contact_sheet, load_text, load_vae, read_prompts, read_video, write_video
 from model import (
     Ranks, Shared, announce, build_dit, cli, collate, compute_dtype, field, fingerprint, generator,
-    latent_shape, load_config, load_dit, load_module, official_names, open_tensors,
+    key_times, latent_shape, load_config, load_dit, load_module, official_names, open_tensors,
     setup_distributed, time_grid, walk, write_json)
 
 
@@ -78,12 +78,14 @@ def wanted_prompts(cfg: Config) -> list[str]:
 
 # ---------------------------------------------------------------------------------- networks
 
-FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale")
+FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
 
 
-def student_facts(path: Path, cfg: Shared) -> dict:
+def student_facts(path: Path, cfg: Shared, foreign: bool = False) -> dict:
     """What a student's file says about itself, checked against the config's teacher.
 
+    Args: foreign, whether the file may be of another project and say nothing, as AccVideo's own
+    release does: then the config's key timesteps are taken, and teacher is None.
     Returns FACTS and more: teacher is its weights' fingerprint, t_key are the times from 1 (noise)
     to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not fit.
     """
@@ -91,17 +93,23 @@ def student_facts(path: Path, cfg: Shared) -> dict:
         raise FileNotFoundError(f"{path}: there is no student yet; make it by `python distill.py "
                                 "CONFIG`, or sample the teacher with --teacher")
     open_tensors(path)  # names a damaged file
-    with safe_open(path, "pt") as f:
-        facts = json.loads((f.metadata() or {}).get("accvideo", "{}"))
+    facts = {}
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as f:
+            facts = json.loads((f.metadata() or {}).get("accvideo", "{}"))
+    if foreign and not facts:
+        print(f"{path} does not say what it is: it walks the config's key timesteps", flush=True)
+        return {**{name: getattr(cfg, name, None) for name in FACTS},
+                "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
     absent = [name for name in FACTS if name not in facts]
     if absent:
         raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}; wanted a "
                          "student written by distill.py (to sample another DiT, point `weights` "
                          "at it and add --teacher)")
-    for name, wanted in (("family", cfg.family), ("preset", cfg.preset)):
-        if facts[name] != wanted:
+    for name in ("family", "preset", "embedded_guidance"):
+        if facts[name] != getattr(cfg, name):
             raise ValueError(f"{path}: the student's {name} is '{facts[name]}', the config's "
-                             f"'{wanted}': use the config that it was distilled with")
+                             f"'{getattr(cfg, name)}': use the config that it was distilled with")
     teacher = fingerprint(cfg.weights)
     if facts["teacher"] != teacher:
         raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, the "
@@ -122,7 +130,7 @@ def sampling_times(cfg: Config) -> list[float]:
     """The times to walk, from 1 to 0; checks the student's file, so that errors come first."""
     if cfg.teacher:
         return time_grid(cfg.family, cfg.steps or cfg.n, cfg.shift).tolist()
-    times = student_facts(student_path(cfg), cfg)["t_key"]
+    times = student_facts(student_path(cfg), cfg, foreign=cfg.student is not None)["t_key"]
     m = len(times) - 1
     if cfg.steps not in (None, m):
         raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for {m} "

@@ -107,8 +107,10 @@ def check_config(cfg: Config, prompts: list[str]) -> range:
 def teacher_facts(cfg: Shared) -> dict[str, Any]:
     """What teacher and grid decide about a trajectory; SynVid and trainer must agree on it."""
     negative = cfg.negative_prompt if cfg.cfg_scale != 1 else None  # else it is not used
+    embedded = cfg.embedded_guidance if cfg.family == "hunyuan" else None
     return {"family": cfg.family, "weights": fingerprint(cfg.weights), "n": cfg.n,
             "shift": cfg.shift, "cfg_scale": cfg.cfg_scale, "negative_prompt": negative,
+            "embedded_guidance": embedded,
             "frames": cfg.frames, "height": cfg.height, "width": cfg.width,
             "shape": list(latent_shape(cfg.frames, cfg.height, cfg.width))}
 

@@ -1,6 +1,7 @@
 """sample.py: what is drawn, what is walked, what is written, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def write_student(path: Path, weights: Path, moved: float = 0.02, diffusers: boo
     tensors = {name: t + moved * torch.randn(t.shape, generator=generator(name))
                for name, t in tensors.items()}
     about = {"family": "wan", "preset": "tiny", "key": KEY, "n": N, "shift": 7.0, "cfg_scale": 1.0,
-             "t_key": key_times("wan", N, 7.0, KEY), "teacher": fingerprint(weights), **facts}
+             "embedded_guidance": 6.016, "t_key": key_times("wan", N, 7.0, KEY),
+             "teacher": fingerprint(weights), **facts}
     tensors = official_names(tensors, "transformer", reverse=True) if diffusers else tensors
     save_tensors(path, tensors, {"accvideo": json.dumps(about)})
     return path
@@ -247,11 +249,30 @@ def test_a_student_of_another_teacher_is_refused_naming_both(run, facts, message
 
 
 def test_files_that_are_no_student_are_refused(run, student):
+    shutil.copy(run.weights / "diffusion_pytorch_model.safetensors", student)  # says nothing
     with pytest.raises(ValueError, match="'accvideo' metadata lacks family"):
+        run("--prompt", "x")
+    with pytest.raises(ValueError, match="misses .* tensor"):  # named, but it is no DiT
         run("--prompt", "x", "--student", str(run.weights / "Wan2.1_VAE.safetensors"))
     student.write_bytes(student.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         run("--prompt", "x")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_student_of_another_project_walks_the_config_s_key_timesteps(run, student, suffix,
+                                                                      capsys):
+    path = run.folder / f"released.{suffix}"
+    tensors = {name: t.read() for name, t in dit_tensors(student).items()}
+    if suffix == "pt":
+        torch.save({"module": tensors}, path)
+    else:
+        save_tensors(path, tensors, {})
+    for options, out in (((), "own"), (("--student", str(path)), "foreign")):
+        run("--prompt", "a red disc", "--out", str(run.folder / out), *options)
+    own, foreign = (next((run.folder / out).glob("*.mp4")) for out in ("own", "foreign"))
+    assert own.name == foreign.name and own.read_bytes() == foreign.read_bytes()
+    assert "does not say what it is" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options, message", [
@@ -267,7 +288,7 @@ def test_files_that_are_no_student_are_refused(run, student):
     (("--prompt", "x", "--steps", "3"), "steps: got 3; .* was distilled for 2 steps"),
     (("--prompt", "x", "--teacher", "--steps", "0"), "steps: got 0"),
     (("--prompt", "x", "--teacher", "--student", "s.safetensors"), "both --teacher and --student"),
-    (("--prompt", "x", "--preset", "huge"), "preset is 'tiny', the config's 'huge'"),
+    (("--prompt", "x", "--preset", "wan-t2v-14b"), "preset is 'tiny', the config's 'wan-t2v-14b'"),
     (("--prompt", "x", "--teacher", "--preset", "huge"), "preset: got 'huge'"),
 ])
 def test_bad_options_are_refused_by_name(run, student, options, message):

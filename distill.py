@@ -534,7 +534,8 @@ def main(argv: list[str] | None = None) -> None:
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stop.append(number))
-    bar = tqdm(total=cfg.iterations, initial=nets.step, desc="distill", disable=ranks.rank > 0)
+    bar = tqdm(total=cfg.iterations, initial=nets.step, desc="distill", disable=ranks.rank > 0,
+               mininterval=0.5 if sys.stderr.isatty() else 60)
 
     def after(step: int, k: int, log: Log) -> bool:
         figures = log.gather(bool(stop))
@@ -561,7 +562,8 @@ def main(argv: list[str] | None = None) -> None:
         if ranks.rank == 0 and "endpoint" in line:
             draw_curves(folder / "curves.png", lines, m)
         bar.set_postfix_str(" ".join(f"{name}={line[name]:.3g}" for name in
-                                     ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line))
+                                     ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line),
+                            refresh=False)
         bar.update()
         return stopping
 

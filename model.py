@@ -256,7 +256,7 @@ def through_blocks(blocks: Sequence[nn.Module], h: Tensor, L: int, taps: tuple[i
     for b, block in enumerate(blocks):
         h = block(h, *context)
         if b in taps:
-            features[b] = h[:, :L].float()
+            features[b] = h[:, :L].to(torch.float32, copy=True)
         if not velocity and len(features) == len(set(taps)):
             return None, [features[b] for b in taps]
     return h, [features[b] for b in taps]

@@ -279,6 +279,7 @@ class WanConfig:
     text_len: int = 512
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    image_dim: int = 1280  # of the image encoder's features, if model_type is "i2v"
     family: ClassVar[str] = "wan"
     diffusers: ClassVar[dict] = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
                                  "out_channels": "out_dim"}  # their names of our fields
@@ -291,27 +292,35 @@ class WanConfig:
 
 
 class WanAttention(nn.Module):
-    """Self-attention (with rotary positions) or cross-attention (with a context) of a Wan block."""
+    """Self-attention (with rotary positions) or cross-attention (with a context) of a Wan block.
 
-    def __init__(self, dim: int, num_heads: int, eps: float):
+    image: cross-attention looks at the context's last text_len rows and, with keys and values of
+    their own, at the image tokens before them.
+    """
+
+    def __init__(self, cfg: WanConfig, image: bool = False):
         super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps)  # over the whole width, before the heads are split
-        self.norm_k = RMSNorm(dim, eps)
+        dim, self.num_heads, self.image, self.text_len = cfg.dim, cfg.num_heads, image, cfg.text_len
+        for name in ("q", "k", "v", "o", *(("k_img", "v_img") if image else ())):
+            self.add_module(name, nn.Linear(dim, dim))
+        for name in ("q", "k", *(("k_img",) if image else ())):
+            self.add_module(f"norm_{name}", RMSNorm(dim, cfg.eps))  # before the heads are split
 
     def forward(self, x: Tensor, context: Tensor | None = None,
                 rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        source = x if context is None else context
+        source = x if context is None else context[:, -self.text_len:]
         q = self.norm_q(linear(self.q, x)).unflatten(-1, (self.num_heads, -1))       # B L N d
         k = self.norm_k(linear(self.k, source)).unflatten(-1, (self.num_heads, -1))  # B S N d
         v = linear(self.v, source).unflatten(-1, (self.num_heads, -1))               # B S N d
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.o(attention(q, k, v))                                            # B L D
+        out = attention(q, k, v)                                                     # B L D
+        if self.image:
+            picture = context[:, :-self.text_len]
+            k = self.norm_k_img(linear(self.k_img, picture)).unflatten(-1, (self.num_heads, -1))
+            v = linear(self.v_img, picture).unflatten(-1, (self.num_heads, -1))
+            out = out + attention(q, k, v)
+        return self.o(out)                                                           # B L D
 
 
 class WanBlock(nn.Module):
@@ -321,9 +330,9 @@ class WanBlock(nn.Module):
         super().__init__()
         self.eps, self.checkpointing = cfg.eps, False
         self.modulation = nn.Parameter(torch.zeros(1, 6, cfg.dim))
-        self.self_attn = WanAttention(cfg.dim, cfg.num_heads, cfg.eps)
+        self.self_attn = WanAttention(cfg)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
-        self.cross_attn = WanAttention(cfg.dim, cfg.num_heads, cfg.eps)
+        self.cross_attn = WanAttention(cfg, image=cfg.model_type == "i2v")
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"),
                                  nn.Linear(cfg.ffn_dim, cfg.dim))
 
@@ -357,7 +366,7 @@ class WanHead(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """The Wan 2.1 text-to-video transformer; parameter names are the official checkpoint's."""
+    """The Wan 2.1 transformer, text-to-video or image-to-video."""
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
@@ -369,6 +378,11 @@ class WanDiT(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(),
                                             nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        if cfg.model_type == "i2v":
+            D = cfg.image_dim
+            self.img_emb = nn.ModuleDict({"proj": nn.Sequential(
+                nn.LayerNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, cfg.dim),
+                nn.LayerNorm(cfg.dim))})
         self.blocks = nn.ModuleList(WanBlock(cfg) for _ in range(cfg.num_layers))
         self.head = WanHead(cfg)
 
@@ -377,17 +391,27 @@ class WanDiT(nn.Module):
         """Velocity of noisy latents, and on demand the features the discriminator reads.
 
         Args: x [B,C,T,H,W] fp32; t [B] in [0,1]; cond["text"] [B,S,text_dim], S <= text_len, rows
-        past a prompt's end zero (Wan attends to them; there is no mask); taps, 0-based blocks whose
-        residual stream is wanted; velocity=False stops the forward at the last tap.
+        past a prompt's end zero (Wan attends to them; there is no mask); for I2V also cond["image"]
+        [B,257,image_dim], features of the first frame, and cond["frames"] [B,20,T,H,W], mask and
+        latents of what is given; taps, 0-based blocks whose residual stream is wanted;
+        velocity=False stops the forward at the last tap.
         Returns v [B,C,T,H,W] fp32, or with taps (v or None, [features [B,L,D] fp32 for each tap]).
         Raises ValueError for sizes that do not fit. Source: Wan 2.1 release; taps: Eq. 8.
         """
         B, _, T, H, W = x.shape
         grid, (pt, ph, pw) = self.token_grid(T, H, W), self.cfg.patch_size
+        if self.cfg.model_type == "i2v":
+            if not {"image", "frames"} <= cond.keys():
+                raise ValueError(f"cond: got {', '.join(cond)}; an image-to-video DiT wants text, "
+                                 "image and frames: give it an image")
+            x = torch.cat([x, cond["frames"].to(x.dtype)], 1)
         h = embed_patches(x, self.patch_embedding).float()                              # B L D
         e = self.embed_time(t)                                                               # B D
         e6 = linear_fp32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))          # B 6 D
         context = self.embed_text(cond["text"])                                              # B S D
+        if self.cfg.model_type == "i2v":
+            picture = self.img_emb["proj"](cond["image"].to(context.dtype))
+            context = torch.cat([picture, context], 1)
         rope = rope_table(grid, self.cfg.rope_pairs, 10000.0, str(x.device))
         h, features = through_blocks(self.blocks, h, h.shape[1], taps, velocity, e6, context, rope)
         if h is None:
@@ -722,6 +746,8 @@ PRESETS = {
     "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, text_len=16),
     "wan-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan-i2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40,
+                             model_type="i2v", in_dim=36),
     "hunyuan-tiny": HunyuanConfig(dim=48, ffn_dim=192, num_heads=2, num_double=2, num_single=4,
                                   text_dim=32, text_len=24, pooled_dim=16, rope_dims=(4, 10, 10)),
     "hunyuan-t2v": HunyuanConfig(dim=3072, ffn_dim=12288, num_heads=24, num_double=20,
@@ -1020,8 +1046,8 @@ def check_sizes(weights: str | Path, sizes: Sizes, preset: str) -> None:
         return
     own = dataclasses.asdict(sizes)
     for key, got in read_json(config).items():
-        name = sizes.diffusers.get(key, key)
-        if name in own and (tuple(got) if isinstance(got, list) else got) != own[name]:
+        name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
+        if name in own and got is not None and got != own[name]:
             raise ValueError(f"{config}: {key} is {got}, preset '{preset}' has {own[name]}: choose "
                              f"the preset that belongs to these weights ({', '.join(PRESETS)})")
 

@@ -46,9 +46,9 @@ from tqdm import tqdm
 import synvid
 from monitor import Log, append_log, draw_panels, memory_plan, read_log
 from model import (
-    PRESETS, Ranks, Shared, announce, cli, collate, compute_dtype, euler_step, field,
+    Ranks, Shared, announce, cli, collate, compute_dtype, euler_step, field,
     fingerprint, generator, latest_checkpoint, load_checkpoint, load_config, load_dit,
-    names_config, official_names, save_checkpoint, save_tensors, setup_distributed,
+    names_config, official_names, save_checkpoint, save_tensors, setup_distributed, sizes_of,
     velocity, walk, write_text)
 
 
@@ -81,22 +81,23 @@ class Config(Shared):
     keep: int = field(2, "checkpoints kept")
     checkpointing: bool = field(True, "recompute each block's activations in backward")
     compile: bool = field(False, "torch.compile every block")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
     export: Literal["official", "diffusers"] = field("official", "names in student.safetensors")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
 
 
-def check_config(cfg: Config, world: int) -> None:
-    """Raise ValueError for settings that cannot work together."""
+def check_config(cfg: Config, teams: int) -> None:
+    """Raise ValueError for settings that cannot work together; teams as in Ranks."""
     for key in ("iterations", "batch", "micro_batch", "held_out", "eval_every", "save_every",
                 "keep"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
-    if cfg.batch % (cfg.micro_batch * world):
+    if cfg.batch % (cfg.micro_batch * teams):
         raise ValueError(f"batch: got {cfg.batch}; wanted a multiple of micro_batch "
-                         f"{cfg.micro_batch} × {world} rank(s) = {cfg.micro_batch * world}")
+                         f"{cfg.micro_batch} × {teams} rank(s) = {cfg.micro_batch * teams}")
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
-    depth, width = PRESETS[cfg.preset].num_layers if cfg.preset in PRESETS else 0, cfg.head_dim
+    depth, width = sizes_of(cfg.preset).num_layers, cfg.head_dim
     for key, good, wanted in (
             ("lr", cfg.lr > 0, "more than 0"), ("beta1", 0 <= cfg.beta1 < 1, "0 ≤ beta1 < 1"),
             ("beta2", 0 <= cfg.beta2 < 1, "0 ≤ beta2 < 1"),
@@ -195,8 +196,8 @@ def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
 class Loader:
     """Micro-batches of an iteration by its number, the next one's read while this one computes.
 
-    Slot s of iteration i always means the same trajectory; micro-batch a of a rank holds the slots
-    from (a·world + rank)·micro_batch on.
+    Slot s of iteration i always means the same trajectory; micro-batch a of a team of ranks (a rank
+    each, if sp is 1) holds the slots from (a·teams + team)·micro_batch on.
     """
 
     def __init__(self, cfg: Config, data: "synvid.SynVid", ranks: Ranks):
@@ -208,8 +209,8 @@ class Loader:
         if self.count < 1:
             raise ValueError(f"held_out: got {cfg.held_out} of {len(data)} trajectories; wanted "
                              "fewer, or more trajectories")
-        size, each = cfg.micro_batch, cfg.batch // (cfg.micro_batch * ranks.world)
-        starts = [(a * ranks.world + ranks.rank) * size for a in range(each)]
+        size, each = cfg.micro_batch, cfg.batch // (cfg.micro_batch * ranks.teams)
+        starts = [(a * ranks.teams + ranks.team) * size for a in range(each)]
         self.slots = [list(range(start, start + size)) for start in starts]
         self.pool, self.ahead = ThreadPoolExecutor(1), {}
 
@@ -367,8 +368,8 @@ def held_out_errors(cfg: Config, dit: nn.Module, loader: Loader, ranks: Ranks) -
     t_key, size = loader.data.t_key, cfg.micro_batch
     m = len(t_key) - 1
     sums = torch.zeros(m + 2, device=ranks.device)
-    for start in range(0, cfg.held_out, size * ranks.world):  # every rank runs as many forwards
-        rows = [start + ranks.rank * size + j for j in range(size)]
+    for start in range(0, cfg.held_out, size * ranks.teams):  # every rank runs as many forwards
+        rows = [start + ranks.team * size + j for j in range(size)]
         real = torch.tensor([float(r < cfg.held_out) for r in rows], device=ranks.device)
         b = loader.batch([loader.count + min(r, cfg.held_out - 1) for r in rows], rows,
                          list(range(m + 1)))
@@ -453,7 +454,7 @@ def save(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) -> N
 
 
 MAY_CHANGE = {"run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep",
-              "synvid", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps"}
+              "synvid", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps", "sp"}
 
 
 def resume(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) -> None:
@@ -516,8 +517,8 @@ def main(argv: list[str] | None = None) -> None:
     """Read the config, make a missing small SynVid, train or resume, export."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = load_config(Config, "distill", argv, __doc__)
-    ranks = setup_distributed(cfg.device)
-    check_config(cfg, ranks.world)
+    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
+    check_config(cfg, ranks.teams)
     data = open_synvid(cfg, argv)
     loader = Loader(cfg, data, ranks)
     meta = {"config": asdict(cfg), "teacher": fingerprint(cfg.weights), "count": loader.count,

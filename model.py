@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -200,20 +200,101 @@ def rope_table(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: f
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate adjacent channel pairs of x [B,L,N,head_dim] by the table's angles."""
-    cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+class Part(NamedTuple):
+    """The tokens of a sequence that this rank holds: all, or one of `sp` equal parts in order."""
+    rope: tuple[Tensor, Tensor]           # of its image tokens, [images,1,head_dim/2] each
+    images: int                           # its image tokens; they come first
+    total: int                            # tokens of the whole sequence, padding not counted
+    group: dist.ProcessGroup | None       # of the ranks that share the sequence; None: no others
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def take_part(h: Tensor, rope: tuple[Tensor, Tensor],
+              group: dist.ProcessGroup | None) -> tuple[Tensor, Part]:
+    """This rank's tokens of h [B,L,D], whose first len(rope[0]) are image tokens, and their Part.
+
+    The sequence is padded with zeros to equal parts; attention never sees the padding.
+    """
+    images, total = len(rope[0]), h.shape[1]
+    if group is None:
+        return h, Part(rope, images, total, None)
+    size = -(-total // group.size())
+    start = group.rank() * size
+    h = F.pad(h, (0, 0, 0, size * group.size() - total))[:, start:start + size]
+    rope = tuple(table[start:start + size] for table in rope)
+    return h, Part(rope, len(rope[0]), total, group)
+
+
+class Exchange(torch.autograd.Function):
+    """All-to-all of x [sp, …]: part j goes to rank j. It is its own inverse and transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, x = group, x.contiguous()
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Exchange.apply(grad, ctx.group), None
+
+
+class Gather(torch.autograd.Function):
+    """All ranks' parts x [B,l,…], one after the other: [B,sp·l,…]. Backward sums over the ranks.
+
+    Every rank computes the loss of the whole sequence, so this sum is sp times its gradient; the
+    mean over all ranks that FSDP takes then is the mean over samples, as without parts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, x = group, x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size(), 1)[ctx.group.rank()], None
+
+
+def whole(x: Tensor, part: Part) -> Tensor:
+    """The whole sequence of which x [B,l,…] is this rank's part, without padding."""
+    return x if part.group is None else Gather.apply(x, part.group)[:, :part.total]
+
+
+def rotate(x: Tensor, part: Part) -> Tensor:
+    """Rotate adjacent channel pairs of the image tokens of x [B,L,N,head_dim] by their angles."""
+    cos, sin = part.rope
+    a, b = x[:, :part.images].float().unflatten(-1, (-1, 2)).unbind(-1)
+    y = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    return y if part.images == x.shape[1] else torch.cat([y, x[:, part.images:]], 1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+              part: Part | None = None) -> Tensor:
     """Softmax attention over [B,L,N,head_dim]; returns [B,L,N·head_dim].
 
     mask: bool [B,1,1 or L,keys], False hides a key; None, the hot path, lets flash kernels run.
+    part: L are this rank's tokens of a sequence that its group shares. They are exchanged for all
+    tokens of N / sp heads, and back. Source: Jacobs et al., DeepSpeed-Ulysses, 2023.
     """
+    shared = part is not None and part.group is not None
+    if shared:
+        sp = part.group.size()
+        x = torch.stack([q, k, v]).unflatten(3, (sp, -1))            # 3 B l sp N/sp d
+        x = Exchange.apply(x.movedim(3, 0), part.group)                  # sp 3 B l N/sp d
+        q, k, v = x.movedim(0, 2).flatten(2, 3)[:, :, :part.total]       # B L N/sp d each
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)  # B L N d
+    if shared:
+        size = -(-part.total // sp)
+        out = F.pad(out, (0, 0, 0, 0, 0, size * sp - part.total))
+        out = Exchange.apply(out.unflatten(1, (sp, -1)).movedim(1, 0), part.group)
+        out = out.movedim(0, 2).flatten(2, 3)                            # B l N d
+    return out.flatten(2)
 
 
 def run_block(block: nn.Module, *args: Any) -> Tensor:
@@ -243,9 +324,10 @@ def embed_patches(x: Tensor, proj: nn.Conv3d) -> Tensor:
     return F.linear(patches.to(weight.dtype), weight, proj.bias)
 
 
-def through_blocks(blocks: Sequence[nn.Module], h: Tensor, L: int, taps: tuple[int, ...],
-                   velocity: bool, *context: Any) -> tuple[Tensor | None, list[Tensor]]:
-    """The stream h after all blocks and its first L tokens after the blocks of `taps`, fp32.
+def through_blocks(blocks: Sequence[nn.Module], h: Tensor, part: Part, images: int,
+                   taps: tuple[int, ...], velocity: bool,
+                   *context: Any) -> tuple[Tensor | None, list[Tensor]]:
+    """The stream h after all blocks, and the sequence's image tokens after those of `taps`, fp32.
 
     Without velocity it stops at the last tap, and the stream is None. Raises ValueError for a tap
     that there is not.
@@ -254,9 +336,9 @@ def through_blocks(blocks: Sequence[nn.Module], h: Tensor, L: int, taps: tuple[i
         raise ValueError(f"taps: got {taps}; wanted blocks 0 … {len(blocks) - 1}")
     features = {}
     for b, block in enumerate(blocks):
-        h = block(h, *context)
+        h = block(h, part, *context)
         if b in taps:
-            features[b] = h[:, :L].to(torch.float32, copy=True)
+            features[b] = whole(h, part)[:, :images].to(torch.float32, copy=True)
         if not velocity and len(features) == len(set(taps)):
             return None, [features[b] for b in taps]
     return h, [features[b] for b in taps]
@@ -307,14 +389,14 @@ class WanAttention(nn.Module):
             self.add_module(f"norm_{name}", RMSNorm(dim, cfg.eps))  # before the heads are split
 
     def forward(self, x: Tensor, context: Tensor | None = None,
-                rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+                part: Part | None = None) -> Tensor:
         source = x if context is None else context[:, -self.text_len:]
         q = self.norm_q(linear(self.q, x)).unflatten(-1, (self.num_heads, -1))       # B L N d
         k = self.norm_k(linear(self.k, source)).unflatten(-1, (self.num_heads, -1))  # B S N d
         v = linear(self.v, source).unflatten(-1, (self.num_heads, -1))               # B S N d
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        out = attention(q, k, v)                                                     # B L D
+        if part is not None:
+            q, k = rotate(q, part), rotate(k, part)
+        out = attention(q, k, v, part=part)                                          # B L D
         if self.image:
             picture = context[:, :-self.text_len]
             k = self.norm_k_img(linear(self.k_img, picture)).unflatten(-1, (self.num_heads, -1))
@@ -336,14 +418,14 @@ class WanBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"),
                                  nn.Linear(cfg.ffn_dim, cfg.dim))
 
-    def forward(self, x: Tensor, e: Tensor, context: Tensor, rope: tuple) -> Tensor:
+    def forward(self, x: Tensor, part: Part, e: Tensor, context: Tensor) -> Tensor:
         """x [B,L,D] fp32, e [B,6,D] fp32, context [B,S,D]; returns [B,L,D] fp32."""
-        return run_block(self, x, e, context, rope)
+        return run_block(self, x, part, e, context)
 
-    def _forward(self, x: Tensor, e: Tensor, context: Tensor, rope: tuple) -> Tensor:
+    def _forward(self, x: Tensor, part: Part, e: Tensor, context: Tensor) -> Tensor:
         m = (self.modulation.float() + e).unsqueeze(2).unbind(1)          # 6 × [B 1 D]
         y = modulated_norm(x, m[0], m[1], self.eps)
-        x = x + m[2] * self.self_attn(y, rope=rope).float()
+        x = x + m[2] * self.self_attn(y, part=part).float()
         affine = self.norm3.weight.float(), self.norm3.bias.float()
         y = F.layer_norm(x, x.shape[-1:], *affine, self.eps)
         x = x + self.cross_attn(y, context=context).float()
@@ -370,7 +452,7 @@ class WanDiT(nn.Module):
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.sp = cfg, None  # sp: the group of ranks that share each sample's tokens
         self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch_size, cfg.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, cfg.dim),
                                             nn.GELU(approximate="tanh"),
@@ -413,10 +495,12 @@ class WanDiT(nn.Module):
             picture = self.img_emb["proj"](cond["image"].to(context.dtype))
             context = torch.cat([picture, context], 1)
         rope = rope_table(grid, self.cfg.rope_pairs, 10000.0, str(x.device))
-        h, features = through_blocks(self.blocks, h, h.shape[1], taps, velocity, e6, context, rope)
+        L = h.shape[1]
+        h, part = take_part(h, rope, self.sp)
+        h, features = through_blocks(self.blocks, h, part, L, taps, velocity, e6, context)
         if h is None:
             return None, features
-        out = self.head(h, e).view(B, *grid, pt, ph, pw, -1)                    # channels last
+        out = whole(self.head(h, e), part).view(B, *grid, pt, ph, pw, -1)       # channels last
         v = out.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, -1, T, H, W)         # B C T H W
         return (v, features) if taps else v
 
@@ -598,20 +682,21 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{s}_attn_proj", nn.Linear(D, D))
             self.add_module(f"{s}_mlp", MLP(D, cfg.ffn_dim))
 
-    def forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, part: Part, vec: Tensor, mask: Tensor | None) -> Tensor:
         """x [B,L+S,D], image tokens first; vec [B,D]; mask of keys bool [B,1,1,L+S] or None."""
-        return run_block(self, x, L, vec, rope, mask)
+        return run_block(self, x, part, vec, mask)
 
-    def _forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, part: Part, vec: Tensor, mask: Tensor | None) -> Tensor:
+        L = part.images
         streams, heads = {"img": x[:, :L], "txt": x[:, L:]}, []
         mods = {s: getattr(self, f"{s}_mod")(vec) for s in streams}
         for s, y in streams.items():
             y = linear(getattr(self, f"{s}_attn_qkv"), modulated_norm(y, *mods[s][:2], self.eps))
             q, k, v = split_heads(y, self.num_heads)
             q, k = getattr(self, f"{s}_attn_q_norm")(q), getattr(self, f"{s}_attn_k_norm")(k)
-            heads.append((rotate(q, rope), rotate(k, rope), v) if s == "img" else (q, k, v))
+            heads.append((rotate(q, part), rotate(k, part), v) if s == "img" else (q, k, v))
         q, k, v = (torch.cat(pair, 1) for pair in zip(*heads, strict=True))
-        y = attention(q, k, v, mask)                                            # B L+S D
+        y = attention(q, k, v, mask, part)                                      # B L+S D
         out = []
         for (s, z), part in zip(streams.items(), (y[:, :L], y[:, L:]), strict=True):
             _, _, gate1, shift2, scale2, gate2 = mods[s]
@@ -633,18 +718,17 @@ class SingleBlock(nn.Module):
         self.q_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
         self.k_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
 
-    def forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, part: Part, vec: Tensor, mask: Tensor | None) -> Tensor:
         """As DoubleBlock.forward."""
-        return run_block(self, x, L, vec, rope, mask)
+        return run_block(self, x, part, vec, mask)
 
-    def _forward(self, x: Tensor, L: int, vec: Tensor, rope: tuple, mask: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, part: Part, vec: Tensor, mask: Tensor | None) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         y = linear(self.linear1, modulated_norm(x, shift, scale, self.eps))
         qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
         q, k, v = split_heads(qkv, self.num_heads)
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (torch.cat([rotate(z[:, :L], rope), z[:, L:]], 1) for z in (q, k))
-        y = self.linear2(torch.cat([attention(q, k, v, mask), gelu(y)], -1))
+        q, k = rotate(self.q_norm(q), part), rotate(self.k_norm(k), part)
+        y = self.linear2(torch.cat([attention(q, k, v, mask, part), gelu(y)], -1))
         return (x + gate * y).to(x.dtype)
 
 
@@ -653,7 +737,7 @@ class HunyuanDiT(nn.Module):
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
-        self.cfg, D = cfg, cfg.dim
+        self.cfg, self.sp, D = cfg, None, cfg.dim  # sp as in WanDiT
         self.img_in = nn.ModuleDict(
             {"proj": nn.Conv3d(cfg.in_dim, D, cfg.patch_size, cfg.patch_size)})
         self.txt_in = TokenRefiner(cfg)
@@ -697,12 +781,14 @@ class HunyuanDiT(nn.Module):
         if mask is not None:
             mask = F.pad(mask, (L, 0), value=True)[:, None, None]                      # B 1 1 L+S
         rope = rope_table(grid, c.rope_pairs, 256.0, str(x.device))
-        h, features = through_blocks(self.blocks, h, L, taps, velocity, L, vec, rope, mask)
+        h, part = take_part(h, rope, self.sp)
+        h, features = through_blocks(self.blocks, h, part, L, taps, velocity, vec, mask)
         if h is None:
             return None, features
         ada, last = self.final_layer["adaLN_modulation"][1], self.final_layer["linear"]
         shift, scale = linear_fp32(ada, F.silu(vec)).unsqueeze(1).chunk(2, -1)
-        out = linear_fp32(last, modulated_norm(h[:, :L], shift, scale, c.eps))
+        h = h[:, :part.images] if part.group is None else h  # shares are gathered with the text
+        out = whole(linear_fp32(last, modulated_norm(h, shift, scale, c.eps)), part)[:, :L]
         out = out.view(B, *grid, -1, pt, ph, pw)                                # channels first
         v = out.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, -1, T, H, W)         # B C T H W
         return (v, features) if taps else v
@@ -1070,6 +1156,7 @@ def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float3
         dit = build_dit(preset).to(dtype)
     check_sizes(weights, dit.cfg, preset)
     if ranks is not None:
+        dit.sp = ranks.sp_group
         shard(dit, ranks, compute_dtype)
     return load_module(dit, dit_tensors(weights), f"DiT from {weights}", device=device)
 
@@ -1140,11 +1227,30 @@ def read_json(path: str | Path) -> Any:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others: its rank, their number, its device and the mesh of all."""
+    """This process among the others: its rank, their number, its device and the mesh of all.
+
+    With sequence parallelism, groups of `sp` successive ranks work on one batch: `team` is the
+    number of this one's group, `teams` how many there are; without it every rank is a team.
+    """
     rank: int
     world: int
     device: torch.device
     mesh: DeviceMesh
+    sp: int = 1
+    sp_group: dist.ProcessGroup | None = None
+
+    @property
+    def team(self) -> int:
+        return self.rank // self.sp
+
+    @property
+    def teams(self) -> int:
+        return self.world // self.sp
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what its team made."""
+        return self.rank % self.sp == 0
 
 
 def pick_device(device: str) -> torch.device:
@@ -1161,8 +1267,12 @@ def pick_device(device: str) -> torch.device:
         raise ValueError(f"device: got '{device}'; wanted cpu, cuda, cuda:0, … or auto") from e
 
 
-def setup_distributed(device: str = "auto") -> Ranks:
-    """Join the processes torchrun started, or be the only one: the same code path from one up."""
+def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1) -> Ranks:
+    """Join the processes torchrun started, or be the only one: the same code path from one up.
+
+    Args: sp, ranks that share each sample's tokens; heads, attention heads of the DiT, which they
+    share out. Raises ValueError if sp does not divide both the ranks and the heads.
+    """
     where = pick_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -1172,8 +1282,14 @@ def setup_distributed(device: str = "auto") -> Ranks:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(where.type, (dist.get_world_size(),))
-    return Ranks(dist.get_rank(), dist.get_world_size(), where, mesh)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    fits = [n for n in range(1, world + 1) if world % n == 0 and heads % n == 0]
+    if sp not in fits:
+        raise ValueError(f"sp: got {sp} with {world} rank(s) and {heads} attention heads; wanted "
+                         f"what divides both: {', '.join(map(str, fits))}")
+    groups = [dist.new_group(list(range(a, a + sp))) for a in range(0, world, sp)] if sp > 1 else []
+    mesh = init_device_mesh(where.type, (world,))
+    return Ranks(rank, world, where, mesh, sp, groups[rank // sp] if groups else None)
 
 
 def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:

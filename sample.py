@@ -13,7 +13,7 @@ The student walks its own key timesteps, stored in its file, without guidance: t
 The teacher walks its grid of `n` steps, or with --steps its own grid of so many steps (evaluate.py
 compares at the student's key timesteps instead). Noise is a function of (seed, prompt's number,
 prompt), so the same seed gives student and teacher the same noise. Under torchrun every rank has
-whole networks and takes its part of the videos.
+whole networks and takes its part of the videos; with --sp N, N ranks share each video's tokens.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from encoders import contact_sheet, load_text, load_vae, read_prompts, read_vide
 from model import (
     Ranks, Shared, announce, build_dit, cli, collate, compute_dtype, field, fingerprint, generator,
     key_times, latent_shape, load_config, load_dit, load_module, official_names, open_tensors,
-    setup_distributed, time_grid, walk, write_json)
+    setup_distributed, sizes_of, time_grid, walk, write_json)
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Config(Shared):
     count: int = field(1, "videos a prompt, with seeds seed, seed + 1, …")
     batch: int = field(1, "videos denoised at once")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
 
 
 SHEET_ROWS = 12  # videos shown on the contact sheet, the first ones
@@ -58,7 +59,7 @@ SHEET_ROWS = 12  # videos shown on the contact sheet, the first ones
 
 def check_config(cfg: Config) -> None:
     """Raise ValueError for settings that cannot be sampled."""
-    for key in ("count", "batch", "steps"):
+    for key in ("count", "batch", "steps", "sp"):
         if getattr(cfg, key) is not None and getattr(cfg, key) < 1:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
     if cfg.teacher and cfg.student is not None:
@@ -175,9 +176,7 @@ def encode_texts(cfg: Shared, prompts: list[str], device: torch.device,
 
     The text encoder is loaded for it and freed again; a repeated prompt is encoded once.
     """
-    with torch.device("meta"):
-        text_len = build_dit(cfg.preset).cfg.text_len
-    text = load_text(cfg.weights, device, compute_dtype(device), text_len)
+    text = load_text(cfg.weights, device, compute_dtype(device), sizes_of(cfg.preset).text_len)
     watch.lap("load")
     negative = [] if cfg.cfg_scale == 1 else [cfg.negative_prompt]
     different = list(dict.fromkeys(prompts + negative))
@@ -221,6 +220,7 @@ def sample(cfg: Config, jobs: list[tuple[int, str, int]], times: list[float], wh
     conds, uncond = encode_texts(cfg, [prompt for _, prompt, _ in jobs], device, watch)
     uncond = uncond if cfg.teacher else None  # guidance is built into a student
     dit = load_teacher(cfg, device) if cfg.teacher else load_student(cfg, student_path(cfg), device)
+    dit.sp = ranks.sp_group
     vae = load_vae(cfg.weights, device, compute_dtype(device))
     watch.lap("load")
     records = []
@@ -232,7 +232,7 @@ def sample(cfg: Config, jobs: list[tuple[int, str, int]], times: list[float], wh
         watch.lap("noise")
         x, steps = denoise(dit, noise, times, conds[start:start + cfg.batch], uncond,
                            cfg.cfg_scale, watch, bar)
-        for (i, prompt, seed), latents in zip(batch, x, strict=True):
+        for (i, prompt, seed), latents in zip(batch, x, strict=True) if ranks.leads else ():
             video, file = vae.decode(latents[None])[0], f"{who}_{i:04d}_seed{seed}.mp4"
             seconds = {"steps": [s / len(batch) for s in steps], "decode": watch.lap("decode")}
             write_video(out / file, video, cfg.fps)
@@ -306,12 +306,13 @@ def main(argv: list[str] | None = None) -> None:
             for i, prompt in enumerate(wanted_prompts(cfg)) for j in range(cfg.count)]
     times = sampling_times(cfg)
     who = f"{'teacher' if cfg.teacher else 'student'}{len(times) - 1}"
-    ranks = setup_distributed(cfg.device)
+    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
     announce(cfg, "samples", ranks)
     out = Path(cfg.out or Path(cfg.run) / "samples")
-    mine = jobs[ranks.rank::ranks.world]
+    mine = jobs[ranks.team::ranks.teams]
     results = [None] * ranks.world
-    dist.all_gather_object(results, sample(cfg, mine, times, who, out, ranks) if mine else None)
+    own = sample(cfg, mine, times, who, out, ranks) if mine else None
+    dist.all_gather_object(results, own if ranks.leads else None)
     if ranks.rank == 0:
         facts = {"who": who, "times": times, "device": device_name(ranks.device)}
         write_report(cfg, who, facts, out, [result for result in results if result is not None])

@@ -47,7 +47,6 @@ from model import (
     Ranks,
     Shared,
     announce,
-    build_dit,
     cli,
     collate,
     compute_dtype,
@@ -62,6 +61,7 @@ from model import (
     read_json,
     replace_file,
     setup_distributed,
+    sizes_of,
     time_grid,
     walk,
     write_json,
@@ -80,6 +80,7 @@ class Config(Shared):
     dtype: str = field("fp16", "of stored latents: fp16 | fp32; bf16 would put 5% noise on Eq. 6")
     store_noise: bool = field(False, "store the noise as well; it can be drawn again from its seed")
     batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
     videos: int = field(8, "how many of the first trajectories are also decoded to .mp4")
 
 
@@ -93,7 +94,7 @@ def check_config(cfg: Config, prompts: list[str]) -> range:
     for key, choices in CHOICES.items():
         if getattr(cfg, key) not in choices:
             raise ValueError(f"{key}: got '{getattr(cfg, key)}'; wanted {' | '.join(choices)}")
-    for key, least in (("start", 0), ("count", 1), ("batch", 1), ("videos", 0)):
+    for key, least in (("start", 0), ("count", 1), ("batch", 1), ("videos", 0), ("sp", 1)):
         if getattr(cfg, key) is not None and getattr(cfg, key) < least:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {least} or more")
     if cfg.count is None and cfg.start >= len(prompts):
@@ -345,8 +346,7 @@ def plan(cfg: Config, folder: Path, wanted: range, manifest: dict,
             part.unlink(missing_ok=True)
     there = find_trajectories(folder)
     todo = [i for i in wanted if i not in there]
-    with torch.device("meta"):
-        sizes = build_dit(cfg.preset).cfg
+    sizes = sizes_of(cfg.preset)
     latents = len(manifest["stored"]) * math.prod(manifest["shape"]) * DTYPES[cfg.dtype].itemsize
     text = sizes.text_len * sizes.text_dim * compute_dtype(device).itemsize
     need = len(todo) * (latents + text + 2000)  # the header with the prompt
@@ -373,8 +373,8 @@ def decode_video(cfg: Config, folder: Path, manifest: dict, vae: nn.Module, i: i
 def tell_cost(seconds: float, batch: int, rounds: int, chunks: int, ranks: Ranks) -> None:
     """Print what `chunks` batches cost, `rounds` of them a rank, from the first one's seconds."""
     tqdm.write(f"synvid: {rate(seconds / batch)} a trajectory on {ranks.device.type}; in all "
-               f"{seconds * chunks / 3600:.3g} device-hours; {rate(seconds * (rounds - 1))} to go "
-               f"with {ranks.world} rank(s)")
+               f"{seconds * chunks * ranks.sp / 3600:.3g} device-hours; "
+               f"{rate(seconds * (rounds - 1))} to go with {ranks.world} rank(s)")
     sys.stdout.flush()
 
 
@@ -400,16 +400,17 @@ def generate(cfg: Config, prompts: list[str], folder: Path, manifest: dict, want
     chunks: dict[int, list[int]] = {}
     for i in todo:
         chunks.setdefault(i // cfg.batch, []).append(i)
-    mine, dtype = list(chunks.items())[ranks.rank::ranks.world], compute_dtype(ranks.device)
+    mine, dtype = list(chunks.items())[ranks.team::ranks.teams], compute_dtype(ranks.device)
     films = {i for i in wanted[:max(cfg.videos - cfg.start, 0)]
-             if not (folder / f"videos/{i:06d}.mp4").exists()}
+             if ranks.leads and not (folder / f"videos/{i:06d}.mp4").exists()}
     if films:
         vae = load_vae(cfg.weights, ranks.device, dtype)
-        for i in sorted(films.difference(todo))[ranks.rank::ranks.world]:
+        for i in sorted(films.difference(todo))[ranks.team::ranks.teams]:
             decode_video(cfg, folder, manifest, vae, i)
     if not mine:
         return
     dit = load_dit(cfg.weights, cfg.preset, dtype, ranks.device).requires_grad_(False)
+    dit.sp = ranks.sp_group
     text, uncond = load_text(cfg.weights, ranks.device, dtype, dit.cfg.text_len), None
     if cfg.cfg_scale != 1:
         uncond = collate(text.encode_each([cfg.negative_prompt]) * cfg.batch)
@@ -428,7 +429,7 @@ def generate(cfg: Config, prompts: list[str], folder: Path, manifest: dict, want
         if read_manifest(folder) != manifest:
             raise ValueError(f"{folder}/manifest.json: was changed while this job ran: another job "
                              "with other settings writes there; give each its own --run")
-        for i in missing:
+        for i in missing if ranks.leads else []:
             b = i - indices.start
             write_trajectory(folder, manifest, i, captions[b], x[b], conds[b])
         if number == 0 and ranks.rank == 0:
@@ -450,7 +451,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "synvid", argv, __doc__)
     prompts = read_prompts(cfg.prompts)
     wanted = check_config(cfg, prompts)
-    ranks, folder = setup_distributed(cfg.device), Path(cfg.run) / "synvid"
+    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
+    folder = Path(cfg.run) / "synvid"
     manifest = on_first_rank(ranks, lambda: claim(folder, make_manifest(cfg, prompts)))
     announce(cfg, "synvid", ranks)
     todo = on_first_rank(ranks, lambda: plan(cfg, folder, wanted, manifest, ranks.device))

@@ -1,0 +1,84 @@
+"""What the processes of test_parallel.py run: three iterations of Algorithm 1 on random data.
+
+python parallel_worker.py FAMILY OUT field=value …; rank 0 writes the student's parameters to OUT.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import distill
+import model
+from model import HunyuanConfig, WanConfig, generator, key_times
+
+SIZES = {"wan": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=3, text_dim=8, text_len=4,
+                          freq_dim=16),
+         "hunyuan": HunyuanConfig(dim=24, ffn_dim=96, num_heads=4, num_double=2, num_single=2,
+                                  text_dim=8, text_len=6, pooled_dim=4, rope_dims=(2, 2, 2),
+                                  freq_dim=16)}
+KEY = [0, 2, 4, 6]
+
+
+class FakeSynVid:
+    """Random trajectories in memory; 3 × 2 × 3 tokens and texts of 1 to 4 divide by nothing."""
+    manifest = {"shape": [16, 3, 4, 6]}
+
+    def __init__(self, family: str):
+        self.t_key, self.family = key_times(family, 6, 5.0, KEY)[::-1], family
+
+    def __len__(self):
+        return 12
+
+    def read(self, i, ks):
+        g = generator("fake", i)
+        x = torch.randn(4, *self.manifest["shape"], generator=g)
+        cond = {"text": torch.randn(1 + i % 4, 8, generator=g)}
+        if self.family == "hunyuan":
+            cond |= {"pooled": torch.randn(4, generator=g), "guidance": torch.tensor(6.016)}
+        return x[ks], cond, f"prompt {i}"
+
+
+def main(family: str, out: str, *overrides: str) -> None:
+    torch.set_num_threads(1)
+    model.PRESETS["small"] = SIZES[family]
+    dit = model.build_dit("small")
+    draw = generator("teacher", family)
+    with torch.no_grad():
+        for name, p in dit.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * p.shape[-1] ** -0.5)
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1)
+    given = dict(pair.split("=") for pair in overrides)
+    cfg = distill.Config(family=family, preset="small", run=f"{out}.run", n=6, key=KEY, shift=5.0,
+                         batch=4, micro_batch=1, iterations=3, held_out=2, lr=1e-3, lr_heads=1e-2,
+                         clip=1.0, head_dim=8, lambda_adv=1.0,
+                         **{k: int(v) for k, v in given.items() if k != "micro_batch"})
+    cfg.micro_batch = int(given.get("micro_batch", 1))
+    ranks = model.setup_distributed("cpu", cfg.sp, SIZES[family].num_heads)
+    distill.check_config(cfg, ranks.teams)
+    weights = Path(f"{out}.teacher{ranks.rank}.safetensors")
+    model.save_tensors(weights, dit.state_dict(), {})
+    cfg.weights = str(weights)
+    loader = distill.Loader(cfg, FakeSynVid(family), ranks)
+    nets = distill.build(cfg, loader.data.t_key, ranks)
+    lines = []
+    distill.algorithm_1(cfg, nets, loader, lambda step, k, log: lines.append(log.gather(False)))
+    errors = distill.held_out_errors(cfg, nets.student, loader, ranks)
+    options = distill.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors = distill.get_model_state_dict(nets.student, options=options)
+    if ranks.rank == 0:
+        heads = {f"heads.{name}": p for name, p in nets.heads.state_dict().items()}
+        figures = torch.tensor([line[name] for line in lines for name in
+                                ("loss_traj", "loss_adv", "loss_head", "grad_sum", "grad_head")]
+                               + [errors["endpoint"], *errors["velocity"]])
+        model.save_tensors(out, {**tensors, **heads, "figures": figures}, {})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,67 @@
+"""Ranks, sequence parallelism and accumulation change no result: Algorithm 1 with both families."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import model
+
+WORKER = Path(__file__).parent / "parallel_worker.py"
+# The keys' bias of an attention without norms shifts all logits of a query alike: its gradient is
+# rounding, which Adam makes steps of.
+WITHOUT_EFFECT = ("txt_in.individual_token_refiner.blocks.0.self_attn_qkv.bias",
+                  "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.bias")
+
+
+def distilled(family: str, out: Path, ranks: int, **settings: int) -> dict[str, torch.Tensor]:
+    """Parameters and figures after three iterations on so many processes."""
+    launch = [sys.executable]
+    if ranks > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    done = subprocess.run([*launch, str(WORKER), family, str(out), *overrides], text=True,
+                          capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out)
+
+
+@pytest.fixture(scope="module", params=["wan", "hunyuan"])
+def alone(request, tmp_path_factory):
+    """The family, and what one process makes of a batch at once."""
+    folder = tmp_path_factory.mktemp("alone")
+    return request.param, distilled(request.param, folder / "out", 1, micro_batch=4)
+
+
+@pytest.mark.parametrize("ranks,settings", [
+    (1, {"micro_batch": 1}), (2, {"micro_batch": 2}), (2, {"sp": 2}), (4, {"sp": 4}),
+    (4, {"sp": 2, "micro_batch": 2})], ids=str)
+def test_any_split_of_the_work_gives_the_parameters_of_one_process(alone, ranks, settings,
+                                                                  tmp_path):
+    family, want = alone
+    got = distilled(family, tmp_path / "out", ranks, **settings)
+    assert got.keys() == want.keys()
+    apart = {name: (got[name] - want[name]).abs().max().item() for name in want}
+    figures = apart.pop("figures") / want["figures"].abs().max().item()
+    apart = {name: value for name, value in apart.items() if name not in WITHOUT_EFFECT}
+    worst = max(apart, key=apart.get)
+    print(f"{worst}: {apart[worst]:.1e}; figures {figures:.1e}")
+    assert apart[worst] < 1e-5 and figures < 1e-5
+
+
+def test_the_three_iterations_move_every_kind_of_parameter(alone, tmp_path):
+    family, want = alone
+    other = distilled(family, tmp_path / "out", 1, micro_batch=4, seed=1)  # other data, same start
+    still = [name for name in want if torch.equal(want[name], other[name])
+             and not name.startswith("heads")]
+    assert not still
+
+
+@pytest.mark.parametrize("sp", [0, 3, 5])
+def test_sp_that_does_not_divide_ranks_and_heads_is_an_error_that_lists_what_does(sp):
+    with pytest.raises(ValueError, match=rf"sp: got {sp} with 1 rank.* 12 attention heads.*: 1$"):
+        model.setup_distributed("cpu", sp, 12)
+    torch.distributed.destroy_process_group()

@@ -101,16 +101,18 @@ def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> str:
     wide = compute_dtype(ranks.device).itemsize
     count, *blocks = (sum(p.numel() for p in net.parameters()) for net in (dit, *dit.blocks))
     rest, block = count - sum(blocks), max(blocks)
-    L, D = math.prod(dit.token_grid(*shape[1:])) * cfg.micro_batch, dit.cfg.dim
-    working = L * (D * (4 * 12 + wide * 10) + dit.cfg.ffn_dim * wide * 3)  # inside one block
-    kept = L * D * 4 if cfg.checkpointing else working                     # of each block
+    tokens, D = math.prod(dit.token_grid(*shape[1:])) * cfg.micro_batch, dit.cfg.dim
+    L, stream = -(-tokens // ranks.sp), 4 if dit.cfg.family == "wan" else wide  # bytes a number
+    working = L * (D * (4 * 12 + wide * 10) + dit.cfg.ffn_dim * wide * 3)       # inside one block
+    kept = L * D * stream if cfg.checkpointing else working                     # of each block
     aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
     parts = {"student": 4 * count / ranks.world, "gradients": 4 * aside * count / ranks.world,
              "AdamW": 8 * (1 + (cfg.updates == "separate")) * count / ranks.world,
              "teacher": wide * count / ranks.world,
              "gathered layers": 4 * wide * block + (4 + wide) * rest + 2 * 4 * block,
-             "activations": (len(dit.blocks) * kept + 3 * L * D * 4) * (1 + cfg.adv) + working,
-             "batch, queue": 8 * cfg.batch // ranks.world * math.prod(shape) * (len(cfg.key) + 1)}
+             "activations": len(dit.blocks) * kept * (1 + cfg.adv) + working,
+             "features, heads": cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4,
+             "batch, queue": 8 * cfg.batch // ranks.teams * math.prod(shape) * (len(cfg.key) + 1)}
     lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'together':<16}{sum(parts.values()) / 2 ** 30:9.2f} GiB a rank")
     if ranks.device.type == "cuda":

@@ -14,7 +14,7 @@ timesteps. The columns, N videos, x latents, all in float64:
              may fall below 0), |·| root mean square over latent elements; y are other teacher@n
              samples of the same captions, with other noise. teacher@n's own value is its zero.
   sliced W   Wasserstein-1 distance to y along fixed random unit directions, their mean
-  HF         high-frequency energy (teacher.high_frequency) of the videos over that of teacher@n's
+  HF         high-frequency energy (clips.high_frequency) of the videos over that of teacher@n's
   oracle     part of the videos that show what their caption says (small world only)
 ± is a standard error over videos, by jackknife for energy, sliced W and HF; for the two distances
 that of the difference from teacher@n's value, since noise and y are shared (in teacher@n's own
@@ -36,7 +36,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-import teacher as world
+import clips as world
 from encoders import (
     contact_sheet, label_strip, load_vae, read_prompts, side_by_side, write_video)
 from model import (
@@ -345,7 +345,8 @@ def check_config(cfg: Config) -> None:
 def students_of(cfg: Config) -> list[tuple[Path, dict]]:
     """The students' files and facts; ValueError if their teacher or key times are not all alike."""
     names = (cfg.students or str(Path(cfg.run) / "student.safetensors")).split(",")
-    found = [(path, student_facts(path, cfg)) for path in (Path(name.strip()) for name in names)]
+    found = [(path, student_facts(path, cfg, foreign=cfg.students is not None))
+             for path in (Path(name.strip()) for name in names)]
     for path, facts in found:
         wanted = {"n": cfg.n, "shift": cfg.shift, "cfg_scale": cfg.cfg_scale,
                   "t_key": found[0][1]["t_key"]}
@@ -400,7 +401,7 @@ def main(argv: list[str] | None = None) -> None:
     out = announce(cfg, "evaluate")
 
     models, reference = sample_all(cfg, captions, students, device)
-    vae = load_vae(cfg.weights, device, compute_dtype(device))
+    vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     for model in models:
         look(model, vae, captions, cfg, device)
 

@@ -7,8 +7,8 @@ import torch
 from test_sample import KEY, N, write_student
 from torch import Tensor
 
+import clips as world
 import evaluate
-import teacher as world
 from encoders import read_video
 from evaluate import (
     distances, endpoint_error, energy_distance, gates, jackknife, mean_error, mean_row,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import clips as world
 import encoders
 import model
 import teacher
@@ -17,63 +18,63 @@ TINY = {"height": 32, "width": 32, "frames": 5, "n": 4, "key": "0,2,4", "text_it
 
 @pytest.fixture(scope="module")
 def clips():
-    return teacher.make_clips(0, 0, 144)
+    return world.make_clips(0, 0, 144)
 
 
 def test_a_clip_depends_on_its_seed_and_index_alone(clips):
     video, captions, attributes = clips
-    again, same, _ = teacher.make_clips(0, 100, 3)
+    again, same, _ = world.make_clips(0, 100, 3)
     assert torch.equal(again, video[100:103]) and same == captions[100:103]
-    assert teacher.make_captions(0, 0, 144) == captions
-    assert not torch.equal(teacher.make_clips(1, 0, 3)[0], video[:3])
+    assert world.make_captions(0, 0, 144) == captions
+    assert not torch.equal(world.make_clips(1, 0, 3)[0], video[:3])
     assert video.shape == (144, 3, 9, 48, 48) and float(video.abs().max()) <= 1
 
 
 def test_held_out_captions_never_occur_in_training():
-    held_out = teacher.make_captions(0, 0, 144, held_out=True)
-    trained = set(teacher.make_captions(0, 0, 4000))
-    assert len(set(held_out)) == len(teacher.COMBINATIONS) == 72
+    held_out = world.make_captions(0, 0, 144, held_out=True)
+    trained = set(world.make_captions(0, 0, 4000))
+    assert len(set(held_out)) == len(world.COMBINATIONS) == 72
     assert not trained & set(held_out)
-    seen = {tuple(teacher.caption_attributes(text).values()) for text in trained}
-    assert seen == {tuple(teacher.caption_attributes(text).values()) for text in held_out}
+    seen = {tuple(world.caption_attributes(text).values()) for text in trained}
+    assert seen == {tuple(world.caption_attributes(text).values()) for text in held_out}
 
 
 def test_captions_name_the_attributes_of_their_clips(clips):
     _, captions, attributes = clips
-    for name in teacher.ATTRIBUTES:
-        told = [teacher.caption_attributes(text)[name] for text in captions]
+    for name in world.ATTRIBUTES:
+        told = [world.caption_attributes(text)[name] for text in captions]
         assert told == attributes[name].tolist()
-    assert teacher.caption_attributes("") == {"colour": -1, "shape": -1, "direction": -1}
+    assert world.caption_attributes("") == {"colour": -1, "shape": -1, "direction": -1}
 
 
 @pytest.mark.parametrize("size, frames", [(48, 9), (64, 17), (48, 5)])
 def test_oracle_reads_every_real_clip(size, frames):
-    video, captions, attributes = teacher.make_clips(3, 0, 72, size, frames, held_out=True)
-    seen = teacher.read_clip(video)
+    video, captions, attributes = world.make_clips(3, 0, 72, size, frames, held_out=True)
+    seen = world.read_clip(video)
     for name, wanted in attributes.items():
         assert torch.equal(seen[name], wanted), name
     assert float(seen["psnr"].min()) > 30 and float(seen["iou"].min()) > 0.95
-    assert teacher.agreement(video, captions)["all"] == 1
+    assert world.agreement(video, captions)["all"] == 1
 
 
 def test_oracle_rejects_other_captions_and_what_is_no_clip(clips):
     video, captions, _ = clips
     turned = video[:24].transpose(-1, -2)  # bars and directions change, discs keep their shape
-    assert teacher.agreement(turned, captions[:24])["all"] == 0
-    assert teacher.agreement(video[:24].flip(2), captions[:24])["direction"] == 0
+    assert world.agreement(turned, captions[:24])["all"] == 0
+    assert world.agreement(video[:24].flip(2), captions[:24])["direction"] == 0
     still = video[:24, :, :1].expand(-1, -1, 9, -1, -1)
-    assert set(teacher.read_clip(still)["direction"].tolist()) == {-1}
+    assert set(world.read_clip(still)["direction"].tolist()) == {-1}
     noise = torch.rand(8, 3, 9, 48, 48, generator=model.generator(0)) * 2 - 1
     for nothing in (noise, torch.zeros(2, 3, 9, 48, 48)):
-        assert set(teacher.read_clip(nothing)["shape"].tolist()) == {-1}
+        assert set(world.read_clip(nothing)["shape"].tolist()) == {-1}
 
 
 def test_psnr_and_high_frequency_have_their_definitions(clips):
     video = clips[0][:2] * 0.5
-    assert torch.allclose(teacher.psnr(video + 0.02, video), torch.full((2,), 40.0), atol=1e-2)
+    assert torch.allclose(world.psnr(video + 0.02, video), torch.full((2,), 40.0), atol=1e-2)
     noise = torch.randn(2, 3, 9, 48, 48, generator=model.generator(1))
-    assert abs(teacher.high_frequency(noise) - 1) < 0.02  # white noise has unit power everywhere
-    assert teacher.high_frequency(torch.ones(1, 3, 1, 48, 48)) < 1e-9
+    assert abs(world.high_frequency(noise) - 1) < 0.02  # white noise has unit power everywhere
+    assert world.high_frequency(torch.ones(1, 3, 1, 48, 48)) < 1e-9
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 24, 96), (2, 96, 24)])
@@ -116,7 +117,7 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_pa
     assert (out / "curves.png").stat().st_size > 0
     dit, vae = model.load_dit(out, "tiny"), encoders.load_vae(out)
     text = encoders.load_text(out, dtype=torch.float32, text_len=16)
-    for caption in teacher.make_captions(0, 0, 72, held_out=True):
+    for caption in world.make_captions(0, 0, 72, held_out=True):
         assert text.tokenizer([caption])[0].shape[1] <= 15
     assert vae.decode(dit(torch.zeros(1, 16, 2, 4, 4), torch.ones(1), text.encode_prompts([""]))
                       ).shape == (1, 3, 5, 32, 32)

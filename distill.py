@@ -18,7 +18,7 @@ Departures from the paper and open points, as decided here:
      of the trajectory that was pushed with z (line 20 may also mean the one sampled in line 7).
   D5 the student's adversarial loss is -log D by default; log(1 - D) as printed or hinge by choice.
   D6 β is updated twice through one AdamW (literal), by an AdamW for each loss (separate) or once on
-     L_traj + λ_adv L_adv (combined, the default: it ended nearest to the teacher on the small world,
+     L_traj + λ_adv L_adv (combined, the default: on the small world it ends nearest to the teacher,
      assets/results.json). x_gen's features are computed once for β and H_k.
   D7 features: the last block for t'_k > 0, the block at 2/3 of the depth for t'_k = 0.
 """

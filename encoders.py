@@ -1,10 +1,10 @@
-"""What stays frozen: the causal 3D VAE, the text encoder, the tokenizer; and video files.
+"""What stays frozen: the causal 3D VAEs, text encoders, tokenizers; and video files.
 
 Shapes: video [B, 3, T, H, W] float in [-1, 1], latents [B, C, T', H', W'], tokens [B, L, D].
 A video of T = 4n + 1 frames has T' = n + 1 latent frames; H' = H / 8, W' = W / 8.
 Latents leave `encode` and enter `decode` normalised, as the DiT sees them, in fp32.
 
-Sections: the Wan VAE · umT5 · tokenizer · prompts to text states · weight folders · video files.
+Sections: both VAEs · umT5 · LLaMA-3 and CLIP · tokenizers · text states · weight folders · videos.
 """
 
 import html
@@ -15,6 +15,8 @@ import re
 import subprocess
 import textwrap
 import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import ftfy
@@ -26,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from model import (
@@ -50,6 +53,26 @@ WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 # Frames that a causal layer has seen in earlier chunks, by layer. None: the clip comes whole.
 Past = dict[nn.Module, Tensor]
+
+
+def check_video(video: Tensor, time: int, space: int) -> None:
+    """Raises ValueError unless video is [B, 3, time·n + 1, space·h, space·w]."""
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise ValueError(f"encode: got a video of shape {list(video.shape)}; want [B, 3, T, H, W]")
+    T, H, W = video.shape[2:]
+    if T % time != 1:
+        raise ValueError(f"encode: got {T} frames; want {time}n + 1, such as "
+                         f"{max(T - 1, 0) // time * time + 1}: cut the clip")
+    if 0 in (H, W) or H % space or W % space:
+        raise ValueError(f"encode: got frames of height {H} and width {W}; want multiples of "
+                         f"{space}: resize or crop the video")
+
+
+def check_latents(latents: Tensor, z_dim: int) -> None:
+    """Raises ValueError unless latents are [B, z_dim, T', H', W'] and not empty."""
+    if latents.ndim != 5 or latents.shape[1] != z_dim or 0 in latents.shape:
+        raise ValueError(f"decode: got latents of shape {list(latents.shape)}; "
+                         f"want [B, {z_dim}, T', H', W'], nothing empty")
 
 
 class CausalConv3d(nn.Conv3d):
@@ -269,7 +292,7 @@ class WanVAE(nn.Module):
         Deterministic: the posterior's mean. One frame, then four at a time.
         Raises ValueError if T != 4n + 1, or H or W is not a multiple of 8. Source: Wan 2.1.
         """
-        self.check_video(video)
+        check_video(video, self.time, self.space)
         past, means = {}, []
         for chunk in (video[:, :, :1], *video[:, :, 1:].split(self.time, dim=2)):
             if chunk.shape[2]:
@@ -283,27 +306,12 @@ class WanVAE(nn.Module):
         One latent frame at a time. Raises ValueError on a shape that is not [B, z, T', H', W'].
         Source: Wan 2.1.
         """
-        if latents.ndim != 5 or latents.shape[1] != self.z_dim or 0 in latents.shape:
-            raise ValueError(f"decode: got latents of shape {list(latents.shape)}; "
-                             f"want [B, {self.z_dim}, T', H', W'], nothing empty")
+        check_latents(latents, self.z_dim)
         mean, std = self.statistics(latents.device)
         z = (latents.float() * std + mean).to(self.dtype)
         past = {}
         frames = [self.reconstruct(frame, past).float() for frame in z.split(1, dim=2)]
         return torch.cat(frames, dim=2).clamp_(-1, 1)
-
-    def check_video(self, video: Tensor) -> None:
-        """Raises ValueError unless video is [B, 3, 4n+1, 8h, 8w]."""
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"encode: got a video of shape {list(video.shape)}; "
-                             f"want [B, 3, T, H, W]")
-        T, H, W = video.shape[2:]
-        if T % self.time != 1:
-            raise ValueError(f"encode: got {T} frames; want {self.time}n + 1, such as "
-                             f"{max(T - 1, 0) // self.time * self.time + 1}: cut the clip")
-        if 0 in (H, W) or H % self.space or W % self.space:
-            raise ValueError(f"encode: got frames of height {H} and width {W}; want multiples of "
-                             f"{self.space}: resize or crop the video")
 
     def statistics(self, device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of latents, each fp32 [1, z, 1, 1, 1]."""
@@ -317,34 +325,219 @@ class WanVAE(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# umT5: the text encoder
+# The HunyuanVideo VAE: causal convolutions, 4 x 8 x 8 smaller, 16 channels
 # ---------------------------------------------------------------------------------------------
 
-class T5Attention(nn.Module):
-    def __init__(self, dim: int, dim_attn: int, num_heads: int):
+class EdgeConv3d(nn.Module):
+    """A 3D convolution that repeats the edges: on both sides in space, on the left in time."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel: int = 3, stride: tuple | int = 1):
         super().__init__()
-        self.num_heads = num_heads
-        self.q, self.k, self.v = (nn.Linear(dim, dim_attn, bias=False) for _ in range(3))
-        self.o = nn.Linear(dim_attn, dim, bias=False)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [B, L, D]; bias [B, heads, L, L] is added to the logits, which are not scaled."""
-        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B heads L d
-                   for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        return self.o(y.transpose(1, 2).flatten(2))                          # B L D
-
-
-class T5FeedForward(nn.Module):
-    def __init__(self, dim: int, dim_ffn: int):
-        super().__init__()
-        self.gate = nn.Sequential(nn.Linear(dim, dim_ffn, bias=False), nn.GELU("tanh"))
-        self.fc1 = nn.Linear(dim, dim_ffn, bias=False)
-        self.fc2 = nn.Linear(dim_ffn, dim, bias=False)
+        self.conv = nn.Conv3d(dim_in, dim_out, kernel, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x) * self.gate(x))
+        r = self.conv.kernel_size[0] // 2
+        return self.conv(F.pad(x, (r, r, r, r, 2 * r, 0), mode="replicate") if r else x)
 
+
+def chain(**layers: nn.Module) -> nn.Sequential:
+    """Layers one after the other, under their own names."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+class HunyuanResidual(nn.Module):
+    """norm, SiLU, conv, twice, plus the input (through a 1x1x1 conv if the widths differ)."""
+
+    def __init__(self, dim_in: int, dim_out: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, dim_in, eps=1e-6)  # over the whole tile, time included
+        self.conv1 = EdgeConv3d(dim_in, dim_out)
+        self.norm2 = nn.GroupNorm(groups, dim_out, eps=1e-6)
+        self.conv2 = EdgeConv3d(dim_out, dim_out)
+        self.conv_shortcut = EdgeConv3d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x), inplace=True))
+        y = self.conv2(F.silu(self.norm2(y), inplace=True))
+        return y.add_(self.conv_shortcut(x))
+
+
+class MidBlock(nn.Module):
+    """Between two residual blocks, one attention head over a frame and the frames before it."""
+
+    def __init__(self, dim: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(HunyuanResidual(dim, dim, groups) for _ in range(2))
+        square = (dim, dim)
+        self.attentions = nn.ModuleList([nn.ModuleDict({
+            "group_norm": nn.GroupNorm(groups, dim, eps=1e-6),
+            **linears(True, to_q=square, to_k=square, to_v=square),
+            "to_out": nn.Sequential(nn.Linear(dim, dim))})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers, (T, H, W), x = self.attentions[0], x.shape[2:], self.resnets[0](x)
+        y = layers["group_norm"](x).flatten(2).transpose(1, 2).unsqueeze(1)  # B 1 T*H*W C
+        q, k, v = (layers[name](y) for name in ("to_q", "to_k", "to_v"))
+        ends = range(0, (T + 1) * H * W, H * W)
+        y = [F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b])
+             for a, b in itertools.pairwise(ends)]  # frame by frame: no mask of (T*H*W)^2 numbers
+        y = layers["to_out"](torch.cat(y, dim=2)).squeeze(1)                 # B T*H*W C
+        return self.resnets[1](x + y.transpose(1, 2).unflatten(2, (T, H, W)))  # B C T H W
+
+
+class Enlarge(nn.Module):
+    """Doubles height and width, with `temporal` also 1 + n frames to 1 + 2n; then a convolution."""
+
+    def __init__(self, dim: int, temporal: bool):
+        super().__init__()
+        self.temporal, self.conv = temporal, EdgeConv3d(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.temporal:
+            x = torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(2, dim=2)], dim=2)
+        return self.conv(x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4))
+
+
+def levels(dims: tuple, num_res: int, groups: int, name: str, step: Callable) -> nn.Sequential:
+    """Residual blocks to each width in turn; after each but the last a step, at first in space."""
+    out = []
+    for i, (a, b) in enumerate(itertools.pairwise((dims[0], *dims))):
+        blocks = [HunyuanResidual(b if j else a, b, groups) for j in range(num_res)]
+        steps = {name: nn.Sequential(step(b, i > 0))} if i < len(dims) - 1 else {}
+        out.append(chain(resnets=nn.Sequential(*blocks), **steps))
+    return nn.Sequential(*out)
+
+
+def blend(tile: Tensor, before: Tensor, dim: int) -> None:
+    """Fades, in place, from the end of `before` into the start of `tile`, along axis `dim`."""
+    n = min(tile.shape[dim], before.shape[dim])
+    share = (torch.arange(n, device=tile.device) / n).view(-1, *[1] * (tile.ndim - 1 - dim))
+    end = before.narrow(dim, before.shape[dim] - n, n)
+    tile.narrow(dim, 0, n).mul_(share).add_(end * (1 - share))
+
+
+class HunyuanVAE(nn.Module):
+    """The causal 3D VAE of HunyuanVideo, with the official checkpoint's parameter names.
+
+    `encode` / `decode` go tile by tile, as the official inference does, and speak normalised
+    latents; `moments` / `reconstruct` take the clip whole, are differentiable and speak raw ones.
+    They differ: a tile is normalised on its own. Args: channels of the four levels and of latents;
+    residual blocks of an encoder level; groups of channels in a norm; normalised latents over raw
+    ones; side (pixels) and length (frames) of a tile, a quarter of it shared with the next.
+    """
+
+    time, space = 4, 8
+
+    def __init__(self, dims=(128, 256, 512, 512), z_dim=16, num_res_blocks=2, groups=32,
+                 scaling=0.476986, sample_size=256, sample_tsize=64):
+        super().__init__()
+        fits = sample_size > 0 == sample_size % 32 and sample_tsize > 0 == sample_tsize % 16
+        if len(dims) != 4 or not fits:  # a quarter of a tile must be whole latents
+            raise ValueError(f"got widths {dims}, sample_size={sample_size}, sample_tsize="
+                             f"{sample_tsize}; want 4 widths, multiples of 32 and of 16")
+        self.z_dim, self.scaling, dims, (first, *_, top) = z_dim, scaling, tuple(dims), dims
+        self.tile, self.tile_time = sample_size // self.space, sample_tsize // self.time
+        self.encoder = chain(
+            conv_in=EdgeConv3d(3, first),
+            down_blocks=levels(dims, num_res_blocks, groups, "downsamplers", lambda dim, temporal:
+                               chain(conv=EdgeConv3d(dim, dim, stride=(1 + temporal, 2, 2)))),
+            mid_block=MidBlock(top, groups), conv_norm_out=nn.GroupNorm(groups, top, eps=1e-6),
+            act=nn.SiLU(inplace=True), conv_out=EdgeConv3d(top, 2 * z_dim))
+        self.quant_conv = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
+        self.post_quant_conv = nn.Conv3d(z_dim, z_dim, 1)
+        self.decoder = chain(
+            conv_in=EdgeConv3d(z_dim, top), mid_block=MidBlock(top, groups),
+            up_blocks=levels(dims[::-1], num_res_blocks + 1, groups, "upsamplers", Enlarge),
+            conv_norm_out=nn.GroupNorm(groups, first, eps=1e-6), act=nn.SiLU(inplace=True),
+            conv_out=EdgeConv3d(first, 3))
+
+    def moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and log-variance [B, z, T', H', W'] of a video, raw, without tiles."""
+        mean, logvar = self.quant_conv(self.encoder(video)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """The video [B, 3, T, H, W] of raw latents z, without tiles; not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised latents of a video; shapes, range and errors are WanVAE.encode's."""
+        check_video(video, self.time, self.space)
+        return self.by_tiles(lambda x: self.moments(x.to(self.dtype))[0], video).mul_(self.scaling)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The video of normalised latents; shapes, range and errors are WanVAE.decode's."""
+        check_latents(latents, self.z_dim)
+        return self.by_tiles(lambda z: self.reconstruct((z.float() / self.scaling).to(self.dtype)),
+                             latents, decode=True).clamp_(-1, 1)
+
+    @torch.no_grad()
+    def by_tiles(self, net: Callable[[Tensor], Tensor], x: Tensor, decode: bool = False) -> Tensor:
+        """net(x) in fp32, tile by tile, each faded into the next; net is an encoder or a decoder.
+
+        Memory: the result, what one tile needs, and the lower edges of one row of tiles.
+        """
+        unit, S, N = (self.time, self.space), self.tile_time, self.tile
+        (a, b), (c, d) = ((1, 1), unit) if decode else (unit, (1, 1))  # of a latent, in and out
+        T, H, W = 1 + (x.shape[2] - 1) // a, x.shape[3] // b, x.shape[4] // b
+        channels = 3 if decode else self.z_dim
+        out = torch.empty(len(x), channels, 1 + c * (T - 1), d * H, d * W, device=x.device)
+        step_time, step = S * 3 // 4 if T > S else S, N * 3 // 4 if max(H, W) > N else N
+        edge, keep = d * N // 4, d * step
+        for t in range(0, max(T - 1, 1), step_time):
+            late, above, left = int(t > 0), {}, None  # a late tile sees a frame more, before it
+            for i, j in itertools.product(range(0, H, step), range(0, W, step)):
+                y = net(x[:, :, a * t:a * (t + S) + 1, b * i:b * (i + N), b * j:b * (j + N)])
+                y = y[:, :, late:].float()
+                if i:
+                    blend(y, above[j], dim=3)
+                if j:
+                    blend(y, left, dim=4)
+                above[j], left = y[..., -edge:, :].clone(), y[..., -edge:].clone()
+                y = y[..., :keep, :keep]
+                part = out[:, :, c * t + late:c * (t + S) + 1, d * i:d * i + keep,
+                           d * j:d * j + keep]
+                if late:  # the part begins with the end of the tile before
+                    blend(y, part[:, :, :c * (S - step_time)], dim=2)
+                part.copy_(y)
+        return out
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.quant_conv.weight.dtype
+
+
+# ---------------------------------------------------------------------------------------------
+# What the text encoders share
+# ---------------------------------------------------------------------------------------------
+
+def linears(bias: bool, **sizes: tuple[int, int]) -> nn.ModuleDict:
+    """Linear layers by name, of (inputs, outputs)."""
+    return nn.ModuleDict({name: nn.Linear(*size, bias=bias) for name, size in sizes.items()})
+
+
+def attend(layers: nn.ModuleDict, x: Tensor, width: int, angle: Tensor | None = None,
+           bias: Tensor | None = None) -> Tensor:
+    """Attention by heads of `width` over x [B, L, D]; layers are those of q, k, v and the output.
+
+    Query heads may share keys and values. angle [L, width/2] rotates pairs (j, j + width/2). bias
+    [B, heads, L, L] is added to the logits, which are not scaled (T5); without one it is causal.
+    """
+    *to_qkv, to_out = layers.values()
+    q, k, v = (f(x).unflatten(-1, (-1, width)).transpose(1, 2) for f in to_qkv)  # B heads L width
+    if angle is not None:
+        cos, sin = angle.cos(), angle.sin()
+        pairs = [z.float().chunk(2, dim=-1) for z in (q, k)]
+        q, k = (torch.cat([y * cos - z * sin, z * cos + y * sin], -1).to(v.dtype) for y, z in pairs)
+    y = F.scaled_dot_product_attention(
+        q, k, v, bias, is_causal=bias is None, scale=None if bias is None else 1.0,
+        enable_gqa=q.shape[1] != k.shape[1])
+    return to_out(y.transpose(1, 2).flatten(2))                                  # B L D
+
+
+# ---------------------------------------------------------------------------------------------
+# umT5: Wan's text encoder
+# ---------------------------------------------------------------------------------------------
 
 class RelativeBias(nn.Module):
     """A learned bias on attention logits for each head and bucket of key - query (T5)."""
@@ -370,17 +563,21 @@ class RelativeBias(nn.Module):
 class T5Block(nn.Module):
     def __init__(self, dim, dim_attn, num_heads, dim_ffn, num_buckets, max_distance):
         super().__init__()
+        self.width, inner = dim_attn // num_heads, (dim, dim_attn)
         self.norm1 = RMSNorm(dim, eps=1e-6)
-        self.attn = T5Attention(dim, dim_attn, num_heads)
+        self.attn = linears(False, q=inner, k=inner, v=inner, o=(dim_attn, dim))
         self.norm2 = RMSNorm(dim, eps=1e-6)
-        self.ffn = T5FeedForward(dim, dim_ffn)
+        gate = nn.Sequential(nn.Linear(dim, dim_ffn, bias=False), nn.GELU("tanh"))
+        self.ffn = nn.ModuleDict(
+            {"gate": gate, **linears(False, fc1=(dim, dim_ffn), fc2=(dim_ffn, dim))})
         self.pos_embedding = RelativeBias(num_buckets, num_heads, max_distance)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         bias = self.pos_embedding(x.shape[1])                                    # heads L L
         bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(x.dtype).min)  # B heads L L
-        x = x + self.attn(self.norm1(x), bias)
-        return x + self.ffn(self.norm2(x))
+        x = x + attend(self.attn, self.norm1(x), self.width, bias=bias)
+        y = self.norm2(x)
+        return x + self.ffn["fc2"](self.ffn["fc1"](y) * self.ffn["gate"](y))
 
 
 class UMT5Encoder(nn.Module):
@@ -410,8 +607,91 @@ class UMT5Encoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# The tokenizer
+# LLaMA-3 and CLIP: HunyuanVideo's text encoders. Both are causal: no padding on the right matters
 # ---------------------------------------------------------------------------------------------
+
+class LlamaBlock(nn.Module):
+    def __init__(self, dim: int, dim_ffn: int, num_heads: int, num_kv_heads: int, eps: float):
+        super().__init__()
+        self.width, wide = dim // num_heads, (dim, dim_ffn)
+        kv = (dim, num_kv_heads * self.width)
+        self.self_attn = linears(False, q_proj=(dim, dim), k_proj=kv, v_proj=kv, o_proj=(dim, dim))
+        self.mlp = linears(False, gate_proj=wide, up_proj=wide, down_proj=wide[::-1])
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, angle: Tensor) -> Tensor:
+        x = x + attend(self.self_attn, self.input_layernorm(x), self.width, angle)
+        y = self.post_attention_layernorm(x)
+        y = F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y)
+        return x + self.mlp["down_proj"](y)
+
+
+class Llama(nn.Module):
+    """The first 30 of LLaMA-3 8B's layers, without final norm; names as below its `model.`."""
+
+    def __init__(self, vocab_size=128320, dim=4096, dim_ffn=14336, num_layers=30, num_heads=32,
+                 num_kv_heads=8, theta=500000.0, eps=1e-5):
+        super().__init__()
+        pairs = dim // num_heads // 2
+        self.freq = [theta ** (-k / pairs) for k in range(pairs)]
+        self.embed_tokens = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(LlamaBlock(dim, dim_ffn, num_heads, num_kv_heads, eps)
+                                    for _ in range(num_layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """States [B, L, dim] of ids [B, L] int64; shorter rows padded on the right."""
+        where = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
+        angle = torch.outer(where, torch.tensor(self.freq, device=ids.device))  # L width/2
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, angle)
+        return x
+
+
+class CLIPBlock(nn.Module):
+    def __init__(self, dim: int, dim_ffn: int, num_heads: int):
+        super().__init__()
+        self.width, square = dim // num_heads, (dim, dim)
+        self.self_attn = linears(True, q_proj=square, k_proj=square, v_proj=square, out_proj=square)
+        self.mlp = linears(True, fc1=(dim, dim_ffn), fc2=(dim_ffn, dim))
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + attend(self.self_attn, self.layer_norm1(x), self.width)
+        y = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](y * torch.sigmoid(1.702 * y))  # CLIP's approximation of GELU
+
+
+class CLIPText(nn.Module):
+    """The text half of CLIP ViT-L/14, without projection; names as below its `text_model.`."""
+
+    def __init__(self, vocab_size=49408, dim=768, dim_ffn=3072, num_layers=12, num_heads=12,
+                 max_len=77):
+        super().__init__()
+        self.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(vocab_size, dim),
+                                         "position_embedding": nn.Embedding(max_len, dim)})
+        self.encoder = chain(layers=nn.Sequential(
+            *(CLIPBlock(dim, dim_ffn, num_heads) for _ in range(num_layers))))
+        self.final_layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """States [B, L, dim] of ids [B, L] int64; and pooled [B, dim], each row's state at its
+        largest id, the first <|endoftext|>."""
+        places = self.embeddings["position_embedding"].weight[:ids.shape[1]]
+        x = self.embeddings["token_embedding"](ids) + places
+        x = self.final_layer_norm(self.encoder(x))
+        return x, x[torch.arange(len(x), device=x.device), ids.argmax(1)]
+
+
+# ---------------------------------------------------------------------------------------------
+# The tokenizers
+# ---------------------------------------------------------------------------------------------
+
+def check_prompts(prompts: list[str]) -> None:
+    """Raises ValueError unless prompts is a list of at least one string."""
+    if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"want a list of at least one prompt; got {prompts!r:.80}")
+
 
 def clean(text: str) -> str:
     """Mends broken encodings and HTML entities, makes every run of whitespace one space (Wan)."""
@@ -477,8 +757,7 @@ class Tokenizer:
         A text of more than max_len - 1 pieces is cut, with a warning.
         Raises ValueError if texts is not a list of at least one string.
         """
-        if isinstance(texts, str) or not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"want a list of at least one prompt; got {texts!r:.80}")
+        check_prompts(texts)
         rows = []
         for text in texts:
             ids = self.pieces(clean(text))
@@ -491,6 +770,50 @@ class Tokenizer:
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.PAD)
         lengths = torch.tensor([len(row) for row in rows])
         return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+def clip_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    """CLIP's tokenizer of its older files: byte-pair encoding of lower-cased words (CLIP)."""
+    ends = start, end = "<|startoftext|>", "<|endoftext|>"
+    vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+    fast = tokenizers.Tokenizer(
+        models.BPE.from_file(vocab, merges, unk_token=end, end_of_word_suffix="</w>"))
+    fast.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    fast.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, "removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    fast.add_special_tokens(list(ends))
+    fast.post_processor = processors.TemplateProcessing(
+        f"{start} $A {end}", None, [(token, fast.token_to_id(token)) for token in ends])
+    return fast
+
+
+def read_tokenizer(folder: Path, rows: int, text: str, count: int) -> tokenizers.Tokenizer:
+    """The tokenizer of a folder's tokenizer.json, or of CLIP's vocab.json and merges.txt.
+
+    Raises FileNotFoundError if there is none, ValueError if it cannot be read, has more than `rows`
+    tokens or does not make `count` of `text`, and so is another model's.
+    """
+    file = folder / "tokenizer.json"
+    if not (file.is_file() or (folder / "vocab.json").is_file()):
+        raise FileNotFoundError(f"no tokenizer at {folder}: want tokenizer.json (or CLIP's "
+                                f"vocab.json and merges.txt) there; copy it from the checkpoint")
+    try:
+        fast = (tokenizers.Tokenizer.from_file(str(file)) if file.is_file()
+                else clip_tokenizer(folder))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"{folder} holds no tokenizer that can be read ({error}): copy it anew "
+                         f"from the checkpoint") from error
+    fast.no_padding()
+    fast.no_truncation()
+    size, got = fast.get_vocab_size(), len(fast.encode(text).ids)
+    if size > rows or got != count:
+        raise ValueError(f"{folder}: the tokenizer has {size} tokens and makes {got} of "
+                         f"{text[:40]!r}…; want at most the text encoder's {rows}, and {count}: "
+                         f"they belong to different models")
+    return fast
 
 
 # ---------------------------------------------------------------------------------------------
@@ -514,8 +837,7 @@ class TextEncoder:
         Prompts go one by one, so that a prompt's states do not depend on its company.
         Raises ValueError if prompts is not a list of at least one string.
         """
-        if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"want a list of at least one prompt; got {prompts!r:.80}")
+        check_prompts(prompts)
         device = self.encoder.token_embedding.weight.device
         conds = []
         for ids, mask in (self.tokenizer([prompt]) for prompt in prompts):
@@ -525,6 +847,78 @@ class TextEncoder:
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
         """cond {"text": fp32 [B, L, D]}; rows past a prompt's own length are zero."""
+        return collate(self.encode_each(prompts))
+
+
+# What the LLM reads around a prompt, and how many tokens of it come first, which the DiT does not
+# see. Sentences follow each other without a space. Source: HunyuanVideo.
+USER = ":<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+DESCRIBE = "<|start_header_id|>system<|end_header_id|>\n\nDescribe the "
+TEMPLATES = {
+    "video": (95, DESCRIBE + "video by detailing the following aspects: 1. The main content and "
+              "theme of the video.2. The color, shape, size, texture, quantity, text, and spatial "
+              "relationships of the objects.3. Actions, events, behaviors temporal relationships, "
+              "physical movement changes of the objects.4. background environment, light, style "
+              "and atmosphere.5. camera angles, movements, and transitions used in the video"
+              + USER),
+    "image": (36, DESCRIBE + "image by detailing the color, shape, size, texture, quantity, text, "
+              "spatial relationships of the objects and background" + USER)}
+
+
+class HunyuanText:
+    """Prompts to the text states and the pooled text that HunyuanVideo's DiT reads.
+
+    Args: the encoders; their tokenizers' folders; tokens that the DiT reads of a video's prompt;
+    image, whether prompts are of single frames: more of them fits, after a shorter template;
+    guidance, the embedded guidance scale, which the DiT reads beside the text.
+    Special tokens that a user types count as such, as in the official code.
+    """
+
+    def __init__(self, llm: Llama, clip: CLIPText, llm_folder: Path, clip_folder: Path,
+                 text_len: int = 256, image: bool = False, guidance: float = 6.016):
+        self.llm, self.clip, self.guidance = llm, clip, guidance
+        self.crop, self.template = TEMPLATES["image" if image else "video"]
+        places, words = (clip.embeddings[f"{name}_embedding"] for name in ("position", "token"))
+        self.llm_len, self.clip_len = text_len + TEMPLATES["video"][0], places.num_embeddings
+        self.llm_words = read_tokenizer(llm_folder, llm.embed_tokens.num_embeddings,
+                                        self.template.partition("{}")[0], self.crop)
+        self.clip_words = read_tokenizer(clip_folder, words.num_embeddings, "", 2)
+
+    def ids(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """The LLM's ids of a prompt in its template, and CLIP's of the prompt alone: int64 [L].
+
+        What does not fit the LLM is cut, with a warning. CLIP's row is cut silently and keeps its
+        end token: prompts are usually longer than CLIP reads, and the LLM reads them.
+        """
+        prompt = prompt.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8
+        ids = self.llm_words.encode(self.template.replace("{}", prompt.strip())).ids
+        lost, room = len(ids) - self.llm_len, self.llm_len - self.crop
+        if lost > 0:
+            warnings.warn(f"prompt {prompt[:40]!r}... has {room + lost} tokens; the text encoder "
+                          f"reads {room}: the last {lost} are lost", stacklevel=2)
+        *pooled, end = self.clip_words.encode(prompt).ids
+        return (torch.tensor(ids[:self.llm_len]),
+                torch.tensor(pooled[:self.clip_len - 1] + [end]))
+
+    @torch.no_grad()
+    def encode_each(self, prompts: list[str]) -> list[dict[str, Tensor]]:
+        """{"text": fp32 [S_i, D], "pooled": fp32 [D'], "guidance": fp32 []} of each prompt.
+
+        text: of the prompt and the template's end, without padding. Prompts go one by one and
+        errors are raised as in TextEncoder. Source: HunyuanVideo.
+        """
+        check_prompts(prompts)
+        device, conds = self.llm.embed_tokens.weight.device, []
+        for prompt in prompts:
+            ids, pooled = (row[None].to(device) for row in self.ids(prompt))
+            text = self.llm(ids)[0, self.crop:].float()
+            conds.append({"text": text, "pooled": self.clip(pooled)[1][0].float(),
+                          "guidance": torch.tensor(self.guidance, device=device)})
+        return conds
+
+    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
+        """A batch of them: "text" [B, S, D] with zeros past a prompt's end, "pooled" [B, D'],
+        "guidance" [B], and "mask" [B, S], 1 on tokens, if prompts differ in length."""
         return collate(self.encode_each(prompts))
 
 
@@ -565,6 +959,8 @@ def translated(path: Path, names: dict[str, str], fixed: dict) -> dict:
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path}: got a {type(config).__name__}; want a JSON object")
+    config = config.get("text_config") or config  # of a model that also sees
+    config = {**(config.get("rope_parameters") or {}), **config}  # as newer files have it
     for key, want in fixed.items():
         if config.get(key, want) != want:
             raise ValueError(f"{path}: {key} is {config[key]!r}; only {want!r} is implemented: "
@@ -596,11 +992,23 @@ def component(weights: str | Path, what: str, official: list[str], subfolder: st
     return path
 
 
-def load_vae(weights: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
+def below(tensors: dict, prefixes: tuple[str, ...], known: str) -> dict:
+    """What is below the first prefix that has a tensor `known`, named without it; else all."""
+    prefix = next((prefix for prefix in prefixes if prefix + known in tensors), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+            if name.startswith(prefix)}
+
+
+def load_vae(weights: str | Path, device="cpu", dtype=torch.float32,
+             family: str = "wan") -> WanVAE | HunyuanVAE:
     """The VAE of an official or diffusers weight folder, frozen, on `device` in `dtype`.
 
     Raises FileNotFoundError if the folder holds none, ValueError if it does not fit.
     """
+    if family == "hunyuan":
+        return load_hunyuan_vae(weights, device, dtype)
+    if family != "wan":
+        raise ValueError(f"family: got {family!r}; want wan or hunyuan")
     path = component(weights, "VAE", ["Wan2.1_VAE.safetensors", "Wan2.1_VAE.pth"], "vae")
     tensors = open_tensors(path)
     if path.is_file():
@@ -613,18 +1021,25 @@ def load_vae(weights: str | Path, device="cpu", dtype=torch.float32) -> WanVAE:
     return built(WanVAE, arguments, path, official_names(tensors, "vae"), dtype, device)
 
 
-def load_text(weights: str | Path, device="cpu", dtype=torch.bfloat16,
-              text_len: int = 512) -> TextEncoder:
-    """The text encoder and tokenizer of an official or diffusers weight folder, frozen.
+def load_text(weights: str | Path, device="cpu", dtype=torch.bfloat16, text_len: int | None = None,
+              family: str = "wan", image: bool = False,
+              guidance: float = 6.016) -> TextEncoder | HunyuanText:
+    """The text encoders and tokenizers of an official or diffusers weight folder, frozen.
 
-    text_len: tokens that the DiT reads. Raises FileNotFoundError if the folder lacks a file,
-    ValueError if one does not fit.
+    text_len: tokens that the DiT reads; None: as released, 512 (Wan) or 256 (HunyuanVideo).
+    image: whether prompts are of single frames, which HunyuanVideo tells its LLM; guidance: its
+    embedded guidance scale.
+    Raises FileNotFoundError if the folder lacks a file, ValueError if one does not fit.
     """
+    if family == "hunyuan":
+        return load_hunyuan_text(weights, device, dtype, text_len or 256, image, guidance)
+    if family != "wan":
+        raise ValueError(f"family: got {family!r}; want wan or hunyuan")
     path = component(weights, "text encoder", ["models_t5*.safetensors", "models_t5*.pth"],
                      "text_encoder")
     official = path.is_file()
     tokenizer = Tokenizer(Path(weights) / ("google/umt5-xxl" if official else "tokenizer"),
-                          text_len)
+                          text_len or 512)
     tensors = open_tensors(path)
     if official:
         arguments = official_config(path)
@@ -640,6 +1055,50 @@ def load_text(weights: str | Path, device="cpu", dtype=torch.bfloat16,
             arguments["dim_attn"] *= arguments["num_heads"]  # d_kv is the width of one head
         tensors = official_names(tensors, "text_encoder")
     return TextEncoder(built(UMT5Encoder, arguments, path, tensors, dtype, device), tokenizer)
+
+
+def load_hunyuan_vae(weights: str | Path, device, dtype) -> HunyuanVAE:
+    """HunyuanVideo's VAE, as load_vae; the official and the diffusers file have the same names."""
+    path = component(weights, "VAE", ["hunyuan-video-t2v-720p/vae"], "vae")
+    names = {"dims": "block_out_channels", "z_dim": "latent_channels", "groups": "norm_num_groups",
+             "num_res_blocks": "layers_per_block", "scaling": "scaling_factor",
+             "sample_size": "sample_size", "sample_tsize": "sample_tsize"}
+    fixed = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True,
+             "spatial_compression_ratio": 8, "time_compression_ratio": 4,
+             "temporal_compression_ratio": 4}
+    arguments = translated(path / "config.json", names, fixed)
+    tensors = below(open_tensors(path), ("vae.", ""), "encoder.conv_in.conv.weight")
+    return built(HunyuanVAE, arguments, path, tensors, dtype, device)
+
+
+def load_hunyuan_text(weights: str | Path, device, dtype, text_len, image,
+                      guidance) -> HunyuanText:
+    """The LLM, without what HunyuanVideo does not run of it, and CLIP's text half, as load_text."""
+    names = {"vocab_size": "vocab_size", "dim": "hidden_size", "dim_ffn": "intermediate_size",
+             "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    path = component(weights, "LLM", ["text_encoder"], "text_encoder")
+    more = {"num_kv_heads": "num_key_value_heads", "theta": "rope_theta", "eps": "rms_norm_eps"}
+    fixed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+             "mlp_bias": False, "rope_scaling": None, "rope_type": "default"}
+    sizes = translated(path / "config.json", names | more, fixed)
+    layers = sizes.get("num_layers", 32)
+    sizes["num_layers"] = layers - 2  # the states are taken before the last two
+    prefixes = ("model.", "language_model.model.", "model.language_model.", "")
+    unread = re.compile(rf"norm\.weight|layers\.({layers - 2}|{layers - 1})\..*|.*\.inv_freq")
+    tensors = below(open_tensors(path), prefixes, "embed_tokens.weight")
+    tensors = {name: t for name, t in tensors.items() if not unread.fullmatch(name)}
+    llm = built(Llama, sizes, path, tensors, dtype, device)
+
+    path = component(weights, "CLIP", ["text_encoder_2"], "text_encoder_2")
+    fixed = {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+    sizes = translated(path / "config.json", names | {"max_len": "max_position_embeddings"}, fixed)
+    tensors = below(open_tensors(path), ("text_model.", ""), "embeddings.token_embedding.weight")
+    tensors.pop("embeddings.position_ids", None)  # a buffer of older files
+    clip = built(CLIPText, sizes, path, tensors, dtype, device)
+    # diffusers keeps tokenizers in folders of their own, the official tree with the weights.
+    folders = [folder if folder.is_dir() else folder.with_name(f"text_encoder{number}")
+               for number in ("", "_2") for folder in [Path(weights) / f"tokenizer{number}"]]
+    return HunyuanText(llm, clip, *folders, text_len, image, guidance)
 
 
 # ---------------------------------------------------------------------------------------------

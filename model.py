@@ -835,7 +835,7 @@ PRESETS = {
     "wan-i2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40,
                              model_type="i2v", in_dim=36),
     "hunyuan-tiny": HunyuanConfig(dim=48, ffn_dim=192, num_heads=2, num_double=2, num_single=4,
-                                  text_dim=32, text_len=24, pooled_dim=16, rope_dims=(4, 10, 10)),
+                                  text_dim=32, text_len=24, pooled_dim=24, rope_dims=(4, 10, 10)),
     "hunyuan-t2v": HunyuanConfig(dim=3072, ffn_dim=12288, num_heads=24, num_double=20,
                                  num_single=40),
 }
@@ -1053,7 +1053,7 @@ def official_names(tensors: dict, component: str, reverse: bool = False) -> dict
             value = joined([half_of(value, True), half_of(value, False)])
         found.setdefault(target, []).append((i, value))
     return {name: joined([v for _, v in sorted(parts, key=lambda part: part[0])])
-            if len(parts) > 1 else parts[0][1] for name, parts in found.items()}
+            if fused and len(parts) > 1 else parts[-1][1] for name, parts in found.items()}
 
 
 def local_rows(p: Tensor) -> tuple[Tensor, slice | None]:

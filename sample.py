@@ -2,6 +2,7 @@
 
     python sample.py [CONFIG] --prompt "…" [--count 4] [--seed 7] [--teacher]
     torchrun --nproc-per-node 8 sample.py CONFIG --prompt_file prompts.txt
+    python sample.py CONFIG --random_weights [--teacher]       # how fast is it here? needs no files
 
 In:   the weight folder `weights` (text encoder, VAE, and the DiT with --teacher), and the student
       that distill.py wrote, <run>/student.safetensors.
@@ -19,9 +20,11 @@ whole networks and takes its part of the videos; with --sp N, N ranks share each
 import dataclasses
 import itertools
 import json
+import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +36,9 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from encoders import contact_sheet, load_text, load_vae, read_prompts, read_video, write_video
+from encoders import (
+    CLIPText, HunyuanVAE, Llama, UMT5Encoder, WanVAE, contact_sheet, load_text, load_vae,
+    read_prompts, read_video, write_video)
 from model import (
     Ranks, Shared, announce, build_dit, cli, collate, compute_dtype, field, fingerprint, generator,
     key_times, latent_shape, load_config, load_dit, load_module, official_names, open_tensors,
@@ -50,6 +55,8 @@ class Config(Shared):
     steps: int | None = field(None, "the teacher's steps, on its grid of so many; none: n")
     count: int = field(1, "videos a prompt, with seeds seed, seed + 1, …")
     batch: int = field(1, "videos denoised at once")
+    random_weights: bool = field(False, "networks of the preset's sizes, of noise: for their speed")
+    peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
 
@@ -64,6 +71,10 @@ def check_config(cfg: Config) -> None:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
     if cfg.teacher and cfg.student is not None:
         raise ValueError(f"got both --teacher and --student {cfg.student}: give one of them")
+    if cfg.random_weights and cfg.student is not None:
+        raise ValueError(f"got both --random_weights and --student {cfg.student}: give one of them")
+    if cfg.peak_tflops is not None and cfg.peak_tflops <= 0:
+        raise ValueError(f"peak_tflops: got {cfg.peak_tflops}; wanted more than 0")
 
 
 def wanted_prompts(cfg: Config) -> list[str]:
@@ -72,6 +83,8 @@ def wanted_prompts(cfg: Config) -> list[str]:
         return [cfg.prompt.strip()]
     if cfg.prompt_file is not None:
         return read_prompts(cfg.prompt_file)
+    if cfg.random_weights:
+        return ["random weights"]
     own = Path(cfg.weights) / "prompts_heldout.txt"
     hint = f", as --prompt_file {own}" if own.exists() else ""
     raise ValueError(f'prompt: got none; give --prompt "…" or --prompt_file FILE{hint}')
@@ -131,6 +144,8 @@ def sampling_times(cfg: Config) -> list[float]:
     """The times to walk, from 1 to 0; checks the student's file, so that errors come first."""
     if cfg.teacher:
         return time_grid(cfg.family, cfg.steps or cfg.n, cfg.shift).tolist()
+    if cfg.random_weights:
+        return key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     times = student_facts(student_path(cfg), cfg, foreign=cfg.student is not None)["t_key"]
     m = len(times) - 1
     if cfg.steps not in (None, m):
@@ -151,6 +166,49 @@ def load_teacher(cfg: Shared, device: torch.device) -> nn.Module:
     """The teacher's DiT, frozen, whole on this device."""
     dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device)
     return dit.requires_grad_(False)
+
+
+def random_network(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """What `make` builds, with its default initialisation, frozen, built where and as it runs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(compute_dtype(device))
+    try:
+        with torch.device(device):
+            return make().eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_cond(cfg: Shared, device: torch.device, watch: "Watch") -> dict:
+    """The conditioning of a full-length prompt of random tokens, by text encoders of noise.
+
+    They have the released sizes, or a DiT of few text channels' own.
+    """
+    sizes, small = sizes_of(cfg.preset), {}
+    if sizes.text_dim < 1024:
+        small = {"vocab_size": 256, "dim": sizes.text_dim, "dim_ffn": 64, "num_heads": 2,
+                 "num_layers": 2}
+
+    def timed(make: Callable[[], nn.Module], length: int, run: Callable) -> Tensor:
+        network = random_network(make, device)
+        ids = torch.randint(256, (1, length), generator=generator("ids", cfg.seed)).to(device)
+        watch.lap("load")
+        with torch.no_grad():
+            out = run(network, ids).float()[0]
+        watch.lap("text")
+        return out
+
+    if cfg.family == "wan":
+        attn = {"dim_attn": sizes.text_dim} if small else {}
+        return {"text": timed(lambda: UMT5Encoder(**small, **attn), sizes.text_len,
+                              lambda t5, ids: t5(ids, torch.ones_like(ids)))}
+    kv = {"num_kv_heads": 2} if small else {}
+    clip = {**small, "dim": sizes.pooled_dim} if small else {}
+    crop = 95  # of the template's tokens
+    return {"text": timed(lambda: Llama(**small, **kv), sizes.text_len + crop,
+                          lambda llm, ids: llm(ids)[:, crop:]),
+            "pooled": timed(lambda: CLIPText(**clip), 77, lambda clip, ids: clip(ids)[1]),
+            "guidance": torch.tensor(cfg.embedded_guidance, device=device)}
 
 
 # ---------------------------------------------------------------------------------- sampling
@@ -176,7 +234,8 @@ def encode_texts(cfg: Shared, prompts: list[str], device: torch.device,
 
     The text encoder is loaded for it and freed again; a repeated prompt is encoded once.
     """
-    text = load_text(cfg.weights, device, compute_dtype(device), sizes_of(cfg.preset).text_len)
+    text = load_text(cfg.weights, device, compute_dtype(device), sizes_of(cfg.preset).text_len,
+                     cfg.family, image=cfg.frames == 1, guidance=cfg.embedded_guidance)
     watch.lap("load")
     negative = [] if cfg.cfg_scale == 1 else [cfg.negative_prompt]
     different = list(dict.fromkeys(prompts + negative))
@@ -217,11 +276,19 @@ def sample(cfg: Config, jobs: list[tuple[int, str, int]], times: list[float], wh
     Returns {"seconds": by phase, "videos": a record of each, "peak_bytes"}.
     """
     watch, device = Watch(ranks.device), ranks.device
-    conds, uncond = encode_texts(cfg, [prompt for _, prompt, _ in jobs], device, watch)
+    if cfg.random_weights:
+        torch.manual_seed(cfg.seed)
+        cond = random_cond(cfg, device, watch)
+        conds, uncond = [cond] * len(jobs), None if cfg.cfg_scale == 1 else cond
+        dit = random_network(lambda: build_dit(cfg.preset), device)
+        vae = random_network(WanVAE if cfg.family == "wan" else HunyuanVAE, device)
+    else:
+        conds, uncond = encode_texts(cfg, [prompt for _, prompt, _ in jobs], device, watch)
+        dit = (load_teacher(cfg, device) if cfg.teacher else
+               load_student(cfg, student_path(cfg), device))
+        vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     uncond = uncond if cfg.teacher else None  # guidance is built into a student
-    dit = load_teacher(cfg, device) if cfg.teacher else load_student(cfg, student_path(cfg), device)
     dit.sp = ranks.sp_group
-    vae = load_vae(cfg.weights, device, compute_dtype(device))
     watch.lap("load")
     records = []
     bar = tqdm(total=len(jobs) * (len(times) - 1), desc=who, unit="step", mininterval=1,
@@ -267,8 +334,21 @@ def thumbnail(video: Tensor, height: int = 256) -> Tensor:
     return F.avg_pool2d(video.transpose(0, 1), factor).transpose(0, 1)
 
 
-def timing_table(results: list[dict]) -> str:
-    """Seconds by phase as text: in all (of the slowest rank) and for each video."""
+def work(cfg: Config, records: list[dict], ranks: Ranks) -> dict:
+    """Tokens, TFLOP of one evaluation, seconds of one, and the part of the peak that they reach."""
+    with torch.device("meta"):
+        dit = build_dit(cfg.preset)
+    tokens = math.prod(dit.token_grid(*latent_shape(cfg.frames, cfg.height, cfg.width)[1:]))
+    tflop, count = dit.flops(tokens) / 1e12, sum(v["evaluations"] for v in records)
+    each = sum(sum(v["seconds"]["steps"]) for v in records) / count
+    facts = {"tokens": tokens, "tflop_an_evaluation": tflop, "seconds_an_evaluation": each}
+    if cfg.peak_tflops is not None:
+        facts["mfu"] = tflop / each / cfg.peak_tflops / ranks.sp
+    return facts
+
+
+def timing_table(results: list[dict], facts: dict) -> str:
+    """Seconds by phase as text: in all (of the slowest rank) and for each video; the DiT's work."""
     videos = [record for result in results for record in result["videos"]]
     slowest = max(results, key=lambda result: sum(result["seconds"].values()))
     steps = len(videos[0]["seconds"]["steps"])
@@ -280,6 +360,9 @@ def timing_table(results: list[dict]) -> str:
     peak = max(result["peak_bytes"] for result in results) / 2 ** 30
     lines.append(f"{len(videos)} videos, {videos[0]['evaluations']} evaluations a video, "
                  f"{step:.3f} s a step, peak memory {peak:.2f} GiB a process")
+    mfu = f", {facts['mfu']:.1%} of the peak" if "mfu" in facts else ""
+    lines.append(f"{facts['tokens']} tokens, {facts['tflop_an_evaluation']:.4g} TFLOP and "
+                 f"{facts['seconds_an_evaluation']:.3f} s an evaluation{mfu}")
     return "\n".join(lines)
 
 
@@ -293,7 +376,7 @@ def write_report(cfg: Config, who: str, facts: dict, out: Path, results: list[di
     ranks = [{"seconds": r["seconds"], "peak_bytes": r["peak_bytes"]} for r in results]
     write_json(out / f"{who}.json",
                {**facts, "videos": videos, "ranks": ranks, "config": dataclasses.asdict(cfg)})
-    print(timing_table(results))
+    print(timing_table(results, facts))
     shown = f"{videos[0]['file']} … {videos[-1]['file']}" if len(videos) > 1 else videos[0]["file"]
     print(f"look at {out / f'{who}.png'} (contact sheet), {out / f'{who}.json'} (seconds), "
           f"and the videos {out}/{shown}")
@@ -306,6 +389,7 @@ def main(argv: list[str] | None = None) -> None:
             for i, prompt in enumerate(wanted_prompts(cfg)) for j in range(cfg.count)]
     times = sampling_times(cfg)
     who = f"{'teacher' if cfg.teacher else 'student'}{len(times) - 1}"
+    who = f"random_{who}" if cfg.random_weights else who
     ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
     announce(cfg, "samples", ranks)
     out = Path(cfg.out or Path(cfg.run) / "samples")
@@ -314,8 +398,10 @@ def main(argv: list[str] | None = None) -> None:
     own = sample(cfg, mine, times, who, out, ranks) if mine else None
     dist.all_gather_object(results, own if ranks.leads else None)
     if ranks.rank == 0:
-        facts = {"who": who, "times": times, "device": device_name(ranks.device)}
-        write_report(cfg, who, facts, out, [result for result in results if result is not None])
+        done = [result for result in results if result is not None]
+        facts = {"who": who, "times": times, "device": device_name(ranks.device),
+                 **work(cfg, [video for result in done for video in result["videos"]], ranks)}
+        write_report(cfg, who, facts, out, done)
 
 
 if __name__ == "__main__":

@@ -404,14 +404,15 @@ def generate(cfg: Config, prompts: list[str], folder: Path, manifest: dict, want
     films = {i for i in wanted[:max(cfg.videos - cfg.start, 0)]
              if ranks.leads and not (folder / f"videos/{i:06d}.mp4").exists()}
     if films:
-        vae = load_vae(cfg.weights, ranks.device, dtype)
+        vae = load_vae(cfg.weights, ranks.device, dtype, cfg.family)
         for i in sorted(films.difference(todo))[ranks.team::ranks.teams]:
             decode_video(cfg, folder, manifest, vae, i)
     if not mine:
         return
     dit = load_dit(cfg.weights, cfg.preset, dtype, ranks.device).requires_grad_(False)
     dit.sp = ranks.sp_group
-    text, uncond = load_text(cfg.weights, ranks.device, dtype, dit.cfg.text_len), None
+    text, uncond = load_text(cfg.weights, ranks.device, dtype, dit.cfg.text_len, cfg.family,
+                             image=cfg.frames == 1, guidance=cfg.embedded_guidance), None
     if cfg.cfg_scale != 1:
         uncond = collate(text.encode_each([cfg.negative_prompt]) * cfg.batch)
 

@@ -131,6 +131,12 @@ def make_heads(cfg: Config, dim: int) -> nn.ModuleList:
     return heads
 
 
+def tap_blocks(cfg: Config, depth: int) -> list[int]:
+    """The teacher's block whose features H_k reads, by k, of `depth` blocks. D7."""
+    data = math.ceil(depth * 2 / 3) - 1 if cfg.tap_data is None else cfg.tap_data
+    return [data] + [depth - 1 if cfg.tap is None else cfg.tap] * (len(cfg.key) - 2)
+
+
 def traj_loss(student: nn.Module, x_key: dict[int, Tensor], t_key: list[float], k: int,
               cond: dict) -> Tensor:
     """Mean squared error between s_β(l_{t'_{k+1}}) and the slope to l_{t'_k}. Eq. 6."""
@@ -426,10 +432,7 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> Nets:
     opts = {"traj": adamw(cfg, student), "heads": adamw(cfg, heads)}
     if cfg.updates == "separate":
         opts["adv"] = adamw(cfg, student)
-    depth = len(teacher.blocks)
-    last = depth - 1 if cfg.tap is None else cfg.tap                                         # D7
-    data = math.ceil(depth * 2 / 3) - 1 if cfg.tap_data is None else cfg.tap_data            # D7
-    return Nets(student, teacher, heads, opts, t_key, [data] + [last] * (m - 1),
+    return Nets(student, teacher, heads, opts, t_key, tap_blocks(cfg, len(teacher.blocks)),
                 [deque() for _ in range(m + 1)])
 
 

@@ -79,12 +79,12 @@ def check_config(cfg: Config) -> None:
 
 def wanted_prompts(cfg: Config) -> list[str]:
     """The prompt of --prompt, or else those of prompt_file; ValueError if there is neither."""
+    if cfg.random_weights:  # which read none
+        return ["random weights"]
     if cfg.prompt.strip():
         return [cfg.prompt.strip()]
     if cfg.prompt_file is not None:
         return read_prompts(cfg.prompt_file)
-    if cfg.random_weights:
-        return ["random weights"]
     own = Path(cfg.weights) / "prompts_heldout.txt"
     hint = f", as --prompt_file {own}" if own.exists() else ""
     raise ValueError(f'prompt: got none; give --prompt "…" or --prompt_file FILE{hint}')

@@ -178,7 +178,7 @@ def crc32(value: Tensor | dict) -> str:
     if isinstance(value, dict):
         return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
     kind = f"{value.dtype}{list(value.shape)}".encode()
-    return f"{zlib.crc32(value.contiguous().view(torch.uint8).numpy(), zlib.crc32(kind)):08x}"
+    return f"{zlib.crc32(value.flatten().view(torch.uint8).numpy(), zlib.crc32(kind)):08x}"
 
 
 def shorten(c: Tensor) -> Tensor:

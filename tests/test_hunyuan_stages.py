@@ -1,0 +1,129 @@
+"""A tiny HunyuanVideo from an official folder on disk through all stages, which know no family."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_hunyuan_encoders import (
+    llm_rows, make_clip_tokenizer, make_llm_tokenizer, make_official, peer_clip, peer_llm, peer_vae)
+from transformers import LlamaForCausalLM
+
+import model
+from encoders import load_text, read_video
+from model import generator
+
+PROMPTS = ["a red circle moves left", "the children run on the beach", "a circle"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config of preset hunyuan-tiny over random weights in HunyuanVideo's own folder layout."""
+    root = tmp_path_factory.mktemp("hunyuan")
+    make_llm_tokenizer(root / "tokenizers/llm")
+    clip = make_clip_tokenizer(root / "saved")
+    clip.save_pretrained(root / "tokenizers/clip")
+    llm = peer_llm(llm_rows(root / "tokenizers"), LlamaForCausalLM)
+    make_official(root / "ckpts", root / "tokenizers", peer_vae(), llm, peer_clip(len(clip)))
+    dit, draw = model.build_dit("hunyuan-tiny"), generator("teacher")
+    with torch.no_grad():
+        for name, p in dit.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * 0.5 * p.shape[-1] ** -0.5)
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1)
+    place = root / "ckpts" / model.OFFICIAL_DITS[0]
+    place.parent.mkdir(parents=True)
+    torch.save({"module": dit.state_dict()}, place)
+    (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    values = {"family": "hunyuan", "preset": "hunyuan-tiny", "weights": str(root / "ckpts"),
+              "run": str(root / "run"), "height": 32, "width": 48, "frames": 5, "n": 6,
+              "shift": 7.0, "key": [0, 2, 4, 6], "device": "cpu",
+              "synvid": {"prompts": str(root / "prompts.txt"), "count": 6, "batch": 3, "videos": 1},
+              "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
+                          "lr": 1e-3, "head_dim": 8, "eval_every": 1}}
+    path = root / "hunyuan.yaml"
+    path.write_text(json.dumps(values))  # YAML holds JSON
+    return path, root
+
+
+@pytest.fixture(scope="module")
+def distilled(config, run_stage):
+    path, root = config
+    run_stage("synvid", path)
+    run_stage("distill", path)
+    return path, root
+
+
+def test_trajectories_hold_what_the_encoders_made_and_follow_the_teacher(distilled):
+    _, root = distilled
+    text = load_text(root / "ckpts", dtype=torch.float32, text_len=24, family="hunyuan")
+    dit = model.load_dit(root / "ckpts", "hunyuan-tiny")
+    times = model.time_grid("hunyuan", 6, 7.0).tolist()
+    for i in (0, 4):
+        with safe_open(root / f"run/synvid/000/{i:06d}.safetensors", "pt") as f:
+            stored = {name: f.get_tensor(name) for name in f.keys()}
+        (cond,) = text.encode_each([PROMPTS[i % 3]])
+        assert stored.keys() == {"x", "cond.text", "cond.pooled", "cond.guidance"}
+        assert torch.allclose(stored["cond.text"].float(), cond["text"], atol=1e-4)
+        assert stored["cond.guidance"].item() == pytest.approx(6.016)
+        x = torch.randn(16, 2, 4, 6, generator=generator("synvid", 0, i, PROMPTS[i % 3]))
+        walked = list(model.walk(dit, x[None], times, model.collate([cond])))
+        for row, step in zip(stored["x"], (2, 4, 6), strict=True):
+            error = (row.float() - walked[step - 1][0]).abs().max() / walked[step - 1].abs().max()
+            assert error < 2e-3  # fp16 on disk
+
+
+def test_both_losses_train_the_student_with_taps_at_the_last_and_the_two_thirds_block(distilled):
+    _, root = distilled
+    lines = [json.loads(x) for x in (root / "run/distill/log.jsonl").read_text().splitlines()]
+    assert [x["k"] for x in lines] == [2, 1, 0, 2]
+    assert all(x["loss_traj"] > 0 and x["grad_head"] > 0 for x in lines)
+    assert lines[3]["grad_adv"] > 0  # a head's verdict is flat until its first update
+    student = load_file(root / "run/student.safetensors")
+    teacher = torch.load(root / "ckpts" / model.OFFICIAL_DITS[0], weights_only=True)["module"]
+    assert student.keys() == teacher.keys()
+    moved = [name for name in teacher if not torch.equal(student[name], teacher[name])]
+    assert len(moved) > 0.9 * len(teacher)
+    with safe_open(root / "run/student.safetensors", "pt") as f:
+        facts = json.loads(f.metadata()["accvideo"])
+    assert facts["family"] == "hunyuan" and facts["embedded_guidance"] == 6.016
+
+
+def test_default_taps_of_60_blocks_are_the_paper_s_60th_and_40th():
+    import distill
+    with torch.device("meta"):
+        depth = len(model.build_dit("hunyuan-t2v").blocks)
+    cfg = model.load_config(distill.Config, "distill", ["configs/hunyuan-t2v-544p.yaml"])
+    assert depth == 60 and (cfg.tap, cfg.tap_data) == (59, 39)
+    assert distill.tap_blocks(distill.Config(key=cfg.key), depth) == [39, 59, 59, 59, 59]
+
+
+def test_the_student_and_the_teacher_sample_videos(distilled, run_stage):
+    path, root = distilled
+    for who, options in (("student3", ()), ("teacher6", ("--teacher",))):
+        run_stage("sample", path, "--prompt", PROMPTS[0], *options)
+        video = read_video(root / f"run/samples/{who}_0000_seed0.mp4")
+        assert video.shape == (3, 5, 32, 48) and video.std() > 0
+        report = json.loads((root / f"run/samples/{who}.json").read_text())
+        assert report["tokens"] == 2 * 2 * 3
+
+
+def test_accvideo_s_released_file_samples_as_a_student(distilled, run_stage):
+    path, root = distilled
+    (root / "accvideo-t2v-5-steps").mkdir()
+    file = root / "accvideo-t2v-5-steps/diffusion_pytorch_model.pt"
+    torch.save({"module": load_file(root / "run/student.safetensors")}, file)
+    run_stage("sample", path, "--prompt", PROMPTS[0], "--student", file, "--out", root / "foreign")
+    own, foreign = (root / f"{out}/student3_0000_seed0.mp4" for out in ("run/samples", "foreign"))
+    assert own.read_bytes() == foreign.read_bytes()
+
+
+def test_two_ranks_that_share_tokens_make_the_trajectories_of_one(distilled, run_stage, tmp_path):
+    path, root = distilled
+    run_stage("synvid", path, f"run={tmp_path}", "sp=2", "count=3", ranks=2)
+    for i in range(3):
+        one, two = (load_file(p / f"synvid/000/{i:06d}.safetensors")
+                    for p in (root / "run", tmp_path))
+        assert one.keys() == two.keys() and torch.equal(one["cond.text"], two["cond.text"])
+        assert (one["x"].float() - two["x"].float()).abs().max() < 2e-3 * one["x"].abs().max()

@@ -46,11 +46,11 @@ from tqdm import tqdm
 
 import synvid
 from monitor import Log, append_log, draw_panels, memory_plan, read_log
+from config import Shared, announce, cli, field, load_config, names_config
 from model import (
-    Ranks, Shared, announce, cli, collate, compute_dtype, euler_step, field,
-    fingerprint, generator, latest_checkpoint, load_checkpoint, load_config, load_dit,
-    names_config, official_names, save_checkpoint, save_tensors, setup_distributed, sizes_of,
-    velocity, walk, write_text)
+    Ranks, collate, compute_dtype, euler_step, fingerprint, generator, latest_checkpoint,
+    load_checkpoint, load_dit, official_names, save_checkpoint, save_tensors, setup_distributed,
+    sizes_of, velocity, walk, write_text)
 
 
 @dataclass

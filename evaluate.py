@@ -39,9 +39,9 @@ from tqdm import tqdm
 import clips as world
 from encoders import (
     contact_sheet, label_strip, load_vae, read_prompts, side_by_side, write_video)
+from config import Shared, announce, cli, field, load_config
 from model import (
-    ROOT, Shared, announce, cli, compute_dtype, field, generator, load_config, pick_device,
-    replace_file, time_grid, write_json, write_text)
+    ROOT, compute_dtype, generator, pick_device, replace_file, time_grid, write_json, write_text)
 from sample import (
     Watch, denoise, device_name, draw_noise, encode_texts, load_student, load_teacher,
     student_facts, thumbnail)

@@ -88,7 +88,7 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
                 ax.plot(*zip(*points, strict=True), style, lw=1, color=f"C{i % colours}",
                         label=label)
         ax.set(title=title, xlabel=x, yscale="linear" if title.startswith(linear) else "log")
-        if ax.has_data():
+        if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8)
     replace_file(path, lambda aside: fig.savefig(aside, dpi=90, format="png"))
     plt.close(fig)

@@ -39,10 +39,11 @@ from tqdm import tqdm
 from encoders import (
     CLIPText, HunyuanVAE, Llama, UMT5Encoder, WanVAE, contact_sheet, load_text, load_vae,
     read_prompts, read_video, write_video)
+from config import Shared, announce, cli, field, load_config
 from model import (
-    Ranks, Shared, announce, build_dit, cli, collate, compute_dtype, field, fingerprint, generator,
-    key_times, latent_shape, load_config, load_dit, load_module, official_names, open_tensors,
-    setup_distributed, sizes_of, time_grid, walk, write_json)
+    Ranks, build_dit, collate, compute_dtype, fingerprint, generator, key_times, latent_shape,
+    load_dit, load_module, official_names, open_tensors, setup_distributed, sizes_of, time_grid,
+    walk, write_json)
 
 
 @dataclass

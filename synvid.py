@@ -43,29 +43,10 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from config import Shared, announce, cli, field, load_config, rate
 from model import (
-    Ranks,
-    Shared,
-    announce,
-    cli,
-    collate,
-    compute_dtype,
-    field,
-    fingerprint,
-    generator,
-    key_times,
-    latent_shape,
-    load_config,
-    load_dit,
-    rate,
-    read_json,
-    replace_file,
-    setup_distributed,
-    sizes_of,
-    time_grid,
-    walk,
-    write_json,
-)
+    Ranks, collate, compute_dtype, fingerprint, generator, key_times, latent_shape, load_dit,
+    read_json, replace_file, setup_distributed, sizes_of, time_grid, walk, write_json)
 
 # encoders.py is imported where trajectories are made: the trainer reads SynVid without it.
 

@@ -40,7 +40,8 @@ import model
 from clips import (
     ATTRIBUTES, COMBINATIONS, WORDINGS, agreement, caption, caption_attributes, high_frequency,
     make_captions, make_clips, psnr)
-from model import Shared, field, generator
+from config import Shared, announce, cli, field, load_config
+from model import generator
 from monitor import draw_panels
 
 # ------------------------------------------------------------------------------------ Config
@@ -517,11 +518,11 @@ def check(cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = model.load_config(Config, "teacher", argv, __doc__)
+    cfg = load_config(Config, "teacher", argv, __doc__)
     check(cfg)
     out = Path(cfg.out or folder(cfg) / "weights")
     torch.set_num_threads(cfg.threads)
-    model.announce(cfg, "teacher")
+    announce(cfg, "teacher")
     text = train_text(cfg, out)
     vae = train_vae(cfg, out)
     train_dit(cfg, out, vae, text)
@@ -545,4 +546,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    model.cli(main)
+    cli(main)

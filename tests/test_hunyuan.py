@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import model
+from config import Shared, load_config
 from model import PRESETS, HunyuanConfig, build_dit, generator, load_dit
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -299,5 +300,5 @@ def test_a_preset_of_other_sizes_than_config_json_is_an_error(tmp_path):
 
 def test_a_preset_of_the_other_family_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="'hunyuan-t2v' is of family hunyuan, got family 'wan'"):
-        model.load_config(model.Shared, "sample", ["preset=hunyuan-t2v"])
+        load_config(Shared, "sample", ["preset=hunyuan-t2v"])
     assert all(sizes.family in model.FAMILIES for sizes in PRESETS.values())

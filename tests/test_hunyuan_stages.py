@@ -11,6 +11,7 @@ from test_hunyuan_encoders import (
 from transformers import LlamaForCausalLM
 
 import model
+from config import load_config
 from encoders import load_text, read_video
 from model import generator
 
@@ -94,7 +95,7 @@ def test_default_taps_of_60_blocks_are_the_paper_s_60th_and_40th():
     import distill
     with torch.device("meta"):
         depth = len(model.build_dit("hunyuan-t2v").blocks)
-    cfg = model.load_config(distill.Config, "distill", ["configs/hunyuan-t2v-544p.yaml"])
+    cfg = load_config(distill.Config, "distill", ["configs/hunyuan-t2v-544p.yaml"])
     assert depth == 60 and (cfg.tap, cfg.tap_data) == (59, 39)
     assert distill.tap_blocks(distill.Config(key=cfg.key), depth) == [39, 59, 59, 59, 59]
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import model
-from model import WanConfig, build_dit, field, generator, load_dit
+from config import Shared, STAGES, announce, cli, field, load_config
+from model import WanConfig, build_dit, generator, load_dit
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MICRO = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=3, text_dim=12, text_len=8)
@@ -852,7 +853,7 @@ def test_latent_sizes_follow_the_video_and_others_are_errors_with_the_nearest():
 # ------------------------------------------------------------------------------------- config
 
 @dataclass
-class Config(model.Shared):
+class Config(Shared):
     lr: float = field(5e-6, "learning rate")
     steps: int = field(10, "iterations")
     heads: str = field("shared", "heads")
@@ -864,7 +865,7 @@ class Config(model.Shared):
 
 def config(tmp_path: Path, text: str, *argv: str) -> Config:
     (tmp_path / "c.yaml").write_text(text)
-    return model.load_config(Config, "distill", [str(tmp_path / "c.yaml"), *argv], "Doc.")
+    return load_config(Config, "distill", [str(tmp_path / "c.yaml"), *argv], "Doc.")
 
 
 def test_a_config_is_its_defaults_its_file_and_its_command_line_in_this_order(tmp_path):
@@ -926,12 +927,12 @@ def test_a_wrong_command_line_is_an_error_that_names_the_option(tmp_path, argv, 
 
 def test_a_config_file_that_does_not_exist_is_named():
     with pytest.raises(FileNotFoundError, match="configs/tinny.yaml: no such config"):
-        model.load_config(Config, "distill", ["configs/tinny.yaml"])
+        load_config(Config, "distill", ["configs/tinny.yaml"])
 
 
 def test_help_lists_every_field_with_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as e:
-        model.load_config(Config, "distill", ["--help"], "What it does.")
+        load_config(Config, "distill", ["--help"], "What it does.")
     said = capsys.readouterr().out
     assert e.value.code == 0 and "What it does." in said and "python distill.py" in said
     for f in dataclasses.fields(Config):
@@ -941,7 +942,7 @@ def test_help_lists_every_field_with_default_and_meaning(capsys):
 
 def test_the_resolved_config_is_printed_and_saved_with_the_run(tmp_path, capsys):
     cfg = config(tmp_path, "", "--run", str(tmp_path / "run"), "--negative-prompt", "模糊")
-    folder = model.announce(cfg, "distill")
+    folder = announce(cfg, "distill")
     assert "lr=5e-06" in capsys.readouterr().out and folder == tmp_path / "run/distill"
     saved = (folder / "config.yaml").read_text(encoding="utf-8")
     assert "negative_prompt: 模糊" in saved and config(tmp_path, "distill:\n" + "".join(
@@ -952,15 +953,15 @@ def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
     def main():
         raise ValueError("runs/x: wrong")
     with pytest.raises(SystemExit) as e:
-        model.cli(main)
+        cli(main)
     assert e.value.code == 1 and capsys.readouterr().err == "error: runs/x: wrong\n"
 
 
-STAGES = [s for s in model.STAGES if (model.ROOT / f"{s}.py").exists()]
+STAGES = [s for s in STAGES if (model.ROOT / f"{s}.py").exists()]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("path", sorted(model.ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads_in_every_stage(path, stage):
-    cfg = model.load_config(importlib.import_module(stage).Config, stage, [str(path)])
+    cfg = load_config(importlib.import_module(stage).Config, stage, [str(path)])
     assert cfg.preset in model.PRESETS

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 import sample
 from encoders import read_prompts, read_video
+from config import Shared
 from model import (
-    Ranks, Shared, build_dit, dit_tensors, fingerprint, generator, key_times, load_dit,
-    official_names, save_tensors, time_grid)
+    Ranks, build_dit, dit_tensors, fingerprint, generator, key_times, load_dit, official_names,
+    save_tensors, time_grid)
 
 N, KEY = 4, [0, 1, 4]  # a short grid, with uneven key timesteps
 

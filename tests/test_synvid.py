@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 import model
+from config import load_config
 import synvid
 from model import collate, euler_step, load_dit, time_grid, velocity
 from synvid import SynVid, initial_noise, place
@@ -28,7 +29,7 @@ def generate(config: Path, *args) -> Path:
 
 
 def config_of(config: Path, *args) -> synvid.Config:
-    return model.load_config(synvid.Config, "synvid", [str(config), *map(str, args)])
+    return load_config(synvid.Config, "synvid", [str(config), *map(str, args)])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

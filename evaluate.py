@@ -37,8 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import clips as world
-from encoders import (
-    contact_sheet, label_strip, load_vae, read_prompts, side_by_side, write_video)
+from encoders import load_vae
+from video import contact_sheet, label_strip, read_prompts, side_by_side, write_video
 from config import Shared, announce, cli, field, load_config
 from model import (
     ROOT, compute_dtype, generator, pick_device, replace_file, time_grid, write_json, write_text)

@@ -36,9 +36,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from encoders import (
-    CLIPText, HunyuanVAE, Llama, UMT5Encoder, WanVAE, contact_sheet, load_text, load_vae,
-    read_prompts, read_video, write_video)
+from encoders import CLIPText, HunyuanVAE, Llama, UMT5Encoder, WanVAE, load_text, load_vae
+from video import contact_sheet, read_prompts, read_video, write_video
 from config import Shared, announce, cli, field, load_config
 from model import (
     Ranks, build_dit, collate, compute_dtype, fingerprint, generator, key_times, latent_shape,

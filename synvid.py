@@ -343,7 +343,7 @@ def plan(cfg: Config, folder: Path, wanted: range, manifest: dict,
 
 def decode_video(cfg: Config, folder: Path, manifest: dict, vae: nn.Module, i: int) -> None:
     """Decode trajectory i, as it is stored, to videos/NNNNNN.mp4."""
-    from encoders import write_video
+    from video import write_video
 
     x, _, _ = read_trajectory(folder, manifest, i, [manifest["n"]])
     with torch.no_grad():
@@ -428,7 +428,7 @@ def generate(cfg: Config, prompts: list[str], folder: Path, manifest: dict, want
 
 def main(argv: list[str] | None = None) -> None:
     """Make what is missing of this job's trajectories; a rank returns when its own are made."""
-    from encoders import read_prompts
+    from video import read_prompts
 
     cfg = load_config(Config, "synvid", argv, __doc__)
     prompts = read_prompts(cfg.prompts)

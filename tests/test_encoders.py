@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
 import encoders
 from encoders import TextEncoder, Tokenizer, UMT5Encoder, WanVAE, load_text, load_vae
 from model import official_names, save_tensors
+from video import contact_sheet, read_prompts, read_video, side_by_side, to_uint8, write_video
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -560,12 +562,12 @@ def moving_square(frames: int = 9, height: int = 48, width: int = 48) -> Tensor:
 @pytest.mark.parametrize("suffix,floor", [(".mp4", 36), (".gif", 30)])  # dB; GIF has 256 colours
 def test_a_video_file_reads_back_as_it_was_written_with_the_same_bytes(tmp_path, suffix, floor):
     video, path = moving_square(), tmp_path / f"deep/er/clip{suffix}"
-    encoders.write_video(path, video, fps=8)
+    write_video(path, video, fps=8)
     first = path.read_bytes()
-    encoders.write_video(path, torch.from_numpy(encoders.to_uint8(video)), fps=8)
+    write_video(path, torch.from_numpy(to_uint8(video)), fps=8)
     assert path.read_bytes() == first
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    back = encoders.read_video(path)
+    back = read_video(path)
     assert back.shape == video.shape and back.abs().max() <= 1
     assert -10 * torch.log10((back - video).square().mean() / 4) > floor
     assert (back.mean((1, 2, 3)) - video.mean((1, 2, 3))).abs().max() < 0.02  # no shift of colour
@@ -574,22 +576,22 @@ def test_a_video_file_reads_back_as_it_was_written_with_the_same_bytes(tmp_path,
 def test_uint8_frames_survive_the_way_to_floats_and_back():
     frames = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     video = torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
-    assert np.array_equal(encoders.to_uint8(video), frames)
+    assert np.array_equal(to_uint8(video), frames)
 
 
 def test_odd_sizes_are_padded_not_rescaled(tmp_path):
     video = moving_square(3, 31, 45)
-    encoders.write_video(tmp_path / "odd.mp4", video, fps=16)
-    back = encoders.read_video(tmp_path / "odd.mp4")
+    write_video(tmp_path / "odd.mp4", video, fps=16)
+    back = read_video(tmp_path / "odd.mp4")
     assert back.shape == (3, 3, 32, 46)
     assert (back[:, :, :31, :45] - video).abs().mean() < 0.06
-    encoders.write_video(tmp_path / "odd.gif", video, fps=16)
-    assert encoders.read_video(tmp_path / "odd.gif").shape == (3, 3, 31, 45)
+    write_video(tmp_path / "odd.gif", video, fps=16)
+    assert read_video(tmp_path / "odd.gif").shape == (3, 3, 31, 45)
 
 
 def test_a_single_frame_is_a_video(tmp_path):
-    encoders.write_video(tmp_path / "one.mp4", moving_square(1), fps=16)
-    assert encoders.read_video(tmp_path / "one.mp4").shape == (3, 1, 48, 48)
+    write_video(tmp_path / "one.mp4", moving_square(1), fps=16)
+    assert read_video(tmp_path / "one.mp4").shape == (3, 1, 48, 48)
 
 
 @pytest.mark.parametrize("video,name,fps,words", [
@@ -600,7 +602,7 @@ def test_a_single_frame_is_a_video(tmp_path):
     (torch.zeros(3, 1, 8, 8), "a.mp4", 0, ["fps=0"])])
 def test_write_video_names_what_is_wrong_and_writes_nothing(tmp_path, video, name, fps, words):
     with pytest.raises(ValueError) as caught:
-        encoders.write_video(tmp_path / name, video, fps)
+        write_video(tmp_path / name, video, fps)
     assert all(word in str(caught.value) for word in words), caught.value
     assert not list(tmp_path.iterdir())
 
@@ -608,46 +610,46 @@ def test_write_video_names_what_is_wrong_and_writes_nothing(tmp_path, video, nam
 def test_a_video_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     (tmp_path / "clip.mp4").mkdir()  # the place is taken, for root as well
     with pytest.raises(ValueError, match="clip.mp4: cannot be written"):
-        encoders.write_video(tmp_path / "clip.mp4", moving_square(1), fps=8)
+        write_video(tmp_path / "clip.mp4", moving_square(1), fps=8)
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
 
 
 def test_corrupt_and_missing_video_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no video file .*none.mp4"):
-        encoders.read_video(tmp_path / "none.mp4")
-    encoders.write_video(tmp_path / "whole.mp4", moving_square(), fps=8)
+        read_video(tmp_path / "none.mp4")
+    write_video(tmp_path / "whole.mp4", moving_square(), fps=8)
     whole = (tmp_path / "whole.mp4").read_bytes()
     for name, content in (("empty", b""), ("cut", whole[:len(whole) // 2]), ("text", b"hello\n")):
         (tmp_path / f"{name}.mp4").write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}.mp4 cannot be read as a video"):
-            encoders.read_video(tmp_path / f"{name}.mp4")
+            read_video(tmp_path / f"{name}.mp4")
 
 
 def test_a_contact_sheet_is_a_png_with_a_row_a_video_and_the_same_bytes(tmp_path):
     rows = [("teacher, 50 steps $x_", moving_square()), ("student", moving_square(5, 24, 48))]
     for name in ("a.png", "b.png"):
-        encoders.contact_sheet(tmp_path / name, rows, columns=5, title="a $title")
+        contact_sheet(tmp_path / name, rows, columns=5, title="a $title")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    picture = np.asarray(encoders.Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
     red = ((picture - [255, 0, 0]) == 0).all(-1)  # the square, once a frame shown
     columns = np.flatnonzero(np.diff(red.any(0).astype(int)) == 1)
     assert len(columns) >= 5
     with pytest.raises(ValueError, match="0 videos"):
-        encoders.contact_sheet(tmp_path / "c.png", [])
+        contact_sheet(tmp_path / "c.png", [])
 
 
 def test_side_by_side_enlarges_by_whole_pixels_and_labels_each_video():
     video = moving_square(4)
-    out = encoders.side_by_side([video, video.flip(1)], ["teacher@50 " * 9, "student@5"], scale=3)
-    frames = encoders.to_uint8(video)
+    out = side_by_side([video, video.flip(1)], ["teacher@50 " * 9, "student@5"], scale=3)
+    frames = to_uint8(video)
     assert out.dtype == np.uint8 and out.shape[0] == 4
     bar = out.shape[1] - 3 * 48
     assert np.array_equal(out[:, bar::3, :144:3], frames)
     assert np.array_equal(out[:, bar + 2::3, -144::3], frames[::-1])
     assert out[0, :bar, :144].min() < 100 and out[0, :bar, -144:].min() < 100  # the labels
-    assert encoders.side_by_side([video], ["x"]).shape[1] - bar == 192
+    assert side_by_side([video], ["x"]).shape[1] - bar == 192
     with pytest.raises(ValueError, match="one label a video and one shape"):
-        encoders.side_by_side([video, video[:, :2]], ["a", "b"])
+        side_by_side([video, video[:, :2]], ["a", "b"])
 
 
 # ---------------------------------------------------------------------------------- prompt files
@@ -655,16 +657,16 @@ def test_side_by_side_enlarges_by_whole_pixels_and_labels_each_video():
 def test_a_prompt_file_has_one_prompt_a_line_and_blank_lines_do_not_count(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeff a red circle \r\n\n--seed 3\n一只猫\u2028走\n".encode())
-    assert encoders.read_prompts(path) == ["a red circle", "--seed 3", "一只猫\u2028走"]
+    assert read_prompts(path) == ["a red circle", "--seed 3", "一只猫\u2028走"]
 
 
 def test_missing_empty_and_non_utf8_prompt_files_are_named(tmp_path):
     path = tmp_path / "prompts.txt"
     with pytest.raises(FileNotFoundError, match="prompts.txt: no such prompt file"):
-        encoders.read_prompts(path)
+        read_prompts(path)
     path.write_bytes(b" \n\n")
     with pytest.raises(ValueError, match="prompts.txt: got an empty prompt file"):
-        encoders.read_prompts(path)
+        read_prompts(path)
     path.write_bytes(b"good\ncaf\xe9 noir\n")
     with pytest.raises(ValueError, match="prompts.txt: line 2 is not UTF-8 .* byte 4"):
-        encoders.read_prompts(path)
+        read_prompts(path)

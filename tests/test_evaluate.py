@@ -9,7 +9,7 @@ from torch import Tensor
 
 import clips as world
 import evaluate
-from encoders import read_video
+from video import read_video
 from evaluate import (
     distances, endpoint_error, energy_distance, gates, jackknife, mean_error, mean_row,
     projections, set_distances, sliced_wasserstein)

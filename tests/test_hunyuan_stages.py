@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 import model
 from config import load_config
-from encoders import load_text, read_video
+from encoders import load_text
+from video import read_video
 from model import generator
 
 PROMPTS = ["a red circle moves left", "the children run on the beach", "a circle"]

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 import sample
-from encoders import read_prompts, read_video
+from video import read_prompts, read_video
 from config import Shared
 from model import (
     Ranks, build_dit, dit_tensors, fingerprint, generator, key_times, load_dit, official_names,

@@ -1,0 +1,199 @@
+"""Files that people look at or write: videos, pictures of videos, prompts.
+
+Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3].
+"""
+
+import re
+import subprocess
+import textwrap
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from model import replace_file
+
+# ---------------------------------------------------------------------------------------------
+# Video files, and pictures of videos
+# ---------------------------------------------------------------------------------------------
+
+def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
+    """uint8 frames [T, H, W, 3] of a video: float [3, T, H, W] in [-1, 1], clipped, or such frames.
+
+    Values are rounded, so that frames read from a file come out as they were.
+    Raises ValueError on another shape, an empty video or non-finite values.
+    """
+    video = torch.as_tensor(video)
+    frames = video.dtype == torch.uint8
+    if video.ndim != 4 or video.shape[-1 if frames else 0] != 3 or 0 in video.shape:
+        raise ValueError(f"got a {video.dtype} video of shape {list(video.shape)}; want float "
+                         f"[3, T, H, W] or uint8 [T, H, W, 3], nothing empty")
+    if not frames:
+        if not torch.isfinite(video).all():
+            raise ValueError("the video holds NaN or infinite values: the network or its weights "
+                             "overflowed; try dtype float32")
+        video = ((video.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+        video = video.permute(1, 2, 3, 0)
+    return np.ascontiguousarray(video.cpu().numpy())
+
+
+def ffmpeg(arguments: list[str], data: bytes = b"") -> bytes:
+    """Standard output of imageio's ffmpeg, fed `data`. Raises OSError with its first complaint."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-y", *arguments]
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    if done.returncode:
+        complaint = re.sub(r"\[[^]]*\] *", "", done.stderr.decode(errors="replace")).strip()
+        raise OSError((complaint or "no reason given").splitlines()[0])
+    return done.stdout
+
+
+def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float) -> None:
+    """Writes a video as .mp4 (H.264) or .gif, looping; the same frames give the same bytes.
+
+    video: float [3, T, H, W] in [-1, 1] or uint8 [T, H, W, 3]. An odd height or width of an .mp4
+    grows by one repeated row or column, since 4:2:0 colour needs even sizes.
+    Raises ValueError on a bad video, fps or suffix, or if the file cannot be written.
+    """
+    path, frames = Path(path), to_uint8(video)
+    if path.suffix not in (".mp4", ".gif"):
+        raise ValueError(f"{path}: got suffix {path.suffix!r}; videos are written as .mp4 or .gif")
+    if not fps > 0:
+        raise ValueError(f"{path}: got fps={fps}; want a positive number")
+    if path.suffix == ".mp4":
+        odd = [(0, n % 2) for n in frames.shape[1:3]]
+        frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
+        # One thread and bitexact: bytes that do not depend on the machine's cores.
+        # The BT.709 conversion is done and said, so that every player shows the same colours.
+        encode = ["-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd",
+                  "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709",
+                  "-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p", "-threads", "1",
+                  "-movflags", "+faststart"]
+    else:
+        encode = ["-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none", "-loop", "0"]
+    T, H, W, _ = frames.shape
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{W}x{H}", "-r", str(fps), "-i", "-"]
+    flags = ["-fflags", "+bitexact", "-flags:v", "+bitexact"]
+    replace_file(path, lambda aside: ffmpeg([*source, *encode, *flags, f"file:{aside}"],
+                                            frames.tobytes()))
+
+
+def read_video(path: str | Path) -> Tensor:
+    """All frames of a video file, float [3, T, H, W] in [-1, 1].
+
+    Raises FileNotFoundError if there is none, ValueError if it is corrupt or holds no frame.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no video file {path}")
+    try:
+        data = ffmpeg(["-protocol_whitelist", "file,pipe", "-err_detect", "explode",
+                       "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough",
+                       "-f", "image2pipe", "-c:v", "ppm", "-"])
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a video ({error}): make it anew, or convert it "
+                         f"to H.264 .mp4") from error
+    if not data:
+        raise ValueError(f"{path} holds no video frames: make it anew")
+    header = data[:data.index(b"\n255\n") + 5]  # "P6\nW H\n255\n" before each frame
+    W, H = map(int, header.split()[1:3])
+    frames = np.frombuffer(data, np.uint8).reshape(-1, len(header) + H * W * 3)
+    frames = torch.from_numpy(frames[:, len(header):].reshape(-1, H, W, 3).copy())
+    return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int = 9,
+                  title: str | None = None) -> None:
+    """Writes a PNG with one row a video: its label, then frames from first to last.
+
+    rows: (label, video as write_video takes it). columns: frames shown of each video at most.
+    Raises ValueError if there are no rows or a video is bad.
+    """
+    from matplotlib.figure import Figure  # half a second that only those who draw should pay
+
+    if not rows or columns < 1:
+        raise ValueError(f"{path}: got {len(rows)} videos and columns={columns}; want at least one")
+    videos = [to_uint8(video) for _, video in rows]
+    columns = min(columns, max(map(len, videos)))
+    tall = sum(max(video.shape[1] / video.shape[2], 0.4) for video in videos)
+    figure = Figure((2 + 1.1 * columns, 0.6 + 1.15 * tall), dpi=160, layout="constrained")  # inches
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for (label, _), video, line in zip(rows, videos, grid, strict=True):
+        shown = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
+        line[0].set_ylabel(textwrap.fill(label, 26, max_lines=6), rotation=0, ha="right",
+                           va="center", fontsize=9, parse_math=False)
+        for axes in line:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        for axes, t in zip(line, shown, strict=False):  # a short video leaves places free
+            axes.imshow(video[t], interpolation="nearest")
+            axes.set_title(f"frame {t}", fontsize=7, pad=2)
+    if title:
+        figure.suptitle(title, fontsize=11, weight="bold", parse_math=False)
+    replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
+
+
+def side_by_side(videos: list[Tensor], labels: list[str], scale: int | None = None) -> np.ndarray:
+    """One video of several, uint8 [T, H, W, 3], each under its label, left to right.
+
+    videos: of one shape, as write_video takes them. scale: integer enlargement, nearest
+    neighbour; None: the least that makes frames 192 pixels high.
+    Raises ValueError if shapes or counts differ.
+    """
+    frames = [to_uint8(video) for video in videos]
+    shapes = [list(f.shape) for f in frames]
+    if not frames or len(labels) != len(frames) or any(s != shapes[0] for s in shapes):
+        raise ValueError(f"side_by_side: got {len(labels)} labels for videos of shapes {shapes}; "
+                         f"want one label a video and one shape")
+    scale = scale or max(1, -(-192 // shapes[0][1]))
+    gap, bar = 4, 22                                                              # pixels
+    cells = []
+    for video, text in zip(frames, labels, strict=True):
+        video = video.repeat(scale, axis=1).repeat(scale, axis=2)                 # T H W 3
+        strip = np.broadcast_to(label_strip(text, video.shape[2], bar), (len(video), bar,
+                                                                        video.shape[2], 3))
+        cell = np.concatenate([strip, video], axis=1)                             # T bar+H W 3
+        cells.append(np.pad(cell, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255))
+    return np.concatenate(cells, axis=2)[:, :, :-gap]
+
+
+def label_strip(text: str, width: int, height: int) -> np.ndarray:
+    """uint8 [height, width, 3]: text in black on white, smaller and then cut if it must be."""
+    strip = Image.new("RGB", (width, height), "white")
+    text, room = " ".join(text.split()), width - 4
+    for size in (14, 13, 12, 11, 10, 9):
+        font = ImageFont.load_default(size)
+        if font.getlength(text) <= room:
+            break
+    while text and font.getlength(text) > room:
+        text = text.rstrip("…")[:-1] + "…" if len(text) > 2 else ""
+    ImageDraw.Draw(strip).text((2, height // 2), text, "black", font, anchor="lm")
+    return np.asarray(strip)
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompt files
+# ---------------------------------------------------------------------------------------------
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a UTF-8 text file, one a line; blank lines and outer spaces are ignored.
+
+    Only line feeds end a line, so that a prompt may hold any other character.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not UTF-8 (naming the
+    line) or holds no prompt.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such prompt file; want one prompt a line, in UTF-8")
+    prompts = []
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            prompts.append(line.decode("utf-8").strip())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason} at its byte "
+                             f"{error.start + 1}): save the file as UTF-8") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError(f"{path}: got an empty prompt file; want one prompt a line")
+    return prompts

@@ -1,6 +1,9 @@
 """A tiny HunyuanVideo from an official folder on disk through all stages, which know no family."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +132,22 @@ def test_two_ranks_that_share_tokens_make_the_trajectories_of_one(distilled, run
                     for p in (root / "run", tmp_path))
         assert one.keys() == two.keys() and torch.equal(one["cond.text"], two["cond.text"])
         assert (one["x"].float() - two["x"].float()).abs().max() < 2e-3 * one["x"].abs().max()
+
+
+@pytest.mark.parametrize("family", ["hunyuan", "wan"])
+def test_every_stage_runs_in_bf16_as_it_does_on_a_gpu(config, make_config, family, tmp_path):
+    path = config[0] if family == "hunyuan" else make_config(
+        synvid={"count": 6, "batch": 3}, distill={"iterations": 3, "batch": 2, "micro_batch": 2,
+                                                  "held_out": 2, "lr": 1e-3})
+    worker = Path(__file__).with_name("bf16_stage.py")
+    run = tmp_path / "bf16"
+    for stage, *options in (("synvid",), ("distill",), ("sample", "--prompt", PROMPTS[0])):
+        done = subprocess.run([sys.executable, str(worker), stage, str(path), *options,
+                               "--run", str(run)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    with safe_open(run / "synvid/000/000000.safetensors", "pt") as f:
+        assert f.get_tensor("cond.text").dtype == torch.bfloat16  # the encoder ran in bf16
+    student = load_file(run / "student.safetensors")
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in student.values())
+    lines = [json.loads(x) for x in (run / "distill/log.jsonl").read_text().splitlines()]
+    assert all(x["loss_traj"] > 0 for x in lines) and len(list(run.glob("samples/*.mp4"))) == 1

@@ -1,0 +1,16 @@
+"""A stage with the arithmetic of a GPU, on the CPU: python bf16_stage.py STAGE ARGUMENTS…"""
+
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import model
+
+model.compute_dtype = lambda device: torch.bfloat16  # before a stage takes it from there
+
+if __name__ == "__main__":
+    importlib.import_module(sys.argv[1]).main(sys.argv[2:])

@@ -33,6 +33,7 @@ from model import (
     official_names,
     open_tensors,
     read_json,
+    reshaped,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -681,6 +682,80 @@ class CLIPText(nn.Module):
 # The tokenizers
 # ---------------------------------------------------------------------------------------------
 
+# ---------------------------------------------------------------------------------------------
+# CLIP ViT-H: what Wan's image-to-video DiT sees of the first frame
+# ---------------------------------------------------------------------------------------------
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, dim: int, dim_ffn: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.ModuleDict({"to_qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.Sequential(nn.Linear(dim, dim_ffn), nn.GELU(), nn.Linear(dim_ffn, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.attn["to_qkv"](self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                       # B N L d each
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)     # B L D
+        x = x + self.attn["proj"](y)
+        return x + self.mlp(self.norm2(x))
+
+
+class CLIPVision(nn.Module):
+    """The first 31 of 32 layers of CLIP ViT-H/14's image tower; names as below its `visual.`."""
+
+    def __init__(self, dim=1280, dim_ffn=5120, num_layers=31, num_heads=16, patch=14, size=224):
+        super().__init__()
+        self.size = size
+        self.patch_embedding = nn.Conv2d(3, dim, patch, patch, bias=False)
+        self.cls_embedding = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embedding = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+        self.pre_norm = nn.LayerNorm(dim)
+        self.transformer = nn.Sequential(*(VisionBlock(dim, dim_ffn, num_heads)
+                                           for _ in range(num_layers)))
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, size, size] of images [B, 3, h, w] in [-1, 1], fp32."""
+        x = F.interpolate(image.float(), (self.size, self.size), mode="bicubic")
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        return (x * 0.5 + 0.5 - mean) / std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Tokens [B, 257, dim], the class token first, of normalised pixels. Source: Wan 2.1."""
+        x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
+        x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        return self.transformer(self.pre_norm(x + self.pos_embedding))
+
+
+@torch.no_grad()
+def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision, frames: int, height: int,
+               width: int) -> dict[str, Tensor]:
+    """What a first frame adds to a prompt's cond: {"image" [257, D], "frames" [20, T, H, W]}.
+
+    Args: image [3, h, w] in [-1, 1], of any size; the video's frames (4n + 1), height and width in
+    pixels. "frames" are 4 mask channels (1 in the first latent frame) and the normalised latents of
+    the image followed by grey frames. Source: Wan 2.1.
+    """
+    first = F.interpolate(image[None].float(), (height, width), mode="bicubic")
+    video = torch.cat([first.unsqueeze(2), first.new_zeros(1, 3, frames - 1, height, width)], 2)
+    latents = vae.encode(video)[0]                                               # 16 T H W
+    mask = latents.new_zeros(4, *latents.shape[1:])
+    mask[:, 0] = 1
+    return {"image": clip(clip.pixels(image[None]))[0].float(),
+            "frames": torch.cat([mask, latents])}
+
+
+def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
+    """Height and width of about `area` pixels, multiples of 16, in an image's shape. Wan 2.1."""
+    sides = math.isqrt(area * height // width), math.isqrt(area * width // height)  # exact
+    h, w = (max(side // 16 * 16, 16) for side in sides)
+    return h, w
+
+
 def check_prompts(prompts: list[str]) -> None:
     """Raises ValueError unless prompts is a list of at least one string."""
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
@@ -1049,6 +1124,38 @@ def load_text(weights: str | Path, device="cpu", dtype=torch.bfloat16, text_len:
             arguments["dim_attn"] *= arguments["num_heads"]  # d_kv is the width of one head
         tensors = official_names(tensors, "text_encoder")
     return TextEncoder(built(UMT5Encoder, arguments, path, tensors, dtype, device), tokenizer)
+
+
+def load_image_encoder(weights: str | Path, device="cpu", dtype=torch.float32) -> CLIPVision:
+    """CLIP's image tower of an official or diffusers image-to-video folder, frozen, as load_vae.
+
+    The text tower, the last layer and the projection are never read.
+    """
+    path = component(weights, "image encoder", ["models_clip*.safetensors", "models_clip*.pth"],
+                     "image_encoder")
+    tensors = open_tensors(path)
+    if path.is_file():
+        arguments = official_config(path)
+        layers = arguments.pop("num_layers", 32)
+    else:
+        names = {"dim": "hidden_size", "dim_ffn": "intermediate_size", "patch": "patch_size",
+                 "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+                 "size": "image_size"}
+        arguments = translated(path / "config.json", names, {
+            "model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5})
+        layers = arguments.pop("num_layers", 32)
+        known = ("vision_model.", "visual_projection.")  # newer files leave the first away
+        tensors = {n if n.startswith(known) else f"vision_model.{n}": t for n, t in tensors.items()}
+        tensors = official_names(tensors, "image_encoder")
+        for name in ("visual.cls_embedding", "visual.pos_embedding"):
+            if name in tensors:
+                tensors[name] = reshaped(tensors[name], (1, *[1] * ("cls" in name),
+                                                         *tensors[name].shape))
+    unread = re.compile(rf"head|post_norm\..*|transformer\.{layers - 1}\..*|embeddings\..*")
+    tensors = {n.removeprefix("visual."): t for n, t in tensors.items() if n.startswith("visual.")}
+    tensors = {name: t for name, t in tensors.items() if not unread.fullmatch(name)}
+    arguments["num_layers"] = layers - 1  # the features are taken before the last
+    return built(CLIPVision, arguments, path, tensors, dtype, device)
 
 
 def load_hunyuan_vae(weights: str | Path, device, dtype) -> HunyuanVAE:

@@ -1024,19 +1024,29 @@ def half_of(tensor: LazyTensor, second: bool) -> LazyTensor:
     return LazyTensor((half, *tensor.shape[1:]), tensor.dtype, tensor.file, read)
 
 
+def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """A small tensor in another shape; it is read whole."""
+    def read(rows: slice | None = None) -> Tensor:
+        whole = tensor.read().reshape(shape)
+        return whole[rows] if rows else whole
+
+    return LazyTensor(shape, tensor.dtype, tensor.file, read)
+
+
 HUNYUAN_MARKS = {"context_embedder.proj_in.weight", "txt_in.input_embedder.weight"}
 
 
 def official_names(tensors: dict, component: str, reverse: bool = False) -> dict:
     """Rename diffusers or transformers tensors to official names (reverse: the other way).
 
-    Args: component, "transformer", "vae" or "text_encoder". A name without a rule is kept, as
-    official names are, so that strict loading can name it. HunyuanVideo's diffusers layout also has
+    Args: component, "transformer", "vae", "text_encoder" or "image_encoder". A name without a rule
+    is kept, as official names are, so that strict loading can name it. Some diffusers layouts have
     q, k, v (and the MLP's input) apart, in the order of its rules, and [scale, shift] for [shift,
     scale] in the last layer: forward takes lazy tensors, reverse takes plain ones.
     """
-    fused = component == "transformer" and bool(HUNYUAN_MARKS & tensors.keys())
-    rules, found = name_rules("hunyuan" if fused else "wan", component, reverse), {}
+    hunyuan = component == "transformer" and bool(HUNYUAN_MARKS & tensors.keys())
+    fused = hunyuan or component == "image_encoder"
+    rules, found = name_rules("hunyuan" if hunyuan else "wan", component, reverse), {}
     for name, value in tensors.items():
         hits = [(i, match.expand(template)) for i, (pattern, template) in enumerate(rules)
                 if (match := pattern.fullmatch(name))]

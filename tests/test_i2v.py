@@ -1,4 +1,4 @@
-"""Image-to-video: the DiT's image path against the official numbers and against diffusers."""
+"""Image-to-video: DiT, image encoder and conditioning against the official numbers and peers."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import model
+from encoders import CLIPVision, WanVAE, fit_size, image_cond, load_image_encoder
 from model import WanConfig, build_dit, generator
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -119,3 +120,131 @@ def test_full_size_names_and_shapes_equal_the_published_checkpoints():
     assert {name: list(p.shape) for name, p in dit.state_dict().items()} == official
     assert model.official_names(diffusers, "transformer") == official
     assert model.official_names(official, "transformer", reverse=True) == diffusers
+
+
+# ------------------------------------------------------------- image encoder and conditioning
+
+CLIP = safe_open(FIXTURES / "wan_clip.safetensors", "pt")
+PIPELINE = safe_open(FIXTURES / "wan_i2v_pipeline.safetensors", "pt")
+
+
+def fixture_weights(name: str, prefix: str = "") -> dict:
+    tensors = model.open_tensors(FIXTURES / f"{name}.safetensors")
+    start = f"weight.{prefix}"
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+@pytest.fixture(scope="module")
+def clip() -> CLIPVision:
+    """The fixture's image tower without its last layer, with the official weights."""
+    c = json.loads(CLIP.metadata()["config"])
+    net = CLIPVision(c["vision_dim"], c["vision_dim"] * c["vision_mlp_ratio"],
+                     c["vision_layers"] - 1, c["vision_heads"], c["patch_size"], c["image_size"])
+    last = f"transformer.{c['vision_layers'] - 1}."
+    weights = {n: t for n, t in fixture_weights("wan_clip", "visual.").items()
+               if n != "head" and not n.startswith(("post_norm", last))}
+    return model.load_module(net, weights, "fixture").requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    c = json.loads(safe_open(FIXTURES / "wan_vae.safetensors", "pt").metadata()["config"])
+    names = {"dim": "dim", "z_dim": "z_dim", "dim_mult": "dim_mult",
+             "num_res_blocks": "num_res_blocks", "temporal_down": "temperal_downsample"}
+    net = WanVAE(**{ours: c[theirs] for ours, theirs in names.items() if theirs in c})
+    return model.load_module(net, fixture_weights("wan_vae"), "fixture").requires_grad_(False)
+
+
+def test_image_features_equal_the_official_tower(clip):
+    near(clip(CLIP.get_tensor("in.a.pixels")), CLIP.get_tensor("out.a.hidden"))
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_images_of_any_shape_are_resized_and_normalised_as_officially(clip, i):
+    pixels = clip.pixels(CLIP.get_tensor(f"in.pre{i}.image")[None])
+    near(pixels, CLIP.get_tensor(f"out.pre{i}.pixels"))
+    near(clip(pixels), CLIP.get_tensor(f"out.pre{i}.hidden"))
+
+
+CASES_I2V = json.loads(PIPELINE.metadata()["notes"])["cases"]
+
+
+@pytest.mark.parametrize("case", CASES_I2V, ids=lambda case: case["name"])
+def test_conditioning_of_an_image_equals_the_official_pipeline_s(clip, vae, case):
+    image = PIPELINE.get_tensor(f"in.{case['name']}.image").permute(2, 0, 1) / 127.5 - 1
+    height, width = fit_size(*case["image_hw"], case["max_area"])
+    cond = image_cond(image, vae, clip, case["frames"], height, width)
+    near(cond["frames"], PIPELINE.get_tensor(f"out.{case['name']}.y"))
+    near(cond["image"], PIPELINE.get_tensor(f"out.{case['name']}.clip_fea")[0])
+
+
+def test_few_step_sampling_from_an_image_equals_the_official_pipeline(official, clip, vae):
+    case = next(case for case in CASES_I2V if case["name"] == "few_euler")
+    image = PIPELINE.get_tensor("in.few_euler.image").permute(2, 0, 1) / 127.5 - 1
+    height, width = fit_size(*case["image_hw"], case["max_area"])
+    cond = {"text": PIPELINE.get_tensor("in.context"),
+            **image_cond(image, vae, clip, case["frames"], height, width)}
+    times = model.key_times("wan", case["steps"], case["shift"], list(range(0, 41, 4)))
+    noise = PIPELINE.get_tensor("in.few_euler.noise")[None]
+    *_, x = model.walk(official, noise, times, model.collate([cond]))
+    near(x[0], PIPELINE.get_tensor("out.few_euler.latent"), 2e-4)
+    near(vae.decode(x)[0], PIPELINE.get_tensor("out.few_euler.video"), 2e-4)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_any_number_of_frames_is_conditioned_on_the_first_alone(clip, vae, frames):
+    image = torch.rand(3, 20, 30, generator=generator("image")) * 2 - 1
+    cond = image_cond(image, vae, clip, frames, 32, 48)
+    mask, latents = cond["frames"].split([4, 16])
+    assert latents.shape == (16, 1 + (frames - 1) // 4, 4, 6)
+    assert mask[:, 0].eq(1).all() and not mask[:, 1:].any()
+    near(latents[:, :1], image_cond(image, vae, clip, 1, 32, 48)["frames"][4:])
+
+
+@pytest.mark.parametrize("height, width, area, want", [
+    (720, 1280, 480 * 832, (464, 832)), (1280, 720, 480 * 832, (832, 464)),
+    (480, 832, 480 * 832, (480, 832)), (1000, 1000, 480 * 832, (624, 624)),
+    (9, 4000, 512, (16, 464))])
+def test_a_size_keeps_the_image_s_shape_within_the_area(height, width, area, want):
+    assert fit_size(height, width, area) == want
+
+
+def test_our_image_tower_equals_transformers_and_loads_both_layouts(clip, tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    torch.manual_seed(3)
+    theirs = CLIPVisionModel(CLIPVisionConfig(
+        hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        image_size=32, patch_size=8, hidden_act="gelu", projection_dim=16)).eval()
+    theirs.save_pretrained(tmp_path / "diffusers/image_encoder")
+    ours = load_image_encoder(tmp_path / "diffusers")
+    pixels = torch.randn(2, 3, 32, 32, generator=generator("pixels"))
+    with torch.no_grad():
+        near(ours(pixels), theirs(pixels, output_hidden_states=True).hidden_states[-2])
+    state = {f"visual.{name}": p for name, p in ours.state_dict().items()}
+    state |= {"visual.head": torch.zeros(32, 16), "log_scale": torch.zeros(()),
+              "visual.transformer.2.norm1.weight": torch.zeros(32),
+              "textual.token_embedding.weight": torch.zeros(4, 4)}
+    config = {"dim": 32, "dim_ffn": 128, "num_layers": 3, "num_heads": 4, "patch": 8, "size": 32}
+    (tmp_path / "official").mkdir()
+    model.save_tensors(tmp_path / "official/models_clip_tiny.safetensors", state,
+                       {"config": json.dumps(config)})
+    assert torch.equal(load_image_encoder(tmp_path / "official")(pixels), ours(pixels))
+    with pytest.raises(FileNotFoundError, match="holds no image encoder: want models_clip"):
+        load_image_encoder(FIXTURES)
+
+
+def test_full_size_image_tower_has_the_published_names_and_shapes():
+    keys, theirs = (json.loads((FIXTURES / f"keys/wan_clip_vit_h{s}.json").read_text())["keys"]
+                    for s in ("", "_diffusers"))
+    with torch.device("meta"):
+        ours = CLIPVision()
+    want = {name.removeprefix("visual."): shape for name, shape in keys.items()
+            if name.startswith("visual.") and "transformer.31." not in name
+            and not name.startswith(("visual.post_norm", "visual.head"))}
+    assert {name: list(p.shape) for name, p in ours.state_dict().items()} == want
+    lazy = {name: model.LazyTensor(tuple(shape), torch.float32, Path("x"), None)
+            for name, shape in theirs.items()}
+    renamed = {name.removeprefix("visual."): list(t.shape) for name, t in
+               model.official_names(lazy, "image_encoder").items() if name.startswith("visual.")}
+    for name, shape in want.items():  # the two embeddings lack leading ones
+        assert [1] * (len(shape) - len(renamed[name])) + renamed[name] == shape

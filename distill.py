@@ -45,12 +45,13 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import synvid
-from monitor import Log, append_log, draw_panels, memory_plan, read_log
+from monitor import (
+    Log, append_log, draw_curves, held_out_errors, memory_plan, read_log, step_flops)
 from config import Shared, announce, cli, field, load_config, names_config
 from model import (
     Ranks, collate, compute_dtype, euler_step, fingerprint, generator, latest_checkpoint,
     load_checkpoint, load_dit, official_names, save_checkpoint, save_tensors, setup_distributed,
-    sizes_of, velocity, walk, write_text)
+    sizes_of, velocity, write_text)
 
 
 @dataclass
@@ -358,55 +359,6 @@ def update_heads(cfg: Config, nets: Nets, step: int, log: Log) -> None:
     log.lap("optimizer")
 
 
-# -------------------------------------------------------------------- held-out trajectories
-
-def relative_error(x: Tensor, y: Tensor) -> Tensor:
-    """‖x − y‖² / ‖y‖² of every sample: [B]."""
-    return (x - y).flatten(1).square().sum(1) / y.flatten(1).square().sum(1)
-
-
-@torch.no_grad()
-def held_out_errors(cfg: Config, dit: nn.Module, loader: Loader, ranks: Ranks) -> dict:
-    """How far a network at the key timesteps is from held-out trajectories of the teacher.
-
-    Returns endpoint, ‖its m-step result − l_0‖² / ‖l_0‖² from the stored noise, and velocity, that
-    ratio of the slope of Eq. 6 by k; means over the held-out trajectories of all ranks.
-    """
-    t_key, size = loader.data.t_key, cfg.micro_batch
-    m = len(t_key) - 1
-    sums = torch.zeros(m + 2, device=ranks.device)
-    for start in range(0, cfg.held_out, size * ranks.teams):  # every rank runs as many forwards
-        rows = [start + ranks.team * size + j for j in range(size)]
-        real = torch.tensor([float(r < cfg.held_out) for r in rows], device=ranks.device)
-        b = loader.batch([loader.count + min(r, cfg.held_out - 1) for r in rows], rows,
-                         list(range(m + 1)))
-        *_, x = walk(dit, b.x_key[m], t_key[::-1], b.cond)
-        errors = [relative_error(x, b.x_key[0])]
-        for k in range(m):
-            slope = (b.x_key[k] - b.x_key[k + 1]) / (t_key[k] - t_key[k + 1])
-            v = velocity(dit, b.x_key[k + 1], t_key[k + 1], b.cond)
-            errors.append(relative_error(v, slope))
-        sums += torch.cat([(torch.stack(errors) * real).sum(1), real.sum()[None]])
-    dist.all_reduce(sums)
-    endpoint, *by_k = (sums[:-1] / sums[-1]).tolist()
-    return {"endpoint": endpoint, "velocity": by_k}
-
-
-def draw_curves(path: Path, lines: list[dict], m: int) -> None:
-    """Losses, head accuracy, gradient norms and held-out error from the log, as one PNG."""
-    by_k = [(f"k={k}", [x for x in lines if x["k"] == k]) for k in range(m)]
-    norms = [(f"grad_{name}", name, lines, "-") for name in ("traj", "adv", "sum", "head")]
-    draw_panels(path, {
-        "L_traj (Eq. 6)": [("loss_traj", label, own, "-") for label, own in by_k],
-        "head accuracy: real (solid), generated (dashed)":
-            [("acc_real", label, own, "-") for label, own in by_k]
-            + [("acc_fake", None, own, "--") for _, own in by_k],
-        "gradient norms before clipping": norms,
-        "held-out endpoint error": [("endpoint", "student", lines, "o-"),
-                                    ("endpoint_teacher", "teacher, no CFG", lines, "--")]},
-        x="step", linear=("head accuracy",), colours=m)
-
-
 # ---------------------------------------------------------- state: build, save, resume, export
 
 def adamw(cfg: Config, module: nn.Module) -> torch.optim.AdamW:
@@ -504,17 +456,6 @@ def export_student(cfg: Config, nets: Nets, ranks: Ranks, meta: dict) -> Path:
         about |= {"t_key": nets.t_key[::-1], "teacher": meta["teacher"], "iterations": nets.step}
         save_tensors(path, tensors, {"format": "pt", "accvideo": json.dumps(about)})
     return path
-
-
-def step_flops(cfg: Config, nets: Nets, k: int, tokens: int) -> float:
-    """Floating-point operations of an iteration, recomputation not counted (for MFU).
-
-    Student: forward and backward (3 forwards' worth) for each loss; teacher: two forwards and a
-    backward to its input, as far as the tap.
-    """
-    tapped = (nets.taps[k] + 1) / len(nets.teacher.blocks)
-    forwards = 3 * cfg.traj + 3 * cfg.adv * (1 + tapped)
-    return forwards * cfg.batch * nets.student.flops(tokens)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,5 @@
-"""What a training run tells its person: figures of an iteration, curves, the memory it needs."""
+"""What a training run tells its person: figures of an iteration, curves, the memory it needs, its
+work, and how far it still is from held-out trajectories."""
 
 import json
 import math
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import Ranks, build_dit, compute_dtype, replace_file
+from model import Ranks, build_dit, compute_dtype, replace_file, velocity, walk
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
@@ -120,3 +121,61 @@ def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> str:
         word = "fits in" if sum(parts.values()) < 0.92 * have else "DOES NOT FIT in"
         lines.append(f"  {word} the GPU's {have / 2 ** 30:.0f} GiB")
     return "memory plan\n" + "\n".join(lines)
+
+
+def step_flops(cfg: Any, nets: Any, k: int, tokens: int) -> float:
+    """Floating-point operations of an iteration, recomputation not counted (for MFU).
+
+    Student: forward and backward (3 forwards' worth) for each loss; teacher: two forwards and a
+    backward to its input, as far as the tap.
+    """
+    tapped = (nets.taps[k] + 1) / len(nets.teacher.blocks)
+    forwards = 3 * cfg.traj + 3 * cfg.adv * (1 + tapped)
+    return forwards * cfg.batch * nets.student.flops(tokens)
+
+
+def relative_error(x: Tensor, y: Tensor) -> Tensor:
+    """‖x − y‖² / ‖y‖² of every sample: [B]."""
+    return (x - y).flatten(1).square().sum(1) / y.flatten(1).square().sum(1)
+
+
+@torch.no_grad()
+def held_out_errors(cfg: Any, dit: nn.Module, loader: Any, ranks: Ranks) -> dict:
+    """How far a network at the key timesteps is from held-out trajectories of the teacher.
+
+    Returns endpoint, ‖its m-step result − l_0‖² / ‖l_0‖² from the stored noise, and velocity, that
+    ratio of the slope of Eq. 6 by k; means over the held-out trajectories of all ranks.
+    """
+    t_key, size = loader.data.t_key, cfg.micro_batch
+    m = len(t_key) - 1
+    sums = torch.zeros(m + 2, device=ranks.device)
+    for start in range(0, cfg.held_out, size * ranks.teams):  # every rank runs as many forwards
+        rows = [start + ranks.team * size + j for j in range(size)]
+        real = torch.tensor([float(r < cfg.held_out) for r in rows], device=ranks.device)
+        b = loader.batch([loader.count + min(r, cfg.held_out - 1) for r in rows], rows,
+                         list(range(m + 1)))
+        *_, x = walk(dit, b.x_key[m], t_key[::-1], b.cond)
+        errors = [relative_error(x, b.x_key[0])]
+        for k in range(m):
+            slope = (b.x_key[k] - b.x_key[k + 1]) / (t_key[k] - t_key[k + 1])
+            v = velocity(dit, b.x_key[k + 1], t_key[k + 1], b.cond)
+            errors.append(relative_error(v, slope))
+        sums += torch.cat([(torch.stack(errors) * real).sum(1), real.sum()[None]])
+    dist.all_reduce(sums)
+    endpoint, *by_k = (sums[:-1] / sums[-1]).tolist()
+    return {"endpoint": endpoint, "velocity": by_k}
+
+
+def draw_curves(path: Path, lines: list[dict], m: int) -> None:
+    """Losses, head accuracy, gradient norms and held-out error from the log, as one PNG."""
+    by_k = [(f"k={k}", [x for x in lines if x["k"] == k]) for k in range(m)]
+    norms = [(f"grad_{name}", name, lines, "-") for name in ("traj", "adv", "sum", "head")]
+    draw_panels(path, {
+        "L_traj (Eq. 6)": [("loss_traj", label, own, "-") for label, own in by_k],
+        "head accuracy: real (solid), generated (dashed)":
+            [("acc_real", label, own, "-") for label, own in by_k]
+            + [("acc_fake", None, own, "--") for _, own in by_k],
+        "gradient norms before clipping": norms,
+        "held-out endpoint error": [("endpoint", "student", lines, "o-"),
+                                    ("endpoint_teacher", "teacher, no CFG", lines, "--")]},
+        x="step", linear=("head accuracy",), colours=m)

@@ -68,7 +68,7 @@ class Config(Shared):
     dit_muon_lr: float = field(8e-3, "learning rate of the DiT's blocks (Muon)")
     dit_adam_lr: float = field(2e-3, "learning rate of the DiT's other parameters (AdamW)")
     dit_decay_from: float = field(0.3, "part of the DiT's iterations before its cosine decay")
-    dit_iters: int = field(5000, "iterations of the DiT")
+    dit_iters: int = field(12000, "iterations of the DiT")
     dit_batch: int = field(64, "latents an iteration of the DiT")
     dit_shift: float = field(3.0, "shift of the training times (sampling uses `shift`)")
     dit_dropout: float = field(0.1, "part of the latents whose caption is empty, for CFG")

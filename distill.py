@@ -60,7 +60,7 @@ class Config(Shared):
     synvid: str | None = field(None, "folder of trajectories; none: <run>/synvid")
     iterations: int = field(1200, "k-steps (D2); the paper's 1200")
     batch: int = field(32, "samples an iteration over all ranks; the paper's 32")
-    micro_batch: int = field(1, "samples a forward; the rest is gradient accumulation")
+    micro_batch: int = field(1, "samples a forward at most; the rest is gradient accumulation")
     lr: float = field(5e-6, "AdamW learning rate of the student; the paper's 5e-6")
     lr_final: float = field(1.0, "share of lr left at the last iteration, reached linearly")
     lr_heads: float | None = field(None, "learning rate of the heads; none: lr")
@@ -94,9 +94,10 @@ def check_config(cfg: Config, teams: int) -> None:
                 "keep"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
-    if cfg.batch % (cfg.micro_batch * teams):
-        raise ValueError(f"batch: got {cfg.batch}; wanted a multiple of micro_batch "
-                         f"{cfg.micro_batch} × {teams} rank(s) = {cfg.micro_batch * teams}")
+    size = min(cfg.micro_batch, max(cfg.batch // teams, 1))
+    if cfg.batch % (size * teams):
+        raise ValueError(f"batch: got {cfg.batch}; wanted a multiple of micro_batch {size} × "
+                         f"{teams} rank(s) = {size * teams}")
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
     depth, width = sizes_of(cfg.preset).num_layers, cfg.head_dim
@@ -464,6 +465,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "distill", argv, __doc__)
     ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
     check_config(cfg, ranks.teams)
+    cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.teams)
     data = open_synvid(cfg, argv)
     loader = Loader(cfg, data, ranks)
     meta = {"config": asdict(cfg), "teacher": fingerprint(cfg.weights), "count": loader.count,

@@ -8,7 +8,7 @@ of a caption), a tiny Wan VAE, a tiny Wan DiT on the VAE's latents.
 In:   nothing, everything is drawn from `seed`.
 Out:  DIR (default <run>/teacher/weights) in the layout of the official Wan 2.1 folder, with
       training.json and curves.png; <run>/teacher/log.jsonl and the training states.
-Cost: 47 minutes of one core (assets/tiny/training.json has the parts); 1.5 GB of memory.
+Cost: 50 minutes of one core (assets/tiny/training.json has the parts); 1.5 GB of memory.
 
 Gates use held-out captions and fresh noise.
 

@@ -180,6 +180,17 @@ def announce(cfg: Any, stage: str, ranks: Ranks | None = None) -> Path:
     return folder
 
 
+def leave(status: int) -> None:
+    """End this process now, without Python's farewell.
+
+    A gloo thread may still let go of the last collective's tensors; it needs the interpreter for
+    that, and one that is being torn down aborts the process after all work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def cli(main: Callable[[], None]) -> None:
     """Run a stage's main; what a user can cause ends in one line on stderr and exit status 1.
 
@@ -195,14 +206,13 @@ def cli(main: Callable[[], None]) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
             if not known and not isinstance(e, SystemExit):
                 traceback.print_exc()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
+            leave(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
         if known:
             raise SystemExit(1) from None
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+        leave(0)
 
 
 def rate(seconds: float) -> str:

@@ -26,15 +26,10 @@ from safetensors import safe_open
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
+from config import Shared
 from model import (
-    RMSNorm,
-    collate,
-    load_module,
-    official_names,
-    open_tensors,
-    read_json,
-    reshaped,
-)
+    RMSNorm, collate, load_module, official_names, open_tensors, read_json, reshaped, sizes_of)
+from video import Prompt, centre_crop, read_image
 
 # ---------------------------------------------------------------------------------------------
 # The Wan 2.1 VAE: causal in time, 4 x 8 x 8 smaller, 16 channels
@@ -749,6 +744,44 @@ def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision, frames: int, height
             "frames": torch.cat([mask, latents])}
 
 
+class Conditioner:
+    """What a DiT is told of a prompt: its text and, in an image-to-video model, its first frame.
+
+    Args:
+        text: the text encoders.
+        vae, clip: of an image-to-video model; None of another, whose prompts have no image.
+        frames: video frames, 4n + 1.
+        crop: cut images to the video's shape; else they are scaled into it, which suits a shape
+            that fit_size chose.
+    """
+
+    def __init__(self, text: "TextEncoder | HunyuanText", vae: WanVAE | None,
+                 clip: CLIPVision | None, frames: int, crop: bool):
+        self.text, self.vae, self.clip, self.frames, self.crop = text, vae, clip, frames, crop
+
+    def encode_each(self, prompts: list[Prompt], height: int, width: int) -> list[dict]:
+        """The cond of each prompt for a video of height × width; of equal prompts it is one object.
+
+        Raises as the encoders and read_image do.
+        """
+        different = list(dict.fromkeys(prompts))
+        conds = self.text.encode_each([prompt.text for prompt in different])
+        for prompt, cond in zip(different, conds, strict=True):
+            if self.clip is not None:
+                image = read_image(prompt.image)
+                if self.crop:
+                    image = centre_crop(image, height, width)
+                image = image.to(next(self.clip.parameters()).device)
+                cond |= image_cond(image, self.vae, self.clip, self.frames, height, width)
+        found = dict(zip(different, conds, strict=True))
+        return [found[prompt] for prompt in prompts]
+
+    def with_text(self, text: str, conds: list[dict]) -> list[dict]:
+        """The conds with another text: a negative prompt sees the same image."""
+        other = self.text.encode_each([text])[0]
+        return [{**cond, **other} for cond in conds]
+
+
 def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
     """Height and width of about `area` pixels, multiples of 16, in an image's shape. Wan 2.1."""
     sides = math.isqrt(area * height // width), math.isqrt(area * width // height)  # exact
@@ -1156,6 +1189,18 @@ def load_image_encoder(weights: str | Path, device="cpu", dtype=torch.float32) -
     tensors = {name: t for name, t in tensors.items() if not unread.fullmatch(name)}
     arguments["num_layers"] = layers - 1  # the features are taken before the last
     return built(CLIPVision, arguments, path, tensors, dtype, device)
+
+
+def load_conditioner(cfg: Shared, device: torch.device, dtype: torch.dtype,
+                     crop: bool) -> Conditioner:
+    """The conditioner of a config's model, loaded from its weight folder; crop as there."""
+    text = load_text(cfg.weights, device, dtype, sizes_of(cfg.preset).text_len, cfg.family,
+                     image=cfg.frames == 1, guidance=cfg.embedded_guidance)
+    vae = clip = None
+    if sizes_of(cfg.preset).takes_image:
+        vae = load_vae(cfg.weights, device, dtype, cfg.family)
+        clip = load_image_encoder(cfg.weights, device, dtype)
+    return Conditioner(text, vae, clip, cfg.frames, crop)
 
 
 def load_hunyuan_vae(weights: str | Path, device, dtype) -> HunyuanVAE:

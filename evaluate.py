@@ -15,6 +15,7 @@ timesteps. The columns, N videos, x latents, all in float64:
              samples of the same captions, with other noise. teacher@n's own value is its zero.
   sliced W   Wasserstein-1 distance to y along fixed random unit directions, their mean
   HF         high-frequency energy (clips.high_frequency) of the videos over that of teacher@n's
+  first frame  PSNR of the first frame against the image it was given (image-to-video only)
   oracle     part of the videos that show what their caption says (small world only)
 ± is a standard error over videos, by jackknife for energy, sliced W and HF; for the two distances
 that of the difference from teacher@n's value, since noise and y are shared (in teacher@n's own
@@ -33,24 +34,29 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import clips as world
 from encoders import load_vae
-from video import contact_sheet, label_strip, read_prompts, side_by_side, write_video
+from video import (
+    Prompt, centre_crop, contact_sheet, label_strip, read_image, read_prompts, side_by_side,
+    write_video)
 from config import Shared, announce, cli, field, load_config
 from model import (
-    ROOT, compute_dtype, generator, pick_device, replace_file, time_grid, write_json, write_text)
+    ROOT, compute_dtype, generator, latent_shape, pick_device, replace_file, sizes_of, time_grid,
+    write_json, write_text)
 from sample import (
-    Watch, denoise, device_name, draw_noise, encode_texts, load_student, load_teacher,
-    student_facts, thumbnail)
+    Watch, denoise, device_name, draw_noise, encode_prompts, heldout_prompts, load_student,
+    load_teacher, student_facts, thumbnail)
 
 
 @dataclass
 class Config(Shared):
     """Settings of an evaluation."""
-    prompts: str | None = field(None, "held-out captions; none: <weights>/prompts_heldout.txt")
+    prompts: str | None = field(None, "held-out captions (.jsonl with images for I2V); none: "
+                                "<weights>/prompts_heldout.txt or .jsonl")
     students: str | None = field(None, "files, comma between; none: <run>/student.safetensors")
     count: int = field(96, "videos of each model, and of the independent teacher samples")
     batch: int = field(32, "videos denoised at once")
@@ -132,22 +138,24 @@ class Samples:
     evaluations: int
     seconds: float                                # of the DiT, a video
     hf: Tensor | None = None                      # [N]
+    first: Tensor | None = None                   # [N], dB, if the videos start from images
     hits: dict[str, Tensor] | None = None         # [N] bool for each attribute, and "all"
     shown: list[Tensor] | None = None             # the videos of cfg.videos captions, small
     decode_seconds: float = 0.0                   # a video
 
 
 def walk_all(label: str, dit: nn.Module, times: list[float], noise: Tensor, conds: list[dict],
-             uncond: dict | None, cfg: Config, device: torch.device) -> Samples:
-    """Denoise noise [N,C,T,H,W] in batches along `times`; uncond None is without guidance."""
+             unconds: list[dict] | None, cfg: Config, device: torch.device) -> Samples:
+    """Denoise noise [N,C,T,H,W] in batches along `times`; unconds None is without guidance."""
     watch, out, steps = Watch(device), [], len(times) - 1
     bar = tqdm(total=len(noise) * steps, desc=label, unit="step", mininterval=1, disable=None)
     for a in range(0, len(noise), cfg.batch):
         b = slice(a, a + cfg.batch)
-        x, _ = denoise(dit, noise[b], times, conds[b], uncond, cfg.cfg_scale, watch, bar)
+        x, _ = denoise(dit, noise[b], times, conds[b], unconds and unconds[b], cfg.cfg_scale,
+                       watch, bar)
         out.append(x.cpu())
     bar.close()
-    latents, evaluations = torch.cat(out), steps * (1 if uncond is None else 2)
+    latents, evaluations = torch.cat(out), steps * (1 if unconds is None else 2)
     if not bool(torch.isfinite(latents).all()):
         raise ValueError(f"{label}: its latents hold NaN or infinity: the weights do not sample; "
                          "distill them again, with a lower lr")
@@ -155,21 +163,25 @@ def walk_all(label: str, dit: nn.Module, times: list[float], noise: Tensor, cond
 
 
 @torch.no_grad()
-def look(samples: Samples, vae: nn.Module, captions: list[str], cfg: Config,
+def look(samples: Samples, vae: nn.Module, prompts: list[Prompt], cfg: Config,
          device: torch.device) -> None:
     """Decode the videos one by one; keep what is measured on them, and a few to show."""
+    captions = [prompt.text for prompt in prompts]
     oracle, kept = is_small_world(captions, cfg), shown_indices(cfg)
-    watch, hf, hits, samples.shown = Watch(device), [], [], []
+    watch, hf, first, hits, samples.shown = Watch(device), [], [], [], []
     for i, latents in enumerate(tqdm(samples.latents, f"decode {samples.label}", disable=None)):
         watch.lap("other")
         video = vae.decode(latents[None].to(device))[0]
         watch.lap("decode")
         hf.append(world.high_frequency(video[None]))
+        if prompts[i].image is not None:
+            first.append(first_frame_psnr(video.cpu(), read_image(prompts[i].image)))
         if oracle:
             hits.append(oracle_hits(video.cpu(), captions[i]))
         if i in kept:
             samples.shown.append(thumbnail(video.cpu()))
     samples.hf = torch.tensor(hf, dtype=torch.float64)
+    samples.first = torch.tensor(first, dtype=torch.float64) if first else None
     samples.decode_seconds = watch.seconds["decode"] / len(hf)
     if oracle:
         samples.hits = {name: torch.tensor([h[name] for h in hits]) for name in hits[0]}
@@ -184,6 +196,13 @@ def is_small_world(captions: list[str], cfg: Config) -> bool:
     """Whether every caption names a colour, a shape and a direction that the oracle can read."""
     told = [world.caption_attributes(caption) for caption in captions]
     return cfg.height == cfg.width and all(min(t.values()) >= 0 for t in told)
+
+
+def first_frame_psnr(video: Tensor, image: Tensor) -> float:
+    """PSNR in dB of a video's [3,T,H,W] first frame against the image [3,h,w] it was given."""
+    height, width = video.shape[2:]
+    wanted = F.interpolate(centre_crop(image, height, width)[None], (height, width), mode="bicubic")
+    return float(world.psnr(video[None, :, :1], wanted.clamp(-1, 1).unsqueeze(2)))
 
 
 def oracle_hits(video: Tensor, caption: str) -> dict[str, bool]:
@@ -215,6 +234,8 @@ def measure(samples: Samples, best: Samples, reference: Tensor, cfg: Config) -> 
         if samples is not best:
             gap = jackknife(lambda i, d=distance, z=zero[name]: d(i) - z(i), n)
             row[name] = (row[name][0], gap[1])
+    if samples.first is not None:
+        row["first"] = mean_error(samples.first)
     for name, hits in (samples.hits or {}).items():
         row[name] = mean_error(hits)
     return row
@@ -254,7 +275,7 @@ def cells(row: dict, columns: dict[str, str]) -> list[str]:
     def number(name: str) -> str:
         if name not in row:
             return ""
-        digits = 2 if name in world.ATTRIBUTES or name == "all" else 4
+        digits = 2 if name in (*world.ATTRIBUTES, "all", "first") else 4
         return f"{row[name][0]:.{digits}f} ± {row[name][1]:.{digits}f}"
 
     return [row["label"], *(number(name) for name in columns), str(row["evaluations"]),
@@ -263,8 +284,9 @@ def cells(row: dict, columns: dict[str, str]) -> list[str]:
 
 def columns_of(rows: list[dict]) -> dict[str, str]:
     """Table columns: key to heading; the oracle's only where it was asked."""
+    first = {"first": "first frame, dB"} if "first" in rows[0] else {}
     oracle = {name: f"oracle: {name}" for name in (*world.ATTRIBUTES, "all") if name in rows[0]}
-    return COLUMNS | oracle
+    return COLUMNS | first | oracle
 
 
 def markdown(rows: list[dict], passed: list[dict], cfg: Config, facts: dict) -> str:
@@ -358,19 +380,22 @@ def students_of(cfg: Config) -> list[tuple[Path, dict]]:
     return found
 
 
-def sample_all(cfg: Config, captions: list[str], students: list[tuple[Path, dict]],
+def sample_all(cfg: Config, prompts: list[Prompt], students: list[tuple[Path, dict]],
                device: torch.device) -> tuple[list[Samples], Tensor]:
     """Samples of teacher@n, teacher@m and every student from one noise, and latents of teacher@n
     from another noise."""
-    conds, uncond = encode_texts(cfg, captions, device, Watch(device))
-    noise, other = (draw_noise(cfg, [(name, cfg.seed, i, c) for i, c in enumerate(captions)])
+    sizes = [(cfg.height, cfg.width)] * len(prompts)
+    conds, unconds = encode_prompts(cfg, prompts, sizes, True, device, Watch(device))
+    shape = latent_shape(cfg.frames, cfg.height, cfg.width)
+    noise, other = (draw_noise(shape, [(name, cfg.seed, i, prompt.text)
+                                       for i, prompt in enumerate(prompts)])
                     for name in ("evaluate", "evaluate, reference"))
     grid, t_key = time_grid(cfg.family, cfg.n, cfg.shift).tolist(), students[0][1]["t_key"]
     n, m = len(grid) - 1, len(t_key) - 1
     dit = load_teacher(cfg, device)
-    models = [walk_all(f"teacher@{n}", dit, grid, noise, conds, uncond, cfg, device),
-              walk_all(f"teacher@{m}", dit, t_key, noise, conds, uncond, cfg, device)]
-    reference = walk_all(f"teacher@{n}, other noise", dit, grid, other, conds, uncond, cfg, device)
+    models = [walk_all(f"teacher@{n}", dit, grid, noise, conds, unconds, cfg, device),
+              walk_all(f"teacher@{m}", dit, t_key, noise, conds, unconds, cfg, device)]
+    reference = walk_all(f"teacher@{n}, other noise", dit, grid, other, conds, unconds, cfg, device)
     del dit
     for number, (path, _) in enumerate(students, 1):
         label = f"student@{m}" + (f" #{number}" if len(students) > 1 else "")
@@ -394,16 +419,16 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "evaluate", argv, __doc__)
     check_config(cfg)
     students = students_of(cfg)
-    held_out = read_prompts(cfg.prompts or Path(cfg.weights) / "prompts_heldout.txt")
+    held_out = read_prompts(cfg.prompts or heldout_prompts(cfg), sizes_of(cfg.preset).takes_image)
     every = max(1, len(held_out) // cfg.count)  # few videos: captions from all over the list
-    captions = [held_out[i * every % len(held_out)] for i in range(cfg.count)]
+    prompts = [held_out[i * every % len(held_out)] for i in range(cfg.count)]
     device = pick_device(cfg.device)
     out = announce(cfg, "evaluate")
 
-    models, reference = sample_all(cfg, captions, students, device)
+    models, reference = sample_all(cfg, prompts, students, device)
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     for model in models:
-        look(model, vae, captions, cfg, device)
+        look(model, vae, prompts, cfg, device)
 
     best, few, *rest = (measure(model, models[0], reference, cfg) for model in models)
     rows = [best, few, *rest] + ([mean_row(rest)] if len(rest) > 1 else [])
@@ -419,7 +444,7 @@ def main(argv: list[str] | None = None) -> None:
         "students": [{"file": str(path), **known} for path, known in students]})
     draw_table(out / "table.png", rows, f"{cfg.run}: {cfg.count} videos, the same noise for all")
 
-    shown = [captions[i] for i in shown_indices(cfg)]
+    shown = [prompts[i].text for i in shown_indices(cfg)]
     frames = wall(models[:3], shown)
     write_video(out / "videos.gif", frames, cfg.fps)
     loops = max(1, round(4 * cfg.fps / len(frames)))  # players stop at the end of an mp4

@@ -356,9 +356,15 @@ class WanConfig:
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
     image_dim: int = 1280  # of the image encoder's features, if model_type is "i2v"
+    image_len: int = 257   # their number
     family: ClassVar[str] = "wan"
     diffusers: ClassVar[dict] = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
                                  "out_channels": "out_dim"}  # their names of our fields
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether videos start from a given image."""
+        return self.model_type == "i2v"
 
     @property
     def rope_pairs(self) -> tuple[int, int, int]:
@@ -408,7 +414,7 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, cfg.dim))
         self.self_attn = WanAttention(cfg)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
-        self.cross_attn = WanAttention(cfg, image=cfg.model_type == "i2v")
+        self.cross_attn = WanAttention(cfg, image=cfg.takes_image)
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"),
                                  nn.Linear(cfg.ffn_dim, cfg.dim))
 
@@ -537,6 +543,9 @@ class WanDiT(nn.Module):
         dense = 2 * tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
         text = 2 * c.text_len * 2 * c.dim ** 2
         attend = 4 * tokens ** 2 * c.dim + 4 * c.text_len * tokens * c.dim
+        if c.takes_image:
+            text += 2 * c.image_len * 2 * c.dim ** 2
+            attend += 4 * c.image_len * tokens * c.dim
         return float(c.num_layers * (dense + text + attend))
 
 
@@ -561,6 +570,7 @@ class HunyuanConfig:
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
     family: ClassVar[str] = "hunyuan"
+    takes_image: ClassVar[bool] = False
     diffusers: ClassVar[dict] = {
         "num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
         "num_layers": "num_double", "num_single_layers": "num_single",

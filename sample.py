@@ -1,6 +1,6 @@
 """Stage 3: prompts to videos, by the distilled student (m steps) or by the teacher (n steps).
 
-    python sample.py [CONFIG] --prompt "…" [--count 4] [--seed 7] [--teacher]
+    python sample.py [CONFIG] --prompt "…" [--image photo.jpg] [--count 4] [--seed 7] [--teacher]
     torchrun --nproc-per-node 8 sample.py CONFIG --prompt_file prompts.txt
     python sample.py CONFIG --random_weights [--teacher]       # how fast is it here? needs no files
 
@@ -15,6 +15,9 @@ The teacher walks its grid of `n` steps, or with --steps its own grid of so many
 compares at the student's key timesteps instead). Noise is a function of (seed, prompt's number,
 prompt), so the same seed gives student and teacher the same noise. Under torchrun every rank has
 whole networks and takes its part of the videos; with --sp N, N ranks share each video's tokens.
+
+An image-to-video model starts from --image, or from the images that a prompt file pairs with its
+prompts. A video then has about the config's area in the shape of its image.
 """
 
 import dataclasses
@@ -24,9 +27,10 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,8 +40,10 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from encoders import CLIPText, HunyuanVAE, Llama, UMT5Encoder, WanVAE, load_text, load_vae
-from video import contact_sheet, read_prompts, read_video, write_video
+from encoders import (
+    CLIPText, CLIPVision, HunyuanVAE, Llama, UMT5Encoder, WanVAE, fit_size, image_cond,
+    load_conditioner, load_vae)
+from video import Prompt, contact_sheet, read_image, read_prompts, read_video, write_video
 from config import Shared, announce, cli, field, load_config
 from model import (
     Ranks, build_dit, collate, compute_dtype, fingerprint, generator, key_times, latent_shape,
@@ -49,7 +55,9 @@ from model import (
 class Config(Shared):
     """Settings of a sampling run."""
     prompt: str = field("", "one prompt; it goes before prompt_file")
-    prompt_file: str | None = field(None, "text file in UTF-8, one prompt a line")
+    prompt_file: str | None = field(None, "UTF-8 text, a prompt a line; .jsonl for I2V, lines "
+                                    'like {"prompt": "…", "image": "photo.jpg"}')
+    image: str | None = field(None, "first frame of an image-to-video model, beside --prompt")
     teacher: bool = field(False, "sample the teacher instead of the student")
     student: str | None = field(None, "the student's file; none: <run>/student.safetensors")
     steps: int | None = field(None, "the teacher's steps, on its grid of so many; none: n")
@@ -77,17 +85,55 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"peak_tflops: got {cfg.peak_tflops}; wanted more than 0")
 
 
-def wanted_prompts(cfg: Config) -> list[str]:
-    """The prompt of --prompt, or else those of prompt_file; ValueError if there is neither."""
+def wanted_prompts(cfg: Config) -> list[Prompt]:
+    """The prompt of --prompt with --image, or else those of prompt_file.
+
+    Raises ValueError if there is neither, or an image is missing, broken or not wanted.
+    """
+    images = sizes_of(cfg.preset).takes_image
     if cfg.random_weights:  # which read none
-        return ["random weights"]
+        return [Prompt("random weights")]
+    if cfg.image is not None and (not images or not cfg.prompt.strip()):
+        why = "goes with --prompt" if images else f"is not read: preset {cfg.preset} takes none"
+        raise ValueError(f"image: got {cfg.image}; it {why}")
     if cfg.prompt.strip():
-        return [cfg.prompt.strip()]
+        if images and cfg.image is None:
+            raise ValueError(f"image: got none; preset {cfg.preset} starts from one: give --image "
+                             "photo.jpg")
+        if images:
+            read_image(cfg.image)  # a broken one is told before networks are loaded
+        return [Prompt(cfg.prompt.strip(), Path(cfg.image) if images else None)]
     if cfg.prompt_file is not None:
-        return read_prompts(cfg.prompt_file)
-    own = Path(cfg.weights) / "prompts_heldout.txt"
+        return read_prompts(cfg.prompt_file, images)
+    own = heldout_prompts(cfg)
     hint = f", as --prompt_file {own}" if own.exists() else ""
     raise ValueError(f'prompt: got none; give --prompt "…" or --prompt_file FILE{hint}')
+
+
+def heldout_prompts(cfg: Shared) -> Path:
+    """Where a weight folder of the small world keeps its held-out captions."""
+    suffix = "jsonl" if sizes_of(cfg.preset).takes_image else "txt"
+    return Path(cfg.weights) / f"prompts_heldout.{suffix}"
+
+
+class Job(NamedTuple):
+    """One video to make."""
+    index: int                                    # of its prompt
+    prompt: Prompt
+    seed: int
+    height: int                                   # pixels
+    width: int
+
+
+def make_jobs(cfg: Config) -> list[Job]:
+    """All videos of a run; one with an image has about the config's area in the image's shape."""
+    jobs = []
+    for i, prompt in enumerate(wanted_prompts(cfg)):
+        size = cfg.height, cfg.width
+        if prompt.image is not None:
+            size = fit_size(*read_image(prompt.image).shape[1:], cfg.height * cfg.width)
+        jobs += [Job(i, prompt, cfg.seed + j, *size) for j in range(cfg.count)]
+    return jobs
 
 
 # ---------------------------------------------------------------------------------- networks
@@ -200,8 +246,18 @@ def random_cond(cfg: Shared, device: torch.device, watch: "Watch") -> dict:
 
     if cfg.family == "wan":
         attn = {"dim_attn": sizes.text_dim} if small else {}
-        return {"text": timed(lambda: UMT5Encoder(**small, **attn), sizes.text_len,
-                              lambda t5, ids: t5(ids, torch.ones_like(ids)))}
+        text = timed(lambda: UMT5Encoder(**small, **attn), sizes.text_len,
+                     lambda t5, ids: t5(ids, torch.ones_like(ids)))
+        if not sizes.takes_image:
+            return {"text": text}
+        small = {"dim": sizes.image_dim, "dim_ffn": 64, "num_layers": 2, "num_heads": 2}
+        clip = random_network(lambda: CLIPVision(**small if sizes.image_dim < 1024 else {}), device)
+        vae = random_network(WanVAE, device)
+        image = torch.rand(3, cfg.height, cfg.width, device=device) * 2 - 1
+        watch.lap("load")
+        cond = {"text": text, **image_cond(image, vae, clip, cfg.frames, cfg.height, cfg.width)}
+        watch.lap("image")
+        return cond
     kv = {"num_kv_heads": 2} if small else {}
     clip = {**small, "dim": sizes.pooled_dim} if small else {}
     crop = 95  # of the template's tokens
@@ -228,40 +284,42 @@ class Watch:
         return spent
 
 
-def encode_texts(cfg: Shared, prompts: list[str], device: torch.device,
-                 watch: Watch) -> tuple[list[dict], dict | None]:
+def encode_prompts(cfg: Shared, prompts: list[Prompt], sizes: list[tuple[int, int]], crop: bool,
+                   device: torch.device, watch: Watch) -> tuple[list[dict], list[dict] | None]:
     """The conditioning of each prompt, and of the negative one if cfg_scale asks for guidance.
 
-    The text encoder is loaded for it and freed again; a repeated prompt is encoded once.
+    Args: sizes, height and width of each video; crop, as in Conditioner. The encoders are loaded
+    for it and freed again; a repeated prompt is encoded once.
     """
-    text = load_text(cfg.weights, device, compute_dtype(device), sizes_of(cfg.preset).text_len,
-                     cfg.family, image=cfg.frames == 1, guidance=cfg.embedded_guidance)
+    conditioner = load_conditioner(cfg, device, compute_dtype(device), crop)
     watch.lap("load")
-    negative = [] if cfg.cfg_scale == 1 else [cfg.negative_prompt]
-    different = list(dict.fromkeys(prompts + negative))
-    cond_of = dict(zip(different, text.encode_each(different), strict=True))
+    conds: list[dict] = [{}] * len(prompts)
+    for size in dict.fromkeys(sizes):
+        those = [i for i, its in enumerate(sizes) if its == size]
+        found = conditioner.encode_each([prompts[i] for i in those], *size)
+        for i, cond in zip(those, found, strict=True):
+            conds[i] = cond
+    unconds = None if cfg.cfg_scale == 1 else conditioner.with_text(cfg.negative_prompt, conds)
     watch.lap("text")
-    return [cond_of[p] for p in prompts], cond_of[negative[0]] if negative else None
+    return conds, unconds
 
 
-def draw_noise(cfg: Shared, seeds: list[tuple]) -> Tensor:
+def draw_noise(shape: tuple[int, ...], seeds: list[tuple]) -> Tensor:
     """Noise [B,C,T,H,W] fp32 on the CPU, a draw for each key (name, seed, index, prompt)."""
-    shape = latent_shape(cfg.frames, cfg.height, cfg.width)
     return torch.stack([torch.randn(shape, generator=generator(*key)) for key in seeds])
 
 
 def denoise(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict],
-            uncond: dict | None, cfg_scale: float, watch: Watch,
+            unconds: list[dict] | None, cfg_scale: float, watch: Watch,
             bar: tqdm) -> tuple[Tensor, list[float]]:
     """Walk a batch from noise to data; returns latents [B,C,T,H,W] and the seconds of each step.
 
-    Args: noise [B,C,T,H,W]; times from 1 to 0; conds, one a video; uncond, one for all, or None.
+    Args: noise [B,C,T,H,W]; times from 1 to 0; conds and unconds, one a video (no guidance: None).
     Source: Eq. 5.
     """
-    cond = collate(conds)
-    unconds = None if uncond is None else collate([uncond] * len(conds))
+    uncond = None if unconds is None else collate(unconds)
     x, seconds = noise.to(watch.device), []
-    for latents in walk(dit, x, times, cond, unconds, cfg_scale):
+    for latents in walk(dit, x, times, collate(conds), uncond, cfg_scale):
         x = latents
         seconds.append(watch.lap("steps"))
         bar.update(len(conds))
@@ -269,9 +327,9 @@ def denoise(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict]
 
 
 @torch.no_grad()
-def sample(cfg: Config, jobs: list[tuple[int, str, int]], times: list[float], who: str, out: Path,
+def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path,
            ranks: Ranks) -> dict:
-    """Sample this rank's videos and write them. jobs: (prompt's number, prompt, seed) of each.
+    """Sample this rank's videos and write them.
 
     Returns {"seconds": by phase, "videos": a record of each, "peak_bytes"}.
     """
@@ -279,36 +337,52 @@ def sample(cfg: Config, jobs: list[tuple[int, str, int]], times: list[float], wh
     if cfg.random_weights:
         torch.manual_seed(cfg.seed)
         cond = random_cond(cfg, device, watch)
-        conds, uncond = [cond] * len(jobs), None if cfg.cfg_scale == 1 else cond
+        conds = [cond] * len(jobs)
+        unconds = None if cfg.cfg_scale == 1 else conds
         dit = random_network(lambda: build_dit(cfg.preset), device)
         vae = random_network(WanVAE if cfg.family == "wan" else HunyuanVAE, device)
     else:
-        conds, uncond = encode_texts(cfg, [prompt for _, prompt, _ in jobs], device, watch)
+        conds, unconds = encode_prompts(cfg, [job.prompt for job in jobs],
+                                        [(job.height, job.width) for job in jobs], False, device,
+                                        watch)
         dit = (load_teacher(cfg, device) if cfg.teacher else
                load_student(cfg, student_path(cfg), device))
         vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
-    uncond = uncond if cfg.teacher else None  # guidance is built into a student
+    unconds = unconds if cfg.teacher else None  # guidance is built into a student
     dit.sp = ranks.sp_group
     watch.lap("load")
     records = []
     bar = tqdm(total=len(jobs) * (len(times) - 1), desc=who, unit="step", mininterval=1,
                disable=None if ranks.rank == 0 else True)
-    for start in range(0, len(jobs), cfg.batch):
-        batch = jobs[start:start + cfg.batch]
-        noise = draw_noise(cfg, [("sample", seed, i, prompt) for i, prompt, seed in batch])
+    for batch in batches(jobs, cfg.batch):
+        first, last = batch[0], batch[-1] + 1
+        shape = latent_shape(cfg.frames, jobs[first].height, jobs[first].width)
+        noise = draw_noise(shape, [("sample", job.seed, job.index, job.prompt.text)
+                                   for job in jobs[first:last]])
         watch.lap("noise")
-        x, steps = denoise(dit, noise, times, conds[start:start + cfg.batch], uncond,
-                           cfg.cfg_scale, watch, bar)
-        for (i, prompt, seed), latents in zip(batch, x, strict=True) if ranks.leads else ():
-            video, file = vae.decode(latents[None])[0], f"{who}_{i:04d}_seed{seed}.mp4"
+        x, steps = denoise(dit, noise, times, conds[first:last],
+                           unconds and unconds[first:last], cfg.cfg_scale, watch, bar)
+        for job, latents in zip(jobs[first:last], x, strict=True) if ranks.leads else ():
+            video, file = vae.decode(latents[None])[0], f"{who}_{job.index:04d}_seed{job.seed}.mp4"
             seconds = {"steps": [s / len(batch) for s in steps], "decode": watch.lap("decode")}
             write_video(out / file, video, cfg.fps)
             seconds["save"] = watch.lap("save")
-            records.append({"file": file, "index": i, "prompt": prompt, "seed": seed,
-                            "evaluations": len(steps) * (1 if uncond is None else 2),
+            records.append({"file": file, "index": job.index, "prompt": job.prompt.text,
+                            "image": job.prompt.image and str(job.prompt.image), "seed": job.seed,
+                            "height": job.height, "width": job.width,
+                            "evaluations": len(steps) * (1 if unconds is None else 2),
                             "seconds": seconds})
     bar.close()
     return {"seconds": watch.seconds, "videos": records, "peak_bytes": peak_bytes(device)}
+
+
+def batches(jobs: list[Job], most: int) -> Iterator[range]:
+    """Indices of neighbours of one size, at most so many."""
+    start = 0
+    for _, alike in itertools.groupby(jobs, lambda job: (job.height, job.width)):
+        end = start + len(list(alike))
+        yield from (range(a, min(a + most, end)) for a in range(start, end, most))
+        start = end
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -335,11 +409,13 @@ def thumbnail(video: Tensor, height: int = 256) -> Tensor:
 
 
 def work(cfg: Config, records: list[dict], ranks: Ranks) -> dict:
-    """Tokens, TFLOP of one evaluation, seconds of one, and the part of the peak that they reach."""
+    """Tokens, TFLOP and seconds of one evaluation, means over videos, and the part of the peak."""
     with torch.device("meta"):
         dit = build_dit(cfg.preset)
-    tokens = math.prod(dit.token_grid(*latent_shape(cfg.frames, cfg.height, cfg.width)[1:]))
-    tflop, count = dit.flops(tokens) / 1e12, sum(v["evaluations"] for v in records)
+    sizes = [math.prod(dit.token_grid(*latent_shape(cfg.frames, v["height"], v["width"])[1:]))
+             for v in records]
+    count, tokens = sum(v["evaluations"] for v in records), round(sum(sizes) / len(sizes))
+    tflop = sum(map(dit.flops, sizes)) / len(sizes) / 1e12
     each = sum(sum(v["seconds"]["steps"]) for v in records) / count
     facts = {"tokens": tokens, "tflop_an_evaluation": tflop, "seconds_an_evaluation": each}
     if cfg.peak_tflops is not None:
@@ -385,8 +461,7 @@ def write_report(cfg: Config, who: str, facts: dict, out: Path, results: list[di
 def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "sample", argv, __doc__)
     check_config(cfg)
-    jobs = [(i, prompt, cfg.seed + j)
-            for i, prompt in enumerate(wanted_prompts(cfg)) for j in range(cfg.count)]
+    jobs = make_jobs(cfg)
     times = sampling_times(cfg)
     who = f"{'teacher' if cfg.teacher else 'student'}{len(times) - 1}"
     who = f"random_{who}" if cfg.random_weights else who

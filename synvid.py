@@ -11,9 +11,10 @@ Out:  <run>/synvid/manifest.json           what all trajectories share; another 
 Cost: n evaluations of the teacher a trajectory (2n with guidance), most of the project's bill. It
       prints the bytes before it starts, and seconds, device-hours and ETA after the first batch.
 
-Trajectory i is a function of (seed, i, its prompt) alone: the prompts are taken in turn and the
-noise is drawn on the CPU. Neither ranks, order nor restarts change a byte; another batch size or
-machine changes the last bits of a velocity, no more. On CPU a rank computes with one thread.
+Trajectory i is a function of (seed, i, its prompt) alone: the prompts are taken in turn (with
+their images, cut to the videos' shape, if the teacher is image-to-video) and the noise is drawn on
+the CPU. Neither ranks, order nor restarts change a byte; another batch size or machine changes the
+last bits of a velocity, no more. On CPU a rank computes with one thread.
 The same command continues where it was stopped. Several jobs, each with its --start and --count,
 may fill one folder at the same time: the manifest holds nothing of a single job (its `count` is the
 number of prompts; which trajectories there are is told by their files).
@@ -47,6 +48,7 @@ from config import Shared, announce, cli, field, load_config, rate
 from model import (
     Ranks, collate, compute_dtype, fingerprint, generator, key_times, latent_shape, load_dit,
     read_json, replace_file, setup_distributed, sizes_of, time_grid, walk, write_json)
+from video import Prompt, read_prompts, write_video
 
 # encoders.py is imported where trajectories are made: the trainer reads SynVid without it.
 
@@ -54,7 +56,8 @@ from model import (
 @dataclass
 class Config(Shared):
     """Settings of a job of generation."""
-    prompts: str = field("assets/tiny/prompts.txt", "text file in UTF-8, one prompt a line")
+    prompts: str = field("assets/tiny/prompts.txt",
+                         "UTF-8 text, a prompt a line; .jsonl of prompt and image for I2V")
     start: int = field(0, "first trajectory of this job")
     count: int | None = field(None, "trajectories of this job; none: as far as one for each prompt")
     keep: str = field("key", "latents stored: key | all")
@@ -70,7 +73,7 @@ CHOICES = {"keep": ("key", "all"), "dtype": ("fp16", "fp32")}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-def check_config(cfg: Config, prompts: list[str]) -> range:
+def check_config(cfg: Config, prompts: list[Prompt]) -> range:
     """The indices of this job's trajectories. Raises ValueError for settings that cannot work."""
     for key, choices in CHOICES.items():
         if getattr(cfg, key) not in choices:
@@ -97,14 +100,22 @@ def teacher_facts(cfg: Shared) -> dict[str, Any]:
             "shape": list(latent_shape(cfg.frames, cfg.height, cfg.width))}
 
 
-def make_manifest(cfg: Config, prompts: list[str]) -> dict[str, Any]:
+def digest(prompts: list[Prompt]) -> str:
+    """SHA-256 over all prompts, and over their images' bytes."""
+    lines = [prompt.text if prompt.image is None else
+             f"{prompt.text}\0{hashlib.sha256(prompt.image.read_bytes()).hexdigest()}"
+             for prompt in prompts]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def make_manifest(cfg: Config, prompts: list[Prompt]) -> dict[str, Any]:
     """What all trajectories of a folder share, whichever job or rank makes them."""
     stored = list(cfg.key) if cfg.keep == "key" else list(range(cfg.n + 1))
     stored = stored if cfg.store_noise else stored[1:]  # key[0] = 0 is the noise
     times = time_grid(cfg.family, cfg.n, cfg.shift)[stored].tolist()
     return {"version": VERSION, **teacher_facts(cfg), "stored": stored, "t": times,
             "dtype": cfg.dtype, "seed": cfg.seed, "count": len(prompts),
-            "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
+            "prompts": digest(prompts)}
 
 
 def check_same(path: Path, got: dict, wanted: dict, remedy: str) -> None:
@@ -329,8 +340,11 @@ def plan(cfg: Config, folder: Path, wanted: range, manifest: dict,
     todo = [i for i in wanted if i not in there]
     sizes = sizes_of(cfg.preset)
     latents = len(manifest["stored"]) * math.prod(manifest["shape"]) * DTYPES[cfg.dtype].itemsize
-    text = sizes.text_len * sizes.text_dim * compute_dtype(device).itemsize
-    need = len(todo) * (latents + text + 2000)  # the header with the prompt
+    told = sizes.text_len * sizes.text_dim
+    if sizes.takes_image:  # its features, and 4 mask channels on the 16 of a latent
+        told += sizes.image_len * sizes.image_dim + math.prod(manifest["shape"]) * 20 // 16
+    told *= compute_dtype(device).itemsize
+    need = len(todo) * (latents + told + 2000)  # the header with the prompt
     free = shutil.disk_usage(folder).free
     print(f"synvid: {len(todo)} trajectories to do, {len(wanted) - len(todo)} of {len(wanted)} are "
           f"there; at most {size(need)} to write, {size(free)} free at {folder}", flush=True)
@@ -343,8 +357,6 @@ def plan(cfg: Config, folder: Path, wanted: range, manifest: dict,
 
 def decode_video(cfg: Config, folder: Path, manifest: dict, vae: nn.Module, i: int) -> None:
     """Decode trajectory i, as it is stored, to videos/NNNNNN.mp4."""
-    from video import write_video
-
     x, _, _ = read_trajectory(folder, manifest, i, [manifest["n"]])
     with torch.no_grad():
         video = vae.decode(x.to(vae.dtype).to(next(vae.parameters()).device))
@@ -373,10 +385,10 @@ def one_cpu_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def generate(cfg: Config, prompts: list[str], folder: Path, manifest: dict, wanted: range,
+def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, wanted: range,
              todo: list[int], ranks: Ranks) -> None:
     """Make this rank's part of the trajectories `todo` and of the videos that are missing."""
-    from encoders import load_text, load_vae
+    from encoders import load_conditioner, load_vae
 
     chunks: dict[int, list[int]] = {}
     for i in todo:
@@ -392,10 +404,7 @@ def generate(cfg: Config, prompts: list[str], folder: Path, manifest: dict, want
         return
     dit = load_dit(cfg.weights, cfg.preset, dtype, ranks.device).requires_grad_(False)
     dit.sp = ranks.sp_group
-    text, uncond = load_text(cfg.weights, ranks.device, dtype, dit.cfg.text_len, cfg.family,
-                             image=cfg.frames == 1, guidance=cfg.embedded_guidance), None
-    if cfg.cfg_scale != 1:
-        uncond = collate(text.encode_each([cfg.negative_prompt]) * cfg.batch)
+    conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
 
     first = time.perf_counter()
     bar = tqdm(total=sum(len(missing) for _, missing in mine), desc="synvid", unit="trajectory",
@@ -403,17 +412,19 @@ def generate(cfg: Config, prompts: list[str], folder: Path, manifest: dict, want
     for number, (chunk, missing) in enumerate(mine):
         # A chunk is computed whole, even if little of it is missing: same rounding, same bytes.
         indices = range(chunk * cfg.batch, (chunk + 1) * cfg.batch)
-        captions = [prompts[i % len(prompts)] for i in indices]
-        conds = text.encode_each(captions)
-        noise = torch.stack([initial_noise(cfg.seed, i, caption, manifest["shape"])
-                             for i, caption in zip(indices, captions, strict=True)])
+        chosen = [prompts[i % len(prompts)] for i in indices]
+        conds = conditioner.encode_each(chosen, cfg.height, cfg.width)
+        if cfg.cfg_scale != 1:
+            uncond = collate(conditioner.with_text(cfg.negative_prompt, conds))
+        noise = torch.stack([initial_noise(cfg.seed, i, prompt.text, manifest["shape"])
+                             for i, prompt in zip(indices, chosen, strict=True)])
         x = denoise(cfg, dit, noise.to(ranks.device), manifest["stored"], collate(conds), uncond)
         if read_manifest(folder) != manifest:
             raise ValueError(f"{folder}/manifest.json: was changed while this job ran: another job "
                              "with other settings writes there; give each its own --run")
         for i in missing if ranks.leads else []:
             b = i - indices.start
-            write_trajectory(folder, manifest, i, captions[b], x[b], conds[b])
+            write_trajectory(folder, manifest, i, chosen[b].text, x[b], conds[b])
         if number == 0 and ranks.rank == 0:
             tell_cost(time.perf_counter() - first, cfg.batch, len(mine), len(chunks), ranks)
         for i in films.intersection(missing):
@@ -428,10 +439,8 @@ def generate(cfg: Config, prompts: list[str], folder: Path, manifest: dict, want
 
 def main(argv: list[str] | None = None) -> None:
     """Make what is missing of this job's trajectories; a rank returns when its own are made."""
-    from video import read_prompts
-
     cfg = load_config(Config, "synvid", argv, __doc__)
-    prompts = read_prompts(cfg.prompts)
+    prompts = read_prompts(cfg.prompts, sizes_of(cfg.preset).takes_image)
     wanted = check_config(cfg, prompts)
     ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
     folder = Path(cfg.run) / "synvid"

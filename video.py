@@ -1,17 +1,21 @@
-"""Files that people look at or write: videos, pictures of videos, prompts.
+"""Files that people look at or write: videos, pictures of videos, images, prompts.
 
-Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3].
+Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image [3, H, W].
 """
 
+import json
+import os
 import re
 import subprocess
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from model import replace_file
@@ -173,27 +177,119 @@ def label_strip(text: str, width: int, height: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------
-# Prompt files
+# Images
 # ---------------------------------------------------------------------------------------------
 
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line; blank lines and outer spaces are ignored.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
-    Only line feeds end a line, so that a prompt may hold any other character.
-    Raises FileNotFoundError if there is no such file, ValueError if it is not UTF-8 (naming the
-    line) or holds no prompt.
+
+def read_image(path: str | Path) -> Tensor:
+    """An image as a person sees it, float [3, H, W] in [-1, 1].
+
+    It is turned as its EXIF orientation says; grey becomes RGB; what is transparent shows white; of
+    several frames the first counts. Raises FileNotFoundError, or ValueError if it is broken.
     """
     path = Path(path)
     if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such image")
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip at 255
+                grey = np.asarray(image).astype(np.float32) / 257
+                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError,
+            Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}); wanted "
+                         f"{', '.join(FORMATS)}: save it anew") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def centre_crop(image: Tensor, height: int, width: int) -> Tensor:
+    """The middle of an image [3, h, w] in the shape height : width, as much of it as there is."""
+    h, w = image.shape[1:]
+    rows = min(h, max(1, round(w * height / width)))
+    columns = min(w, max(1, round(h * width / height)))
+    top, left = (h - rows) // 2, (w - columns) // 2
+    return image[:, top:top + rows, left:left + columns]
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompt files
+# ---------------------------------------------------------------------------------------------
+
+class Prompt(NamedTuple):
+    """What a video is made from: a text and, for an image-to-video model, its first frame."""
+    text: str
+    image: Path | None = None
+
+
+def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
+    """The prompts of a UTF-8 file; blank lines are ignored.
+
+    A text file has one a line, outer spaces ignored; a .jsonl file has one JSON object a line,
+    {"prompt": "…", "image": "…"}, its images relative to its folder, other keys ignored. Only line
+    feeds end a line, so that a prompt may hold any other character.
+    images: whether the model starts from an image; then all of them are read once, to be sure.
+    Raises FileNotFoundError if there is no such file, ValueError naming the line if it is not
+    UTF-8, or its image is missing, broken or not wanted; ValueError if it holds no prompt.
+    """
+    path = Path(path)
+    table = path.suffix == ".jsonl"
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such prompt file; want one prompt a line, in UTF-8")
-    prompts = []
+    if images and not table:
+        raise ValueError(f"{path}: the model starts from images; wanted a .jsonl file with lines "
+                         '{"prompt": "…", "image": "photo.jpg"}')
+    prompts: dict[int, Prompt] = {}
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
-            prompts.append(line.decode("utf-8").strip())
+            text = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason} at its byte "
                              f"{error.start + 1}): save the file as UTF-8") from error
-    prompts = [prompt for prompt in prompts if prompt]
+        if text:
+            where = f"{path}: line {number}"
+            prompts[number] = parse_prompt(text, where, path.parent) if table else Prompt(text)
+            if (prompts[number].image is not None) != images:
+                have, want = ("no", "starts from one") if images else ("an", "takes none")
+                raise ValueError(f"{where} has {have} \"image\"; the preset's model {want}")
     if not prompts:
         raise ValueError(f"{path}: got an empty prompt file; want one prompt a line")
-    return prompts
+    if images:
+        check_images(path, prompts)
+    return list(prompts.values())
+
+
+def parse_prompt(line: str, where: str, folder: Path) -> Prompt:
+    """The prompt in one line of a .jsonl file. Raises ValueError beginning with `where`."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from error
+    entry = entry if isinstance(entry, dict) else {}
+    text, image = entry.get("prompt"), entry.get("image")
+    if not isinstance(text, str) or not isinstance(image, str | None):
+        raise ValueError(f'{where}: got {line:.80}; wanted {{"prompt": "…", "image": "photo.jpg"}}')
+    return Prompt(text.strip(), None if image is None else folder / image)
+
+
+def check_images(path: Path, prompts: dict[int, Prompt]) -> None:
+    """Read the image of each line's prompt. Raises ValueError naming the first line in fault."""
+    def fault(image: Path) -> Exception | None:
+        try:
+            read_image(image)
+        except (FileNotFoundError, ValueError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets other threads run
+        faults = pool.map(fault, (prompt.image for prompt in prompts.values()))
+        for number, error in zip(prompts, faults, strict=True):
+            if error is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise ValueError(f"{path}: line {number}: {error}") from error

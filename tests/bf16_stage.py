@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import model
+from config import cli
 
 model.compute_dtype = lambda device: torch.bfloat16  # before a stage takes it from there
 
 if __name__ == "__main__":
-    importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+    cli(lambda: importlib.import_module(sys.argv[1]).main(sys.argv[2:]))

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import distill
 import model
+from config import cli
 from model import HunyuanConfig, WanConfig, generator, key_times
 
 SIZES = {"wan": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=3, text_dim=8, text_len=4,
@@ -77,8 +78,7 @@ def main(family: str, out: str, *overrides: str) -> None:
                                + [errors["endpoint"], *errors["velocity"]])
         model.save_tensors(out, {**tensors, **heads, "figures": figures}, {})
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    cli(lambda: main(*sys.argv[1:]))

@@ -657,7 +657,8 @@ def test_side_by_side_enlarges_by_whole_pixels_and_labels_each_video():
 def test_a_prompt_file_has_one_prompt_a_line_and_blank_lines_do_not_count(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeff a red circle \r\n\n--seed 3\n一只猫\u2028走\n".encode())
-    assert read_prompts(path) == ["a red circle", "--seed 3", "一只猫\u2028走"]
+    wanted = ["a red circle", "--seed 3", "一只猫\u2028走"]
+    assert read_prompts(path) == [(text, None) for text in wanted]
 
 
 def test_missing_empty_and_non_utf8_prompt_files_are_named(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 import sample
-from video import read_prompts, read_video
+from video import read_video
 from config import Shared
 from model import (
     Ranks, build_dit, dit_tensors, fingerprint, generator, key_times, load_dit, official_names,
@@ -69,26 +69,8 @@ def stub_batch(*means: float) -> tuple[torch.Tensor, list[dict]]:
 
 def denoise(dit, noise, times, conds, uncond=None, cfg_scale=1.0):
     watch = sample.Watch(torch.device("cpu"))
-    return sample.denoise(dit, noise, times, conds, uncond, cfg_scale, watch, tqdm(disable=True))
-
-
-# ------------------------------------------------------------------------------ prompt files
-
-def test_prompt_files_keep_every_prompt_and_only_line_feeds_end_one(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa red disc\r\n\n   \n  --teacher \nein\u2028Fuchs\x0cläuft".encode())
-    assert read_prompts(path) == ["a red disc", "--teacher", "ein\u2028Fuchs\x0cläuft"]
-
-
-def test_bad_prompt_files_are_named_with_the_line_at_fault(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.txt: no such prompt file"):
-        read_prompts(tmp_path / "nowhere.txt")
-    (tmp_path / "empty.txt").write_text("\n \n\n")
-    with pytest.raises(ValueError, match="empty.txt: got an empty prompt file"):
-        read_prompts(tmp_path / "empty.txt")
-    (tmp_path / "latin.txt").write_bytes(b"a fox\nein B\xe4r\n")
-    with pytest.raises(ValueError, match="latin.txt: line 2 is not UTF-8 .* at its byte 6"):
-        read_prompts(tmp_path / "latin.txt")
+    unconds = uncond and [uncond] * len(conds)
+    return sample.denoise(dit, noise, times, conds, unconds, cfg_scale, watch, tqdm(disable=True))
 
 
 # ---------------------------------------------------------------------------------- the walk
@@ -192,7 +174,7 @@ def test_a_prompt_of_10000_words_is_cut_with_a_warning(run, student, monkeypatch
 
 def test_a_prompt_goes_before_the_config_s_prompt_file():
     cfg = sample.Config(prompt=" a red disc ", prompt_file="nowhere.txt")
-    assert sample.wanted_prompts(cfg) == ["a red disc"]
+    assert sample.wanted_prompts(cfg) == [("a red disc", None)]
 
 
 def test_the_report_tells_the_seconds_of_every_phase(run, capsys, monkeypatch):

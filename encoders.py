@@ -771,10 +771,17 @@ class Conditioner:
                 image = read_image(prompt.image)
                 if self.crop:
                     image = centre_crop(image, height, width)
-                image = image.to(next(self.clip.parameters()).device)
-                cond |= image_cond(image, self.vae, self.clip, self.frames, height, width)
+                made = self.of_images(image[None], height, width)
+                cond |= {name: value[0] for name, value in made.items()}
         found = dict(zip(different, conds, strict=True))
         return [found[prompt] for prompt in prompts]
+
+    def of_images(self, images: Tensor, height: int, width: int) -> dict[str, Tensor]:
+        """What first frames [B, 3, h, w] add to conds, as image_cond has it, one after another."""
+        device = next(self.clip.parameters()).device
+        conds = [image_cond(image.to(device), self.vae, self.clip, self.frames, height, width)
+                 for image in images]
+        return {name: torch.stack([cond[name] for cond in conds]) for name in conds[0]}
 
     def with_text(self, text: str, conds: list[dict]) -> list[dict]:
         """The conds with another text: a negative prompt sees the same image."""

@@ -5,6 +5,10 @@ of a caption), a tiny Wan VAE, a tiny Wan DiT on the VAE's latents.
 
     python teacher.py [CONFIG] [--out DIR] [--field value]      rerun the same command to resume
 
+With `base`, VAE and text encoder are those of another folder and the DiT starts as its own. The
+small image-to-video teacher (configs/tiny-i2v.yaml) starts so, as Wan's did; a tiny image encoder
+(to tell colour and shape of a first frame) is trained before it.
+
 In:   nothing, everything is drawn from `seed`.
 Out:  DIR (default <run>/teacher/weights) in the layout of the official Wan 2.1 folder, with
       training.json and curves.png; <run>/teacher/log.jsonl and the training states.
@@ -25,7 +29,7 @@ import platform
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import sentencepiece
@@ -43,6 +47,7 @@ from clips import (
 from config import Shared, announce, cli, field, load_config
 from model import generator
 from monitor import draw_panels
+from video import Prompt, read_prompts, write_image
 
 # ------------------------------------------------------------------------------------ Config
 
@@ -51,10 +56,13 @@ from monitor import draw_panels
 class Config(Shared):
     out: str | None = field(None, "folder for the weights; default <run>/teacher/weights")
     threads: int = field(1, "CPU threads")
+    base: str | None = field(None, "weight folder to start from: its VAE and text encoder stay")
     compile: bool = field(True, "torch.compile the DiT while training (needs a C++ compiler)")
     ema: float = field(0.999, "decay of the moving average of the weights, per iteration")
     save_every: float = field(120.0, "seconds between two training states on disk")
     text_iters: int = field(600, "iterations of the text encoder, 96 captions each")
+    image_iters: int = field(600, "iterations of the image encoder, 32 first frames each")
+    images: int = field(2048, "first frames for SynVid (image-to-video)")
     vae_muon_lr: float = field(2e-3, "learning rate of the VAE's kernels (Muon)")
     vae_adam_lr: float = field(1e-3, "learning rate of the VAE's other parameters (AdamW)")
     vae_decay_from: float = field(0.4, "part of the VAE's iterations before its cosine decay")
@@ -132,6 +140,8 @@ def optimisers(module: nn.Module, muon_lr: float, adam_lr: float) -> tuple:
 # ---------------------------------------------------------------------------------- Training
 
 PART = 500  # clips of one file of encoded clips
+KEPT = ("Wan2.1_VAE.safetensors", "models_t5_umt5-tiny.safetensors",
+        "google/umt5-xxl/spiece.model")  # of `base`
 NOTE_EVERY = 50  # iterations of one line of the log
 # Settings of every training; those named after one of them belong to it.
 COMMON = ("seed", "height", "width", "frames", "ema")
@@ -274,8 +284,8 @@ def initialise_vae(vae: nn.Module, g: torch.Generator) -> None:
     vae.conv1.bias.data[vae.z_dim:] = -6.0  # log-variance
 
 
-def train_vae(cfg: Config, out: Path) -> nn.Module:
-    """A VAE trained on random crops of whole clips: MSE + 0.2 L1, latents sampled near the end.
+def train_vae(cfg: Config, out: Path) -> None:
+    """A VAE, written to `out`: MSE + 0.2 L1 on random crops, latents sampled near the end.
 
     Crops keep all frames: the later latent frames of a causal VAE have their own work to learn.
     """
@@ -319,13 +329,12 @@ def train_vae(cfg: Config, out: Path) -> nn.Module:
     sizes["latents_mean"] = means.mean((0, 2, 3, 4)).tolist()
     sizes["latents_std"] = means.std((0, 2, 3, 4)).tolist()
     model.save_tensors(out / "Wan2.1_VAE.safetensors", half(vae), {"config": json.dumps(sizes)})
-    return encoders.load_vae(out, device)
 
 
 # -------------------------------------------------------------------------------------- text
 
 
-def train_text(cfg: Config, out: Path) -> encoders.TextEncoder:
+def train_text(cfg: Config, out: Path) -> None:
     """A sentencepiece model and a umT5 that tells a caption's attributes, written to `out`.
 
     Only the encoder is kept: its states are what the DiT reads, frozen, as in Wan.
@@ -365,7 +374,6 @@ def train_text(cfg: Config, out: Path) -> encoders.TextEncoder:
     encoder = fit(cfg, "text", both, cfg.text_iters, (0.0, 2e-3), 0.4, loss_of)["text"]
     model.save_tensors(out / "models_t5_umt5-tiny.safetensors", half(encoder),
                        {"config": json.dumps(sizes)})
-    return encoders.load_text(out, device, torch.float32, model.PRESETS[cfg.preset].text_len)
 
 
 def half(module: nn.Module) -> dict[str, Tensor]:
@@ -373,40 +381,96 @@ def half(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.half() for name, value in module.state_dict().items()}
 
 
+# ------------------------------------------------------------------------------------- images
+
+
+def train_image(cfg: Config, out: Path) -> None:
+    """A small image tower of CLIP's kind that tells a first frame's colour and shape, to `out`."""
+    want = model.sizes_of(cfg.preset)
+    sizes = {"dim": want.image_dim, "dim_ffn": 2 * want.image_dim, "num_layers": 2, "num_heads": 2,
+             "size": 48, "patch": 48 // math.isqrt(want.image_len - 1)}
+    names = ("colour", "shape")
+    counts = [len(ATTRIBUTES[name]) for name in names]
+    device = model.pick_device(cfg.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(model.seed_of(cfg.seed, "image"))
+        both = nn.ModuleDict({"tower": encoders.CLIPVision(**sizes),
+                              "heads": nn.Linear(want.image_dim, sum(counts))}).to(device)
+
+    def loss_of(i: int) -> Tensor:
+        clips, _, told = make_clips(cfg.seed, i * 32, 32, cfg.height, cfg.frames)
+        tower = both["tower"]
+        logits = both["heads"](tower(tower.pixels(clips[:, :, 0].to(device))).mean(1))
+        return sum(F.cross_entropy(part, told[name].to(device))
+                   for name, part in zip(names, logits.split(counts, 1), strict=True))
+
+    tower = fit(cfg, "image", both, cfg.image_iters, (0.0, 2e-3), 0.4, loss_of)["tower"]
+    sizes["num_layers"] += 1  # the released tower has one more, which is not read
+    model.save_tensors(out / "models_clip_tiny.safetensors",
+                       {f"visual.{name}": value for name, value in half(tower).items()},
+                       {"config": json.dumps(sizes)})
+
+
 # --------------------------------------------------------------------------------------- DiT
 
 
-def encode_part(cfg: Config, vae: nn.Module, start: int) -> Tensor:
-    """Latents [at most PART, 16, T, H/8, W/8] fp16 of clips from `start` on, kept on disk."""
+def encode_part(cfg: Config, conditioner: encoders.Conditioner, vae: nn.Module,
+                start: int) -> dict[str, Tensor]:
+    """"latents" [at most PART, 16, T, H/8, W/8] of clips from `start` on, fp16, kept on disk.
+
+    For image-to-video also what image_cond makes of their first frames.
+    """
     path = folder(cfg) / "pool" / f"{start:06d}.safetensors"
     count = min(PART, cfg.dit_pool - start)
-    mark = {"vae": str(sum(p.double().abs().sum().item() for p in vae.parameters())),
+    mark = {"vae": weights_sum(vae), "clip": weights_sum(conditioner.clip),
             "clips": f"{count} of seed {cfg.seed}, {cfg.frames} frames, {cfg.height} pixels"}
     if path.exists():
         with safe_open(path, "pt") as stored:
             if stored.metadata() == mark:
-                return stored.get_tensor("latents")
+                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     begun = time.perf_counter()
     clips = make_clips(cfg.seed, start, count, cfg.height, cfg.frames)[0]
     with torch.no_grad():
         device = model.pick_device(cfg.device)
-        latents = torch.cat([vae.encode(some.to(device)) for some in clips.split(4)]).half().cpu()
-    model.save_tensors(path, {"latents": latents}, mark)
+        latents = torch.cat([vae.encode(some.to(device)) for some in clips.split(4)])
+        part = {"latents": latents}
+        if conditioner.clip is not None:
+            part |= conditioner.of_images(clips[:, :, 0], cfg.height, cfg.width)
+    part = {name: value.half().cpu() for name, value in part.items()}
+    model.save_tensors(path, part, mark)
     note(cfg, stage="encode", iteration=start + count, seconds=time.perf_counter() - begun)
-    return latents
+    return part
 
 
-def train_dit(cfg: Config, out: Path, vae: nn.Module, text: encoders.TextEncoder) -> None:
-    """The tiny DiT by flow matching (Eq. 3) on encoded clips, written to `out`."""
-    device, dit = model.pick_device(cfg.device), model.build_dit(cfg.preset)
+def weights_sum(module: nn.Module | None) -> str:
+    """A figure that tells networks apart."""
+    return str(sum(p.double().abs().sum().item() for p in module.parameters()) if module else None)
+
+
+def start_dit(cfg: Config) -> nn.Module:
+    """The DiT to train: fresh, or `base`'s with what it lacks fresh and its new inputs unread."""
+    dit = model.build_dit(cfg.preset)
     dit.init_weights(generator(cfg.seed, "dit"))
-    dit.to(device)
-    parts = tqdm(range(0, cfg.dit_pool, PART), "encode", disable=None)
-    pool = torch.cat([encode_part(cfg, vae, start) for start in parts])
+    if cfg.base is not None:
+        known = model.dit_tensors(cfg.base)
+        for name, p in dit.state_dict().items():
+            if name in known:
+                value = known[name].read(slice(None)).float()
+                p.zero_()[tuple(map(slice, value.shape))] = value
+    return dit.to(model.pick_device(cfg.device))
+
+
+def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: encoders.Conditioner) -> None:
+    """The tiny DiT by flow matching (Eq. 3) on encoded clips, written to `out`."""
+    device, dit = model.pick_device(cfg.device), start_dit(cfg)
+    starts = tqdm(range(0, cfg.dit_pool, PART), "encode", disable=None)
+    parts = [encode_part(cfg, conditioner, vae, start) for start in starts]
+    pool = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    latents = pool.pop("latents")
     captions = make_captions(cfg.seed, 0, cfg.dit_pool)
     known = sorted(set(captions))
     row = torch.tensor([known.index(text) for text in captions])
-    states = text.encode_prompts([*known, ""])["text"]  # [captions + 1, L, D], frozen
+    states = conditioner.text.encode_prompts([*known, ""])["text"]  # [captions + 1, L, D], frozen
     network = torch.compile(dit) if cfg.compile else dit
 
     def loss_of(i: int) -> Tensor:
@@ -414,42 +478,78 @@ def train_dit(cfg: Config, out: Path, vae: nn.Module, text: encoders.TextEncoder
         pick = torch.randint(cfg.dit_pool, (count,), generator=g)
         empty = torch.rand(count, generator=g) < cfg.dit_dropout
         u = (torch.arange(count) + torch.rand((), generator=g)) / count  # even: less variance
-        x0 = pool[pick].float().to(device)
+        x0 = latents[pick].float().to(device)
         x1 = torch.randn(x0.shape, generator=g).to(device)
-        text = states[torch.where(empty, len(known), row[pick]).to(device)]
+        cond = {name: value[pick].float().to(device) for name, value in pool.items()}
+        cond["text"] = states[torch.where(empty, len(known), row[pick]).to(device)]
         t = model.shift_time(u, cfg.dit_shift).to(device)
         x = x0 + t.view(-1, 1, 1, 1, 1) * (x1 - x0)
-        v = network(x, t, {"text": text})
+        v = network(x, t, cond)
         return F.mse_loss(v, x1 - x0)  # Eq. 3
 
     def look(average: nn.Module) -> dict:
         count = min(len(COMBINATIONS), cfg.gate_clips)
-        wanted = make_captions(cfg.seed, 0, count, held_out=True)
+        wanted = held_out(cfg, out)[:count]
         times = model.time_grid(cfg.family, 25, cfg.shift).tolist()
-        return agreement(sample(cfg, average, vae, text, wanted, times), wanted)
+        videos = sample(cfg, average, vae, conditioner, wanted, times)
+        return agreement(videos, [prompt.text for prompt in wanted])
 
     dit = fit(cfg, "dit", dit, cfg.dit_iters, (cfg.dit_muon_lr, cfg.dit_adam_lr),
               cfg.dit_decay_from, loss_of, look)
     sizes = {name: value for name, value in asdict(dit.cfg).items()
-             if name not in ("patch_size", "image_dim")}
+             if name not in ("patch_size", "image_dim", "image_len")}
     model.write_json(out / "config.json", {"_class_name": "WanModel", **sizes})
     model.save_tensors(out / "diffusion_pytorch_model.safetensors", half(dit), {})
 
 
-def sample(cfg: Config, dit: nn.Module, vae: nn.Module, text: encoders.TextEncoder,
-           captions: list[str], times: list[float]) -> Tensor:
-    """Videos [N, 3, T, H, W] of captions, each from its own noise, denoised along `times`."""
+def sample(cfg: Config, dit: nn.Module, vae: nn.Module, conditioner: encoders.Conditioner,
+           prompts: list[Prompt], times: list[float]) -> Tensor:
+    """Videos [N, 3, T, H, W] of prompts, each from its own noise, denoised along `times`."""
     shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
     videos = []
-    for start in range(0, len(captions), 72):
-        some = captions[start:start + 72]
-        cond = text.encode_prompts(some)
+    for start in range(0, len(prompts), 72):
+        some = prompts[start:start + 72]
+        cond = model.collate(conditioner.encode_each(some, cfg.height, cfg.width))
         x = torch.stack([torch.randn(shape, generator=generator(cfg.seed, "gate", start + i))
                          for i in range(len(some))]).to(cond["text"].device)
         *_, x = model.walk(dit, x, times, cond)
         with torch.no_grad():
             videos += [vae.decode(part).cpu() for part in x.split(8)]
     return torch.cat(videos)
+
+
+# ----------------------------------------------------------------------------------- prompts
+
+
+def write_prompts(cfg: Config, out: Path) -> None:
+    """prompts.txt and prompts_heldout.txt; for image-to-video .jsonl, an image each in images/."""
+    if not model.sizes_of(cfg.preset).takes_image:
+        seen = dict.fromkeys(make_captions(cfg.seed, 0, cfg.dit_pool))
+        unseen = make_captions(cfg.seed, 0, len(COMBINATIONS), held_out=True)
+        for name, captions in (("prompts", seen), ("prompts_heldout", unseen)):
+            model.write_text(out / f"{name}.txt", "\n".join(captions) + "\n")
+        return
+    for name, count in (("prompts", cfg.images), ("prompts_heldout", cfg.gate_clips)):
+        clips, captions, _ = make_clips(cfg.seed, 0, count, cfg.height, cfg.frames,
+                                        held_out=name == "prompts_heldout")
+        lines = []
+        for i, (clip, text) in enumerate(zip(clips, captions, strict=True)):
+            lines.append(json.dumps({"prompt": text, "image": f"images/{name}_{i:04d}.png"}))
+            write_image(out / f"images/{name}_{i:04d}.png", clip[:, 0])
+        model.write_text(out / f"{name}.jsonl", "\n".join(lines) + "\n")
+
+
+def held_out(cfg: Config, out: Path) -> list[Prompt]:
+    """The prompts of the held-out clips 0 … gate_clips - 1."""
+    if model.sizes_of(cfg.preset).takes_image:
+        return read_prompts(out / "prompts_heldout.jsonl", images=True)
+    return [Prompt(text) for text in make_captions(cfg.seed, 0, cfg.gate_clips, held_out=True)]
+
+
+def conditioner_of(cfg: Config, out: Path) -> encoders.Conditioner:
+    """The conditioner with the encoders in `out`."""
+    return encoders.load_conditioner(replace(cfg, weights=str(out)), model.pick_device(cfg.device),
+                                     torch.float32, crop=True)
 
 
 # ------------------------------------------------------------------------------------- gates
@@ -462,17 +562,19 @@ def gates(cfg: Config, out: Path) -> dict[str, dict]:
     """
     device = model.pick_device(cfg.device)
     vae, dit = encoders.load_vae(out, device), model.load_dit(out, cfg.preset, device=device).eval()
-    text = encoders.load_text(out, device, torch.float32, dit.cfg.text_len)
+    conditioner, prompts = conditioner_of(cfg, out), held_out(cfg, out)
     clips, captions, _ = make_clips(cfg.seed, 0, cfg.gate_clips, cfg.height, cfg.frames, True)
     with torch.no_grad():
         again = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in clips.split(8)])
     times = model.time_grid(cfg.family, cfg.n, cfg.shift)
-    many = sample(cfg, dit, vae, text, captions, times.tolist())
-    few = sample(cfg, dit, vae, text, captions, times[cfg.key].tolist())
+    many = sample(cfg, dit, vae, conditioner, prompts, times.tolist())
+    few = sample(cfg, dit, vae, conditioner, prompts, times[cfg.key].tolist())
     figures = {"vae_psnr": (float(psnr(again, clips).mean()), 30.0),
                "vae_oracle": (agreement(again, captions)["all"], 0.95),
                "teacher_oracle": (agreement(many, captions)["all"], 0.90),
                "few_step_high_frequency": (high_frequency(few) / high_frequency(many), 0.85)}
+    if dit.cfg.takes_image:
+        figures["first_frame_psnr"] = float(psnr(many[:, :, :1], clips[:, :, :1]).mean()), 30.0
     passed = {name: {"figure": figure, "bound": bound,
                      "kept": figure <= bound if name.startswith("few") else figure >= bound}
               for name, (figure, bound) in figures.items()}
@@ -482,12 +584,13 @@ def gates(cfg: Config, out: Path) -> dict[str, dict]:
 
 
 def draw_curves(cfg: Config, path: Path) -> None:
-    """Losses and held-out figures of the two long stages, from the log, as a PNG."""
+    """Losses and held-out figures of the long stages, from the log, as a PNG."""
     vae, dit = ([line for line in log_lines(cfg) if line["stage"] == stage]
                 for stage in ("vae", "dit"))
+    panels = {"VAE: loss": [("loss", None, vae, "-")],
+              "VAE: PSNR of held-out clips, dB": [("psnr", None, vae, "o-")]}
     draw_panels(path, {
-        "VAE: loss": [("loss", None, vae, "-")],
-        "VAE: PSNR of held-out clips, dB": [("psnr", None, vae, "o-")],
+        **(panels if vae else {}),
         "DiT: loss (Eq. 3)": [("loss", None, dit, "-")],
         "DiT: held-out captions right": [(name, name, dit, "o-") for name in ("all", *ATTRIBUTES)]},
         x="iteration", linear=("VAE: PSNR", "DiT: held-out"))
@@ -506,9 +609,9 @@ def processor() -> str:
 
 def check(cfg: Config) -> None:
     """Raise ValueError for settings that this stage cannot serve."""
-    if cfg.family != "wan" or cfg.preset != "tiny":
-        raise ValueError(f"family, preset: got {cfg.family}, {cfg.preset}; wanted wan, tiny: "
-                         "use configs/tiny.yaml")
+    if cfg.family != "wan" or cfg.preset not in ("tiny", "tiny-i2v"):
+        raise ValueError(f"family, preset: got {cfg.family}, {cfg.preset}; wanted wan and tiny or "
+                         "tiny-i2v: use configs/tiny.yaml or configs/tiny-i2v.yaml")
     if cfg.height != cfg.width:
         raise ValueError(f"height, width: got {cfg.height}, {cfg.width}; clips are square")
     if not 8 <= cfg.vae_crop <= cfg.height or cfg.vae_crop % 8:
@@ -523,13 +626,19 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out or folder(cfg) / "weights")
     torch.set_num_threads(cfg.threads)
     announce(cfg, "teacher")
-    text = train_text(cfg, out)
-    vae = train_vae(cfg, out)
-    train_dit(cfg, out, vae, text)
-    captions = make_captions(cfg.seed, 0, cfg.dit_pool)
-    model.write_text(out / "prompts.txt", "\n".join(dict.fromkeys(captions)) + "\n")
-    held_out = make_captions(cfg.seed, 0, len(COMBINATIONS), held_out=True)
-    model.write_text(out / "prompts_heldout.txt", "\n".join(held_out) + "\n")
+    write_prompts(cfg, out)
+    if cfg.base is None:
+        train_text(cfg, out)
+        train_vae(cfg, out)
+    else:
+        for name in KEPT:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            model.replace_file(out / name, lambda aside, name=name: shutil.copyfile(
+                Path(cfg.base) / name, aside))
+    if model.sizes_of(cfg.preset).takes_image:
+        train_image(cfg, out)
+    train_dit(cfg, out, encoders.load_vae(out, model.pick_device(cfg.device)),
+              conditioner_of(cfg, out))
     kept, seconds = gates(cfg, out), {"encode": 0.0}
     for line in log_lines(cfg):
         done = seconds["encode"] if line["stage"] == "encode" else 0.0

@@ -209,6 +209,12 @@ def read_image(path: str | Path) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def write_image(path: str | Path, image: Tensor) -> None:
+    """Write an image [3, H, W] in [-1, 1] as a PNG. Raises ValueError if it cannot be written."""
+    pixels = Image.fromarray(to_uint8(image.unsqueeze(1))[0])
+    replace_file(path, lambda aside: pixels.save(aside, "PNG"))
+
+
 def centre_crop(image: Tensor, height: int, width: int) -> Tensor:
     """The middle of an image [3, h, w] in the shape height : width, as much of it as there is."""
     h, w = image.shape[1:]

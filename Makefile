@@ -1,4 +1,5 @@
 # make demo: own environment, then the small world end to end on a CPU
+# make i2v: the same with image-to-video, its teacher trained first
 # RANKS: processes that make trajectories, one a core
 # PIP_ARGS: more arguments for pip, as --extra-index-url https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
@@ -6,12 +7,18 @@ PIP_ARGS ?=
 BIN := .venv/bin
 RANKS ?= 2
 
-.PHONY: demo test toy clean
+.PHONY: demo i2v test toy clean
 
 demo: .venv/installed
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) synvid.py configs/tiny.yaml
 	$(BIN)/python distill.py configs/tiny.yaml
 	$(BIN)/python evaluate.py configs/tiny.yaml
+
+i2v: .venv/installed
+	$(BIN)/python teacher.py configs/tiny-i2v.yaml
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) synvid.py configs/tiny-i2v.yaml
+	$(BIN)/python distill.py configs/tiny-i2v.yaml
+	$(BIN)/python evaluate.py configs/tiny-i2v.yaml
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import nn
 
-from encoders import UMT5Encoder, WanVAE
+from encoders import CLIPVision, UMT5Encoder, WanVAE
 from model import PRESETS, ROOT, WanConfig, WanDiT, generator, save_tensors, write_json
 
 CAPTIONS = [f"a {colour} {shape} moves {direction}" for colour in ("red", "green", "blue")
@@ -51,6 +51,7 @@ def make_tokenizer(path: Path, texts: list[str]) -> int:
 def write_weights(folder: Path, seed: int = 0, sizes: WanConfig = PRESETS["tiny"]) -> Path:
     """Random teacher, VAE, umT5 and tokenizer in Wan's official layout, and a prompts.txt.
 
+    Sizes of an image-to-video DiT bring a small image encoder.
     Args: folder, made anew; sizes of the DiT: the preset `tiny` for commands, any others where the
     test itself puts them into model.PRESETS. Returns the folder.
     """
@@ -71,6 +72,12 @@ def write_weights(folder: Path, seed: int = 0, sizes: WanConfig = PRESETS["tiny"
     save_tensors(folder / "models_t5_umt5-random.safetensors",
                  randomise(UMT5Encoder(**text), seed, "text"), {"config": json.dumps(text)})
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
+    if sizes.takes_image:
+        tower = {"dim": sizes.image_dim, "dim_ffn": 64, "num_heads": 2, "size": 48, "patch": 8}
+        state = randomise(CLIPVision(**tower, num_layers=2), seed, "image")
+        save_tensors(folder / "models_clip_random.safetensors",
+                     {f"visual.{name}": p for name, p in state.items()},
+                     {"config": json.dumps({**tower, "num_layers": 3})})
     return folder
 
 

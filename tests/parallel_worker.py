@@ -18,6 +18,8 @@ from model import HunyuanConfig, WanConfig, generator, key_times
 
 SIZES = {"wan": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=3, text_dim=8, text_len=4,
                           freq_dim=16),
+         "i2v": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=2, text_dim=8, text_len=4,
+                          freq_dim=16, model_type="i2v", in_dim=36, image_dim=6, image_len=5),
          "hunyuan": HunyuanConfig(dim=24, ffn_dim=96, num_heads=4, num_double=2, num_single=2,
                                   text_dim=8, text_len=6, pooled_dim=4, rope_dims=(2, 2, 2),
                                   freq_dim=16)}
@@ -29,7 +31,7 @@ class FakeSynVid:
     manifest = {"shape": [16, 3, 4, 6]}
 
     def __init__(self, family: str):
-        self.t_key, self.family = key_times(family, 6, 5.0, KEY)[::-1], family
+        self.t_key, self.family = key_times(SIZES[family].family, 6, 5.0, KEY)[::-1], family
 
     def __len__(self):
         return 12
@@ -38,6 +40,9 @@ class FakeSynVid:
         g = generator("fake", i)
         x = torch.randn(4, *self.manifest["shape"], generator=g)
         cond = {"text": torch.randn(1 + i % 4, 8, generator=g)}
+        if self.family == "i2v":
+            cond |= {"image": torch.randn(5, 6, generator=g),
+                     "frames": torch.randn(20, *self.manifest["shape"][1:], generator=g)}
         if self.family == "hunyuan":
             cond |= {"pooled": torch.randn(4, generator=g), "guidance": torch.tensor(6.016)}
         return x[ks], cond, f"prompt {i}"
@@ -54,10 +59,10 @@ def main(family: str, out: str, *overrides: str) -> None:
             if "norm" in name and name.endswith("weight"):
                 p.add_(1)
     given = dict(pair.split("=") for pair in overrides)
-    cfg = distill.Config(family=family, preset="small", run=f"{out}.run", n=6, key=KEY, shift=5.0,
-                         batch=4, micro_batch=1, iterations=3, held_out=2, lr=1e-3, lr_heads=1e-2,
-                         clip=1.0, head_dim=8, lambda_adv=1.0,
-                         **{k: int(v) for k, v in given.items() if k != "micro_batch"})
+    more = {k: int(v) for k, v in given.items() if k != "micro_batch"}
+    cfg = distill.Config(family=SIZES[family].family, preset="small", run=f"{out}.run", n=6,
+                         key=KEY, shift=5.0, batch=4, micro_batch=1, iterations=3, held_out=2,
+                         lr=1e-3, lr_heads=1e-2, clip=1.0, head_dim=8, lambda_adv=1.0, **more)
     cfg.micro_batch = int(given.get("micro_batch", 1))
     ranks = model.setup_distributed("cpu", cfg.sp, SIZES[family].num_heads)
     distill.check_config(cfg, ranks.teams)

@@ -36,6 +36,13 @@ def alone(request, tmp_path_factory):
     return request.param, distilled(request.param, folder / "out", 1, micro_batch=4)
 
 
+def test_an_image_s_tokens_are_shared_by_two_ranks_as_by_one(tmp_path):
+    want = distilled("i2v", tmp_path / "alone", 1, micro_batch=4)
+    got = distilled("i2v", tmp_path / "out", 2, sp=2)
+    assert_same(got, want)
+    assert any("k_img" in name for name in want)
+
+
 @pytest.mark.parametrize("ranks,settings", [
     (1, {"micro_batch": 1}), (2, {"micro_batch": 2}), (2, {"sp": 2}), (4, {"sp": 4}),
     (4, {"sp": 2, "micro_batch": 2})], ids=str)
@@ -43,6 +50,11 @@ def test_any_split_of_the_work_gives_the_parameters_of_one_process(alone, ranks,
                                                                   tmp_path):
     family, want = alone
     got = distilled(family, tmp_path / "out", ranks, **settings)
+    assert_same(got, want)
+
+
+def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """Parameters and figures are apart by less than 1e-5."""
     assert got.keys() == want.keys()
     apart = {name: (got[name] - want[name]).abs().max().item() for name in want}
     figures = apart.pop("figures") / want["figures"].abs().max().item()

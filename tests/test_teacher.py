@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import clips as world
+import config
 import encoders
 import model
 import teacher
+import video
 
 TINY = {"height": 32, "width": 32, "frames": 5, "n": 4, "key": "0,2,4", "text_iters": 3,
         "vae_iters": 3, "vae_batch": 1, "vae_dim": 8, "dit_iters": 3, "dit_batch": 4, "dit_pool": 6,
@@ -133,6 +135,34 @@ def test_settings_that_cannot_be_served_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its_prompts(tmp_path):
+    run(tmp_path / "base")
+    base = tmp_path / "base/out"
+    cfg = config.load_config(teacher.Config, "teacher", ["preset=tiny-i2v", f"base={base}"])
+    dit, known = teacher.start_dit(cfg), load_file(base / "diffusion_pytorch_model.safetensors")
+    x, t = torch.randn(1, 16, 2, 4, 4, generator=model.generator("x")), torch.full((1,), 0.4)
+    cond = {"text": torch.randn(1, 3, 64), "image": torch.zeros(1, 37, 32),
+            "frames": torch.randn(1, 20, 2, 4, 4)}
+    for name, p in dit.named_parameters():  # without what the images add it is its base
+        if "v_img" in name:
+            p.data.zero_()
+    want = model.load_dit(base, "tiny").requires_grad_(False)(x, t, cond)
+    assert torch.allclose(dit(x, t, cond), want, atol=1e-5) and len(known) < len(dit.state_dict())
+
+    got = run(tmp_path / "i2v", preset="tiny-i2v", base=str(base), images=4, image_iters=2)
+    out = tmp_path / "i2v/out"
+    assert torch.equal(got["Wan2.1_VAE.safetensors:conv1.weight"],
+                       load_file(base / "Wan2.1_VAE.safetensors")["conv1.weight"])
+    for name, count, held_out in (("prompts", 4, False), ("prompts_heldout", 2, True)):
+        prompts = video.read_prompts(out / f"{name}.jsonl", images=True)
+        clips, captions, _ = world.make_clips(0, 0, count, 32, 5, held_out)
+        assert [prompt.text for prompt in prompts] == captions
+        for prompt, clip in zip(prompts, clips, strict=True):
+            assert (video.read_image(prompt.image) - clip[:, 0]).abs().max() < 1 / 127
+    gates = json.loads((out / "training.json").read_text())["gates"]
+    assert {"teacher_oracle", "first_frame_psnr"} < set(gates)
 
 
 def test_a_damaged_training_state_is_named(tmp_path):

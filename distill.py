@@ -30,6 +30,7 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -39,19 +40,18 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from tqdm import tqdm
 
 import synvid
+from checkpoint import Saver, latest_checkpoint, load_checkpoint, write_one_by_one
 from monitor import (
     Log, append_log, draw_curves, held_out_errors, memory_plan, read_log, step_flops)
 from config import Shared, announce, cli, field, load_config, names_config
 from model import (
-    Ranks, collate, compute_dtype, euler_step, fingerprint, generator, latest_checkpoint,
-    load_checkpoint, load_dit, official_names, save_checkpoint, save_tensors, setup_distributed,
-    sizes_of, velocity, write_text)
+    LazyTensor, Ranks, collate, compute_dtype, euler_step, fingerprint, generator, load_dit,
+    official_names, setup_distributed, sizes_of, twin, velocity, write_text)
 
 
 @dataclass
@@ -110,6 +110,9 @@ def check_config(cfg: Config, teams: int) -> None:
             ("peak_tflops", cfg.peak_tflops is None or cfg.peak_tflops > 0, "more than 0")):
         if not good:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {wanted}")
+
+
+PATIENCE = timedelta(minutes=10)  # of a rank with others that do not come to a collective
 
 
 # ------------------------------------------------------------------------- heads and losses
@@ -376,7 +379,7 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> Nets:
     """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3."""
     dtype, m = compute_dtype(ranks.device), len(t_key) - 1
     student = load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype)
-    teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks).requires_grad_(False)
+    teacher = twin(student, cfg.preset, dtype, ranks)
     for block in [*student.blocks, *teacher.blocks]:
         block.checkpointing = cfg.checkpointing
         if cfg.compile:
@@ -401,13 +404,12 @@ def state_of(nets: Nets, slots: dict[str, Tensor]) -> dict:
     return state
 
 
-def save(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) -> None:
+def save(saver: Saver, nets: Nets, loader: Loader, meta: dict) -> None:
     """Checkpoint networks, optimizers and the one queue that is not empty between iterations."""
     entries = [entry for queue in nets.queues for entry in queue]
     slots = {str(slot): x for (x_gen, _, _), mine in zip(entries, loader.slots, strict=False)
              for slot, x in zip(mine, x_gen, strict=True)}
-    save_checkpoint(Path(cfg.run) / "distill", nets.step, state_of(nets, slots), meta, ranks,
-                    cfg.keep)
+    saver.save(nets.step, state_of(nets, slots), meta)
 
 
 MAY_CHANGE = {"run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep",
@@ -419,7 +421,7 @@ def resume(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) ->
 
     Raises ValueError when it belongs to a run with other settings.
     """
-    found = latest_checkpoint(Path(cfg.run) / "distill")
+    found = latest_checkpoint(Path(cfg.run) / "distill", ranks)
     if found is None:
         return
     path, saved = found
@@ -446,24 +448,34 @@ def resume(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) ->
 
 
 def export_student(cfg: Config, nets: Nets, ranks: Ranks, meta: dict) -> Path:
-    """Write <run>/student.safetensors with the key timesteps and the teacher's identity."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors = get_model_state_dict(nets.student, options=options)
+    """Write <run>/student.safetensors with the key timesteps and the teacher's identity.
+
+    Its tensors are gathered one by one; nowhere is the whole student.
+    """
     path = Path(cfg.run) / "student.safetensors"
-    if ranks.rank == 0:
-        tensors = official_names(tensors, "transformer", reverse=cfg.export == "diffusers")
-        keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance")
-        about = {key: getattr(cfg, key) for key in keys}
-        about |= {"t_key": nets.t_key[::-1], "teacher": meta["teacher"], "iterations": nets.step}
-        save_tensors(path, tensors, {"format": "pt", "accvideo": json.dumps(about)})
+    tensors = {name: whole_tensor(p, path) for name, p in nets.student.named_parameters()}
+    tensors = official_names(tensors, "transformer", reverse=cfg.export == "diffusers")
+    keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance")
+    about = {key: getattr(cfg, key) for key in keys}
+    about |= {"t_key": nets.t_key[::-1], "teacher": meta["teacher"], "iterations": nets.step}
+    write_one_by_one(path, tensors, {"format": "pt", "accvideo": json.dumps(about)}, ranks)
     return path
+
+
+def whole_tensor(p: DTensor, path: Path) -> LazyTensor:
+    """A sharded parameter, gathered when it is read."""
+    def read(rows: slice | None = None) -> Tensor:
+        value = p.detach().full_tensor()
+        return value[rows] if rows else value
+
+    return LazyTensor(tuple(p.shape), p.dtype, path, read)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, make a missing small SynVid, train or resume, export."""
     argv = sys.argv[1:] if argv is None else argv
     cfg = load_config(Config, "distill", argv, __doc__)
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
+    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads, PATIENCE)
     check_config(cfg, ranks.teams)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.teams)
     data = open_synvid(cfg, argv)
@@ -479,7 +491,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = read_log(folder / "log.jsonl", nets.step)
     base = {f"{name}_teacher": error
             for name, error in held_out_errors(cfg, nets.teacher, loader, ranks).items()}
-    stop = []
+    stop, saver = [], Saver(folder, ranks, cfg.keep)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stop.append(number))
     bar = tqdm(total=cfg.iterations, initial=nets.step, desc="distill", disable=ranks.rank > 0,
@@ -506,7 +518,7 @@ def main(argv: list[str] | None = None) -> None:
         if ranks.rank == 0:  # before the checkpoint: a line too many is dropped on resuming
             append_log(folder / "log.jsonl", line)
         if nets.step % cfg.save_every == 0 or last or stopping:
-            save(cfg, nets, loader, ranks, meta)
+            save(saver, nets, loader, meta)
         if ranks.rank == 0 and "endpoint" in line:
             draw_curves(folder / "curves.png", lines, m)
         bar.set_postfix_str(" ".join(f"{name}={line[name]:.3g}" for name in
@@ -519,6 +531,7 @@ def main(argv: list[str] | None = None) -> None:
         write_text(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     algorithm_1(cfg, nets, loader, after)
     bar.close()
+    saver.wait()
     if nets.step < cfg.iterations:
         if ranks.rank == 0:
             print(f"stopped by a signal after iteration {nets.step}: the same command goes on")

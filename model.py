@@ -1,7 +1,7 @@
 """What is distilled, and what every stage must agree on bit for bit.
 
 Sections: schedule and Euler step · what both DiTs share · Wan DiT · HunyuanVideo DiT · presets ·
-reading and writing weights · processes and sharding · run checkpoints · seeding.
+reading and writing weights · processes and sharding · seeding.
 
 Conventions, said once for the whole project:
   t in [0, 1]; t = 1 is noise, t = 0 is data; x_t = (1 - t) x0 + t x1 and v = x1 - x0 (Eq. 2, 3).
@@ -16,22 +16,20 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -922,8 +920,12 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         view = f.get_slice(name)
         shape = tuple(view.get_shape())
         dtype = (view[:0] if shape else f.get_tensor(name)).dtype
-        return LazyTensor(shape, dtype, path,
-                          lambda rows=None: view[rows] if rows and shape else f.get_tensor(name))
+
+        def read(rows: slice | None = None) -> Tensor:  # mapped anew: else all that was ever read
+            with safe_open(path, "pt") as again:        # stays in this process's memory
+                return again.get_slice(name)[rows] if rows and shape else again.get_tensor(name)
+
+        return LazyTensor(shape, dtype, path, read)
 
     try:
         f = safe_open(path, "pt")
@@ -934,8 +936,6 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def cause(error: Exception) -> str:
     """What happened, in one line, out of the pages that torch says."""
-    if isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
     return re.split(r"(?<=\w)\. |\n", text)[0] or type(error).__name__
 
@@ -1024,16 +1024,23 @@ def joined(parts: list[LazyTensor]) -> LazyTensor:
     return LazyTensor((ends[-1], *first.shape[1:]), first.dtype, first.file, read)
 
 
-def half_of(tensor: LazyTensor, second: bool) -> LazyTensor:
-    """The first or the second half of a tensor's rows."""
-    half = tensor.shape[0] // 2
-    start = half * second
+def rows_of(tensor: LazyTensor | Tensor, start: int, stop: int) -> LazyTensor | Tensor:
+    """Rows start … stop - 1 of a tensor; of a lazy one, lazily."""
+    if isinstance(tensor, Tensor):
+        return tensor[start:stop]
 
     def read(rows: slice | None = None) -> Tensor:
-        rows = rows or slice(0, half)
+        rows = rows or slice(0, stop - start)
         return tensor.read(slice(start + rows.start, start + rows.stop))
 
-    return LazyTensor((half, *tensor.shape[1:]), tensor.dtype, tensor.file, read)
+    return LazyTensor((stop - start, *tensor.shape[1:]), tensor.dtype, tensor.file, read)
+
+
+def swapped(tensor: LazyTensor | Tensor) -> LazyTensor | Tensor:
+    """A tensor with the second half of its rows first."""
+    rows = tensor.shape[0]
+    halves = [rows_of(tensor, rows // 2, rows), rows_of(tensor, 0, rows // 2)]
+    return torch.cat(halves) if isinstance(tensor, Tensor) else joined(halves)
 
 
 def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
@@ -1054,7 +1061,7 @@ def official_names(tensors: dict, component: str, reverse: bool = False) -> dict
     Args: component, "transformer", "vae", "text_encoder" or "image_encoder". A name without a rule
     is kept, as official names are, so that strict loading can name it. Some diffusers layouts have
     q, k, v (and the MLP's input) apart, in the order of its rules, and [scale, shift] for [shift,
-    scale] in the last layer: forward takes lazy tensors, reverse takes plain ones.
+    scale] in the last layer: forward takes lazy tensors, reverse takes plain ones too.
     """
     hunyuan = component == "transformer" and bool(HUNYUAN_MARKS & tensors.keys())
     fused = hunyuan or component == "image_encoder"
@@ -1063,16 +1070,17 @@ def official_names(tensors: dict, component: str, reverse: bool = False) -> dict
         hits = [(i, match.expand(template)) for i, (pattern, template) in enumerate(rules)
                 if (match := pattern.fullmatch(name))]
         if fused and reverse and hits:  # one official tensor, or the parts of it
-            parts, D = [value], len(tensors["img_in.proj.bias"])
+            parts, D = [value], tensors["img_in.proj.bias"].shape[0]
             if len(hits) > 1:
-                parts = value.tensor_split([D, 2 * D, 3 * D][:len(hits) - 1])
+                ends = [*(D, 2 * D, 3 * D)[:len(hits) - 1], value.shape[0]]
+                parts = [rows_of(value, a, b) for a, b in itertools.pairwise([0, *ends])]
             elif name.startswith("final_layer.adaLN"):
-                parts = [torch.cat(value.chunk(2)[::-1])]
+                parts = [swapped(value)]
             found |= {target: [(i, part)] for (i, target), part in zip(hits, parts, strict=True)}
             continue
         i, target = hits[0] if hits else (0, name)
         if fused and hits and target.startswith("final_layer.adaLN"):
-            value = joined([half_of(value, True), half_of(value, False)])
+            value = swapped(value)
         found.setdefault(target, []).append((i, value))
     return {name: joined([v for _, v in sorted(parts, key=lambda part: part[0])])
             if fused and len(parts) > 1 else parts[-1][1] for name, parts in found.items()}
@@ -1174,13 +1182,29 @@ def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float3
     to keep parameters in; compute_dtype of the sharded copy used in forward (None: dtype).
     Raises ValueError/FileNotFoundError naming what does not fit.
     """
+    dit = empty_dit(preset, dtype, ranks, compute_dtype)
+    check_sizes(weights, dit.cfg, preset)
+    return load_module(dit, dit_tensors(weights), f"DiT from {weights}", device=device)
+
+
+def empty_dit(preset: str, dtype: torch.dtype, ranks: "Ranks | None",
+              compute_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
+    """A DiT on the meta device, sharded if `ranks` is given; arguments as in load_dit."""
     with torch.device("meta"):
         dit = build_dit(preset).to(dtype)
-    check_sizes(weights, dit.cfg, preset)
     if ranks is not None:
         dit.sp = ranks.sp_group
         shard(dit, ranks, compute_dtype)
-    return load_module(dit, dit_tensors(weights), f"DiT from {weights}", device=device)
+    return dit
+
+
+@torch.no_grad()
+def twin(dit: nn.Module, preset: str, dtype: torch.dtype, ranks: "Ranks") -> WanDiT | HunyuanDiT:
+    """A frozen copy of a sharded DiT in another dtype, out of memory: files are read once."""
+    copy = empty_dit(preset, dtype, ranks).requires_grad_(False).to_empty(device=ranks.device)
+    for mine, theirs in zip(copy.parameters(), dit.parameters(), strict=True):
+        local_rows(mine)[0].copy_(local_rows(theirs)[0])
+    return copy
 
 
 def fingerprint(weights: str | Path) -> str:
@@ -1289,21 +1313,29 @@ def pick_device(device: str) -> torch.device:
         raise ValueError(f"device: got '{device}'; wanted cpu, cuda, cuda:0, … or auto") from e
 
 
-def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1) -> Ranks:
+def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
+                      patience: timedelta = timedelta(hours=12)) -> Ranks:
     """Join the processes torchrun started, or be the only one: the same code path from one up.
 
     Args: sp, ranks that share each sample's tokens; heads, attention heads of the DiT, which they
-    share out. Raises ValueError if sp does not divide both the ranks and the heads.
+    share out; patience, how long a rank waits for the others in a collective before it gives up.
+    Raises ValueError if sp does not divide both the ranks and the heads.
     """
     where = pick_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     if not dist.is_initialized():
+        store, rank, world = dist.HashStore(), 0, 1
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store, rank, world = next(dist.rendezvous("env://"))
+            # torchrun keeps its store through restarts: addresses of dead ranks must not be read.
+            # (Over several nodes the count may differ: there torchrun must make new ones, README.)
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                                timeout=patience)
     rank, world = dist.get_rank(), dist.get_world_size()
     fits = [n for n in range(1, world + 1) if world % n == 0 and heads % n == 0]
     if sp not in fits:
@@ -1334,98 +1366,6 @@ def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = N
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What networks compute in: bf16 on a GPU, fp32 on the CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-# ---------------------------------------------------------------------------- run checkpoints
-
-def save_checkpoint(folder: Path, step: int, state: dict, meta: dict, ranks: Ranks,
-                    keep: int) -> Path:
-    """Write step_NNNNNN/ with every rank's part of `state`, aside, then rename; keep the last few.
-
-    Args: state, nested dicts of tensors and plain values for torch.distributed.checkpoint; meta,
-    JSON values stored beside it. Raises ValueError when it cannot be written; older ones stay.
-    """
-    final, aside = folder / f"step_{step:06d}", folder / f".step_{step:06d}.part"
-    if ranks.rank == 0:
-        for stale in folder.glob(".step_*.part"):
-            shutil.rmtree(stale, ignore_errors=True)
-    dist.barrier()
-    try:
-        dcp.save(state, checkpoint_id=str(aside))
-    except (OSError, dcp.api.CheckpointException) as e:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise ValueError(f"{final}: the checkpoint cannot be written ({cause(e)}): free some "
-                         "space, or choose another run folder; older ones are untouched") from e
-    if ranks.rank == 0:
-        files = {p.name: p.stat().st_size for p in sorted(aside.iterdir())}
-        write_json(aside / "meta.json", {**meta, "step": step, "files": files})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-    return final
-
-
-def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint and its meta; faulty ones are named and passed over.
-
-    Raises ValueError when there are checkpoints and none of them is whole.
-    """
-    faults = []
-    for path in sorted(folder.glob("step_*"), reverse=True):
-        try:
-            meta = read_json(path / "meta.json")
-            wrong = [n for n, size in meta["files"].items()
-                     if not (path / n).exists() or (path / n).stat().st_size != size]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            wrong = [f"meta.json ({e})"]
-        if not wrong:
-            for fault in faults:
-                print(f"passing over {fault}; resuming from {path.name}")
-            return path, meta
-        faults.append(f"{path}: missing or cut: {', '.join(wrong)}")
-    if faults:
-        raise ValueError(f"no whole checkpoint to resume from: {'; '.join(faults)}. Remove the "
-                         "folder to start from step 0, or choose another run folder")
-    return None
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads the table of contents that torch pickles, and refuses names that are none of it."""
-
-    NAMES = re.compile(r"torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)|"
-                       r"torch\.(Size|bool|\w*(int|float)\d+\w*|serialization\._get_layout)|"
-                       r"pathlib(\._local)?\.PosixPath")
-
-    def find_class(self, module: str, name: str) -> Any:
-        if not self.NAMES.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-class PlainPlanner(dcp.DefaultLoadPlanner):
-    """Checks each value that is no tensor by weights_only; torch would run code in it."""
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
-def load_checkpoint(path: Path, state: dict) -> None:
-    """Read a checkpoint into `state`, which is nested as it was saved; on any number of ranks.
-
-    Raises ValueError when it is damaged, of another model, or holds code (which is never run).
-    """
-    try:
-        with (path / ".metadata").open("rb") as f:
-            PlainUnpickler(f).load()
-        dcp.load(state, checkpoint_id=str(path), planner=PlainPlanner())
-    except (OSError, EOFError, LookupError, AttributeError, TypeError, ValueError,
-            pickle.UnpicklingError, dcp.api.CheckpointException) as e:
-        raise ValueError(f"{path}: the checkpoint cannot be read ({cause(e)}): it is damaged or "
-                         "of another config; remove it to resume from the one before") from e
 
 
 # ------------------------------------------------------------------------------------ seeding

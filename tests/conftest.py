@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+import torch.distributed as dist
 import yaml
 from torch import nn
 
 from encoders import CLIPVision, UMT5Encoder, WanVAE
-from model import PRESETS, ROOT, WanConfig, WanDiT, generator, save_tensors, write_json
+from model import (
+    PRESETS, ROOT, WanConfig, WanDiT, generator, save_tensors, setup_distributed, write_json)
 
 CAPTIONS = [f"a {colour} {shape} moves {direction}" for colour in ("red", "green", "blue")
             for shape in ("disc", "ring", "cross") for direction in ("left", "right", "up")]
@@ -136,3 +138,32 @@ def run_stage() -> Callable[..., subprocess.CompletedProcess]:
         assert not check or done.returncode == 0, done.stderr
         return done
     return run
+
+
+@pytest.fixture
+def ranks():
+    """This process alone, as every stage sets itself up."""
+    yield setup_distributed("cpu")
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, with 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+class Evil:
+    """A pickle of this creates a file where it is loaded."""
+
+    def __init__(self, target: str):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (self.target, "w")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections import deque
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import model
+from checkpoint import Saver
 from model import WanConfig, generator, key_times
 
 SMALL = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=3, text_dim=8, text_len=4,
@@ -282,6 +284,13 @@ def test_held_out_error_of_an_exact_student_is_zero(weights, tmp_path, ranks):
     assert errors["endpoint"] < 1e-10 and max(errors["velocity"]) < 1e-10
 
 
+def keep(cfg, nets, loader, ranks, meta):
+    """Write a checkpoint and wait for it."""
+    saver = Saver(Path(cfg.run) / "distill", ranks, cfg.keep)
+    distill.save(saver, nets, loader, meta)
+    saver.wait()
+
+
 def test_resuming_gives_the_same_bits_at_every_k(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path, updates="separate")
     undisturbed, _ = run(cfg, ranks)
@@ -289,7 +298,7 @@ def test_resuming_gives_the_same_bits_at_every_k(weights, tmp_path, ranks):
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
     for steps in (1, 2, 3, 4):
         nets, _ = run(cfg, ranks, steps=steps)
-        distill.save(cfg, nets, loader, ranks, meta)
+        keep(cfg, nets, loader, ranks, meta)
         fresh = distill.build(cfg, M3, ranks)
         distill.resume(cfg, fresh, loader, ranks, meta)
         assert fresh.step == steps
@@ -312,7 +321,7 @@ def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_p
     nets, _ = run(cfg, ranks, steps=1)
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
     meta = {"config": distill.asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
-    distill.save(cfg, nets, loader, ranks, meta)
+    keep(cfg, nets, loader, ranks, meta)
     other = distill.asdict(settings(weights, tmp_path, lr=2e-3))
     with pytest.raises(ValueError, match="lr=0.001, the config has 0.002"):
         distill.resume(cfg, nets, loader, ranks, {**meta, "config": other})
@@ -329,7 +338,7 @@ def test_trajectories_added_later_change_nothing(weights, tmp_path, ranks):
     undisturbed, _ = run(cfg, ranks)
     nets, _ = run(cfg, ranks, steps=2)
     meta = {"config": distill.asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
-    distill.save(cfg, nets, distill.Loader(cfg, FakeSynVid(M3), ranks), ranks, meta)
+    keep(cfg, nets, distill.Loader(cfg, FakeSynVid(M3), ranks), ranks, meta)
     more, fresh = distill.Loader(cfg, FakeSynVid(M3, 20), ranks), distill.build(cfg, M3, ranks)
     distill.resume(cfg, fresh, more, ranks, meta)
     distill.algorithm_1(cfg, fresh, more, lambda step, k, log: False)
@@ -370,21 +379,22 @@ QUICK = {"iterations": 8, "batch": 4, "micro_batch": 2, "held_out": 2, "save_eve
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_weights):
-    """One whole run of the command; its folder and the config's text for others."""
+def undisturbed(tmp_path_factory, tiny_weights, run_stage):
+    """One whole run of the command, in <folder>/a; the folder and the config for others."""
     folder = tmp_path_factory.mktemp("distill")
     config = {"weights": str(tiny_weights), "height": 16, "width": 16, "frames": 5, "n": 4,
               "key": [0, 2, 4], "device": "cpu", "distill": QUICK,
               "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
+    (folder / "a.out").write_text(run_stage("distill", path, "--run", folder / "a").stdout)
     return folder, path
 
 
-def test_command_makes_a_missing_small_synvid_trains_and_exports(undisturbed, run_stage):
-    folder, config = undisturbed
-    done = run_stage("distill", config, "--run", folder / "a")
-    assert "memory plan" in done.stdout and "held-out endpoint error" in done.stdout
+def test_command_makes_a_missing_small_synvid_trains_and_exports(undisturbed):
+    folder, _ = undisturbed
+    said = (folder / "a.out").read_text()
+    assert "memory plan" in said and "held-out endpoint error" in said
     path = folder / "a/student.safetensors"
     with safe_open(path, "pt") as f:
         about = json.loads(f.metadata()["accvideo"])

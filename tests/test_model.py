@@ -4,9 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
-import pickle
 import socket
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,6 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import model
+from conftest import Evil
+from checkpoint import Saver, latest_checkpoint, load_checkpoint
 from config import Shared, STAGES, announce, cli, field, load_config
 from model import WanConfig, build_dit, generator, load_dit
 
@@ -496,16 +496,6 @@ def test_a_truncated_file_is_an_error_that_names_it(form, kept, tmp_path):
     assert str(file) in str(e.value) and "\n" not in str(e.value)
 
 
-class Evil:
-    """A pickle of this creates a file where it is loaded."""
-
-    def __init__(self, target: str):
-        self.target = target
-
-    def __reduce__(self):
-        return open, (self.target, "w")
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pth_is_never_run(zipped, tmp_path):
     target = tmp_path / "run"
@@ -625,11 +615,14 @@ def sharded_process(rank: int, world: int, port: int, folder: Path) -> None:
     out["early stop"] = worst(got, want)
 
     state = {"dit": dit.state_dict()}
-    path = model.save_checkpoint(folder / "run", 3, state, {"loss": 0.5}, ranks, keep=2)
+    saver = Saver(folder / "run", ranks, keep=2)
+    saver.save(3, state, {"loss": 0.5})
+    saver.wait()
+    path = saver.path
     with torch.no_grad():
         for p in dit.parameters():
             p.zero_()
-    model.load_checkpoint(path, state)
+    load_checkpoint(path, state)
     out["checkpoint"] = worst(dit.state_dict(), plain.state_dict())
     model.write_json(folder / f"rank{rank}.json", out)
     dist.destroy_process_group()
@@ -665,19 +658,12 @@ def test_each_process_reads_only_the_rows_it_keeps(two_processes):
 
 def test_a_checkpoint_of_two_processes_loads_in_one(two_processes, ranks):
     folder, _ = two_processes
-    path, meta = model.latest_checkpoint(folder / "run")
+    path, meta = latest_checkpoint(folder / "run", ranks)
     state = {"dit": {n: torch.zeros_like(p) for n, p in micro_dit().state_dict().items()}}
-    model.load_checkpoint(path, state)
+    load_checkpoint(path, state)
     want = micro_dit("fsdp").state_dict()
     assert meta["step"] == 3 and meta["loss"] == 0.5
     assert all(torch.equal(state["dit"][n], want[n]) for n in want)
-
-
-@pytest.fixture
-def ranks():
-    """This process alone, as every stage sets itself up."""
-    yield model.setup_distributed("cpu")
-    dist.destroy_process_group()
 
 
 def test_one_process_alone_takes_the_same_sharded_path(ranks, tmp_path):
@@ -697,93 +683,8 @@ def test_an_unknown_device_is_an_error_that_names_it():
 
 # ------------------------------------------------------------- run checkpoints, writing files
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of its own, with 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a small tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def names_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
-
-
-def save_steps(folder: Path, ranks, steps: list[int], keep: int = 3) -> None:
-    for step in steps:
-        state = {"w": torch.full((100,), float(step)), "count": step}
-        model.save_checkpoint(folder, step, state, {"lr": 1e-5}, ranks, keep)
-
-
-def test_the_last_checkpoints_are_kept_and_the_newest_is_resumed(ranks, tmp_path):
-    assert model.latest_checkpoint(tmp_path) is None
-    (tmp_path / ".step_000007.part").mkdir()  # left by a process that was killed
-    save_steps(tmp_path, ranks, [100, 200, 300, 400], keep=2)
-    assert names_in(tmp_path) == ["step_000300", "step_000400"]
-    path, meta = model.latest_checkpoint(tmp_path)
-    state = {"w": torch.zeros(100), "count": 0}
-    model.load_checkpoint(path, state)
-    assert state["count"] == meta["step"] == 400 and meta["lr"] == 1e-5
-    assert torch.equal(state["w"], torch.full((100,), 400.0))
-
-
-@pytest.mark.parametrize("damage", ["cut", "gone", "meta cut", "meta gone", "meta odd"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, capsys):
-    save_steps(tmp_path, ranks, [100, 200])
-    newest = tmp_path / "step_000200"
-    data = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
-    if damage == "cut":
-        os.truncate(data, data.stat().st_size // 2)
-    elif damage == "gone":
-        data.unlink()
-    elif damage == "meta gone":
-        (newest / "meta.json").unlink()
-    else:
-        (newest / "meta.json").write_text("[1]" if damage == "meta odd" else '{"step": 2')
-    path, meta = model.latest_checkpoint(tmp_path)
-    assert path.name == "step_000100" and meta["step"] == 100
-    said = capsys.readouterr().out
-    assert "passing over" in said and "step_000200" in said
-    assert ("meta.json" if "meta" in damage else data.name) in said
-
-
-def test_when_no_checkpoint_is_whole_resuming_is_an_error_that_names_them(ranks, tmp_path):
-    save_steps(tmp_path, ranks, [100, 200])
-    for folder in tmp_path.iterdir():
-        (folder / ".metadata").unlink()
-    with pytest.raises(ValueError, match="no whole checkpoint.*step_000200.*step_000100"):
-        model.latest_checkpoint(tmp_path)
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(ranks, small_disk):
-    save_steps(small_disk, ranks, [100])
-    with pytest.raises(ValueError, match="step_000200: the checkpoint cannot be written .*space"):
-        model.save_checkpoint(small_disk, 200, {"w": torch.ones(100_000)}, {}, ranks, keep=2)
-    assert names_in(small_disk) == ["step_000100"]
-    assert model.latest_checkpoint(small_disk)[1]["step"] == 100
-
-
-@pytest.mark.parametrize("where", [".metadata", "value"])
-def test_code_in_a_checkpoint_is_never_run(where, ranks, tmp_path):
-    evil, state = Evil(str(tmp_path / "run")), {"w": torch.ones(3), "count": 1}
-    saved = {**state, "count": evil} if where == "value" else state
-    path = model.save_checkpoint(tmp_path, 1, saved, {}, ranks, keep=1)
-    if where == ".metadata":
-        (path / ".metadata").write_bytes(pickle.dumps(evil))
-    with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read .*open"):
-        model.load_checkpoint(path, state)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("state", [{"w": torch.zeros(7)}, {"v": torch.zeros(100)}])
-def test_a_checkpoint_of_another_network_is_an_error_that_names_it(state, ranks, tmp_path):
-    save_steps(tmp_path, ranks, [1])
-    with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read"):
-        model.load_checkpoint(tmp_path / "step_000001", state)
 
 
 def test_a_full_disk_leaves_nothing_and_the_old_file_whole(small_disk):

@@ -1,0 +1,229 @@
+"""What a training run keeps: checkpoints that survive kills and faults, and the student's file.
+
+<folder>/step_NNNNNN/ is a checkpoint of torch.distributed.checkpoint: every rank writes its own
+part of the state, from a copy in host memory, while training goes on. meta.json in it tells step,
+settings, and size and CRC-32 of each file. It is written aside and renamed when it is whole, on all
+ranks; a faulty one is named and passed over. It loads on any number of ranks.
+"""
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import zlib
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from model import LazyTensor, Ranks, cause, read_json, replace_file, write_json
+
+# ------------------------------------------------------------------------------------ saving
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time, in the background.
+
+    Args: folder that holds them; keep, how many of the last ones stay. All ranks must call each
+    method at the same point.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int):
+        self.folder, self.ranks, self.keep = folder, ranks, keep
+        self.group = dist.new_group(backend="gloo")  # training goes on with the others
+        self.thread: Thread | None = None
+        self.error: BaseException | None = None
+        self.path = folder
+
+    def save(self, step: int, state: dict, meta: dict) -> None:
+        """Copy `state` to host memory and begin to write it; first the one before is waited for.
+
+        Args: state, nested dicts of tensors and plain values for torch.distributed.checkpoint;
+        meta, JSON values stored beside it. Raises as `wait`.
+        """
+        self.wait()
+        self.path = self.folder / f"step_{step:06d}"
+        if self.ranks.rank == 0:
+            for stale in self.folder.glob(".step_*.part"):
+                shutil.rmtree(stale, ignore_errors=True)
+        dist.barrier()
+        aside = self.folder / f".step_{step:06d}.part"
+        written = dcp.async_save(state, checkpoint_id=str(aside), process_group=self.group)
+        self.thread = Thread(target=self.finish, args=(written, aside, {**meta, "step": step}))
+        self.thread.start()
+
+    def finish(self, written: Future, aside: Path, meta: dict) -> None:
+        """In the background: when all ranks have written, sum up the files and give the name."""
+        try:
+            written.result()
+            rank = self.ranks.rank
+            mine = {p.name: [p.stat().st_size, crc32_of(p)] for p in sorted(aside.iterdir())
+                    if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name == ".metadata")}
+            sums = [None] * self.ranks.world
+            dist.all_gather_object(sums, mine, group=self.group)
+            if rank == 0:
+                meta["files"] = {name: found for part in sums for name, found in part.items()}
+                write_json(aside / "meta.json", {**meta, "crc32": crc32(meta)})
+                shutil.rmtree(self.path, ignore_errors=True)
+                os.replace(aside, self.path)
+                for old in sorted(self.folder.glob("step_*"))[:-self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+        except BaseException as e:  # told by the main thread, in `wait`; torch raises such
+            shutil.rmtree(aside, ignore_errors=True)
+            self.error = e
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is whole; ValueError if it could not be written."""
+        if self.thread is None:
+            return
+        self.thread.join()
+        self.thread, error = None, self.error
+        if isinstance(error, (OSError, ValueError, dcp.api.CheckpointException)):
+            raise ValueError(f"{self.path}: the checkpoint cannot be written ({reason(error)}): "
+                             "free some space, or choose another run folder; older ones are "
+                             "untouched") from error
+        if error is not None:
+            raise error
+        dist.barrier()
+
+
+def reason(error: BaseException) -> str:
+    """What happened on the first rank that failed, in one line."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return cause(error)
+
+
+def crc32(values: dict) -> str:
+    """Checksum of JSON values."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def crc32_of(path: Path) -> str:
+    """Checksum of a file."""
+    total = 0
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 24):
+            total = zlib.crc32(chunk, total)
+    return f"{total:08x}"
+
+
+# ----------------------------------------------------------------------------------- loading
+
+def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint and its meta; faulty ones are named and passed over.
+
+    Each rank reads its share of the files against their checksums. Raises ValueError when there
+    are checkpoints and none of them is whole.
+    """
+    faults = []
+    for path in sorted(folder.glob("step_*"), reverse=True):
+        meta, wrong = {}, []
+        try:
+            meta = read_json(path / "meta.json")
+            told = meta.pop("crc32")
+            if told != crc32(meta):
+                raise ValueError("its checksum differs")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            wrong = [f"meta.json ({e})"]
+        else:
+            for name, sums in list(meta["files"].items())[ranks.rank::ranks.world]:
+                file = path / name
+                if not file.exists() or [file.stat().st_size, crc32_of(file)] != sums:
+                    wrong.append(name)
+        found = [None] * ranks.world
+        dist.all_gather_object(found, wrong)
+        wrong = list(dict.fromkeys(name for part in found for name in part))
+        if not wrong:
+            for fault in faults if ranks.rank == 0 else ():
+                print(f"passing over {fault}; resuming from {path.name}", flush=True)
+            return path, meta
+        faults.append(f"{path}: missing, cut or changed: {', '.join(wrong)}")
+    if faults:
+        raise ValueError(f"no whole checkpoint to resume from: {'; '.join(faults)}. Remove the "
+                         "folder to start from step 0, or choose another run folder")
+    return None
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads the table of contents that torch pickles, and refuses names that are none of it."""
+
+    NAMES = re.compile(r"torch\.distributed\.checkpoint\.(metadata\.\w+|filesystem\._StorageInfo)|"
+                       r"torch\.(Size|bool|\w*(int|float)\d+\w*|serialization\._get_layout)|"
+                       r"pathlib(\._local)?\.PosixPath")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not self.NAMES.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+class PlainPlanner(dcp.DefaultLoadPlanner):
+    """Checks each value that is no tensor by weights_only; torch would run code in it."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def load_checkpoint(path: Path, state: dict) -> None:
+    """Read a checkpoint into `state`, which is nested as it was saved; on any number of ranks.
+
+    Raises ValueError when it is damaged, of another model, or holds code (which is never run).
+    """
+    try:
+        with (path / ".metadata").open("rb") as f:
+            PlainUnpickler(f).load()
+        dcp.load(state, checkpoint_id=str(path), planner=PlainPlanner())
+    except (OSError, EOFError, LookupError, AttributeError, TypeError, ValueError,
+            pickle.UnpicklingError, dcp.api.CheckpointException) as e:
+        raise ValueError(f"{path}: the checkpoint cannot be read ({reason(e)}): it is damaged or "
+                         "of another config; remove it to resume from the one before") from e
+
+
+# --------------------------------------------------------------------------------- exporting
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def write_one_by_one(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
+                     ranks: Ranks) -> None:
+    """Write a safetensors file on rank 0, one tensor in memory at a time.
+
+    Args: tensors, whose read() is a collective that every rank takes part in; metadata, strings.
+    Raises ValueError if the file cannot be written. Source: the format's own description (8 bytes
+    of header length, JSON, data).
+    """
+    header, end = {"__metadata__": metadata}, 0
+    for name, t in tensors.items():
+        start, end = end, end + t.dtype.itemsize * torch.Size(t.shape).numel()
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(aside: Path) -> None:
+        with aside.open("wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            for tensor in tensors.values():
+                f.write(bytes_of(tensor.read()))
+
+    if ranks.rank == 0:
+        replace_file(path, write)
+    else:
+        for tensor in tensors.values():
+            tensor.read()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's elements as they lie in a file."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

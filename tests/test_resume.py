@@ -1,0 +1,98 @@
+"""A run of several ranks that loses one of them, or goes on with other ranks than it began with."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+KILLED = Path(__file__).parent / "killed_stage.py"
+QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 2,
+         "eval_every": 3, "lr": 1e-3, "head_dim": 8, "keep": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_weights, run_stage):
+    """A folder, a config, and in <folder>/whole an undisturbed run of two ranks."""
+    folder = tmp_path_factory.mktemp("resume")
+    config = {"weights": str(tiny_weights), "height": 16, "width": 32, "frames": 5, "n": 6,
+              "key": [0, 2, 4, 6], "device": "cpu", "distill": QUICK,
+              "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    run_stage("distill", path, f"run={folder / 'whole'}", ranks=2)
+    return folder, path
+
+
+def begun(folder: Path, run: Path) -> Path:
+    """A run's folder with the trajectories of the undisturbed one."""
+    run.mkdir()
+    os.symlink(folder / "whole/synvid", run / "synvid")
+    return run
+
+
+def launch(ranks: int, *args: object, restarts: int = 0) -> subprocess.CompletedProcess:
+    """torchrun of killed_stage.py; a hanging rank fails the test."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--", str(KILLED)]
+    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=200,
+                          check=False)
+
+
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "distill/log.jsonl").read_text().splitlines()]
+
+
+def assert_same_bits(run: Path, other: Path) -> None:
+    ours, theirs = (load_file(path / "student.safetensors") for path in (run, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [line["step"] for line in lines_of(run)] == list(range(1, 7))
+
+
+@pytest.mark.parametrize("rank,place,count", [
+    (1, "iteration", 4), (0, "checkpoint", 40), (1, "checkpoint", 150), (0, "checksum", 1),
+    (1, "checksum", 2), (0, "export", 20)])
+def test_a_killed_rank_is_named_the_others_stop_and_the_same_command_ends_with_the_same_bits(
+        undisturbed, run_stage, tmp_path, rank, place, count):
+    folder, config = undisturbed
+    run = begun(folder, tmp_path / "run")
+    done = launch(2, tmp_path / "mark", rank, place, count, "distill", config, f"run={run}")
+    assert (tmp_path / "mark").exists() and done.returncode == 1
+    # torchrun lists every rank that it had to stop; the root cause is the one that died by itself
+    root = done.stderr.rpartition("Root Cause")[2]
+    assert f"rank      : {rank} " in root and "exitcode  : -9" in root
+    assert not (run / "student.safetensors").exists()
+    run_stage("distill", config, f"run={run}", ranks=2)
+    assert_same_bits(run, folder / "whole")
+
+
+def test_torchrun_restarts_a_run_by_itself(undisturbed, tmp_path):
+    folder, config = undisturbed
+    run = begun(folder, tmp_path / "run")
+    done = launch(2, tmp_path / "mark", 1, "iteration", 4, "distill", config, f"run={run}",
+                  restarts=1)
+    assert done.returncode == 0 and (tmp_path / "mark").exists(), done.stderr
+    assert "resuming from" in done.stdout
+    assert_same_bits(run, folder / "whole")
+
+
+@pytest.mark.parametrize("ranks,settings", [(1, {}), (2, {"sp": 2}), (4, {"sp": 2})], ids=str)
+def test_a_run_goes_on_with_other_ranks_and_sequence_parallelism(undisturbed, run_stage, tmp_path,
+                                                                 ranks, settings):
+    folder, config = undisturbed
+    run = begun(folder, tmp_path / "run")
+    killed = launch(2, tmp_path / "mark", 0, "iteration", 6, "distill", config, f"run={run}")
+    assert killed.returncode == 1
+    done = run_stage("distill", config, f"run={run}",
+                     *(f"{name}={value}" for name, value in settings.items()), ranks=ranks)
+    assert "resuming from" in done.stdout and "step_000004" in done.stdout  # in the midst of a pass
+    for ours, theirs in zip(lines_of(run), lines_of(folder / "whole"), strict=True):
+        assert (ours["step"], ours["k"]) == (theirs["step"], theirs["k"])
+        for name in ("loss_traj", "loss_adv", "loss_head", "grad_traj", "endpoint"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)

@@ -40,6 +40,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from tqdm import tqdm
@@ -83,6 +84,7 @@ class Config(Shared):
     keep: int = field(2, "checkpoints kept")
     checkpointing: bool = field(True, "recompute each block's activations in backward")
     compile: bool = field(False, "torch.compile every block")
+    offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
     export: Literal["official", "diffusers"] = field("official", "names in student.safetensors")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
@@ -331,7 +333,10 @@ def apply_update(cfg: Config, opt: torch.optim.Optimizer, params: list, lr: floa
         nn.utils.clip_grads_with_norm_(params, cfg.clip, norm)
     for group in opt.param_groups:
         group["lr"] = lr
-    opt.step()
+    if cfg.offload and isinstance(params[0], DTensor):
+        step_from_host(opt)
+    else:
+        opt.step()
     opt.zero_grad()
     return norm
 
@@ -365,14 +370,42 @@ def update_heads(cfg: Config, nets: Nets, step: int, log: Log) -> None:
 
 # ---------------------------------------------------------- state: build, save, resume, export
 
-def adamw(cfg: Config, module: nn.Module) -> torch.optim.AdamW:
-    """AdamW with its state laid out at once, so that a checkpoint is read in place."""
+def adamw(cfg: Config, module: nn.Module, offload: bool = False) -> torch.optim.AdamW:
+    """AdamW with its state laid out at once, so that a checkpoint is read in place.
+
+    Args: offload, whether the moments of a sharded module stay in host memory.
+    """
+    def zeros(p: nn.Parameter) -> Tensor:
+        if not offload:
+            return torch.zeros_like(p.detach())
+        local = p.to_local()
+        local = torch.zeros(local.shape, pin_memory=local.is_cuda)
+        return DTensor.from_local(local, hosts, p.placements, shape=p.shape, stride=p.stride())
+
+    hosts = init_device_mesh("cpu", (dist.get_world_size(),)) if offload else None
     opt = torch.optim.AdamW(module.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
                             weight_decay=cfg.weight_decay)
     for p in module.parameters():
-        opt.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p.detach()),
-                        "exp_avg_sq": torch.zeros_like(p.detach())}
+        opt.state[p] = {"step": torch.zeros(()), "exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
     return opt
+
+
+def step_from_host(opt: torch.optim.AdamW) -> None:
+    """opt.step(), a parameter at a time, its moments brought to its device and back."""
+    (group,) = opt.param_groups
+    params = group["params"]
+    for p in params:
+        group["params"], state = [p], opt.state[p]
+        at_home = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+        for name, value in at_home.items():
+            local = value.to_local().to(p.to_local().device, non_blocking=True)
+            state[name] = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape,
+                                             stride=p.stride())
+        opt.step()
+        for name, value in at_home.items():
+            value.to_local().copy_(state[name].to_local())
+            state[name] = value
+    group["params"] = params
 
 
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> Nets:
@@ -385,9 +418,9 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> Nets:
         if cfg.compile:
             block.compile()
     heads = make_heads(cfg, student.cfg.dim).to(ranks.device)
-    opts = {"traj": adamw(cfg, student), "heads": adamw(cfg, heads)}
+    opts = {"traj": adamw(cfg, student, cfg.offload), "heads": adamw(cfg, heads)}
     if cfg.updates == "separate":
-        opts["adv"] = adamw(cfg, student)
+        opts["adv"] = adamw(cfg, student, cfg.offload)
     return Nets(student, teacher, heads, opts, t_key, tap_blocks(cfg, len(teacher.blocks)),
                 [deque() for _ in range(m + 1)])
 
@@ -413,7 +446,8 @@ def save(saver: Saver, nets: Nets, loader: Loader, meta: dict) -> None:
 
 
 MAY_CHANGE = {"run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep",
-              "synvid", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps", "sp"}
+              "synvid", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps", "sp",
+              "offload"}
 
 
 def resume(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) -> None:

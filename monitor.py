@@ -4,6 +4,7 @@ work, and how far it still is from held-out trajectories."""
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import Ranks, build_dit, compute_dtype, replace_file, velocity, walk
+from model import Ranks, build_dit, compute_dtype, replace_file, sizes_of, velocity, walk
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
@@ -95,32 +96,74 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
     plt.close(fig)
 
 
-def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> str:
-    """GiB a rank will need, from the shapes; what the framework itself takes is not in it."""
+# Numbers that a block keeps for backward, a token: (fp32, as computed) in its width, (as computed)
+# in its MLP's; with weights that learn, and frozen.
+KEPT = {"wan": ((8, 10, 3), (6, 6, 1)), "hunyuan": ((3, 8, 3), (3, 5, 1))}
+
+
+def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: int,
+                 sp: int) -> dict[str, float]:
+    """Bytes that each rank of `world` needs for latents of `shape`, by what they are for."""
     with torch.device("meta"):
         dit = build_dit(cfg.preset)
-    wide = compute_dtype(ranks.device).itemsize
+    wide, teams = compute_dtype(device).itemsize, world // sp
     count, *blocks = (sum(p.numel() for p in net.parameters()) for net in (dit, *dit.blocks))
-    rest, block = count - sum(blocks), max(blocks)
-    tokens, D = math.prod(dit.token_grid(*shape[1:])) * cfg.micro_batch, dit.cfg.dim
-    L, stream = -(-tokens // ranks.sp), 4 if dit.cfg.family == "wan" else wide  # bytes a number
-    working = L * (D * (4 * 12 + wide * 10) + dit.cfg.ffn_dim * wide * 3)       # inside one block
-    kept = L * D * stream if cfg.checkpointing else working                     # of each block
+    rest, block, depth = count - sum(blocks), max(blocks), len(blocks)
+    batch = min(cfg.micro_batch, max(cfg.batch // teams, 1))
+    tokens, D = math.prod(dit.token_grid(*shape[1:])) * batch, dit.cfg.dim
+    L, stream = -(-tokens // sp), 4 if dit.cfg.family == "wan" else wide        # bytes a number
+    learns, frozen = (L * (D * (4 * a + wide * b) + dit.cfg.ffn_dim * wide * c)
+                      for a, b, c in KEPT[dit.cfg.family])
+    if cfg.checkpointing:
+        kept = depth * L * D * stream * (1 + cfg.adv)
+    else:
+        kept = depth * (learns + cfg.adv * frozen)
+    gathered = 3 * wide * block + (4 + wide) * rest + 2 * 4 * block
+    if world == 1:  # nothing is gathered, and cast only if it is computed in another dtype
+        gathered = 2 * wide * block * (wide < 4) + 4 * block
     aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
-    parts = {"student": 4 * count / ranks.world, "gradients": 4 * aside * count / ranks.world,
-             "AdamW": 8 * (1 + (cfg.updates == "separate")) * count / ranks.world,
-             "teacher": wide * count / ranks.world,
-             "gathered layers": 4 * wide * block + (4 + wide) * rest + 2 * 4 * block,
-             "activations": len(dit.blocks) * kept * (1 + cfg.adv) + working,
-             "features, heads": cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4,
-             "batch, queue": 8 * cfg.batch // ranks.teams * math.prod(shape) * (len(cfg.key) + 1)}
+    adam = 8 * (1 + (cfg.updates == "separate")) * count / world
+    return {"student": 4 * count / world, "gradients": 4 * aside * count / world,
+            "AdamW": 8 * max(p.numel() for p in dit.parameters()) / world if cfg.offload else adam,
+            "teacher": wide * count / world,
+            "gathered layers": gathered,
+            "activations": kept + learns,
+            "features, heads": cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4,
+            "batch, queue": 8 * cfg.batch // teams * math.prod(shape) * (len(cfg.key) + 1)}
+
+
+def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None = None) -> str:
+    """GiB a rank will need, from the shapes; what the framework itself takes is not in it.
+
+    Args: have, bytes of the GPU's memory (none: as it is). If they are too few, it says which of
+    --sp and --offload would do.
+    """
+    def together(sp: int, offload: bool) -> float:
+        other = replace(cfg, offload=offload)
+        return sum(memory_parts(other, shape, ranks.device, ranks.world, sp).values())
+
+    parts = memory_parts(cfg, shape, ranks.device, ranks.world, ranks.sp)
+    need = together(ranks.sp, cfg.offload)
     lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
-    lines.append(f"  {'together':<16}{sum(parts.values()) / 2 ** 30:9.2f} GiB a rank")
-    if ranks.device.type == "cuda":
+    lines.append(f"  {'together':<16}{need / 2 ** 30:9.2f} GiB a rank")
+    if have is None and ranks.device.type == "cuda":
         have = torch.cuda.mem_get_info(ranks.device)[1]
-        word = "fits in" if sum(parts.values()) < 0.92 * have else "DOES NOT FIT in"
-        lines.append(f"  {word} the GPU's {have / 2 ** 30:.0f} GiB")
+    if have is not None and need < ROOM * have:
+        lines.append(f"  fits in {have / 2 ** 30:.0f} GiB")
+    elif have is not None:
+        heads = sizes_of(cfg.preset).num_heads
+        others = [(sp, offload) for offload in (False, True) for sp in range(1, ranks.world + 1)
+                  if ranks.world % sp == 0 and heads % sp == 0
+                  and cfg.batch % (ranks.world // sp) == 0]
+        good = [f"--sp {sp}{' --offload true' if offload else ''} needs "
+                f"{together(sp, offload) / 2 ** 30:.0f} GiB" for sp, offload in others
+                if together(sp, offload) < ROOM * have]
+        lines.append(f"  DOES NOT FIT in {have / 2 ** 30:.0f} GiB: " + (
+            good[0] if good else "nor with --sp and --offload; use more GPUs"))
     return "memory plan\n" + "\n".join(lines)
+
+
+ROOM = 0.92  # of a GPU's memory; the rest is the framework's
 
 
 def step_flops(cfg: Any, nets: Any, k: int, tokens: int) -> float:

@@ -1,0 +1,106 @@
+"""What test_memory.py runs in processes of its own, since memory once taken stays visible.
+
+python memory_worker.py plan FAMILY CHECKPOINTING OUT    the plan's bytes, and the allocator's
+python memory_worker.py load WEIGHTS OUT                 host memory while a DiT is loaded
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import distill
+import model
+from config import cli
+from model import HunyuanConfig, WanConfig, generator, key_times
+from monitor import memory_parts
+
+KEY = [0, 2, 4, 6]
+SIZES = {"wan": WanConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=6, text_dim=64,
+                          text_len=32),
+         "hunyuan": HunyuanConfig(dim=384, ffn_dim=1536, num_heads=6, num_double=2, num_single=4,
+                                  text_dim=64, text_len=32, pooled_dim=16, rope_dims=(16, 24, 24))}
+# Loaded before anything is measured, and what is measured: 4 and 153 MB of fp32.
+FEW, MANY = (WanConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=n, text_dim=64, text_len=32)
+             for n in (1, 16))
+
+
+class FakeSynVid:
+    """Random trajectories in memory."""
+    manifest = {"shape": [16, 3, 16, 32]}
+
+    def __init__(self, family: str):
+        self.t_key, self.family = key_times(family, 6, 5.0, KEY)[::-1], family
+
+    def __len__(self):
+        return 8
+
+    def read(self, i, ks):
+        g = generator("fake", i)
+        x, cond = torch.randn(4, *self.manifest["shape"], generator=g), {"text": torch.zeros(8, 64)}
+        if self.family == "hunyuan":
+            cond |= {"pooled": torch.zeros(16), "guidance": torch.tensor(6.0)}
+        return x[ks], cond, f"prompt {i}"
+
+
+def allocated(work) -> tuple[object, int, int]:
+    """What `work` gives, the bytes that it leaves allocated, and most at one time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events()
+              if e.name() == "[memory]"]
+    now = most = 0
+    for _, count in sorted(events, key=lambda event: event[0]):
+        now += count
+        most = max(most, now)
+    return result, now, most
+
+
+def plan(family: str, checkpointing: str, out: str) -> None:
+    model.PRESETS["small"] = SIZES[family]
+    dit = model.build_dit("small")
+    dit.init_weights(generator("teacher"))
+    model.save_tensors(f"{out}.safetensors", dit.state_dict(), {})
+    del dit
+    cfg = distill.Config(family=family, preset="small", weights=f"{out}.safetensors", n=6, key=KEY,
+                         batch=2, iterations=1, held_out=1, head_dim=32,
+                         checkpointing=checkpointing == "True")
+    ranks = model.setup_distributed("cpu")
+    data = FakeSynVid(family)
+    loader = distill.Loader(cfg, data, ranks)
+    nets, kept, _ = allocated(lambda: distill.build(cfg, data.t_key, ranks))
+    most = allocated(lambda: distill.algorithm_1(
+        cfg, nets, loader, lambda step, k, log: log.gather(False) and False))[2]
+    model.write_json(out, {"parts": memory_parts(cfg, loader.shape, ranks.device, 1, 1),
+                           "allocated": kept + most})
+
+
+def highest() -> int:
+    """Most memory this process has held since the last call, in bytes; files mapped included."""
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status", encoding="utf-8"))
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
+def load(weights: str, out: str) -> None:
+    ranks = model.setup_distributed("cpu")
+    model.PRESETS |= {"few": FEW, "many": MANY}
+    few = model.load_dit(f"{weights}/few.safetensors", "few", torch.float32, "cpu", ranks)
+    model.twin(few, "few", torch.bfloat16, ranks)
+    highest()
+    before = highest()
+    dit = model.load_dit(f"{weights}/many.safetensors", "many", torch.float32, "cpu", ranks)
+    loaded = highest() - before
+    model.twin(dit, "many", torch.bfloat16, ranks)
+    both = highest() - before
+    model.write_json(f"{out}{ranks.rank}", {"loaded": loaded, "both": both})
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cli(lambda: {"plan": plan, "load": load}[sys.argv[1]](*sys.argv[2:]))

@@ -1,0 +1,99 @@
+"""Memory: the plan that distill.py prints, what loading takes of the host, AdamW's moments."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from memory_worker import MANY, FEW
+
+import distill
+import model
+from model import Ranks
+from monitor import memory_parts, memory_plan
+
+WORKER = Path(__file__).parent / "memory_worker.py"
+PEAK = 80 * 2 ** 30
+
+
+def worker(ranks: int, *args: object) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    command = [sys.executable, *(launch if ranks > 1 else []), str(WORKER), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("family", ["wan", "hunyuan"])
+def test_the_plan_is_within_a_tenth_of_what_the_allocator_gives(family, checkpointing, tmp_path):
+    worker(1, "plan", family, checkpointing, tmp_path / "out")
+    found = json.loads((tmp_path / "out").read_text())
+    ratio = sum(found["parts"].values()) / found["allocated"]
+    print(f"plan / allocated: {ratio:.3f}")
+    assert 0.9 < ratio < 1.1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loading_takes_a_rank_s_share_and_one_tensor_of_host_memory(ranks, tmp_path):
+    for name, sizes in (("few", FEW), ("many", MANY)):
+        dit = model.build_dit(sizes)
+        dit.init_weights(model.generator(name))
+        model.save_tensors(tmp_path / f"{name}.safetensors", dit.state_dict(), {})
+    whole = sum(p.numel() for p in dit.parameters()) * 4
+    largest = max(p.numel() for p in dit.parameters()) * 4
+    worker(ranks, "load", tmp_path, tmp_path / "out")
+    for rank in range(ranks):
+        found = json.loads((tmp_path / f"out{rank}").read_text())
+        share = whole / ranks
+        print(f"share {share / 1e6:.0f} MB, tensor {largest / 1e6:.0f} MB, "
+              f"loaded {found['loaded'] / 1e6:.0f} MB, teacher too {found['both'] / 1e6:.0f} MB")
+        assert found["loaded"] < share + largest + 0.06 * whole    # Python's own objects, too
+        assert found["both"] < 1.5 * share + largest + 0.06 * whole    # the teacher is bf16
+
+
+@pytest.fixture
+def many_ranks(ranks):
+    """Ranks(world, sp) that are not there: the plan needs their number alone."""
+    return lambda world, sp=1: Ranks(0, world, torch.device("cuda"), ranks.mesh, sp)
+
+
+def settings(**own):
+    values = {"family": "hunyuan", "preset": "hunyuan-t2v", "frames": 93, "height": 544,
+              "width": 960, "key": [0, 10, 20, 30, 40, 50]}
+    return distill.Config(**values | own)
+
+
+def test_a_plan_that_does_not_fit_says_what_would(many_ranks):
+    cfg, shape = settings(), model.latent_shape(93, 544, 960)
+    assert "fits in 80 GiB" in memory_plan(cfg, shape, many_ranks(64), PEAK)
+    said = memory_plan(cfg, shape, many_ranks(8), PEAK)
+    assert "DOES NOT FIT in 80 GiB: --sp 2 needs" in said
+    tight = memory_plan(cfg, shape, many_ranks(4, 4), PEAK)
+    assert "DOES NOT FIT in 80 GiB: --sp" in tight and "--offload true needs" in tight
+    assert "nor with --sp and --offload; use more GPUs" in memory_plan(cfg, shape, many_ranks(1),
+                                                                       PEAK)
+
+
+def test_sequence_parallelism_shrinks_activations_and_offload_the_moments():
+    shape, gpu = model.latent_shape(93, 544, 960), torch.device("cuda")
+    one, shared = (memory_parts(settings(), shape, gpu, 8, sp) for sp in (1, 8))
+    assert shared["activations"] == pytest.approx(one["activations"] / 8, rel=0.01)
+    home = memory_parts(settings(offload=True), shape, gpu, 8, 1)
+    assert home["AdamW"] < one["AdamW"] / 100 and home["student"] == one["student"]
+
+
+def test_moments_in_host_memory_change_no_bit(tiny_weights, tmp_path, run_stage, make_config):
+    students = []
+    config = make_config(distill={"iterations": 3, "batch": 4, "micro_batch": 2, "held_out": 2,
+                                  "lr": 1e-3, "head_dim": 8}, synvid={"count": 8})
+    for ranks, offload in ((1, False), (1, True), (2, True)):
+        run_stage("distill", config, f"offload={offload}", f"run={tmp_path}/{ranks}{offload}",
+                  ranks=ranks)
+        path = tmp_path / f"{ranks}{offload}/student.safetensors"
+        students.append({n: t.read() for n, t in model.open_tensors(path).items()})
+    plain, home, two = students
+    assert all(torch.equal(home[name], plain[name]) for name in plain)
+    assert max((two[name] - plain[name]).abs().max() for name in plain) < 1e-5

@@ -259,9 +259,14 @@ def gates(best: dict, few: dict, student: dict) -> list[dict]:
     near, far = (abs(row["energy"][0] - best["energy"][0]) for row in (student, few))
     hf, hf_few = student["hf"][0], few["hf"][0]
     right = best["all"][0]
+    if "first" in student:  # the image settles what few steps would blur
+        first = student["first"][0]
+        second = ("student's first frame against its image, dB", first, "≥ 30", first >= 30)
+    else:
+        second = (f"{few['label']}: high-frequency energy", hf_few, "≤ 0.85", hf_few <= 0.85)
     listed = [
         (f"{best['label']}: all attributes right", right, "≥ 0.9", right >= 0.9),
-        (f"{few['label']}: high-frequency energy", hf_few, "≤ 0.85", hf_few <= 0.85),
+        second,
         (f"student's endpoint error / {few['label']}'s", ratio, "≤ 0.5, aim 0.25", ratio <= 0.5),
         ("student's high-frequency energy", hf, "0.95 … 1.05", 0.95 <= hf <= 1.05),
         (f"student's energy distance from {best['label']}'s", near,

@@ -91,29 +91,35 @@ def euler_step(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
 
 
 def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | None = None,
-             cfg_scale: float = 1.0) -> Tensor:
+             cfg_scale: float = 1.0, branches: "dist.ProcessGroup | None" = None) -> Tensor:
     """Velocity v_θ(x, t) of a batch at one time; with `uncond`, guided by two evaluations.
 
     Args: x [B,C,T,H,W] fp32; t in [0,1]; cond, uncond from encode_prompts; cfg_scale, where
-    1 means no guidance. Returns [B,C,T,H,W] fp32. Source: classifier-free guidance as in Wan 2.1.
+    1 means no guidance; branches, two ranks that make one evaluation each (no gradient).
+    Returns [B,C,T,H,W] fp32. Source: classifier-free guidance as in Wan 2.1.
     """
     times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
-    v = dit(x, times, cond)
     if uncond is None or cfg_scale == 1:
-        return v
-    v_uncond = dit(x, times, uncond)
+        return dit(x, times, cond)
+    if branches is None:
+        v, v_uncond = dit(x, times, cond), dit(x, times, uncond)
+    else:
+        mine = dit(x, times, uncond if branches.rank() else cond).contiguous()
+        v, v_uncond = torch.empty_like(mine), torch.empty_like(mine)
+        dist.all_gather([v, v_uncond], mine, group=branches)
     return v_uncond + cfg_scale * (v - v_uncond)
 
 
 def walk(dit: nn.Module, x: Tensor, times: list[float], cond: dict, uncond: dict | None = None,
-         cfg_scale: float = 1.0) -> Iterator[Tensor]:
+         cfg_scale: float = 1.0,
+         branches: "dist.ProcessGroup | None" = None) -> Iterator[Tensor]:
     """Denoise x along `times`, yielding the latent after each Euler step. Eq. 5, without gradient.
 
     Args: x [B,C,T,H,W] fp32 at times[0]; times falling; the rest as `velocity`.
     """
     for t, t_next in itertools.pairwise(times):
         with torch.no_grad():
-            x = euler_step(x, velocity(dit, x, t, cond, uncond, cfg_scale), t, t_next)
+            x = euler_step(x, velocity(dit, x, t, cond, uncond, cfg_scale, branches), t, t_next)
         yield x
 
 
@@ -1275,8 +1281,9 @@ def read_json(path: str | Path) -> Any:
 class Ranks:
     """This process among the others: its rank, their number, its device and the mesh of all.
 
-    With sequence parallelism, groups of `sp` successive ranks work on one batch: `team` is the
-    number of this one's group, `teams` how many there are; without it every rank is a team.
+    With sequence parallelism, groups of `sp` successive ranks work on one batch, and with guidance
+    in parallel two such groups: `team` is the number of this one's, `teams` how many there are;
+    without either every rank is a team.
     """
     rank: int
     world: int
@@ -1284,19 +1291,24 @@ class Ranks:
     mesh: DeviceMesh
     sp: int = 1
     sp_group: dist.ProcessGroup | None = None
+    branch_group: dist.ProcessGroup | None = None  # this rank and its fellow in the other group
+
+    @property
+    def team_size(self) -> int:
+        return self.sp * (1 if self.branch_group is None else 2)
 
     @property
     def team(self) -> int:
-        return self.rank // self.sp
+        return self.rank // self.team_size
 
     @property
     def teams(self) -> int:
-        return self.world // self.sp
+        return self.world // self.team_size
 
     @property
     def leads(self) -> bool:
         """Whether this rank writes what its team made."""
-        return self.rank % self.sp == 0
+        return self.rank % self.team_size == 0
 
 
 def pick_device(device: str) -> torch.device:
@@ -1314,11 +1326,12 @@ def pick_device(device: str) -> torch.device:
 
 
 def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
-                      patience: timedelta = timedelta(hours=12)) -> Ranks:
+                      patience: timedelta = timedelta(hours=12), branches: int = 1) -> Ranks:
     """Join the processes torchrun started, or be the only one: the same code path from one up.
 
     Args: sp, ranks that share each sample's tokens; heads, attention heads of the DiT, which they
-    share out; patience, how long a rank waits for the others in a collective before it gives up.
+    share out; patience, how long a rank waits for the others in a collective before it gives up;
+    branches, 2 if two groups share the evaluations of guidance.
     Raises ValueError if sp does not divide both the ranks and the heads.
     """
     where = pick_device(device)
@@ -1341,9 +1354,15 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
     if sp not in fits:
         raise ValueError(f"sp: got {sp} with {world} rank(s) and {heads} attention heads; wanted "
                          f"what divides both: {', '.join(map(str, fits))}")
+    if world % (sp * branches):
+        raise ValueError(f"cfg_parallel: got {world} rank(s) with sp {sp}; wanted a multiple of "
+                         f"{sp * branches}")
     groups = [dist.new_group(list(range(a, a + sp))) for a in range(0, world, sp)] if sp > 1 else []
+    pairs = [dist.new_group([a + j, a + j + sp]) for a in range(0, world, 2 * sp)
+             for j in range(sp)] if branches == 2 else []
     mesh = init_device_mesh(where.type, (world,))
-    return Ranks(rank, world, where, mesh, sp, groups[rank // sp] if groups else None)
+    return Ranks(rank, world, where, mesh, sp, groups[rank // sp] if groups else None,
+                 pairs[rank // (2 * sp) * sp + rank % sp] if pairs else None)
 
 
 def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:

@@ -15,7 +15,8 @@ Trajectory i is a function of (seed, i, its prompt) alone: the prompts are taken
 their images, cut to the videos' shape, if the teacher is image-to-video) and the noise is drawn on
 the CPU. Neither ranks, order nor restarts change a byte; another batch size or machine changes the
 last bits of a velocity, no more. On CPU a rank computes with one thread.
-The same command continues where it was stopped. Several jobs, each with its --start and --count,
+The same command continues where it was stopped; --verify lists what is missing, cut or changed, and
+--repair makes just that again. Several jobs, each with its --start and --count,
 may fill one folder at the same time: the manifest holds nothing of a single job (its `count` is the
 number of prompts; which trajectories there are is told by their files).
 
@@ -65,6 +66,9 @@ class Config(Shared):
     store_noise: bool = field(False, "store the noise as well; it can be drawn again from its seed")
     batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
+    cfg_parallel: bool = field(False, "the two evaluations of guidance on two groups of ranks")
+    verify: bool = field(False, "only read this job's trajectories again and list what is wrong")
+    repair: bool = field(False, "verify, then make what is missing or damaged anew, and only that")
     videos: int = field(8, "how many of the first trajectories are also decoded to .mp4")
 
 
@@ -293,11 +297,12 @@ class SynVid:
 # -------------------------------------------------------------------------------- generation
 
 def denoise(cfg: Config, dit: nn.Module, noise: Tensor, stored: list[int], cond: dict,
-            uncond: dict | None) -> Tensor:
+            uncond: dict | None, branches: dist.ProcessGroup | None = None) -> Tensor:
     """Walk noise [B,C,T,H,W] down the teacher's grid; returns latents [B,S,C,T,H,W] on the CPU."""
     times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     kept = [noise.to("cpu", DTYPES[cfg.dtype])] if 0 in stored else []
-    for j, x in enumerate(walk(dit, noise, times, cond, uncond, cfg.cfg_scale), start=1):  # Eq. 5
+    steps = walk(dit, noise, times, cond, uncond, cfg.cfg_scale, branches)        # Eq. 5
+    for j, x in enumerate(steps, start=1):
         if j in stored:
             kept.append(x.to("cpu", DTYPES[cfg.dtype]))
     return torch.stack(kept, 1)
@@ -325,8 +330,31 @@ def size(count: float) -> str:
         count /= 1000
 
 
-def plan(cfg: Config, folder: Path, wanted: range, manifest: dict,
-         device: torch.device) -> list[int]:
+def verify(folder: Path, wanted: range, manifest: dict, ranks: Ranks) -> dict[int, str]:
+    """What is wrong with which of the trajectories: every byte is read, a share on each rank."""
+    found: dict[int, str] = {}
+    for i in tqdm(wanted[ranks.rank::ranks.world], "verify", unit="trajectory", mininterval=1,
+                  disable=None if ranks.rank == 0 else True):
+        if not place(folder, i).exists():
+            found[i] = "missing"
+            continue
+        try:
+            read_trajectory(folder, manifest, i, manifest["stored"])
+        except ValueError as e:
+            found[i] = str(e.__cause__)
+    parts: list[Any] = [None] * ranks.world
+    dist.all_gather_object(parts, found)
+    found = {i: fault for part in parts for i, fault in part.items()}
+    if ranks.rank == 0:
+        for i in sorted(found):
+            print(f"{place(folder, i)}: {found[i]}")
+        print(f"synvid: {len(wanted) - len(found)} of {len(wanted)} trajectories are whole, "
+              f"{len(found)} are not", flush=True)
+    return found
+
+
+def plan(cfg: Config, folder: Path, wanted: range, manifest: dict, device: torch.device,
+         damaged: Iterable[int]) -> list[int]:
     """Indices still to be made; prints their bytes. Removes what killed runs left half-written.
 
     Only this job's indices are cleared so: other jobs may be writing. Raises ValueError if the
@@ -336,7 +364,7 @@ def plan(cfg: Config, folder: Path, wanted: range, manifest: dict,
         index = part.name[1:].partition(".")[0]
         if index.isdecimal() and int(index) in wanted:
             part.unlink(missing_ok=True)
-    there = find_trajectories(folder)
+    there = find_trajectories(folder).difference(damaged)
     todo = [i for i in wanted if i not in there]
     sizes = sizes_of(cfg.preset)
     latents = len(manifest["stored"]) * math.prod(manifest["shape"]) * DTYPES[cfg.dtype].itemsize
@@ -366,7 +394,7 @@ def decode_video(cfg: Config, folder: Path, manifest: dict, vae: nn.Module, i: i
 def tell_cost(seconds: float, batch: int, rounds: int, chunks: int, ranks: Ranks) -> None:
     """Print what `chunks` batches cost, `rounds` of them a rank, from the first one's seconds."""
     tqdm.write(f"synvid: {rate(seconds / batch)} a trajectory on {ranks.device.type}; in all "
-               f"{seconds * chunks * ranks.sp / 3600:.3g} device-hours; "
+               f"{seconds * chunks * ranks.world / ranks.teams / 3600:.3g} device-hours; "
                f"{rate(seconds * (rounds - 1))} to go with {ranks.world} rank(s)")
     sys.stdout.flush()
 
@@ -418,7 +446,8 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, w
             uncond = collate(conditioner.with_text(cfg.negative_prompt, conds))
         noise = torch.stack([initial_noise(cfg.seed, i, prompt.text, manifest["shape"])
                              for i, prompt in zip(indices, chosen, strict=True)])
-        x = denoise(cfg, dit, noise.to(ranks.device), manifest["stored"], collate(conds), uncond)
+        x = denoise(cfg, dit, noise.to(ranks.device), manifest["stored"], collate(conds), uncond,
+                    ranks.branch_group)
         if read_manifest(folder) != manifest:
             raise ValueError(f"{folder}/manifest.json: was changed while this job ran: another job "
                              "with other settings writes there; give each its own --run")
@@ -442,11 +471,17 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "synvid", argv, __doc__)
     prompts = read_prompts(cfg.prompts, sizes_of(cfg.preset).takes_image)
     wanted = check_config(cfg, prompts)
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
+    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads,
+                              branches=1 + (cfg.cfg_parallel and cfg.cfg_scale != 1))
     folder = Path(cfg.run) / "synvid"
     manifest = on_first_rank(ranks, lambda: claim(folder, make_manifest(cfg, prompts)))
     announce(cfg, "synvid", ranks)
-    todo = on_first_rank(ranks, lambda: plan(cfg, folder, wanted, manifest, ranks.device))
+    damaged = verify(folder, wanted, manifest, ranks) if cfg.verify or cfg.repair else {}
+    if cfg.verify and not cfg.repair:
+        if damaged:
+            raise SystemExit(1)
+        return
+    todo = on_first_rank(ranks, lambda: plan(cfg, folder, wanted, manifest, ranks.device, damaged))
     with one_cpu_thread():
         generate(cfg, prompts, folder, manifest, wanted, todo, ranks)
 

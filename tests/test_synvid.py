@@ -195,6 +195,55 @@ def test_neither_ranks_nor_jobs_nor_their_order_change_a_byte(make_config, run_s
     assert contents(tmp_path / "ranks/synvid") == whole
 
 
+def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rounding(
+        make_config, run_stage, tmp_path):
+    config = make_config(height=32, cfg_scale=3.0, negative_prompt="a ring",
+                         synvid={"count": 5, "batch": 2, "dtype": "fp32"})
+    whole = contents(generate(config, "--run", tmp_path / "one"))
+    done = run_stage("synvid", config, f"run={tmp_path / 'pair'}", "cfg_parallel=true", ranks=2)
+    assert contents(tmp_path / "pair/synvid") == whole and "with 2 rank(s)" in done.stdout
+    run_stage("synvid", config, f"run={tmp_path / 'pairs'}", "cfg_parallel=true", ranks=4)
+    assert contents(tmp_path / "pairs/synvid") == whole
+    run_stage("synvid", config, f"run={tmp_path / 'both'}", "cfg_parallel=true", "sp=2", ranks=4)
+    manifest = synvid.read_manifest(tmp_path / "one/synvid")
+    for i in range(5):
+        ours, theirs = (synvid.read_trajectory(tmp_path / name / "synvid", manifest, i, [0, 2, 4])
+                        for name in ("both", "one"))
+        assert torch.equal(ours[1]["text"], theirs[1]["text"])
+        assert (ours[0] - theirs[0]).abs().max() < 1e-5 * theirs[0].abs().max()  # products' shapes
+    few = run_stage("synvid", config, f"run={tmp_path / 'few'}", "cfg_parallel=true", check=False)
+    assert few.returncode == 1
+    assert "cfg_parallel: got 1 rank(s) with sp 1; wanted a multiple of 2" in few.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_verify_lists_what_is_wrong_and_repair_makes_just_that_again(made, run_stage, tmp_path,
+                                                                     ranks):
+    folder, _, args = made
+    arguments = [f"{str(a)[2:]}={b}" for a, b in zip(args[1::2], args[2::2], strict=True)
+                 if a != "--run"]
+    command = ("synvid", args[0], *arguments, f"run={tmp_path}")
+    copy = Path(shutil.copytree(folder, tmp_path / "synvid"))
+    done = run_stage(*command, "verify=true", ranks=ranks)
+    assert "7 of 7 trajectories are whole, 0 are not" in done.stdout
+    place(copy, 2).unlink()
+    os.truncate(place(copy, 3), 2000)
+    raw = bytearray(place(copy, 5).read_bytes())
+    raw[-9] ^= 4
+    place(copy, 5).write_bytes(raw)
+    before = contents(copy)
+    done = run_stage(*command, "verify=true", ranks=ranks, check=False)
+    assert done.returncode == 1 and "4 of 7 trajectories are whole, 3 are not" in done.stdout
+    told = [line for line in done.stdout.splitlines() if line.startswith(str(copy))]
+    for line, i, fault in zip(told, (2, 3, 5), ("missing", "", "checksum"), strict=True):
+        assert line.startswith(f"{place(copy, i)}: ") and fault in line
+    assert contents(copy) == before
+    untouched = {i: place(copy, i).stat().st_mtime_ns for i in (0, 1, 4, 6)}
+    done = run_stage(*command, "repair=true", ranks=ranks)
+    assert "3 trajectories to do" in done.stdout and contents(copy) == contents(folder)
+    assert {i: place(copy, i).stat().st_mtime_ns for i in untouched} == untouched
+
+
 def test_the_number_of_threads_changes_no_byte(made, tmp_path):
     folder, _, args = made
     before = torch.get_num_threads()

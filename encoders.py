@@ -14,13 +14,14 @@ import math
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ftfy
 import sentencepiece
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
@@ -246,6 +247,8 @@ class WanVAE(nn.Module):
         latents_mean, latents_std: z_dim numbers each, the normalisation of latents.
     """
 
+    tiled = False  # chunks follow from each other: no rank can take one by itself
+
     def __init__(self, dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
                  temporal_down=(False, True, True), latents_mean=WAN_MEAN, latents_std=WAN_STD):
         super().__init__()
@@ -414,9 +417,11 @@ class HunyuanVAE(nn.Module):
     They differ: a tile is normalised on its own. Args: channels of the four levels and of latents;
     residual blocks of an encoder level; groups of channels in a norm; normalised latents over raw
     ones; side (pixels) and length (frames) of a tile, a quarter of it shared with the next.
+    Ranks that hold the same input may share the tiles: `group`, set from outside.
     """
 
-    time, space = 4, 8
+    time, space, tiled = 4, 8, True
+    group: dist.ProcessGroup | None = None
 
     def __init__(self, dims=(128, 256, 512, 512), z_dim=16, num_res_blocks=2, groups=32,
                  scaling=0.476986, sample_size=256, sample_tsize=64):
@@ -465,7 +470,8 @@ class HunyuanVAE(nn.Module):
     def by_tiles(self, net: Callable[[Tensor], Tensor], x: Tensor, decode: bool = False) -> Tensor:
         """net(x) in fp32, tile by tile, each faded into the next; net is an encoder or a decoder.
 
-        Memory: the result, what one tile needs, and the lower edges of one row of tiles.
+        Memory: the result, what one tile needs, and the lower edges of one row of tiles; with a
+        group of ranks as many tiles as they are. Each gets the whole result.
         """
         unit, S, N = (self.time, self.space), self.tile_time, self.tile
         (a, b), (c, d) = ((1, 1), unit) if decode else (unit, (1, 1))  # of a latent, in and out
@@ -474,11 +480,14 @@ class HunyuanVAE(nn.Module):
         out = torch.empty(len(x), channels, 1 + c * (T - 1), d * H, d * W, device=x.device)
         step_time, step = S * 3 // 4 if T > S else S, N * 3 // 4 if max(H, W) > N else N
         edge, keep = d * N // 4, d * step
-        for t in range(0, max(T - 1, 1), step_time):
+        starts = range(0, max(T - 1, 1), step_time)
+        made = self.made(net, (x[:, :, a * t:a * (t + S) + 1, b * i:b * (i + N), b * j:b * (j + N)]
+                               for t in starts for i in range(0, H, step)
+                               for j in range(0, W, step)))
+        for t in starts:
             late, above, left = int(t > 0), {}, None  # a late tile sees a frame more, before it
             for i, j in itertools.product(range(0, H, step), range(0, W, step)):
-                y = net(x[:, :, a * t:a * (t + S) + 1, b * i:b * (i + N), b * j:b * (j + N)])
-                y = y[:, :, late:].float()
+                y = next(made)[:, :, late:]
                 if i:
                     blend(y, above[j], dim=3)
                 if j:
@@ -491,6 +500,21 @@ class HunyuanVAE(nn.Module):
                     blend(y, part[:, :, :c * (S - step_time)], dim=2)
                 part.copy_(y)
         return out
+
+    def made(self, net: Callable[[Tensor], Tensor], tiles: Iterator[Tensor]) -> Iterator[Tensor]:
+        """net of each tile in fp32, in order; a group's ranks make one each and tell the others."""
+        if self.group is None:
+            yield from (net(tile).float() for tile in tiles)
+            return
+        rank, size = self.group.rank(), self.group.size()
+        while some := list(itertools.islice(tiles, size)):
+            mine = net(some[rank]).float().contiguous() if rank < len(some) else None
+            shapes: list = [None] * size
+            dist.all_gather_object(shapes, None if mine is None else mine.shape, group=self.group)
+            for owner, shape in enumerate(shapes[:len(some)]):
+                y = mine if owner == rank else torch.empty(shape, device=some[0].device)
+                dist.broadcast(y, group=self.group, group_src=owner)
+                yield y
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,7 +14,8 @@ The student walks its own key timesteps, stored in its file, without guidance: t
 The teacher walks its grid of `n` steps, or with --steps its own grid of so many steps (evaluate.py
 compares at the student's key timesteps instead). Noise is a function of (seed, prompt's number,
 prompt), so the same seed gives student and teacher the same noise. Under torchrun every rank has
-whole networks and takes its part of the videos; with --sp N, N ranks share each video's tokens.
+whole networks and takes its part of the videos; with --sp N, N ranks share each video's tokens and
+the tiles of HunyuanVideo's VAE.
 
 An image-to-video model starts from --image, or from the images that a prompt file pairs with its
 prompts. A video then has about the config's area in the shape of its image.
@@ -350,6 +351,8 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
         vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     unconds = unconds if cfg.teacher else None  # guidance is built into a student
     dit.sp = ranks.sp_group
+    if vae.tiled:
+        vae.group = ranks.sp_group
     watch.lap("load")
     records = []
     bar = tqdm(total=len(jobs) * (len(times) - 1), desc=who, unit="step", mininterval=1,
@@ -362,8 +365,12 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
         watch.lap("noise")
         x, steps = denoise(dit, noise, times, conds[first:last],
                            unconds and unconds[first:last], cfg.cfg_scale, watch, bar)
-        for job, latents in zip(jobs[first:last], x, strict=True) if ranks.leads else ():
+        for job, latents in zip(jobs[first:last], x, strict=True):
+            if not (ranks.leads or vae.tiled):
+                continue
             video, file = vae.decode(latents[None])[0], f"{who}_{job.index:04d}_seed{job.seed}.mp4"
+            if not ranks.leads:
+                continue
             seconds = {"steps": [s / len(batch) for s in steps], "decode": watch.lap("decode")}
             write_video(out / file, video, cfg.fps)
             seconds["save"] = watch.lap("save")

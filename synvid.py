@@ -236,7 +236,8 @@ def read_trajectory(folder: Path, manifest: dict, i: int,
                 raise ValueError("its text states do not match their checksum")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise ValueError(f"{path}: cannot be used ({e}): delete the file and rerun the `python "
-                         "synvid.py` command that made it; only what is missing is made") from e
+                         "synvid.py` command that made it (only what is missing is made), or rerun "
+                         "it with --repair") from e
     cond = {name.removeprefix("cond."): c.float() if c.is_floating_point() else c
             for name, c in cond.items()}
     return torch.stack([latent.float() for latent in latents]), cond, facts["prompt"]

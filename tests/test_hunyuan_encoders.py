@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
@@ -404,6 +405,37 @@ def test_memory_of_tiled_decode_is_the_output_a_tile_and_a_row_of_edges(T, H, W)
     edges = 3 * 17 * 8 * 32 * 4 * (len(range(0, W, 3)) + 1)  # below each column, and to the left
     assert peak <= video.nbytes + one + 3 * tile.nbytes + edges
     assert peak >= video.nbytes + one
+
+
+def tiles_of_three(rank: int, folder: Path) -> None:
+    """One of three ranks that share the tiles of an encoding and a decoding."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    vae, video, latents = (torch.load(folder / f"{name}.pt", weights_only=name != "vae")
+                           for name in ("vae", "video", "latents"))
+    vae.group, calls, real = dist.group.WORLD, [], vae.reconstruct
+    vae.reconstruct = lambda z: (calls.append(1), real(z))[1]
+    torch.save({"video": vae.decode(latents), "latents": vae.encode(video), "calls": len(calls)},
+               folder / f"out{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_tiles_and_each_gets_the_bits_of_one(tmp_path):
+    vae = HunyuanVAE(dims=(8, 8, 16, 16), groups=4, sample_size=32, sample_tsize=16).eval()
+    video, latents = normal(1, 3, 21, 56, 40).clamp(-1, 1), normal(1, 16, 6, 7, 5)
+    for name, value in (("vae", vae), ("video", video), ("latents", latents)):
+        torch.save(value, tmp_path / f"{name}.pt")
+    calls, real = [], vae.reconstruct
+    vae.reconstruct = lambda z: (calls.append(1), real(z))[1]
+    with torch.no_grad():
+        want = {"video": vae.decode(latents), "latents": vae.encode(video)}
+    torch.multiprocessing.spawn(tiles_of_three, (tmp_path,), nprocs=3)
+    got = [torch.load(tmp_path / f"out{rank}.pt", weights_only=True) for rank in range(3)]
+    for found in got:
+        assert all(torch.equal(found[name], want[name]) for name in want)
+    assert len(calls) > 6 and sum(found["calls"] for found in got) == len(calls)
+    assert max(found["calls"] for found in got) == -(-len(calls) // 3)
 
 
 def test_memory_of_tiled_encode_is_the_latents_and_a_tile():

@@ -134,6 +134,15 @@ def test_two_ranks_that_share_tokens_make_the_trajectories_of_one(distilled, run
         assert (one["x"].float() - two["x"].float()).abs().max() < 2e-3 * one["x"].abs().max()
 
 
+def test_two_ranks_that_share_tokens_and_tiles_sample_the_video_of_one(distilled, run_stage,
+                                                                       tmp_path):
+    path, root = distilled
+    run_stage("sample", path, f"prompt={PROMPTS[1]}", f"out={tmp_path}/one")
+    run_stage("sample", path, f"prompt={PROMPTS[1]}", f"out={tmp_path}/two", "sp=2", ranks=2)
+    one, two = (read_video(tmp_path / f"{n}/student3_0000_seed0.mp4") for n in ("one", "two"))
+    assert one.shape == two.shape and (one - two).abs().max() < 0.05  # the last bits, and H.264
+
+
 @pytest.mark.parametrize("family", ["hunyuan", "wan"])
 def test_every_stage_runs_in_bf16_as_it_does_on_a_gpu(config, make_config, family, tmp_path):
     path = config[0] if family == "hunyuan" else make_config(

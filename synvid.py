@@ -47,8 +47,8 @@ from tqdm import tqdm
 
 from config import Shared, announce, cli, field, load_config, rate
 from model import (
-    Ranks, collate, compute_dtype, fingerprint, generator, key_times, latent_shape, load_dit,
-    read_json, replace_file, setup_distributed, sizes_of, time_grid, walk, write_json)
+    Ranks, build_dit, collate, compute_dtype, fingerprint, generator, key_times, latent_shape,
+    load_dit, read_json, replace_file, setup_distributed, sizes_of, time_grid, walk, write_json)
 from video import Prompt, read_prompts, write_video
 
 # encoders.py is imported where trajectories are made: the trainer reads SynVid without it.
@@ -375,8 +375,14 @@ def plan(cfg: Config, folder: Path, wanted: range, manifest: dict, device: torch
     told *= compute_dtype(device).itemsize
     need = len(todo) * (latents + told + 2000)  # the header with the prompt
     free = shutil.disk_usage(folder).free
+    with torch.device("meta"):
+        dit = build_dit(cfg.preset)
+    evaluations = cfg.n * (1 if cfg.cfg_scale == 1 else 2)
+    flop = len(todo) * evaluations * dit.flops(math.prod(dit.token_grid(*manifest["shape"][1:])))
     print(f"synvid: {len(todo)} trajectories to do, {len(wanted) - len(todo)} of {len(wanted)} are "
-          f"there; at most {size(need)} to write, {size(free)} free at {folder}", flush=True)
+          f"there; at most {size(need)} to write, {size(free)} free at {folder}\n"
+          f"synvid: {evaluations} evaluations each, {flop:.3g} FLOP in all: {flop / 1.44e18:.3g} "
+          "GPU-hours at 400 TFLOP/s (40% of an H100's peak)", flush=True)
     if need > free:
         raise ValueError(f"{folder}: {len(todo)} trajectories need up to {size(need)}, got "
                          f"{size(free)}: free some space, choose another --run, or make fewer by "

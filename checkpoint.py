@@ -1,4 +1,4 @@
-"""What a training run keeps: checkpoints that survive kills and faults, and the student's file.
+"""What a training run keeps: AdamW's moments, checkpoints that survive kills, the student's file.
 
 <folder>/step_NNNNNN/ is a checkpoint of torch.distributed.checkpoint: every rank writes its own
 part of the state, from a copy in host memory, while training goes on. meta.json in it tells step,
@@ -22,9 +22,51 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from model import LazyTensor, Ranks, cause, read_json, replace_file, write_json
+
+# ---------------------------------------------------------------------------- AdamW's state
+
+def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.AdamW:
+    """AdamW with its state laid out at once, so that a checkpoint is read in place.
+
+    Args: offload, whether the moments of a sharded module stay in host memory.
+    """
+    def zeros(p: nn.Parameter) -> Tensor:
+        if not offload:
+            return torch.zeros_like(p.detach())
+        local = p.to_local()
+        local = torch.zeros(local.shape, pin_memory=local.is_cuda)
+        return DTensor.from_local(local, hosts, p.placements, shape=p.shape, stride=p.stride())
+
+    hosts = init_device_mesh("cpu", (dist.get_world_size(),)) if offload else None
+    opt = torch.optim.AdamW(module.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
+                            weight_decay=cfg.weight_decay)
+    for p in module.parameters():
+        opt.state[p] = {"step": torch.zeros(()), "exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
+    return opt
+
+
+def step_from_host(opt: torch.optim.AdamW) -> None:
+    """opt.step(), a parameter at a time, its moments brought to its device and back."""
+    (group,) = opt.param_groups
+    params = group["params"]
+    for p in params:
+        group["params"], state = [p], opt.state[p]
+        at_home = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+        for name, value in at_home.items():
+            local = value.to_local().to(p.to_local().device, non_blocking=True)
+            state[name] = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape,
+                                             stride=p.stride())
+        opt.step()
+        for name, value in at_home.items():
+            value.to_local().copy_(state[name].to_local())
+            state[name] = value
+    group["params"] = params
+
 
 # ------------------------------------------------------------------------------------ saving
 
@@ -222,6 +264,15 @@ def write_one_by_one(path: Path, tensors: dict[str, LazyTensor], metadata: dict[
     else:
         for tensor in tensors.values():
             tensor.read()
+
+
+def whole_tensor(p: DTensor, path: Path) -> LazyTensor:
+    """A sharded parameter, gathered when it is read."""
+    def read(rows: slice | None = None) -> Tensor:
+        value = p.detach().full_tensor()
+        return value[rows] if rows else value
+
+    return LazyTensor(tuple(p.shape), p.dtype, path, read)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -40,18 +40,19 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from tqdm import tqdm
 
 import synvid
-from checkpoint import Saver, latest_checkpoint, load_checkpoint, write_one_by_one
+from checkpoint import (
+    Saver, adamw, latest_checkpoint, load_checkpoint, step_from_host, whole_tensor,
+    write_one_by_one)
 from monitor import (
     Log, append_log, draw_curves, held_out_errors, memory_plan, read_log, step_flops)
 from config import Shared, announce, cli, field, load_config, names_config
 from model import (
-    LazyTensor, Ranks, collate, compute_dtype, euler_step, fingerprint, generator, load_dit,
+    Ranks, collate, compute_dtype, euler_step, fingerprint, generator, load_dit,
     official_names, setup_distributed, sizes_of, twin, velocity, write_text)
 
 
@@ -370,44 +371,6 @@ def update_heads(cfg: Config, nets: Nets, step: int, log: Log) -> None:
 
 # ---------------------------------------------------------- state: build, save, resume, export
 
-def adamw(cfg: Config, module: nn.Module, offload: bool = False) -> torch.optim.AdamW:
-    """AdamW with its state laid out at once, so that a checkpoint is read in place.
-
-    Args: offload, whether the moments of a sharded module stay in host memory.
-    """
-    def zeros(p: nn.Parameter) -> Tensor:
-        if not offload:
-            return torch.zeros_like(p.detach())
-        local = p.to_local()
-        local = torch.zeros(local.shape, pin_memory=local.is_cuda)
-        return DTensor.from_local(local, hosts, p.placements, shape=p.shape, stride=p.stride())
-
-    hosts = init_device_mesh("cpu", (dist.get_world_size(),)) if offload else None
-    opt = torch.optim.AdamW(module.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
-                            weight_decay=cfg.weight_decay)
-    for p in module.parameters():
-        opt.state[p] = {"step": torch.zeros(()), "exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
-    return opt
-
-
-def step_from_host(opt: torch.optim.AdamW) -> None:
-    """opt.step(), a parameter at a time, its moments brought to its device and back."""
-    (group,) = opt.param_groups
-    params = group["params"]
-    for p in params:
-        group["params"], state = [p], opt.state[p]
-        at_home = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
-        for name, value in at_home.items():
-            local = value.to_local().to(p.to_local().device, non_blocking=True)
-            state[name] = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape,
-                                             stride=p.stride())
-        opt.step()
-        for name, value in at_home.items():
-            value.to_local().copy_(state[name].to_local())
-            state[name] = value
-    group["params"] = params
-
-
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> Nets:
     """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3."""
     dtype, m = compute_dtype(ranks.device), len(t_key) - 1
@@ -494,15 +457,6 @@ def export_student(cfg: Config, nets: Nets, ranks: Ranks, meta: dict) -> Path:
     about |= {"t_key": nets.t_key[::-1], "teacher": meta["teacher"], "iterations": nets.step}
     write_one_by_one(path, tensors, {"format": "pt", "accvideo": json.dumps(about)}, ranks)
     return path
-
-
-def whole_tensor(p: DTensor, path: Path) -> LazyTensor:
-    """A sharded parameter, gathered when it is read."""
-    def read(rows: slice | None = None) -> Tensor:
-        value = p.detach().full_tensor()
-        return value[rows] if rows else value
-
-    return LazyTensor(tuple(p.shape), p.dtype, path, read)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import clips as world
 import config
 import encoders
+import fit
 import model
 import teacher
 import video
@@ -83,7 +84,7 @@ def test_psnr_and_high_frequency_have_their_definitions(clips):
 def test_muon_makes_momentum_nearly_orthogonal(shape):
     matrices = torch.randn(shape, generator=model.generator(2))
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    update = teacher.orthogonalise(matrices)
+    update = fit.orthogonalise(matrices)
     values = torch.linalg.svdvals(update)
     assert 0.5 < float(values.median()) and float(values.max()) < 1.3
     cosine = torch.nn.functional.cosine_similarity(update.flatten(1), (u @ vh).flatten(1))
@@ -98,7 +99,7 @@ def run(folder, **changes):
 
 
 def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "NOTE_EVERY", 1)
+    monkeypatch.setattr(fit, "NOTE_EVERY", 1)
     whole = run(tmp_path / "whole")
 
     for stage, iteration in (("text", 2), ("vae", 2), ("vae", 3), ("dit", 2)):
@@ -106,7 +107,7 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_pa
             if (entry["stage"], entry["iteration"]) == at:
                 raise KeyboardInterrupt
         with monkeypatch.context() as patch:
-            patch.setattr(teacher, "note", stop)
+            patch.setattr(fit, "note", stop)
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "parts")
     parts = run(tmp_path / "parts")

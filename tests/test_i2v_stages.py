@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,20 @@ def test_evaluate_tells_how_near_the_first_frames_are_to_their_images(distilled,
     assert [row["label"] for row in rows] == ["teacher@6", "teacher@3", "student@3"]
     assert all(0 < row["first"][0] < 40 for row in rows)
     assert "first frame, dB" in (root / "run/evaluate/table.md").read_text()
+
+
+def test_every_stage_runs_in_bf16_as_it_does_on_a_gpu(world, tmp_path):
+    path, root = world
+    worker = Path(__file__).with_name("bf16_stage.py")
+    for stage, *options in (("synvid", "--count", "4"), ("distill", "--iterations", "2"),
+                            ("sample", "--prompt", TEXTS[0], "--image", f"{root}/images/0.png")):
+        done = subprocess.run([sys.executable, str(worker), stage, str(path), *options,
+                               "--run", str(tmp_path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    stored = load_file(tmp_path / "synvid/000/000000.safetensors")
+    assert stored["cond.image"].dtype == torch.bfloat16  # the encoder ran in it
+    video = read_video(tmp_path / "samples/student3_0000_seed0.mp4")
+    assert video.shape == (3, 13, 32, 48) and video.std() > 0
 
 
 def test_random_weights_time_an_image_to_video_preset_without_files(tmp_path, run_stage):

@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import model
 
 KILLED = Path(__file__).parent / "killed_stage.py"
 QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 2,
@@ -69,6 +73,30 @@ def test_a_killed_rank_is_named_the_others_stop_and_the_same_command_ends_with_t
     assert not (run / "student.safetensors").exists()
     run_stage("distill", config, f"run={run}", ranks=2)
     assert_same_bits(run, folder / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undisturbed, run_stage,
+                                                                        tmp_path, number):
+    folder, config = undisturbed
+    run = begun(folder, tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "--shutdown-timeout=100", "--", str(model.ROOT / "distill.py"), str(config),
+               f"run={run}", "save_every=1000", "iterations=1000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = run / "distill/log.jsonl"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=100)  # torchrun's own status is 1 after any signal
+    saved, done = [p.name for p in (run / "distill").glob("step_*")], len(lines_of(run))
+    assert saved == [f"step_{done:06d}"] and "the same command goes on" in out
+    run_stage("distill", config, f"run={run}", f"iterations={max(done + 1, 6)}", ranks=2)
+    lines, whole = lines_of(run), lines_of(folder / "whole")
+    assert [line["step"] for line in lines] == list(range(1, max(done + 1, 6) + 1))
+    for name in ("loss_traj", "loss_adv", "grad_sum"):
+        assert [line[name] for line in lines[:6]] == [line[name] for line in whole]
 
 
 def test_torchrun_restarts_a_run_by_itself(undisturbed, tmp_path):

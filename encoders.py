@@ -16,6 +16,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import sentencepiece
@@ -783,13 +784,16 @@ class Conditioner:
                  clip: CLIPVision | None, frames: int, crop: bool):
         self.text, self.vae, self.clip, self.frames, self.crop = text, vae, clip, frames, crop
 
-    def encode_each(self, prompts: list[Prompt], height: int, width: int) -> list[dict]:
+    def encode_each(self, prompts: list[Prompt], height: int, width: int,
+                    lap: Callable[[str], Any] = lambda name: None) -> list[dict]:
         """The cond of each prompt for a video of height × width; of equal prompts it is one object.
 
-        Raises as the encoders and read_image do.
+        Args: lap("text") and lap("image") are called as each is done. Raises as the encoders and
+        read_image do.
         """
         different = list(dict.fromkeys(prompts))
         conds = self.text.encode_each([prompt.text for prompt in different])
+        lap("text")
         for prompt, cond in zip(different, conds, strict=True):
             if self.clip is not None:
                 image = read_image(prompt.image)
@@ -797,6 +801,7 @@ class Conditioner:
                     image = centre_crop(image, height, width)
                 made = self.of_images(image[None], height, width)
                 cond |= {name: value[0] for name, value in made.items()}
+                lap("image")
         found = dict(zip(different, conds, strict=True))
         return [found[prompt] for prompt in prompts]
 
@@ -816,7 +821,7 @@ class Conditioner:
 def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
     """Height and width of about `area` pixels, multiples of 16, in an image's shape. Wan 2.1."""
     sides = math.isqrt(area * height // width), math.isqrt(area * width // height)  # exact
-    h, w = (max(side // 16 * 16, 16) for side in sides)
+    h, w = (min(max(side // 16 * 16, 16), max(area // 256 * 16, 16)) for side in sides)
     return h, w
 
 
@@ -1224,13 +1229,13 @@ def load_image_encoder(weights: str | Path, device="cpu", dtype=torch.float32) -
 
 def load_conditioner(cfg: Shared, device: torch.device, dtype: torch.dtype,
                      crop: bool) -> Conditioner:
-    """The conditioner of a config's model, loaded from its weight folder; crop as there."""
+    """The conditioner of a config's model, from its weight folder; dtype of the text encoders."""
     text = load_text(cfg.weights, device, dtype, sizes_of(cfg.preset).text_len, cfg.family,
                      image=cfg.frames == 1, guidance=cfg.embedded_guidance)
     vae = clip = None
-    if sizes_of(cfg.preset).takes_image:
-        vae = load_vae(cfg.weights, device, dtype, cfg.family)
-        clip = load_image_encoder(cfg.weights, device, dtype)
+    if sizes_of(cfg.preset).takes_image:  # in fp32: bf16 would put 1% noise on what is stored
+        vae = load_vae(cfg.weights, device, torch.float32, cfg.family)
+        clip = load_image_encoder(cfg.weights, device, torch.float32)
     return Conditioner(text, vae, clip, cfg.frames, crop)
 
 

@@ -163,10 +163,12 @@ def walk_all(label: str, dit: nn.Module, times: list[float], noise: Tensor, cond
 
 
 @torch.no_grad()
-def look(samples: Samples, vae: nn.Module, prompts: list[Prompt], cfg: Config,
-         device: torch.device) -> None:
-    """Decode the videos one by one; keep what is measured on them, and a few to show."""
-    captions = [prompt.text for prompt in prompts]
+def look(samples: Samples, vae: nn.Module, captions: list[str], images: list[Tensor],
+         cfg: Config, device: torch.device) -> None:
+    """Decode the videos one by one; keep what is measured on them, and a few to show.
+
+    Args: images, the first frames [3,H,W] that they were given, if they were.
+    """
     oracle, kept = is_small_world(captions, cfg), shown_indices(cfg)
     watch, hf, first, hits, samples.shown = Watch(device), [], [], [], []
     for i, latents in enumerate(tqdm(samples.latents, f"decode {samples.label}", disable=None)):
@@ -174,8 +176,8 @@ def look(samples: Samples, vae: nn.Module, prompts: list[Prompt], cfg: Config,
         video = vae.decode(latents[None].to(device))[0]
         watch.lap("decode")
         hf.append(world.high_frequency(video[None]))
-        if prompts[i].image is not None:
-            first.append(first_frame_psnr(video.cpu(), read_image(prompts[i].image)))
+        if images:
+            first.append(float(world.psnr(video[None, :, :1].cpu(), images[i][None, :, None])))
         if oracle:
             hits.append(oracle_hits(video.cpu(), captions[i]))
         if i in kept:
@@ -198,11 +200,12 @@ def is_small_world(captions: list[str], cfg: Config) -> bool:
     return cfg.height == cfg.width and all(min(t.values()) >= 0 for t in told)
 
 
-def first_frame_psnr(video: Tensor, image: Tensor) -> float:
-    """PSNR in dB of a video's [3,T,H,W] first frame against the image [3,h,w] it was given."""
-    height, width = video.shape[2:]
-    wanted = F.interpolate(centre_crop(image, height, width)[None], (height, width), mode="bicubic")
-    return float(world.psnr(video[None, :, :1], wanted.clamp(-1, 1).unsqueeze(2)))
+def first_frames(prompts: list[Prompt], cfg: Config) -> list[Tensor]:
+    """The prompts' images [3,H,W] in the videos' shape; none if they have none."""
+    size = cfg.height, cfg.width
+    return [F.interpolate(centre_crop(read_image(prompt.image), *size)[None], size,
+                          mode="bicubic")[0].clamp(-1, 1)
+            for prompt in prompts if prompt.image is not None]
 
 
 def oracle_hits(video: Tensor, caption: str) -> dict[str, bool]:
@@ -432,8 +435,9 @@ def main(argv: list[str] | None = None) -> None:
 
     models, reference = sample_all(cfg, prompts, students, device)
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
+    captions, images = [prompt.text for prompt in prompts], first_frames(prompts, cfg)
     for model in models:
-        look(model, vae, prompts, cfg, device)
+        look(model, vae, captions, images, cfg, device)
 
     best, few, *rest = (measure(model, models[0], reference, cfg) for model in models)
     rows = [best, few, *rest] + ([mean_row(rest)] if len(rest) > 1 else [])
@@ -449,7 +453,7 @@ def main(argv: list[str] | None = None) -> None:
         "students": [{"file": str(path), **known} for path, known in students]})
     draw_table(out / "table.png", rows, f"{cfg.run}: {cfg.count} videos, the same noise for all")
 
-    shown = [prompts[i].text for i in shown_indices(cfg)]
+    shown = [captions[i] for i in shown_indices(cfg)]
     frames = wall(models[:3], shown)
     write_video(out / "videos.gif", frames, cfg.fps)
     loops = max(1, round(4 * cfg.fps / len(frames)))  # players stop at the end of an mp4

@@ -118,18 +118,21 @@ def resume(path: Path, settings: str, loaded: dict) -> tuple[int, float]:
 
 
 def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, float],
-        decay_from: float, loss_of, look=None) -> nn.Module:
+        decay_from: float, loss_of, look=None,
+        made_from: dict[str, str] | None = None) -> nn.Module:
     """Train `module` and return the moving average of its weights, in evaluation mode.
 
     `lrs` are those of Muon and of AdamW, constant at first and falling as a cosine from the part
     `decay_from` of the iterations on; `loss_of(i)` is the loss of iteration i, all its draws
-    seeded by i; `look(average)` returns figures for the log. The state is saved every `save_every`
+    seeded by i; `look(average)` returns figures for the log; `made_from` names what else decides
+    the result and is no setting of this training. The state is saved every `save_every`
     seconds: the same command continues with the same bits. Raises ValueError if a loss is not
     finite.
     """
     path, begun = folder(cfg) / f"{label}.pt", time.perf_counter()
     settings = json.dumps({name: value for name, value in asdict(cfg).items()
-                           if name in COMMON or name.startswith(label)})
+                           if name in COMMON or name.startswith(f"{label}_")}
+                          | (made_from or {}))
     average = copy.deepcopy(module).requires_grad_(False).eval()
     muon, adam = optimisers(module, *lrs)
     state = {"module": module, "average": average, "muon": muon, "adam": adam}

@@ -44,7 +44,8 @@ from tqdm import tqdm
 from encoders import (
     CLIPText, CLIPVision, HunyuanVAE, Llama, UMT5Encoder, WanVAE, fit_size, image_cond,
     load_conditioner, load_vae)
-from video import Prompt, contact_sheet, read_image, read_prompts, read_video, write_video
+from video import (
+    Prompt, contact_sheet, decode_image, image_size, read_prompts, read_video, write_video)
 from config import Shared, announce, cli, field, load_config
 from model import (
     Ranks, build_dit, collate, compute_dtype, fingerprint, generator, key_times, latent_shape,
@@ -102,7 +103,7 @@ def wanted_prompts(cfg: Config) -> list[Prompt]:
             raise ValueError(f"image: got none; preset {cfg.preset} starts from one: give --image "
                              "photo.jpg")
         if images:
-            read_image(cfg.image)  # a broken one is told before networks are loaded
+            decode_image(cfg.image)  # a broken one is told before networks are loaded
         return [Prompt(cfg.prompt.strip(), Path(cfg.image) if images else None)]
     if cfg.prompt_file is not None:
         return read_prompts(cfg.prompt_file, images)
@@ -132,7 +133,7 @@ def make_jobs(cfg: Config) -> list[Job]:
     for i, prompt in enumerate(wanted_prompts(cfg)):
         size = cfg.height, cfg.width
         if prompt.image is not None:
-            size = fit_size(*read_image(prompt.image).shape[1:], cfg.height * cfg.width)
+            size = fit_size(*image_size(prompt.image), cfg.height * cfg.width)
         jobs += [Job(i, prompt, cfg.seed + j, *size) for j in range(cfg.count)]
     return jobs
 
@@ -251,7 +252,8 @@ def random_cond(cfg: Shared, device: torch.device, watch: "Watch") -> dict:
                      lambda t5, ids: t5(ids, torch.ones_like(ids)))
         if not sizes.takes_image:
             return {"text": text}
-        small = {"dim": sizes.image_dim, "dim_ffn": 64, "num_layers": 2, "num_heads": 2}
+        small = {"dim": sizes.image_dim, "dim_ffn": 64, "num_layers": 2, "num_heads": 2,
+                 "size": 48, "patch": 48 // math.isqrt(sizes.image_len - 1)}
         clip = random_network(lambda: CLIPVision(**small if sizes.image_dim < 1024 else {}), device)
         vae = random_network(WanVAE, device)
         image = torch.rand(3, cfg.height, cfg.width, device=device) * 2 - 1
@@ -297,9 +299,9 @@ def encode_prompts(cfg: Shared, prompts: list[Prompt], sizes: list[tuple[int, in
     conds: list[dict] = [{}] * len(prompts)
     for size in dict.fromkeys(sizes):
         those = [i for i, its in enumerate(sizes) if its == size]
-        found = conditioner.encode_each([prompts[i] for i in those], *size)
+        found = conditioner.encode_each([prompts[i] for i in those], *size, watch.lap)
         for i, cond in zip(those, found, strict=True):
-            conds[i] = cond
+            conds[i] = {name: c.cpu() for name, c in cond.items()}  # many may wait for their turn
     unconds = None if cfg.cfg_scale == 1 else conditioner.with_text(cfg.negative_prompt, conds)
     watch.lap("text")
     return conds, unconds
@@ -318,9 +320,12 @@ def denoise(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict]
     Args: noise [B,C,T,H,W]; times from 1 to 0; conds and unconds, one a video (no guidance: None).
     Source: Eq. 5.
     """
-    uncond = None if unconds is None else collate(unconds)
+    def batch(of: list[dict]) -> dict:
+        return {name: c.to(watch.device) for name, c in collate(of).items()}
+
     x, seconds = noise.to(watch.device), []
-    for latents in walk(dit, x, times, collate(conds), uncond, cfg_scale):
+    uncond = None if unconds is None else batch(unconds)
+    for latents in walk(dit, x, times, batch(conds), uncond, cfg_scale):
         x = latents
         seconds.append(watch.lap("steps"))
         bar.update(len(conds))
@@ -455,7 +460,8 @@ def write_report(cfg: Config, who: str, facts: dict, out: Path, results: list[di
     videos.sort(key=lambda v: (v["index"], v["seed"]))
     rows = [(f"{v['prompt']} (seed {v['seed']})", thumbnail(read_video(out / v["file"])))
             for v in videos[:SHEET_ROWS]]
-    contact_sheet(out / f"{who}.png", rows, title=f"{who}, {cfg.width}×{cfg.height}×{cfg.frames}")
+    sizes = ", ".join(dict.fromkeys(f"{v['width']}×{v['height']}" for v in videos[:SHEET_ROWS]))
+    contact_sheet(out / f"{who}.png", rows, title=f"{who}, {sizes}, {cfg.frames} frames")
     ranks = [{"seconds": r["seconds"], "peak_bytes": r["peak_bytes"]} for r in results]
     write_json(out / f"{who}.json",
                {**facts, "videos": videos, "ranks": ranks, "config": dataclasses.asdict(cfg)})

@@ -106,9 +106,9 @@ def teacher_facts(cfg: Shared) -> dict[str, Any]:
 
 def digest(prompts: list[Prompt]) -> str:
     """SHA-256 over all prompts, and over their images' bytes."""
-    lines = [prompt.text if prompt.image is None else
-             f"{prompt.text}\0{hashlib.sha256(prompt.image.read_bytes()).hexdigest()}"
-             for prompt in prompts]
+    images = {image: hashlib.sha256(image.read_bytes()).hexdigest()
+              for _, image in prompts if image is not None}
+    lines = [json.dumps([text, images.get(image)]) for text, image in prompts]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -369,10 +369,9 @@ def plan(cfg: Config, folder: Path, wanted: range, manifest: dict, device: torch
     todo = [i for i in wanted if i not in there]
     sizes = sizes_of(cfg.preset)
     latents = len(manifest["stored"]) * math.prod(manifest["shape"]) * DTYPES[cfg.dtype].itemsize
-    told = sizes.text_len * sizes.text_dim
-    if sizes.takes_image:  # its features, and 4 mask channels on the 16 of a latent
-        told += sizes.image_len * sizes.image_dim + math.prod(manifest["shape"]) * 20 // 16
-    told *= compute_dtype(device).itemsize
+    told = sizes.text_len * sizes.text_dim * compute_dtype(device).itemsize
+    if sizes.takes_image:  # fp32: its features, and 4 mask channels on the 16 of a latent
+        told += 4 * (sizes.image_len * sizes.image_dim + math.prod(manifest["shape"]) * 20 // 16)
     need = len(todo) * (latents + told + 2000)  # the header with the prompt
     free = shutil.disk_usage(folder).free
     with torch.device("meta"):

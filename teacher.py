@@ -61,7 +61,7 @@ class Config(Shared):
     save_every: float = field(120.0, "seconds between two training states on disk")
     text_iters: int = field(600, "iterations of the text encoder, 96 captions each")
     image_iters: int = field(600, "iterations of the image encoder, 32 first frames each")
-    images: int = field(2048, "first frames for SynVid (image-to-video)")
+    first_frames: int = field(2048, "images for SynVid (image-to-video)")
     vae_muon_lr: float = field(2e-3, "learning rate of the VAE's kernels (Muon)")
     vae_adam_lr: float = field(1e-3, "learning rate of the VAE's other parameters (AdamW)")
     vae_decay_from: float = field(0.4, "part of the VAE's iterations before its cosine decay")
@@ -346,8 +346,10 @@ def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: encoders.Cond
         videos = sample(cfg, average, vae, conditioner, wanted, times)
         return agreement(videos, [prompt.text for prompt in wanted])
 
+    made_from = {"base": model.fingerprint(cfg.base) if cfg.base else "", "vae": weights_sum(vae),
+                 "clip": weights_sum(conditioner.clip)}
     dit = fit(cfg, "dit", dit, cfg.dit_iters, (cfg.dit_muon_lr, cfg.dit_adam_lr),
-              cfg.dit_decay_from, loss_of, look)
+              cfg.dit_decay_from, loss_of, look, made_from)
     sizes = {name: value for name, value in asdict(dit.cfg).items()
              if name not in ("patch_size", "image_dim", "image_len")}
     model.write_json(out / "config.json", {"_class_name": "WanModel", **sizes})
@@ -381,13 +383,14 @@ def write_prompts(cfg: Config, out: Path) -> None:
         for name, captions in (("prompts", seen), ("prompts_heldout", unseen)):
             model.write_text(out / f"{name}.txt", "\n".join(captions) + "\n")
         return
-    for name, count in (("prompts", cfg.images), ("prompts_heldout", cfg.gate_clips)):
-        clips, captions, _ = make_clips(cfg.seed, 0, count, cfg.height, cfg.frames,
-                                        held_out=name == "prompts_heldout")
+    for name, count in (("prompts", cfg.first_frames), ("prompts_heldout", cfg.gate_clips)):
         lines = []
-        for i, (clip, text) in enumerate(zip(clips, captions, strict=True)):
-            lines.append(json.dumps({"prompt": text, "image": f"images/{name}_{i:04d}.png"}))
-            write_image(out / f"images/{name}_{i:04d}.png", clip[:, 0])
+        for start in range(0, count, PART):
+            clips, captions, _ = make_clips(cfg.seed, start, min(PART, count - start), cfg.height,
+                                            cfg.frames, held_out=name == "prompts_heldout")
+            for i, (clip, text) in enumerate(zip(clips, captions, strict=True), start):
+                lines.append(json.dumps({"prompt": text, "image": f"images/{name}_{i:04d}.png"}))
+                write_image(out / f"images/{name}_{i:04d}.png", clip[:, 0])
         model.write_text(out / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
@@ -484,6 +487,10 @@ def main(argv: list[str] | None = None) -> None:
         train_text(cfg, out)
         train_vae(cfg, out)
     else:
+        absent = [name for name in KEPT if not (Path(cfg.base) / name).is_file()]
+        if absent:
+            raise FileNotFoundError(f"base: {cfg.base} has no {absent[0]}; wanted a folder that "
+                                    "teacher.py made, as assets/tiny")
         for name in KEPT:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             model.replace_file(out / name, lambda aside, name=name: shutil.copyfile(

@@ -8,14 +8,15 @@ import os
 import re
 import subprocess
 import textwrap
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from model import replace_file
@@ -181,32 +182,56 @@ def label_strip(text: str, width: int, height: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+         6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF orientation
 
 
-def read_image(path: str | Path) -> Tensor:
-    """An image as a person sees it, float [3, H, W] in [-1, 1].
+def open_image(path: str | Path, use: Callable[[Image.Image, int], Any]) -> Any:
+    """use(image, its EXIF orientation). Raises FileNotFoundError, or ValueError naming the file."""
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such image")
+        with Image.open(path, formats=FORMATS) as image:
+            return use(image, image.getexif().get(0x0112, 1))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # PIL has many kinds for a broken file
+        raise ValueError(f"{str(path):.200} cannot be read as an image ({error}); wanted "
+                         f"{', '.join(FORMATS)}: save it anew") from error
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image as a person sees it, without decoding it."""
+    width, height = open_image(path, lambda image, turn: image.size[::-1 if turn in (5, 6, 7, 8)
+                                                                    else 1])
+    return height, width
+
+
+def decode_image(path: str | Path) -> np.ndarray:
+    """uint8 [H, W, 3] of an image as a person sees it.
 
     It is turned as its EXIF orientation says; grey becomes RGB; what is transparent shows white; of
     several frames the first counts. Raises FileNotFoundError, or ValueError if it is broken.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image")
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip at 255
-                grey = np.asarray(image).astype(np.float32) / 257
-                image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, UnidentifiedImageError,
-            Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image ({error}); wanted "
-                         f"{', '.join(FORMATS)}: save it anew") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    def pixels(image: Image.Image, turn: int) -> np.ndarray:
+        if image.mode == "F":
+            raise ValueError("it holds floating-point numbers of unknown range")
+        if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip at 255
+            grey = np.asarray(image).astype(np.float32) / 257
+            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        return np.array(image.transpose(Image.Transpose[TURNS[turn]]) if turn in TURNS else image)
+
+    return open_image(path, pixels)
+
+
+def read_image(path: str | Path) -> Tensor:
+    """An image as decode_image has it, float [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(decode_image(path)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def write_image(path: str | Path, image: Tensor) -> None:
@@ -240,7 +265,8 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
     A text file has one a line, outer spaces ignored; a .jsonl file has one JSON object a line,
     {"prompt": "…", "image": "…"}, its images relative to its folder, other keys ignored. Only line
     feeds end a line, so that a prompt may hold any other character.
-    images: whether the model starts from an image; then all of them are read once, to be sure.
+    images: whether the model starts from an image; then all of them are decoded, to be sure (by
+    the first of several ranks).
     Raises FileNotFoundError if there is no such file, ValueError naming the line if it is not
     UTF-8, or its image is missing, broken or not wanted; ValueError if it holds no prompt.
     """
@@ -266,7 +292,7 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
                 raise ValueError(f"{where} has {have} \"image\"; the preset's model {want}")
     if not prompts:
         raise ValueError(f"{path}: got an empty prompt file; want one prompt a line")
-    if images:
+    if images and os.environ.get("RANK", "0") == "0":
         check_images(path, prompts)
     return list(prompts.values())
 
@@ -275,7 +301,8 @@ def parse_prompt(line: str, where: str, folder: Path) -> Prompt:
     """The prompt in one line of a .jsonl file. Raises ValueError beginning with `where`."""
     try:
         entry = json.loads(line)
-    except ValueError as error:
+        json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({error})") from error
     entry = entry if isinstance(entry, dict) else {}
     text, image = entry.get("prompt"), entry.get("image")
@@ -285,17 +312,18 @@ def parse_prompt(line: str, where: str, folder: Path) -> Prompt:
 
 
 def check_images(path: Path, prompts: dict[int, Prompt]) -> None:
-    """Read the image of each line's prompt. Raises ValueError naming the first line in fault."""
+    """Decode the image of each line's prompt. Raises ValueError naming the first line in fault."""
     def fault(image: Path) -> Exception | None:
         try:
-            read_image(image)
+            decode_image(image)
         except (FileNotFoundError, ValueError) as error:
             return error
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets other threads run
-        faults = pool.map(fault, (prompt.image for prompt in prompts.values()))
-        for number, error in zip(prompts, faults, strict=True):
+    lines = {prompt.image: number for number, prompt in reversed(prompts.items())}
+    with ThreadPoolExecutor(8) as pool:  # PIL lets other threads run
+        ordered = sorted(lines, key=lines.__getitem__)
+        for image, error in zip(ordered, pool.map(fault, ordered), strict=True):
             if error is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise ValueError(f"{path}: line {number}: {error}") from error
+                raise ValueError(f"{path}: line {lines[image]}: {error}") from error

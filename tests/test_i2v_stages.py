@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
 from conftest import randomise
 
 import model
 import sample
+import video
 from config import Shared
 from encoders import WanVAE, load_conditioner
 from model import PRESETS, generator
-from video import Prompt, centre_crop, read_image, read_prompts, read_video, write_image
+from video import (
+    Prompt, centre_crop, image_size, read_image, read_prompts, read_video, write_image)
 
 TEXTS = ["a red disc moves left", "a blue ring moves up", "a green cross moves right"]
 
@@ -107,9 +110,10 @@ def test_sample_makes_a_video_in_each_image_s_shape_near_the_config_s_area(disti
     run_stage("sample", path, "--prompt_file", root / "prompts.jsonl", "--batch", "2")
     report = json.loads((root / "run/samples/student3.json").read_text())
     assert [(v["height"], v["width"]) for v in report["videos"]] == [(32, 48), (48, 32), (32, 32)]
-    for video in report["videos"]:
-        shape = read_video(root / "run/samples" / video["file"]).shape
-        assert shape == (3, 13, video["height"], video["width"])
+    for made in report["videos"]:
+        shape = read_video(root / "run/samples" / made["file"]).shape
+        assert shape == (3, 13, made["height"], made["width"])
+    assert {"text", "image", "steps"} <= report["ranks"][0]["seconds"].keys()
     done = run_stage("sample", path, "--teacher", "--prompt", TEXTS[1], "--image",
                      root / "images/1.png", "--out", root / "one")
     one = json.loads((root / "one/teacher6.json").read_text())
@@ -134,9 +138,10 @@ def test_every_stage_runs_in_bf16_as_it_does_on_a_gpu(world, tmp_path):
                                "--run", str(tmp_path)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
     stored = load_file(tmp_path / "synvid/000/000000.safetensors")
-    assert stored["cond.image"].dtype == torch.bfloat16  # the encoder ran in it
-    video = read_video(tmp_path / "samples/student3_0000_seed0.mp4")
-    assert video.shape == (3, 13, 32, 48) and video.std() > 0
+    assert stored["cond.text"].dtype == torch.bfloat16  # the encoder ran in it
+    assert stored["cond.image"].dtype == stored["cond.frames"].dtype == torch.float32
+    made = read_video(tmp_path / "samples/student3_0000_seed0.mp4")
+    assert made.shape == (3, 13, 32, 48) and made.std() > 0
 
 
 def test_random_weights_time_an_image_to_video_preset_without_files(tmp_path, run_stage):
@@ -284,6 +289,25 @@ def test_a_missing_broken_or_cut_image_is_named(tmp_path):
             read_image(tmp_path / f"{name}.png")
 
 
+def test_a_broken_exif_tag_is_no_reason_to_refuse_a_photograph(tmp_path):
+    width = struct.pack("<HHI4s", 0x0100, 2, 4, b"wid")                        # a text
+    turn = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + width + turn + struct.pack("<I", 0)
+    Image.new("RGB", (32, 16), "red").save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 32, 16)
+    assert image_size(tmp_path / "a.jpg") == (32, 16)
+
+
+def test_paths_and_pixels_that_no_image_has_are_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        read_image(tmp_path / ("x" * 300))
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="a.tiff cannot be read .*floating-point"):
+        read_image(tmp_path / "a.tiff")
+
+
 def test_a_crop_keeps_the_middle_in_the_wanted_shape():
     image = torch.arange(3 * 40 * 100).view(3, 40, 100).float()
     assert torch.equal(centre_crop(image, 480, 480), image[:, :, 30:70])
@@ -301,6 +325,8 @@ def test_a_jsonl_file_pairs_prompts_with_images_beside_it(world):
 
 @pytest.mark.parametrize("line,fault", [
     ('{"prompt": "a"', "line 3 is not JSON"),
+    ('{"prompt": "\\ud800 red", "image": "good.png"}', "line 3 is not JSON"),
+    ("[" * 100_000, "line 3 is not JSON"),
     ('["a", "b"]', "line 3: got .*wanted {\"prompt\""),
     ('{"prompt": 3, "image": "good.png"}', "line 3: got .*wanted {\"prompt\""),
     ('{"prompt": "a"}', 'line 3 has no "image"; the preset\'s model starts from one'),
@@ -321,8 +347,11 @@ def test_stages_refuse_a_bad_image_before_they_touch_the_disk(world, tmp_path, r
     table.write_text('{"prompt": "a", "image": "gone.png"}\n')
     done = run_stage("synvid", path, f"prompts={table}", f"run={tmp_path}/run", check=False)
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    assert done.stderr.startswith(f"error: {table}: line 1: ") and len(
-        done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {table}: line 1: ")
+    assert len(done.stderr.splitlines()) == 1
+    done = run_stage("synvid", path, f"prompts={table}", f"run={tmp_path}/run", check=False,
+                     ranks=2)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1
 
 
 def test_text_files_for_image_models_and_images_for_text_models_are_errors(tmp_path):
@@ -340,6 +369,18 @@ def test_text_files_for_image_models_and_images_for_text_models_are_errors(tmp_p
             (sample.Config(image="b.png", preset="tiny-i2v"), "it goes with --prompt")):
         with pytest.raises(ValueError, match=f"image: .*{fault}"):
             sample.wanted_prompts(cfg)
+
+
+def test_an_image_that_many_lines_name_is_decoded_once(world, tmp_path, monkeypatch):
+    path, calls, real = picture(tmp_path / "a.png", 16, 16), [], video.decode_image
+    table = tmp_path / "prompts.jsonl"
+    table.write_text('{"prompt": "a", "image": "a.png"}\n{"prompt": "b", "image": "a.png"}\n' * 4)
+    monkeypatch.setattr(video, "decode_image", lambda path: (calls.append(path), real(path))[1])
+    assert len(read_prompts(table, images=True)) == 8 and calls == [path]
+    cfg = sample.Config(preset="tiny-i2v", prompt_file=str(table), count=3)
+    assert len(sample.make_jobs(cfg)) == 24 and len(calls) == 2  # the check of this call
+    monkeypatch.setenv("RANK", "1")
+    assert len(read_prompts(table, images=True)) == 8 and len(calls) == 2
 
 
 def test_another_image_under_the_same_name_is_another_synvid(world, tmp_path, run_stage):

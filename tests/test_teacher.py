@@ -152,7 +152,7 @@ def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its
     want = model.load_dit(base, "tiny").requires_grad_(False)(x, t, cond)
     assert torch.allclose(dit(x, t, cond), want, atol=1e-5) and len(known) < len(dit.state_dict())
 
-    got = run(tmp_path / "i2v", preset="tiny-i2v", base=str(base), images=4, image_iters=2)
+    got = run(tmp_path / "i2v", preset="tiny-i2v", base=str(base), first_frames=4, image_iters=2)
     out = tmp_path / "i2v/out"
     assert torch.equal(got["Wan2.1_VAE.safetensors:conv1.weight"],
                        load_file(base / "Wan2.1_VAE.safetensors")["conv1.weight"])
@@ -164,6 +164,11 @@ def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its
             assert (video.read_image(prompt.image) - clip[:, 0]).abs().max() < 1 / 127
     gates = json.loads((out / "training.json").read_text())["gates"]
     assert {"teacher_oracle", "first_frame_psnr"} < set(gates)
+    (tmp_path / "i2v/teacher/image.pt").unlink()
+    with pytest.raises(ValueError, match="dit.pt was trained with"):  # on another image encoder
+        run(tmp_path / "i2v", preset="tiny-i2v", base=str(base), first_frames=4, image_iters=3)
+    with pytest.raises(FileNotFoundError, match="base: nowhere has no Wan2.1_VAE"):
+        run(tmp_path / "other", preset="tiny-i2v", base="nowhere", first_frames=4)
 
 
 def test_a_damaged_training_state_is_named(tmp_path):

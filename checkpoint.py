@@ -15,6 +15,7 @@ import shutil
 import struct
 import zlib
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -38,8 +40,7 @@ def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.Ada
     def zeros(p: nn.Parameter) -> Tensor:
         if not offload:
             return torch.zeros_like(p.detach())
-        local = p.to_local()
-        local = torch.zeros(local.shape, pin_memory=local.is_cuda)
+        local = torch.zeros(p.to_local().shape)  # pinned, it would take up to twice the memory
         return DTensor.from_local(local, hosts, p.placements, shape=p.shape, stride=p.stride())
 
     hosts = init_device_mesh("cpu", (dist.get_world_size(),)) if offload else None
@@ -58,7 +59,7 @@ def step_from_host(opt: torch.optim.AdamW) -> None:
         group["params"], state = [p], opt.state[p]
         at_home = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
         for name, value in at_home.items():
-            local = value.to_local().to(p.to_local().device, non_blocking=True)
+            local = value.to_local().to(p.to_local().device)
             state[name] = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape,
                                              stride=p.stride())
         opt.step()
@@ -80,61 +81,117 @@ class Saver:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int):
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        self.group = dist.new_group(backend="gloo")  # training goes on with the others
+        # Training goes on with the other groups. A slow disk is waited for.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self.thread: Thread | None = None
         self.error: BaseException | None = None
+        self.failed = 0  # in a row
         self.path = folder
 
     def save(self, step: int, state: dict, meta: dict) -> None:
         """Copy `state` to host memory and begin to write it; first the one before is waited for.
 
         Args: state, nested dicts of tensors and plain values for torch.distributed.checkpoint;
-        meta, JSON values stored beside it. Raises as `wait`.
+        meta, JSON values stored beside it. If the one before failed, this one is another try; after
+        a second failure it raises as `wait`.
         """
-        self.wait()
-        self.path = self.folder / f"step_{step:06d}"
+        self.join()
+        if self.failed == 1 and self.ranks.rank == 0:
+            print(f"{self.fault()}; trying once more", flush=True)
+        if self.failed > 1:
+            raise self.fault() from self.error
+        self.path, self.error = self.folder / f"step_{step:06d}", None
         if self.ranks.rank == 0:
             for stale in self.folder.glob(".step_*.part"):
                 shutil.rmtree(stale, ignore_errors=True)
         dist.barrier()
         aside = self.folder / f".step_{step:06d}.part"
-        written = dcp.async_save(state, checkpoint_id=str(aside), process_group=self.group)
+        # Plain copies and a plain writer: torch's own choice would open every rank's CUDA context
+        # on the first GPU, from the thread that writes.
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        writer = dcp.FileSystemWriter(str(aside), per_thread_copy_ahead=0)
+        written = dcp.async_save(state, storage_writer=writer, async_stager=stager,
+                                 process_group=self.group)
         self.thread = Thread(target=self.finish, args=(written, aside, {**meta, "step": step}))
         self.thread.start()
 
     def finish(self, written: Future, aside: Path, meta: dict) -> None:
         """In the background: when all ranks have written, sum up the files and give the name."""
+        rank = self.ranks.rank
         try:
             written.result()
-            rank = self.ranks.rank
-            mine = {p.name: [p.stat().st_size, crc32_of(p)] for p in sorted(aside.iterdir())
+            mine = {p.name: sums_of(p) for p in sorted(aside.iterdir())
                     if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name == ".metadata")}
             sums = [None] * self.ranks.world
             dist.all_gather_object(sums, mine, group=self.group)
             if rank == 0:
                 meta["files"] = {name: found for part in sums for name, found in part.items()}
                 write_json(aside / "meta.json", {**meta, "crc32": crc32(meta)})
+                to_disk(aside / "meta.json")
                 shutil.rmtree(self.path, ignore_errors=True)
                 os.replace(aside, self.path)
-                for old in sorted(self.folder.glob("step_*"))[:-self.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+                to_disk(self.folder)
+                self.prune(meta["step"])
         except BaseException as e:  # told by the main thread, in `wait`; torch raises such
-            shutil.rmtree(aside, ignore_errors=True)
+            if rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
             self.error = e
+
+    def prune(self, step: int) -> None:
+        """Remove all but the last few up to `step`; later ones were passed over on resuming."""
+        steps = checkpoints(self.folder)
+        for old in [s for s in steps if s > step] + [s for s in steps if s <= step][:-self.keep]:
+            shutil.rmtree(steps[old], ignore_errors=True)
+
+    def join(self) -> None:
+        """Until the checkpoint under way is whole, or has failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread, self.failed = None, 0 if self.error is None else self.failed + 1
+            dist.barrier()
 
     def wait(self) -> None:
         """Until the checkpoint under way is whole; ValueError if it could not be written."""
-        if self.thread is None:
-            return
-        self.thread.join()
-        self.thread, error = None, self.error
-        if isinstance(error, (OSError, ValueError, dcp.api.CheckpointException)):
-            raise ValueError(f"{self.path}: the checkpoint cannot be written ({reason(error)}): "
-                             "free some space, or choose another run folder; older ones are "
-                             "untouched") from error
-        if error is not None:
-            raise error
-        dist.barrier()
+        self.join()
+        if self.error is not None:
+            raise self.fault() from self.error
+
+    def fault(self) -> Exception:
+        """The error of the last checkpoint as one to raise or to print."""
+        if not isinstance(self.error, (OSError, ValueError, dcp.api.CheckpointException)):
+            return self.error
+        return ValueError(f"{self.path}: the checkpoint cannot be written ({reason(self.error)}): "
+                          "free some space, or choose another run folder; older ones are untouched")
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The folders of checkpoints by step, rising."""
+    found = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
+    return dict(sorted((int(path.name[5:]), path) for path in found))
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk, not only in its cache."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def check_disk(folder: Path, parameters: int, moments: int, keep: int) -> None:
+    """Raise ValueError if a run's checkpoints and its student will not fit on the disk.
+
+    Args: parameters of the student, fp32; moments, AdamW's of each; keep, as in Saver; one more is
+    there while it is written.
+    """
+    one = 4 * parameters * (1 + moments)
+    here = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
+    while not folder.exists():
+        folder = folder.parent
+    need, free = one * (keep + 1) + 4 * parameters - here, shutil.disk_usage(folder).free
+    if need > free:
+        raise ValueError(f"{folder}: {keep + 1} checkpoints of {one / 1e9:.3g} GB and the student "
+                         f"need {need / 1e9:.3g} GB more, got {free / 1e9:.3g} GB: free some "
+                         "space, lower `keep`, or choose another run folder")
 
 
 def reason(error: BaseException) -> str:
@@ -163,27 +220,23 @@ def crc32_of(path: Path) -> str:
 def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
     """The newest whole checkpoint and its meta; faulty ones are named and passed over.
 
-    Each rank reads its share of the files against their checksums. Raises ValueError when there
-    are checkpoints and none of them is whole.
+    What there is, the first rank says; then each reads its share of the files against their
+    checksums. Raises ValueError when there are checkpoints and none of them is whole.
     """
+    told: list[Any] = [None]
+    if ranks.rank == 0:
+        told = [[(path, read_meta(path)) for path in reversed(checkpoints(folder).values())]]
+    dist.broadcast_object_list(told)
     faults = []
-    for path in sorted(folder.glob("step_*"), reverse=True):
-        meta, wrong = {}, []
-        try:
-            meta = read_json(path / "meta.json")
-            told = meta.pop("crc32")
-            if told != crc32(meta):
-                raise ValueError("its checksum differs")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            wrong = [f"meta.json ({e})"]
-        else:
-            for name, sums in list(meta["files"].items())[ranks.rank::ranks.world]:
-                file = path / name
-                if not file.exists() or [file.stat().st_size, crc32_of(file)] != sums:
-                    wrong.append(name)
-        found = [None] * ranks.world
+    for path, meta in told[0]:
+        if isinstance(meta, str):
+            faults.append(f"{path}: {meta}")
+            continue
+        names = list(meta["files"])[ranks.rank::ranks.world]
+        wrong = [name for name in names if sums_of(path / name) != meta["files"][name]]
+        found: list[Any] = [None] * ranks.world
         dist.all_gather_object(found, wrong)
-        wrong = list(dict.fromkeys(name for part in found for name in part))
+        wrong = [name for part in found for name in part]
         if not wrong:
             for fault in faults if ranks.rank == 0 else ():
                 print(f"passing over {fault}; resuming from {path.name}", flush=True)
@@ -193,6 +246,25 @@ def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
         raise ValueError(f"no whole checkpoint to resume from: {'; '.join(faults)}. Remove the "
                          "folder to start from step 0, or choose another run folder")
     return None
+
+
+def read_meta(path: Path) -> dict | str:
+    """A checkpoint's meta.json, or what is wrong with it."""
+    try:
+        meta = read_json(path / "meta.json")
+        if meta.pop("crc32") != crc32(meta):
+            return "meta.json is changed"
+        return meta
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        return f"meta.json ({e})"
+
+
+def sums_of(path: Path) -> list | None:
+    """Size and checksum of a file; None if it cannot be read."""
+    try:
+        return [path.stat().st_size, crc32_of(path)]
+    except OSError:
+        return None
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -260,10 +332,12 @@ def write_one_by_one(path: Path, tensors: dict[str, LazyTensor], metadata: dict[
                 f.write(bytes_of(tensor.read()))
 
     if ranks.rank == 0:
+        for left in path.parent.glob(f".{path.name}.*.part*"):  # by an export that was killed
+            left.unlink(missing_ok=True)
         replace_file(path, write)
     else:
         for tensor in tensors.values():
-            tensor.read()
+            tensor.read().flatten()[:1].cpu()  # waits: else a GPU's rank would run ahead of rank 0
 
 
 def whole_tensor(p: DTensor, path: Path) -> LazyTensor:

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import sys
+import time
 import traceback
 import types
 import typing
@@ -206,6 +207,7 @@ def cli(main: Callable[[], None]) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
             if not known and not isinstance(e, SystemExit):
                 traceback.print_exc()
+                time.sleep(1)  # if it only lost another rank, torchrun sees that one die first
             leave(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
         if known:
             raise SystemExit(1) from None

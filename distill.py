@@ -46,13 +46,13 @@ from tqdm import tqdm
 
 import synvid
 from checkpoint import (
-    Saver, adamw, latest_checkpoint, load_checkpoint, step_from_host, whole_tensor,
+    Saver, adamw, check_disk, latest_checkpoint, load_checkpoint, step_from_host, whole_tensor,
     write_one_by_one)
 from monitor import (
     Log, append_log, draw_curves, held_out_errors, memory_plan, read_log, step_flops)
 from config import Shared, announce, cli, field, load_config, names_config
 from model import (
-    Ranks, collate, compute_dtype, euler_step, fingerprint, generator, load_dit,
+    Ranks, build_dit, collate, compute_dtype, euler_step, fingerprint, generator, load_dit,
     official_names, setup_distributed, sizes_of, twin, velocity, write_text)
 
 
@@ -432,6 +432,8 @@ def resume(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) ->
                          f"are {loader.count}: make the missing ones again by `python synvid.py`")
     loader.count = meta["count"] = saved["count"]  # more have come since: the order stays
     nets.step, m = saved["step"], len(nets.t_key) - 1
+    if nets.step > cfg.iterations and ranks.rank == 0:
+        print(f"{path} has more iterations than the {cfg.iterations} asked for: they stay")
     done, slots = nets.step % m if cfg.adv else 0, {}
     if done:  # in the midst of a pass over k, Q_{m - done} holds the generated latents
         slots = {str(slot): torch.zeros(loader.shape, device=ranks.device)
@@ -472,6 +474,10 @@ def main(argv: list[str] | None = None) -> None:
             "synvid": synvid.crc32(data.manifest)}
     if ranks.rank == 0:
         print(memory_plan(cfg, loader.shape, ranks), flush=True)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in build_dit(cfg.preset).parameters())
+        check_disk(Path(cfg.run) / "distill", count, 4 if cfg.updates == "separate" else 2,
+                   cfg.keep)
     nets = build(cfg, data.t_key, ranks)
     resume(cfg, nets, loader, ranks, meta)
     folder = announce(cfg, "distill", ranks)
@@ -486,9 +492,11 @@ def main(argv: list[str] | None = None) -> None:
                mininterval=0.5 if sys.stderr.isatty() else 60)
 
     def after(step: int, k: int, log: Log) -> bool:
+        log.add(failed=torch.tensor(float(saver.error is not None)))
         figures = log.gather(bool(stop))
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
         if bad:
+            saver.wait()
             raise ValueError(f"iteration {nets.step}, k={k}: {bad[0]} is {figures[bad[0]]}: stop; "
                              f"the last good checkpoint stays in {folder}. Lower lr, or set clip")
         seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
@@ -500,12 +508,13 @@ def main(argv: list[str] | None = None) -> None:
             peak = cfg.peak_tflops * 1e12 * ranks.world
             line["mfu"] = step_flops(cfg, nets, k, tokens) / seconds / peak
         last, stopping = nets.step == cfg.iterations, line.pop("stop") > 0
+        again = line.pop("failed") > 0  # a checkpoint could not be written: another try at once
         if nets.step % cfg.eval_every == 0 or last:
             line |= held_out_errors(cfg, nets.student, loader, ranks) | base
         lines.append(line)
         if ranks.rank == 0:  # before the checkpoint: a line too many is dropped on resuming
             append_log(folder / "log.jsonl", line)
-        if nets.step % cfg.save_every == 0 or last or stopping:
+        if nets.step % cfg.save_every == 0 or last or stopping or again:
             save(saver, nets, loader, meta)
         if ranks.rank == 0 and "endpoint" in line:
             draw_curves(folder / "curves.png", lines, m)
@@ -526,9 +535,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     path = export_student(cfg, nets, ranks, meta)
     if ranks.rank == 0:
-        own = [x for x in lines if "endpoint" in x][-1]
+        print(f"student: {path}  curves: {folder / 'curves.png'}", flush=True)
+    own = [x for x in lines if "endpoint" in x][-1:]
+    if ranks.rank == 0 and own:
+        own = own[0]
         alike = "at the same steps" if cfg.cfg_scale == 1 else "at the same steps, without guidance"
-        print(f"student: {path}  curves: {folder / 'curves.png'}\nheld-out endpoint error: student "
+        print(f"held-out endpoint error: student "
               f"{own['endpoint']:.4f}, teacher {alike} {own['endpoint_teacher']:.4f} "
               f"(ratio {own['endpoint'] / own['endpoint_teacher']:.2f})", flush=True)
     dist.barrier()

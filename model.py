@@ -1357,8 +1357,9 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
     if world % (sp * branches):
         raise ValueError(f"cfg_parallel: got {world} rank(s) with sp {sp}; wanted a multiple of "
                          f"{sp * branches}")
-    groups = [dist.new_group(list(range(a, a + sp))) for a in range(0, world, sp)] if sp > 1 else []
-    pairs = [dist.new_group([a + j, a + j + sp]) for a in range(0, world, 2 * sp)
+    groups = [dist.new_group(list(range(a, a + sp)), patience)
+              for a in range(0, world, sp)] if sp > 1 else []
+    pairs = [dist.new_group([a + j, a + j + sp], patience) for a in range(0, world, 2 * sp)
              for j in range(sp)] if branches == 2 else []
     mesh = init_device_mesh(where.type, (world,))
     return Ranks(rank, world, where, mesh, sp, groups[rank // sp] if groups else None,

@@ -1,6 +1,7 @@
 """What a training run tells its person: figures of an iteration, curves, the memory it needs, its
 work, and how far it still is from held-out trajectories."""
 
+import contextlib
 import json
 import math
 import time
@@ -68,9 +69,12 @@ def append_log(path: Path, line: dict) -> None:
 
 def read_log(path: Path, step: int) -> list[dict]:
     """A log's lines up to an iteration; what a crash cut off or will be repeated is dropped."""
-    text = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    whole = [json.loads(line) for line in text if line.endswith("}")]
-    return [x for x in whole if x["step"] <= step]
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            lines += [entry] if entry["step"] <= step else []
+    return lines
 
 
 def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tuple[str, ...] = (),

@@ -146,9 +146,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def claim(folder: Path, wanted: dict) -> dict[str, Any]:
-    """The folder's manifest; `wanted` if there was none. Raises ValueError if it is another."""
-    if not (folder / "manifest.json").exists():
+def claim(folder: Path, wanted: dict, make: bool = True) -> dict[str, Any]:
+    """The folder's manifest; if there is none it is made. Raises ValueError if it is another."""
+    if make and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", wanted)
     manifest = read_manifest(folder)
     check_same(folder / "manifest.json", manifest, wanted,
@@ -480,13 +480,14 @@ def main(argv: list[str] | None = None) -> None:
     ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads,
                               branches=1 + (cfg.cfg_parallel and cfg.cfg_scale != 1))
     folder = Path(cfg.run) / "synvid"
-    manifest = on_first_rank(ranks, lambda: claim(folder, make_manifest(cfg, prompts)))
-    announce(cfg, "synvid", ranks)
+    only = cfg.verify and not cfg.repair  # nothing is written then
+    manifest = on_first_rank(ranks, lambda: claim(folder, make_manifest(cfg, prompts), not only))
     damaged = verify(folder, wanted, manifest, ranks) if cfg.verify or cfg.repair else {}
-    if cfg.verify and not cfg.repair:
+    if only:
         if damaged:
             raise SystemExit(1)
         return
+    announce(cfg, "synvid", ranks)
     todo = on_first_rank(ranks, lambda: plan(cfg, folder, wanted, manifest, ranks.device, damaged))
     with one_cpu_thread():
         generate(cfg, prompts, folder, manifest, wanted, todo, ranks)

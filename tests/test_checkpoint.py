@@ -1,16 +1,21 @@
 """Run checkpoints: written in the background, whole or passed over, never executed; the export."""
 
+import json
 import os
 import pickle
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 
 from conftest import Evil
+import checkpoint
 import model
-from checkpoint import Saver, latest_checkpoint, load_checkpoint
+from checkpoint import Saver, check_disk, latest_checkpoint, load_checkpoint, write_one_by_one
 
 SMALL = model.WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=4)
 
@@ -61,8 +66,8 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for_though_training_goes_on(
     assert torch.equal(weights["plain"]["w"], torch.ones(1000))
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "flipped", "contents flipped", "meta cut",
-                                    "meta gone", "meta odd", "meta changed"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "unreadable", "flipped", "contents flipped",
+                                    "meta cut", "meta gone", "meta odd", "meta changed"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, capsys):
     save_steps(tmp_path, ranks, [100, 200])
     assert '"step": 200' in (tmp_path / "step_000200/meta.json").read_text()
@@ -72,6 +77,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, 
         os.truncate(data, data.stat().st_size // 2)
     elif damage == "gone":
         data.unlink()
+    elif damage == "unreadable":
+        data.unlink()
+        data.mkdir()
     elif "flipped" in damage:
         data = newest / ".metadata" if "contents" in damage else data
         raw = bytearray(data.read_bytes())
@@ -89,6 +97,73 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, 
     said = capsys.readouterr().out
     assert "passing over" in said and "step_000200" in said
     assert ("meta.json" if "meta" in damage else data.name) in said
+
+
+def test_a_new_checkpoint_is_never_pruned_for_a_damaged_later_one_nor_copies_of_the_user_s(
+        ranks, tmp_path):
+    save_steps(tmp_path, ranks, [100, 200])
+    (tmp_path / "step_000200/.metadata").unlink()
+    (tmp_path / "step_000100_best").mkdir()
+    assert latest_checkpoint(tmp_path, ranks)[1]["step"] == 100
+    save_steps(tmp_path, ranks, [150], keep=1)
+    assert names_in(tmp_path) == ["step_000100_best", "step_000150"]
+    assert latest_checkpoint(tmp_path, ranks)[1]["step"] == 150
+
+
+def test_a_failed_checkpoint_is_tried_once_more_and_then_ends_the_run(ranks, small_disk, capsys):
+    small, large = {"w": torch.ones(100)}, {"w": torch.ones(100_000)}
+    saver = Saver(small_disk, ranks, keep=2)
+    for step, state in ((1, small), (2, large), (3, small), (4, large), (5, large)):
+        saver.save(step, state, {})
+    said = capsys.readouterr().out
+    assert said.count("trying once more") == 2 and "step_000002: the checkpoint cannot be" in said
+    with pytest.raises(ValueError, match="step_000005: the checkpoint cannot be written"):
+        saver.save(6, small, {})
+    assert names_in(small_disk) == ["step_000001", "step_000003"]
+
+
+def test_a_disk_too_small_for_a_run_is_told_before_it_begins(small_disk):
+    check_disk(small_disk / "run/distill", 3_000, 2, keep=2)  # 120 of 256 KiB
+    with pytest.raises(ValueError, match="3 checkpoints of 0.00012 GB and the student .*`keep`"):
+        check_disk(small_disk / "run/distill", 10_000, 2, keep=2)
+
+
+def listing_process(rank: int, port: int, folder: Path) -> None:
+    """One of two processes; the second one's view of the folder is stale."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = model.setup_distributed("cpu")
+    save_steps(folder / "run", ranks, [1, 2])
+    if rank == 1:
+        checkpoint.checkpoints = lambda folder: {}
+    path, meta = latest_checkpoint(folder / "run", ranks)
+    model.write_json(folder / f"rank{rank}.json", {"path": path.name, "step": meta["step"]})
+    dist.barrier()
+
+
+def test_a_rank_with_a_stale_view_of_the_folder_resumes_from_what_the_first_one_sees(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(listing_process, (port, tmp_path), nprocs=2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert found == {"path": "step_000002", "step": 2}
+
+
+def test_an_export_takes_away_what_a_killed_one_left(ranks, tmp_path):
+    (tmp_path / ".student.safetensors.77.part.safetensors").write_bytes(b"half")
+    (tmp_path / "other.part").write_bytes(b"mine")
+    value = torch.arange(6.0).view(2, 3)
+    tensors = {"a": model.LazyTensor((2, 3), torch.float32, tmp_path, lambda rows=None: value),
+               "b": model.LazyTensor((), torch.bfloat16, tmp_path,
+                                     lambda rows=None: torch.tensor(3.0).bfloat16())}
+    write_one_by_one(tmp_path / "student.safetensors", tensors, {"accvideo": "é"}, ranks)
+    assert names_in(tmp_path) == ["other.part", "student.safetensors"]
+    with safe_open(tmp_path / "student.safetensors", "pt") as f:
+        assert f.metadata() == {"accvideo": "é"} and set(f.keys()) == {"a", "b"}
+        assert torch.equal(f.get_tensor("a"), value) and f.get_tensor("b") == 3
+        assert f.get_tensor("b").dtype == torch.bfloat16
 
 
 def test_when_no_checkpoint_is_whole_resuming_is_an_error_that_names_them(ranks, tmp_path):

@@ -477,6 +477,10 @@ def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, 
                      "--seed", "1", check=False)  # another seed takes the same SynVid
     assert done.returncode == 1 and "error: iteration" in done.stderr and "is nan" in done.stderr
     assert not (tmp_path / "e/student.safetensors").exists()
+    steps = [line["step"] for line in map(json.loads, (tmp_path / "e/distill/log.jsonl")
+                                          .read_text().splitlines())]
+    kept = [int(p.name[5:]) for p in (tmp_path / "e/distill").glob("step_*")]
+    assert kept and max(kept) == steps[-1]  # though it was still being written
 
 
 def test_missing_synvid_of_another_preset_names_the_command(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A tiny HunyuanVideo from an official folder on disk through all stages, which know no family."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,22 @@ def test_the_student_and_the_teacher_sample_videos(distilled, run_stage):
         assert video.shape == (3, 5, 32, 48) and video.std() > 0
         report = json.loads((root / f"run/samples/{who}.json").read_text())
         assert report["tokens"] == 2 * 2 * 3
+
+
+def test_a_student_under_diffusers_names_has_the_same_weights_and_samples_the_same(
+        distilled, run_stage, tmp_path):
+    path, root = distilled
+    shutil.copytree(root / "run", tmp_path / "run")
+    run_stage("distill", path, f"run={tmp_path / 'run'}", "export=diffusers")
+    ours = load_file(root / "run/student.safetensors")
+    theirs = load_file(tmp_path / "run/student.safetensors")
+    want = model.official_names(ours, "transformer", reverse=True)
+    assert len(theirs) > len(ours) and theirs.keys() == want.keys()
+    assert all(torch.equal(theirs[name], want[name]) for name in want)
+    for run in (root / "run", tmp_path / "run"):
+        run_stage("sample", path, "--prompt", PROMPTS[2], "--run", run, "--out", run / "named")
+    one, two = (run / "named/student3_0000_seed0.mp4" for run in (root / "run", tmp_path / "run"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_accvideo_s_released_file_samples_as_a_student(distilled, run_stage):

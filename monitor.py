@@ -9,15 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from model import Ranks, build_dit, compute_dtype, replace_file, sizes_of, velocity, walk
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
 
 
 class Log:
@@ -85,8 +81,11 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
     horizontal axis; titles that start with one of `linear` have a linear vertical axis, others a
     logarithmic one; colours, after how many curves of a panel the colours start again.
     """
+    from matplotlib.figure import Figure  # half a second that only those who draw should pay
+
     rows = (len(panels) + 1) // 2
-    fig, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), constrained_layout=True)
+    fig = Figure(figsize=(12, 3.5 * rows), layout="constrained")
+    axes = fig.subplots(rows, 2, squeeze=False)
     for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, label, lines, style) in enumerate(curves):
             points = [(line[x], line[name]) for line in lines if name in line]
@@ -97,7 +96,6 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8)
     replace_file(path, lambda aside: fig.savefig(aside, dpi=90, format="png"))
-    plt.close(fig)
 
 
 # Numbers that a block keeps for backward, a token: (fp32, as computed) in its width, (as computed)

@@ -74,8 +74,7 @@ def main(family: str, out: str, *overrides: str) -> None:
     lines = []
     distill.algorithm_1(cfg, nets, loader, lambda step, k, log: lines.append(log.gather(False)))
     errors = distill.held_out_errors(cfg, nets.student, loader, ranks)
-    options = distill.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    tensors = distill.get_model_state_dict(nets.student, options=options)
+    tensors = {name: p.detach().full_tensor() for name, p in nets.student.named_parameters()}
     if ranks.rank == 0:
         heads = {f"heads.{name}": p for name, p in nets.heads.state_dict().items()}
         figures = torch.tensor([line[name] for line in lines for name in

@@ -59,8 +59,7 @@ def assert_same_bits(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("rank,place,count", [
-    (1, "iteration", 4), (0, "checkpoint", 40), (1, "checkpoint", 150), (0, "checksum", 1),
-    (1, "checksum", 2), (0, "export", 20)])
+    (1, "iteration", 4), (1, "checkpoint", 150), (0, "checksum", 1), (0, "export", 20)])
 def test_a_killed_rank_is_named_the_others_stop_and_the_same_command_ends_with_the_same_bits(
         undisturbed, run_stage, tmp_path, rank, place, count):
     folder, config = undisturbed
@@ -75,9 +74,8 @@ def test_a_killed_rank_is_named_the_others_stop_and_the_same_command_ends_with_t
     assert_same_bits(run, folder / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undisturbed, run_stage,
-                                                                        tmp_path, number):
+                                                                        tmp_path):
     folder, config = undisturbed
     run = begun(folder, tmp_path / "run")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
@@ -88,7 +86,7 @@ def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undistur
     while not (log.exists() and log.read_text()):
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)  # SIGTERM is sent to one process in test_distill.py
     out, _ = process.communicate(timeout=100)  # torchrun's own status is 1 after any signal
     saved, done = [p.name for p in (run / "distill").glob("step_*")], len(lines_of(run))
     assert saved == [f"step_{done:06d}"] and "the same command goes on" in out
@@ -109,7 +107,7 @@ def test_torchrun_restarts_a_run_by_itself(undisturbed, tmp_path):
     assert_same_bits(run, folder / "whole")
 
 
-@pytest.mark.parametrize("ranks,settings", [(1, {}), (2, {"sp": 2}), (4, {"sp": 2})], ids=str)
+@pytest.mark.parametrize("ranks,settings", [(1, {}), (4, {"sp": 2})], ids=str)
 def test_a_run_goes_on_with_other_ranks_and_sequence_parallelism(undisturbed, run_stage, tmp_path,
                                                                  ranks, settings):
     folder, config = undisturbed

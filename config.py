@@ -167,6 +167,11 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     if sizes_of(cfg.preset).family != cfg.family:
         raise ValueError(f"preset: '{cfg.preset}' is of family {sizes_of(cfg.preset).family}, got "
                          f"family '{cfg.family}': change one of them")
+    own = Path(cfg.run) / "teacher/weights"  # where stage 0 of the same config writes
+    if stage != "teacher" and Path(cfg.weights) == own and not own.exists():
+        if not getattr(cfg, "random_weights", False):
+            raise FileNotFoundError(f"{own}: there is no teacher yet; train it by `python "
+                                    f"teacher.py {path}`")
     return cfg
 
 

@@ -144,6 +144,16 @@ def test_every_stage_runs_in_bf16_as_it_does_on_a_gpu(world, tmp_path):
     assert made.shape == (3, 13, 32, 48) and made.std() > 0
 
 
+@pytest.mark.parametrize("stage", ["synvid", "distill", "sample", "evaluate"])
+def test_a_teacher_that_is_still_to_be_trained_is_named_with_its_command(stage, tmp_path,
+                                                                         run_stage):
+    done = run_stage(stage, "configs/tiny-i2v.yaml", f"run={tmp_path}",
+                     f"weights={tmp_path}/teacher/weights", check=False)
+    assert done.returncode == 1 and done.stderr == (
+        f"error: {tmp_path}/teacher/weights: there is no teacher yet; train it by `python "
+        "teacher.py configs/tiny-i2v.yaml`\n")
+
+
 def test_random_weights_time_an_image_to_video_preset_without_files(tmp_path, run_stage):
     run_stage("sample", "configs/tiny-i2v.yaml", "random_weights=true", f"run={tmp_path}",
               "weights=nowhere")

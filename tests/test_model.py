@@ -864,5 +864,6 @@ STAGES = [s for s in STAGES if (model.ROOT / f"{s}.py").exists()]
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("path", sorted(model.ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads_in_every_stage(path, stage):
-    cfg = load_config(importlib.import_module(stage).Config, stage, [str(path)])
+    argv = [str(path), "weights=assets/tiny"]  # tiny-i2v's are still to be trained
+    cfg = load_config(importlib.import_module(stage).Config, stage, argv)
     assert cfg.preset in model.PRESETS

@@ -23,7 +23,7 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -1304,6 +1304,15 @@ class Ranks:
     @property
     def teams(self) -> int:
         return self.world // self.team_size
+
+    @property
+    def sharers(self) -> "Ranks | None":
+        """The ranks that share each sample's tokens, as those over which a DiT that is only run is
+        sharded: they are in step, teams are not. None if there is only this one."""
+        if self.sp_group is None:
+            return None
+        mesh = DeviceMesh.from_group(self.sp_group, self.device.type)
+        return replace(self, mesh=mesh)
 
     @property
     def leads(self) -> bool:

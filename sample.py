@@ -13,9 +13,9 @@ Cost: small world: 1 s and 10 ms a student's video; the table it prints says it 
 The student walks its own key timesteps, stored in its file, without guidance: that is built in.
 The teacher walks its grid of `n` steps, or with --steps its own grid of so many steps (evaluate.py
 compares at the student's key timesteps instead). Noise is a function of (seed, prompt's number,
-prompt), so the same seed gives student and teacher the same noise. Under torchrun every rank has
-whole networks and takes its part of the videos; with --sp N, N ranks share each video's tokens and
-the tiles of HunyuanVideo's VAE.
+prompt), so the same seed gives student and teacher the same noise. Under torchrun every rank takes
+its part of the videos; with --sp N, N ranks share each video's tokens, the DiT's weights and the
+tiles of HunyuanVideo's VAE.
 
 An image-to-video model starts from --image, or from the images that a prompt file pairs with its
 prompts. A video then has about the config's area in the shape of its image.
@@ -48,9 +48,9 @@ from video import (
     Prompt, contact_sheet, decode_image, image_size, read_prompts, read_video, write_video)
 from config import Shared, announce, cli, field, load_config
 from model import (
-    Ranks, build_dit, collate, compute_dtype, fingerprint, generator, key_times, latent_shape,
-    load_dit, load_module, official_names, open_tensors, setup_distributed, sizes_of, time_grid,
-    walk, write_json)
+    Ranks, build_dit, collate, compute_dtype, empty_dit, fingerprint, generator, key_times,
+    latent_shape, load_dit, load_module, local_rows, official_names, open_tensors,
+    setup_distributed, sizes_of, time_grid, walk, write_json)
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Config(Shared):
     random_weights: bool = field(False, "networks of the preset's sizes, of noise: for their speed")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
-    sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights")
 
 
 SHEET_ROWS = 12  # videos shown on the contact sheet, the first ones
@@ -202,18 +202,26 @@ def sampling_times(cfg: Config) -> list[float]:
     return times
 
 
-def load_student(cfg: Shared, path: Path, device: torch.device) -> nn.Module:
-    """A student's DiT, frozen; its file may have official or diffusers names."""
-    with torch.device("meta"):
-        dit = build_dit(cfg.preset).to(compute_dtype(device))
+def load_student(cfg: Shared, path: Path, device: torch.device,
+                 ranks: Ranks | None = None) -> nn.Module:
+    """A student's DiT, frozen, sharded if `ranks` is given; official or diffusers names."""
+    dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
     tensors = official_names(open_tensors(path), "transformer")
     return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
 
 
-def load_teacher(cfg: Shared, device: torch.device) -> nn.Module:
-    """The teacher's DiT, frozen, whole on this device."""
-    dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device)
+def load_teacher(cfg: Shared, device: torch.device, ranks: Ranks | None = None) -> nn.Module:
+    """The teacher's DiT, frozen, sharded if `ranks` is given."""
+    dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks)
     return dit.requires_grad_(False)
+
+
+def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Module:
+    """A DiT of noise, frozen, sharded if `ranks` is given: no more of it is ever on a device."""
+    dit = empty_dit(cfg.preset, compute_dtype(device), ranks).requires_grad_(False)
+    for p in dit.to_empty(device=device).parameters():
+        local_rows(p)[0].normal_(std=0.02)
+    return dit
 
 
 def random_network(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
@@ -345,17 +353,16 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
         cond = random_cond(cfg, device, watch)
         conds = [cond] * len(jobs)
         unconds = None if cfg.cfg_scale == 1 else conds
-        dit = random_network(lambda: build_dit(cfg.preset), device)
+        dit = random_dit(cfg, device, ranks.sharers)
         vae = random_network(WanVAE if cfg.family == "wan" else HunyuanVAE, device)
     else:
         conds, unconds = encode_prompts(cfg, [job.prompt for job in jobs],
                                         [(job.height, job.width) for job in jobs], False, device,
                                         watch)
-        dit = (load_teacher(cfg, device) if cfg.teacher else
-               load_student(cfg, student_path(cfg), device))
+        dit = (load_teacher(cfg, device, ranks.sharers) if cfg.teacher else
+               load_student(cfg, student_path(cfg), device, ranks.sharers))
         vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     unconds = unconds if cfg.teacher else None  # guidance is built into a student
-    dit.sp = ranks.sp_group
     if vae.tiled:
         vae.group = ranks.sp_group
     watch.lap("load")

@@ -65,7 +65,7 @@ class Config(Shared):
     dtype: str = field("fp16", "of stored latents: fp16 | fp32; bf16 would put 5% noise on Eq. 6")
     store_noise: bool = field(False, "store the noise as well; it can be drawn again from its seed")
     batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)")
-    sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights")
     cfg_parallel: bool = field(False, "the two evaluations of guidance on two groups of ranks")
     verify: bool = field(False, "only read this job's trajectories again and list what is wrong")
     repair: bool = field(False, "verify, then make what is missing or damaged anew, and only that")
@@ -436,8 +436,8 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, w
             decode_video(cfg, folder, manifest, vae, i)
     if not mine:
         return
-    dit = load_dit(cfg.weights, cfg.preset, dtype, ranks.device).requires_grad_(False)
-    dit.sp = ranks.sp_group
+    dit = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks.sharers)
+    dit.requires_grad_(False)
     conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
 
     first = time.perf_counter()

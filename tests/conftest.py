@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: here and in every
 
 import io
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,12 +21,32 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+from config import cli
 from encoders import CLIPVision, UMT5Encoder, WanVAE
 from model import (
     PRESETS, ROOT, WanConfig, WanDiT, generator, save_tensors, setup_distributed, write_json)
 
 CAPTIONS = [f"a {colour} {shape} moves {direction}" for colour in ("red", "green", "blue")
             for shape in ("disc", "ring", "cross") for direction in ("left", "right", "up")]
+
+
+def one_process(rank: int, world: int, port: int, work: Callable, folder: Path) -> None:
+    """What each process of in_processes runs; it leaves as a stage does."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    cli(lambda: work(setup_distributed("cpu"), folder))
+
+
+def in_processes(world: int, work: Callable, folder: Path) -> None:
+    """Run work(ranks, folder), a function of a module, in `world` processes that know each other.
+
+    Raises torch's ProcessExitedException if one fails.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(one_process, (world, port, work, folder), nprocs=world)
 
 
 def randomise(module: nn.Module, *key: int | str) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 python memory_worker.py plan FAMILY CHECKPOINTING OUT    the plan's bytes, and the allocator's
 python memory_worker.py load WEIGHTS OUT                 host memory while a DiT is loaded
+python memory_worker.py share WEIGHTS OUT                what each of a team's ranks holds to sample
 """
 
 import sys
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import distill
 import model
+import sample
 from config import cli
 from model import HunyuanConfig, WanConfig, generator, key_times
 from monitor import memory_parts
@@ -101,6 +103,26 @@ def load(weights: str, out: str) -> None:
     dist.barrier()
 
 
+def share(weights: str, out: str) -> None:
+    ranks = model.setup_distributed("cpu", 2, FEW.num_heads)
+    model.PRESETS["few"] = FEW
+    cfg = sample.Config(preset="few", weights=f"{weights}/few.safetensors")
+    dits = {"teacher": sample.load_teacher(cfg, ranks.device, ranks.sharers),
+            "student": sample.load_student(cfg, Path(cfg.weights), ranks.device, ranks.sharers),
+            "random": sample.random_dit(cfg, ranks.device, ranks.sharers)}
+    x = torch.randn(1, 16, 2, 8, 12, generator=generator("x"))
+    cond = {"text": torch.randn(1, 8, 64, generator=generator("text"))}
+    with torch.no_grad():
+        v = {name: model.velocity(dit, x, 0.5, cond) for name, dit in dits.items()}
+        want = model.velocity(model.load_dit(cfg.weights, "few"), x, 0.5, cond)
+    held = {name: sum(model.local_rows(p)[0].numel() for p in dit.parameters())
+            for name, dit in dits.items()}
+    model.write_json(f"{out}{ranks.rank}", {
+        "held": held, "noise": float(v["random"].std()),
+        "error": max(float((v[name] - want).abs().max()) for name in ("teacher", "student"))})
+    dist.barrier()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    cli(lambda: {"plan": plan, "load": load}[sys.argv[1]](*sys.argv[2:]))
+    cli(lambda: {"plan": plan, "load": load, "share": share}[sys.argv[1]](*sys.argv[2:]))

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import socket
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 
-from conftest import Evil
+from conftest import Evil, in_processes
 import checkpoint
 import model
 from checkpoint import Saver, check_disk, latest_checkpoint, load_checkpoint, write_one_by_one
@@ -128,24 +127,19 @@ def test_a_disk_too_small_for_a_run_is_told_before_it_begins(small_disk):
         check_disk(small_disk / "run/distill", 10_000, 2, keep=2)
 
 
-def listing_process(rank: int, port: int, folder: Path) -> None:
+def listing_process(ranks: model.Ranks, folder: Path) -> None:
     """One of two processes; the second one's view of the folder is stale."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = model.setup_distributed("cpu")
     save_steps(folder / "run", ranks, [1, 2])
-    if rank == 1:
+    if ranks.rank == 1:
         checkpoint.checkpoints = lambda folder: {}
     path, meta = latest_checkpoint(folder / "run", ranks)
-    model.write_json(folder / f"rank{rank}.json", {"path": path.name, "step": meta["step"]})
+    found = {"path": path.name, "step": meta["step"]}
+    model.write_json(folder / f"rank{ranks.rank}.json", found)
     dist.barrier()
 
 
 def test_a_rank_with_a_stale_view_of_the_folder_resumes_from_what_the_first_one_sees(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(listing_process, (port, tmp_path), nprocs=2)
+    in_processes(2, listing_process, tmp_path)
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert found == {"path": "step_000002", "step": 2}

@@ -23,9 +23,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from conftest import in_processes
 import encoders
 from encoders import TEMPLATES, CLIPText, HunyuanText, HunyuanVAE, Llama, load_text, load_vae
-from model import save_tensors
+from model import Ranks, save_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -407,18 +408,15 @@ def test_memory_of_tiled_decode_is_the_output_a_tile_and_a_row_of_edges(T, H, W)
     assert peak >= video.nbytes + one
 
 
-def tiles_of_three(rank: int, folder: Path) -> None:
+def tiles_of_three(ranks: Ranks, folder: Path) -> None:
     """One of three ranks that share the tiles of an encoding and a decoding."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     vae, video, latents = (torch.load(folder / f"{name}.pt", weights_only=name != "vae")
                            for name in ("vae", "video", "latents"))
     vae.group, calls, real = dist.group.WORLD, [], vae.reconstruct
     vae.reconstruct = lambda z: (calls.append(1), real(z))[1]
     torch.save({"video": vae.decode(latents), "latents": vae.encode(video), "calls": len(calls)},
-               folder / f"out{rank}.pt")
+               folder / f"out{ranks.rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_ranks_share_the_tiles_and_each_gets_the_bits_of_one(tmp_path):
@@ -430,7 +428,7 @@ def test_ranks_share_the_tiles_and_each_gets_the_bits_of_one(tmp_path):
     vae.reconstruct = lambda z: (calls.append(1), real(z))[1]
     with torch.no_grad():
         want = {"video": vae.decode(latents), "latents": vae.encode(video)}
-    torch.multiprocessing.spawn(tiles_of_three, (tmp_path,), nprocs=3)
+    in_processes(3, tiles_of_three, tmp_path)
     got = [torch.load(tmp_path / f"out{rank}.pt", weights_only=True) for rank in range(3)]
     for found in got:
         assert all(torch.equal(found[name], want[name]) for name in want)

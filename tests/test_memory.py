@@ -54,6 +54,19 @@ def test_loading_takes_a_rank_s_share_and_one_tensor_of_host_memory(ranks, tmp_p
         assert found["both"] < 1.5 * share + largest + 0.06 * whole    # the teacher is bf16
 
 
+def test_a_team_s_ranks_share_the_weights_of_a_dit_that_only_samples(tmp_path):
+    dit = model.build_dit(FEW)
+    dit.init_weights(model.generator("few"))
+    model.save_tensors(tmp_path / "few.safetensors", dit.state_dict(), {})
+    worker(4, "share", tmp_path, tmp_path / "out")  # two teams of two ranks
+    whole = sum(p.numel() for p in dit.parameters())
+    found = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in range(4)]
+    for name in ("teacher", "student", "random"):
+        held = [one["held"][name] for one in found]
+        assert held[0] + held[1] == whole == held[2] + held[3] and max(held) < 0.51 * whole
+    assert all(one["error"] < 1e-5 and one["noise"] > 0 for one in found)
+
+
 @pytest.fixture
 def many_ranks(ranks):
     """Ranks(world, sp) that are not there: the plan needs their number alone."""

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import os
-import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import model
-from conftest import Evil
+from conftest import Evil, in_processes
 from checkpoint import Saver, latest_checkpoint, load_checkpoint
 from config import Shared, STAGES, announce, cli, field, load_config
 from model import WanConfig, build_dit, generator, load_dit
@@ -577,12 +576,9 @@ def trained_through(student, teacher, batch) -> dict[str, Tensor]:
     return gradients(student)
 
 
-def sharded_process(rank: int, world: int, port: int, folder: Path) -> None:
+def sharded_process(ranks: model.Ranks, folder: Path) -> None:
     """What each of several processes measures, for the tests below; writes rank<r>.json."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    ranks, (x, t, cond) = model.setup_distributed("cpu"), micro_batch()
+    x, t, cond = micro_batch()
     plain, rows = load_dit(folder, MICRO), {}
     with torch.device("meta"):
         dit = model.shard(build_dit(MICRO), ranks)
@@ -624,8 +620,8 @@ def sharded_process(rank: int, world: int, port: int, folder: Path) -> None:
             p.zero_()
     load_checkpoint(path, state)
     out["checkpoint"] = worst(dit.state_dict(), plain.state_dict())
-    model.write_json(folder / f"rank{rank}.json", out)
-    dist.destroy_process_group()
+    model.write_json(folder / f"rank{ranks.rank}.json", out)
+    dist.barrier()
 
 
 @pytest.fixture(scope="module")
@@ -633,10 +629,7 @@ def two_processes(tmp_path_factory):
     """A folder with a DiT, and what two processes measured with it."""
     folder = tmp_path_factory.mktemp("fsdp")
     save_file(micro_dit("fsdp").state_dict(), folder / "diffusion_pytorch_model.safetensors")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(sharded_process, (2, port, folder), nprocs=2)
+    in_processes(2, sharded_process, folder)
     return folder, [json.loads((folder / f"rank{r}.json").read_text()) for r in range(2)]
 
 

@@ -200,26 +200,32 @@ def leave(status: int) -> None:
 def cli(main: Callable[[], None]) -> None:
     """Run a stage's main; what a user can cause ends in one line on stderr and exit status 1.
 
-    A rank that fails leaves at once, without the farewell that the others cannot answer, so that
-    torchrun sees it and stops them.
+    With a process group, which a stage has from early on, it always ends by leave(). A rank that
+    fails does so at once, without the farewell that the others cannot answer, so that torchrun sees
+    it and stops them.
     """
+    status = 1
     try:
         main()
-    except BaseException as e:
-        known = isinstance(e, (ValueError, FileNotFoundError))
-        if known:
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            if not known and not isinstance(e, SystemExit):
-                traceback.print_exc()
-                time.sleep(1)  # if it only lost another rank, torchrun sees that one die first
-            leave(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
-        if known:
-            raise SystemExit(1) from None
-        raise
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            leave(0)
+        return
+    except (ValueError, FileNotFoundError) as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+    except SystemExit as e:
+        if not dist.is_initialized():
+            raise
+        status = e.code if isinstance(e.code, int) else 1
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        if dist.get_world_size() > 1:
+            time.sleep(1)  # if it only lost another rank, torchrun sees that one die first
     if dist.is_initialized():
-        dist.destroy_process_group()
-        leave(0)
+        leave(status)
+    raise SystemExit(status)
 
 
 def rate(seconds: float) -> str:

@@ -112,14 +112,18 @@ class Saver:
         writer = dcp.FileSystemWriter(str(aside), per_thread_copy_ahead=0)
         written = dcp.async_save(state, storage_writer=writer, async_stager=stager,
                                  process_group=self.group)
-        self.thread = Thread(target=self.finish, args=(written, aside, {**meta, "step": step}))
+        meta = {**meta, "step": step}
+        self.thread = Thread(target=self.finish, args=(written, stager, aside, meta))
         self.thread.start()
 
-    def finish(self, written: Future, aside: Path, meta: dict) -> None:
+    def finish(self, written: Future, stager: DefaultStager, aside: Path, meta: dict) -> None:
         """In the background: when all ranks have written, sum up the files and give the name."""
         rank = self.ranks.rank
         try:
-            written.result()
+            try:
+                written.result()
+            finally:
+                stager.close()  # else it keeps the copy
             mine = {p.name: sums_of(p) for p in sorted(aside.iterdir())
                     if p.name.startswith(f"__{rank}_") or (rank == 0 and p.name == ".metadata")}
             sums = [None] * self.ranks.world

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 import yaml
@@ -52,6 +52,8 @@ class Shared:
     key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
     seed: int = field(0, "base seed of everything drawn")
     device: str = field("auto", "cpu, cuda, or auto: a GPU if there is one")
+    attention: Literal["auto", "flash", "cudnn"] = field("auto", "kernels a GPU tries first; auto: "
+                                                         "cudnn on Hopper, else flash")
 
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:

@@ -49,11 +49,12 @@ from checkpoint import (
     Saver, adamw, check_disk, latest_checkpoint, load_checkpoint, step_from_host, whole_tensor,
     write_one_by_one)
 from monitor import (
-    Log, append_log, draw_curves, held_out_errors, memory_plan, read_log, step_flops)
+    Log, append_log, draw_curves, held_out_errors, host_plan, memory_plan, read_log, step_flops)
 from config import Shared, announce, cli, field, load_config, names_config
 from model import (
-    Ranks, build_dit, collate, compute_dtype, euler_step, fingerprint, generator, load_dit,
-    official_names, setup_distributed, sizes_of, twin, velocity, write_text)
+    Ranks, build_dit, collate, compile_blocks, compute_dtype, euler_step, fingerprint, generator,
+    load_dit, official_names, prefer_attention, setup_distributed, sizes_of, twin, velocity,
+    write_text)
 
 
 @dataclass
@@ -195,9 +196,20 @@ def adv_losses(head: nn.Module, teacher: nn.Module, x_gen: Tensor, x_real: Tenso
 # ------------------------------------------------------------------------------------- data
 
 @dataclass
+class Latents:
+    """l_{t'_k} by k, [B,C,T,H,W], in host memory: most of them wait; one that is read is copied to
+    the device."""
+    host: dict[int, Tensor]
+    device: torch.device
+
+    def __getitem__(self, k: int) -> Tensor:
+        return self.host[k].to(self.device)
+
+
+@dataclass
 class Batch:
     """One micro-batch of trajectories: x_key[k] [B,C,T,H,W], cond, and its slots in the batch."""
-    x_key: dict[int, Tensor]
+    x_key: Latents
     cond: dict[str, Tensor]
     slots: list[int]
 
@@ -232,9 +244,9 @@ class Loader:
     def batch(self, indices: list[int], slots: list[int], ks: list[int]) -> Batch:
         """Read the latents of some k and stack them; fp32 whatever they are stored in."""
         items = [self.data.read(i, ks) for i in indices]
-        x = torch.stack([x_key for x_key, _, _ in items], 1).to(self.device)    # len(ks) B C T H W
+        x = torch.stack([x_key for x_key, _, _ in items], 1)                    # len(ks) B C T H W
         cond = {name: c.to(self.device) for name, c in collate([c for _, c, _ in items]).items()}
-        return Batch(dict(zip(ks, x, strict=True)), cond, slots)
+        return Batch(Latents(dict(zip(ks, x, strict=True)), self.device), cond, slots)
 
     def read(self, step: int) -> list[Batch]:
         """The micro-batches of one iteration: each trajectory once before any comes again."""
@@ -256,10 +268,9 @@ class Loader:
 
 def draw_noise(cfg: Config, step: int, like: Batch) -> Tensor:
     """Fresh z ~ N(0, I), one draw a slot. Alg. 1; D4."""
-    one = next(iter(like.x_key.values()))
-    z = [torch.randn(one.shape[1:], generator=generator("z", cfg.seed, step, slot))
-         for slot in like.slots]
-    return torch.stack(z).to(one.device)
+    shape = next(iter(like.x_key.host.values())).shape[1:]
+    z = [torch.randn(shape, generator=generator("z", cfg.seed, step, slot)) for slot in like.slots]
+    return torch.stack(z).to(like.x_key.device)
 
 
 # ------------------------------------------------------------------------------- Algorithm 1
@@ -378,8 +389,8 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> Nets:
     teacher = twin(student, cfg.preset, dtype, ranks)
     for block in [*student.blocks, *teacher.blocks]:
         block.checkpointing = cfg.checkpointing
-        if cfg.compile:
-            block.compile()
+    for dit in (student, teacher) if cfg.compile else ():
+        compile_blocks(dit)
     heads = make_heads(cfg, student.cfg.dim).to(ranks.device)
     opts = {"traj": adamw(cfg, student, cfg.offload), "heads": adamw(cfg, heads)}
     if cfg.updates == "separate":
@@ -410,7 +421,7 @@ def save(saver: Saver, nets: Nets, loader: Loader, meta: dict) -> None:
 
 MAY_CHANGE = {"run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep",
               "synvid", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps", "sp",
-              "offload"}
+              "offload", "attention"}
 
 
 def resume(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) -> None:
@@ -466,6 +477,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     cfg = load_config(Config, "distill", argv, __doc__)
     ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads, PATIENCE)
+    prefer_attention(cfg.attention, ranks.device)
     check_config(cfg, ranks.teams)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.teams)
     data = open_synvid(cfg, argv)
@@ -473,9 +485,10 @@ def main(argv: list[str] | None = None) -> None:
     meta = {"config": asdict(cfg), "teacher": fingerprint(cfg.weights), "count": loader.count,
             "synvid": synvid.crc32(data.manifest)}
     if ranks.rank == 0:
-        print(memory_plan(cfg, loader.shape, ranks), flush=True)
         with torch.device("meta"):
             count = sum(p.numel() for p in build_dit(cfg.preset).parameters())
+        print(memory_plan(cfg, loader.shape, ranks), flush=True)
+        print(host_plan(cfg, count, loader.shape, ranks), flush=True)
         check_disk(Path(cfg.run) / "distill", count, 4 if cfg.updates == "separate" else 2,
                    cfg.keep)
     nets = build(cfg, data.t_key, ranks)
@@ -483,8 +496,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = announce(cfg, "distill", ranks)
     m, tokens = len(data.t_key) - 1, math.prod(nets.student.token_grid(*loader.shape[1:]))
     lines = read_log(folder / "log.jsonl", nets.step)
-    base = {f"{name}_teacher": error
-            for name, error in held_out_errors(cfg, nets.teacher, loader, ranks).items()}
+    base = teacher_errors(cfg, nets.teacher, loader, ranks, lines)
     stop, saver = [], Saver(folder, ranks, cfg.keep)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, _: stop.append(number))
@@ -507,6 +519,8 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.peak_tflops is not None:
             peak = cfg.peak_tflops * 1e12 * ranks.world
             line["mfu"] = step_flops(cfg, nets, k, tokens) / seconds / peak
+        if ranks.device.type == "cuda":  # to hold against the plan
+            line["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
         last, stopping = nets.step == cfg.iterations, line.pop("stop") > 0
         again = line.pop("failed") > 0  # a checkpoint could not be written: another try at once
         if nets.step % cfg.eval_every == 0 or last:
@@ -546,6 +560,16 @@ def main(argv: list[str] | None = None) -> None:
     dist.barrier()
 
 
+def teacher_errors(cfg: Config, teacher: nn.Module, loader: Loader, ranks: Ranks,
+                   lines: list[dict]) -> dict:
+    """The teacher's held-out errors as figures of the log, where an earlier start may have them."""
+    earlier = synvid.on_first_rank(ranks, lambda: next((
+        {name: x[name] for name in x if name.endswith("_teacher")}
+        for x in lines if "endpoint_teacher" in x), None))
+    return earlier or {f"{name}_teacher": error for name, error in
+                       held_out_errors(cfg, teacher, loader, ranks).items()}
+
+
 def open_synvid(cfg: Config, argv: list[str]) -> "synvid.SynVid":
     """The trajectories of this run; for the small world they are made if there are none."""
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
@@ -558,7 +582,6 @@ def open_synvid(cfg: Config, argv: list[str]) -> "synvid.SynVid":
             values["seed"] = synvid.read_manifest(folder)["seed"]
         text = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
         synvid.main([*argv[:names_config(argv)], *(f"{k}={v}" for k, v in text.items())])
-        dist.barrier()
     return synvid.SynVid(folder, cfg)
 
 

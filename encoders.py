@@ -1233,7 +1233,7 @@ def load_conditioner(cfg: Shared, device: torch.device, dtype: torch.dtype,
     text = load_text(cfg.weights, device, dtype, sizes_of(cfg.preset).text_len, cfg.family,
                      image=cfg.frames == 1, guidance=cfg.embedded_guidance)
     vae = clip = None
-    if sizes_of(cfg.preset).takes_image:  # in fp32: bf16 would put 1% noise on what is stored
+    if sizes_of(cfg.preset).takes_image:  # fp32, TF32 on GPUs: bf16 puts 1% noise on it
         vae = load_vae(cfg.weights, device, torch.float32, cfg.family)
         clip = load_image_encoder(cfg.weights, device, torch.float32)
     return Conditioner(text, vae, clip, cfg.frames, crop)

@@ -1,6 +1,7 @@
 """Stage 4: what few steps cost and what distillation wins back, as one table.
 
     python evaluate.py [CONFIG] [--students a.safetensors,b.safetensors] [--count 96]
+    torchrun --nproc-per-node 8 evaluate.py CONFIG [field=value]      # videos split over the ranks
 
 In:   the weight folder, the student (or several, from several seeds), held-out captions.
 Out:  <run>/evaluate/: table.md, table.json, table.png; videos.mp4, videos.gif and videos.png, which
@@ -33,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,8 +47,8 @@ from video import (
     write_video)
 from config import Shared, announce, cli, field, load_config
 from model import (
-    ROOT, compute_dtype, generator, latent_shape, pick_device, replace_file, sizes_of, time_grid,
-    write_json, write_text)
+    ROOT, Ranks, compute_dtype, generator, latent_shape, prefer_attention, replace_file,
+    setup_distributed, sizes_of, time_grid, write_json, write_text)
 from sample import (
     Watch, denoise, device_name, draw_noise, encode_prompts, heldout_prompts, load_student,
     load_teacher, student_facts, thumbnail)
@@ -140,7 +142,7 @@ class Samples:
     hf: Tensor | None = None                      # [N]
     first: Tensor | None = None                   # [N], dB, if the videos start from images
     hits: dict[str, Tensor] | None = None         # [N] bool for each attribute, and "all"
-    shown: list[Tensor] | None = None             # the videos of cfg.videos captions, small
+    shown: dict[int, Tensor] | None = None        # the videos of cfg.videos captions, small
     decode_seconds: float = 0.0                   # a video
 
 
@@ -148,7 +150,8 @@ def walk_all(label: str, dit: nn.Module, times: list[float], noise: Tensor, cond
              unconds: list[dict] | None, cfg: Config, device: torch.device) -> Samples:
     """Denoise noise [N,C,T,H,W] in batches along `times`; unconds None is without guidance."""
     watch, out, steps = Watch(device), [], len(times) - 1
-    bar = tqdm(total=len(noise) * steps, desc=label, unit="step", mininterval=1, disable=None)
+    bar = tqdm(total=len(noise) * steps, desc=label, unit="step", mininterval=1,
+               disable=dist.get_rank() > 0 or None)
     for a in range(0, len(noise), cfg.batch):
         b = slice(a, a + cfg.batch)
         x, _ = denoise(dit, noise[b], times, conds[b], unconds and unconds[b], cfg.cfg_scale,
@@ -163,15 +166,17 @@ def walk_all(label: str, dit: nn.Module, times: list[float], noise: Tensor, cond
 
 
 @torch.no_grad()
-def look(samples: Samples, vae: nn.Module, captions: list[str], images: list[Tensor],
-         cfg: Config, device: torch.device) -> None:
+def look(samples: Samples, mine: range, vae: nn.Module, captions: list[str],
+         images: list[Tensor], cfg: Config, device: torch.device) -> None:
     """Decode the videos one by one; keep what is measured on them, and a few to show.
 
-    Args: images, the first frames [3,H,W] that they were given, if they were.
+    Args: mine, the samples' places among all videos; captions and images of all, the latter the
+    first frames [3,H,W] that they were given, if they were.
     """
     oracle, kept = is_small_world(captions, cfg), shown_indices(cfg)
-    watch, hf, first, hits, samples.shown = Watch(device), [], [], [], []
-    for i, latents in enumerate(tqdm(samples.latents, f"decode {samples.label}", disable=None)):
+    watch, hf, first, hits, samples.shown = Watch(device), [], [], [], {}
+    bar = tqdm(samples.latents, f"decode {samples.label}", disable=mine.start > 0 or None)
+    for i, latents in zip(mine, bar, strict=True):
         watch.lap("other")
         video = vae.decode(latents[None].to(device))[0]
         watch.lap("decode")
@@ -181,12 +186,32 @@ def look(samples: Samples, vae: nn.Module, captions: list[str], images: list[Ten
         if oracle:
             hits.append(oracle_hits(video.cpu(), captions[i]))
         if i in kept:
-            samples.shown.append(thumbnail(video.cpu()))
+            samples.shown[i] = thumbnail(video.cpu())
     samples.hf = torch.tensor(hf, dtype=torch.float64)
     samples.first = torch.tensor(first, dtype=torch.float64) if first else None
     samples.decode_seconds = watch.seconds["decode"] / len(hf)
     if oracle:
         samples.hits = {name: torch.tensor([h[name] for h in hits]) for name in hits[0]}
+
+
+def gathered(own: Samples, ranks: Ranks) -> Samples | None:
+    """All ranks' samples in their order, on the first rank; None on the others."""
+    parts = [own] * ranks.world if ranks.rank == 0 else None
+    dist.gather_object(own, parts)
+    if parts is None:
+        return None
+    count = sum(len(part.latents) for part in parts)
+    order = torch.cat([torch.arange(rank, count, ranks.world) for rank in range(ranks.world)])
+
+    def join(values: list[Tensor | None]) -> Tensor | None:
+        return None if values[0] is None else torch.cat(values)[order.argsort()]
+
+    mean = {name: sum(getattr(part, name) * len(part.latents) for part in parts) / count
+            for name in ("seconds", "decode_seconds")}
+    hits = own.hits and {name: join([part.hits[name] for part in parts]) for name in own.hits}
+    return Samples(own.label, join([part.latents for part in parts]), own.evaluations, hits=hits,
+                   hf=join([part.hf for part in parts]), first=join([p.first for p in parts]),
+                   shown={i: x for part in parts for i, x in (part.shown or {}).items()}, **mean)
 
 
 def shown_indices(cfg: Config) -> list[int]:
@@ -351,8 +376,8 @@ def draw_table(path: Path, rows: list[dict], title: str) -> None:
 def wall(models: list[Samples], captions: list[str]) -> np.ndarray:
     """The models' videos next to each other under their captions, uint8 [T,H,W,3]."""
     tiles = []
-    for i, videos in enumerate(zip(*(model.shown for model in models), strict=True)):
-        tile = side_by_side(list(videos), [model.label for model in models])
+    for i in sorted(models[0].shown):
+        tile = side_by_side([m.shown[i] for m in models], [m.label for m in models])
         strip = np.broadcast_to(label_strip(captions[i], tile.shape[2], 24),
                                 (len(tile), 24, tile.shape[2], 3))
         tile = np.concatenate([strip, tile], axis=1)
@@ -388,15 +413,17 @@ def students_of(cfg: Config) -> list[tuple[Path, dict]]:
     return found
 
 
-def sample_all(cfg: Config, prompts: list[Prompt], students: list[tuple[Path, dict]],
-               device: torch.device) -> tuple[list[Samples], Tensor]:
-    """Samples of teacher@n, teacher@m and every student from one noise, and latents of teacher@n
-    from another noise."""
+def sample_all(cfg: Config, mine: range, prompts: list[Prompt],
+               students: list[tuple[Path, dict]],
+               device: torch.device) -> tuple[list[Samples], Samples]:
+    """Samples of teacher@n, teacher@m and every student from one noise, and those of teacher@n from
+    another noise; of the videos `mine` only."""
+    prompts = [prompts[i] for i in mine]
     sizes = [(cfg.height, cfg.width)] * len(prompts)
     conds, unconds = encode_prompts(cfg, prompts, sizes, True, device, Watch(device))
     shape = latent_shape(cfg.frames, cfg.height, cfg.width)
     noise, other = (draw_noise(shape, [(name, cfg.seed, i, prompt.text)
-                                       for i, prompt in enumerate(prompts)])
+                                       for i, prompt in zip(mine, prompts, strict=True)])
                     for name in ("evaluate", "evaluate, reference"))
     grid, t_key = time_grid(cfg.family, cfg.n, cfg.shift).tolist(), students[0][1]["t_key"]
     n, m = len(grid) - 1, len(t_key) - 1
@@ -409,7 +436,7 @@ def sample_all(cfg: Config, prompts: list[Prompt], students: list[tuple[Path, di
         label = f"student@{m}" + (f" #{number}" if len(students) > 1 else "")
         student = load_student(cfg, path, device)
         models.append(walk_all(label, student, t_key, noise, conds, None, cfg, device))
-    return models, reference.latents
+    return models, reference
 
 
 def commit() -> str | None:
@@ -430,22 +457,36 @@ def main(argv: list[str] | None = None) -> None:
     held_out = read_prompts(cfg.prompts or heldout_prompts(cfg), sizes_of(cfg.preset).takes_image)
     every = max(1, len(held_out) // cfg.count)  # few videos: captions from all over the list
     prompts = [held_out[i * every % len(held_out)] for i in range(cfg.count)]
-    device = pick_device(cfg.device)
-    out = announce(cfg, "evaluate")
+    ranks = setup_distributed(cfg.device)
+    prefer_attention(cfg.attention, ranks.device)
+    if cfg.count < ranks.world:
+        raise ValueError(f"count: got {cfg.count}; wanted at least one for each of {ranks.world} "
+                         "ranks")
+    mine, device = range(ranks.rank, cfg.count, ranks.world), ranks.device
+    out = announce(cfg, "evaluate", ranks)
 
-    models, reference = sample_all(cfg, prompts, students, device)
+    models, reference = sample_all(cfg, mine, prompts, students, device)
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     captions, images = [prompt.text for prompt in prompts], first_frames(prompts, cfg)
     for model in models:
-        look(model, vae, captions, images, cfg, device)
+        look(model, mine, vae, captions, images, cfg, device)
+    *models, reference = [gathered(samples, ranks) for samples in (*models, reference)]
+    if ranks.rank == 0:
+        start = ["torchrun", f"--nproc-per-node={ranks.world}"] if ranks.world > 1 else ["python"]
+        given = sys.argv[1:] if argv is None else argv
+        report(cfg, out, models, reference.latents, captions, students, {
+            "command": shlex.join([*start, "evaluate.py", *given]), "commit": commit(),
+            "device": device_name(device), "torch": torch.__version__,
+            "seconds": round(time.perf_counter() - started, 1)})
+    dist.barrier()
 
+
+def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, captions: list[str],
+           students: list[tuple[Path, dict]], facts: dict) -> None:
+    """Measure the models and write the table and the videos; reference as in `measure`."""
     best, few, *rest = (measure(model, models[0], reference, cfg) for model in models)
     rows = [best, few, *rest] + ([mean_row(rest)] if len(rest) > 1 else [])
     passed = gates(best, few, rows[-1]) if "all" in best else []
-    argv = sys.argv[1:] if argv is None else argv
-    facts = {"command": shlex.join(["python", "evaluate.py", *argv]), "commit": commit(),
-             "device": device_name(device), "torch": torch.__version__,
-             "seconds": round(time.perf_counter() - started, 1)}
     text = markdown(rows, passed, cfg, facts)
     write_text(out / "table.md", text)
     write_json(out / "table.json", {
@@ -453,13 +494,13 @@ def main(argv: list[str] | None = None) -> None:
         "students": [{"file": str(path), **known} for path, known in students]})
     draw_table(out / "table.png", rows, f"{cfg.run}: {cfg.count} videos, the same noise for all")
 
-    shown = [captions[i] for i in shown_indices(cfg)]
-    frames = wall(models[:3], shown)
+    frames = wall(models[:3], captions)
     write_video(out / "videos.gif", frames, cfg.fps)
     loops = max(1, round(4 * cfg.fps / len(frames)))  # players stop at the end of an mp4
     write_video(out / "videos.mp4", np.concatenate([frames] * loops), cfg.fps)
+    shown = [(i, captions[i]) for i in sorted(models[0].shown)[:4]]
     sheet = [(f"{model.label}: {caption}", model.shown[i])
-             for i, caption in enumerate(shown[:4]) for model in models[:3]]
+             for i, caption in shown for model in models[:3]]
     contact_sheet(out / "videos.png", sheet, title=f"{cfg.run}: three rows a caption, one noise")
     print(f"\n{text}\nlook at {out / 'videos.mp4'} (or .gif) and videos.png: side by side\n"
           f"        {out / 'table.png'}, table.md, table.json: the numbers")

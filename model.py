@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -39,6 +40,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent
@@ -204,6 +206,7 @@ class Part(NamedTuple):
     images: int                           # its image tokens; they come first
     total: int                            # tokens of the whole sequence, padding not counted
     group: dist.ProcessGroup | None       # of the ranks that share the sequence; None: no others
+    keys: tuple[int, ...] | None = None   # the first so many are attended to, by sample; None: all
 
 
 def take_part(h: Tensor, rope: tuple[Tensor, Tensor],
@@ -271,13 +274,14 @@ def rotate(x: Tensor, part: Part) -> Tensor:
     return y if part.images == x.shape[1] else torch.cat([y, x[:, part.images:]], 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
-              part: Part | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, part: Part | None = None,
+              mask: Tensor | None = None) -> Tensor:
     """Softmax attention over [B,L,N,head_dim]; returns [B,L,N·head_dim].
 
-    mask: bool [B,1,1 or L,keys], False hides a key; None, the hot path, lets flash kernels run.
     part: L are this rank's tokens of a sequence that its group shares. They are exchanged for all
     tokens of N / sp heads, and back. Source: Jacobs et al., DeepSpeed-Ulysses, 2023.
+    mask, for short sequences: bool [B,1,L,keys], False hides a key. Long ones have part.keys and no
+    mask, so that flash kernels run.
     """
     shared = part is not None and part.group is not None
     if shared:
@@ -286,7 +290,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
         x = Exchange.apply(x.movedim(3, 0), part.group)                  # sp 3 B l N/sp d
         q, k, v = x.movedim(0, 2).flatten(2, 3)[:, :, :part.total]       # B L N/sp d each
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)  # B L N d
+    if part is None or part.keys is None:
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+    else:
+        out = torch.cat([F.scaled_dot_product_attention(
+            q[b:b + 1], k[b:b + 1, :, :n], v[b:b + 1, :, :n]) for b, n in enumerate(part.keys)])
+    out = out.transpose(1, 2)                                            # B L N d
     if shared:
         size = -(-part.total // sp)
         out = F.pad(out, (0, 0, 0, 0, 0, size * sp - part.total))
@@ -644,7 +653,7 @@ class RefinerBlock(nn.Module):
         """x [B,S,D], c [B,D]; mask [B,1,S,S]."""
         g1, g2 = linear(self.adaLN_modulation[1], F.silu(c)).unsqueeze(1).chunk(2, -1)
         q, k, v = split_heads(self.self_attn_qkv(self.norm1(x)), self.num_heads)
-        x = x + g1 * self.self_attn_proj(attention(q, k, v, mask))
+        x = x + g1 * self.self_attn_proj(attention(q, k, v, mask=mask))
         return x + g2 * self.mlp(self.norm2(x), F.silu)
 
 
@@ -690,11 +699,11 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{s}_attn_proj", nn.Linear(D, D))
             self.add_module(f"{s}_mlp", MLP(D, cfg.ffn_dim))
 
-    def forward(self, x: Tensor, part: Part, vec: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B,L+S,D], image tokens first; vec [B,D]; mask of keys bool [B,1,1,L+S] or None."""
-        return run_block(self, x, part, vec, mask)
+    def forward(self, x: Tensor, part: Part, vec: Tensor) -> Tensor:
+        """x [B,L+S,D], image tokens first; vec [B,D]."""
+        return run_block(self, x, part, vec)
 
-    def _forward(self, x: Tensor, part: Part, vec: Tensor, mask: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, part: Part, vec: Tensor) -> Tensor:
         L = part.images
         streams, heads = {"img": x[:, :L], "txt": x[:, L:]}, []
         mods = {s: getattr(self, f"{s}_mod")(vec) for s in streams}
@@ -704,7 +713,7 @@ class DoubleBlock(nn.Module):
             q, k = getattr(self, f"{s}_attn_q_norm")(q), getattr(self, f"{s}_attn_k_norm")(k)
             heads.append((rotate(q, part), rotate(k, part), v) if s == "img" else (q, k, v))
         q, k, v = (torch.cat(pair, 1) for pair in zip(*heads, strict=True))
-        y = attention(q, k, v, mask, part)                                      # B L+S D
+        y = attention(q, k, v, part)                                            # B L+S D
         out = []
         for (s, z), part in zip(streams.items(), (y[:, :L], y[:, L:]), strict=True):
             _, _, gate1, shift2, scale2, gate2 = mods[s]
@@ -726,17 +735,17 @@ class SingleBlock(nn.Module):
         self.q_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
         self.k_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
 
-    def forward(self, x: Tensor, part: Part, vec: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, part: Part, vec: Tensor) -> Tensor:
         """As DoubleBlock.forward."""
-        return run_block(self, x, part, vec, mask)
+        return run_block(self, x, part, vec)
 
-    def _forward(self, x: Tensor, part: Part, vec: Tensor, mask: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, part: Part, vec: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         y = linear(self.linear1, modulated_norm(x, shift, scale, self.eps))
         qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = rotate(self.q_norm(q), part), rotate(self.k_norm(k), part)
-        y = self.linear2(torch.cat([attention(q, k, v, mask, part), gelu(y)], -1))
+        y = self.linear2(torch.cat([attention(q, k, v, part), gelu(y)], -1))
         return (x + gate * y).to(x.dtype)
 
 
@@ -769,9 +778,9 @@ class HunyuanDiT(nn.Module):
         """Velocity of noisy latents, and on demand the features the discriminator reads.
 
         Args: x, t, taps, velocity and what is returned as in WanDiT.forward; cond["text"]
-        [B,S,text_dim]; cond["mask"] [B,S], nonzero where a text token is valid, absent if all are
-        (then attention needs no mask); cond["pooled"] [B,pooled_dim]; cond["guidance"] [B], the
-        embedded guidance scale. Source: HunyuanVideo release; taps: Eq. 8.
+        [B,S,text_dim]; cond["mask"] [B,S], nonzero where a text token is valid, absent if all are;
+        padding comes last; cond["pooled"] [B,pooled_dim]; cond["guidance"] [B], the embedded
+        guidance scale. Source: HunyuanVideo release; taps: Eq. 8.
         """
         B, _, T, H, W = x.shape
         grid, (pt, ph, pw), c = self.token_grid(T, H, W), self.cfg.patch_size, self.cfg
@@ -786,11 +795,14 @@ class HunyuanDiT(nn.Module):
         h = embed_patches(x, self.img_in["proj"])                                 # B L D
         L = h.shape[1]
         h = torch.cat([h, text.to(h.dtype)], 1).to(compute_dtype(x.device))            # B L+S D
-        if mask is not None:
-            mask = F.pad(mask, (L, 0), value=True)[:, None, None]                      # B 1 1 L+S
         rope = rope_table(grid, c.rope_pairs, 256.0, str(x.device))
         h, part = take_part(h, rope, self.sp)
-        h, features = through_blocks(self.blocks, h, part, L, taps, velocity, vec, mask)
+        if mask is not None:
+            if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+                raise ValueError("cond['mask']: got a text token after padding; wanted padding at "
+                                 "the end: reorder the tokens")
+            part = part._replace(keys=tuple(L + n for n in mask.sum(1).tolist()))
+        h, features = through_blocks(self.blocks, h, part, L, taps, velocity, vec)
         if h is None:
             return None, features
         ada, last = self.final_layer["adaLN_modulation"][1], self.final_layer["linear"]
@@ -1373,6 +1385,36 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
     mesh = init_device_mesh(where.type, (world,))
     return Ranks(rank, world, where, mesh, sp, groups[rank // sp] if groups else None,
                  pairs[rank // (2 * sp) * sp + rank % sp] if pairs else None)
+
+
+def prefer_attention(kernels: str, device: torch.device) -> None:
+    """Have attention try one kind of GPU kernels first from here on; those it lacks go elsewhere.
+
+    Args: kernels, flash | cudnn | auto: cudnn on Hopper, flash on others. On an H100 cuDNN's were
+    measured 1.7 to 2.3 times as fast as torch's flash kernels, on an A100 0.8 times.
+    Source: huggingface/transformers, pull request 48163.
+    """
+    if device.type != "cuda":
+        return
+    if kernels == "auto":
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
+        kernels = "cudnn" if hopper else "flash"
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = order if kernels == "flash" else [order[1], order[0], *order[2:]]
+    PREFERRED[:] = [sdpa_kernel(order, set_priority=True)]
+    PREFERRED[0].__enter__()  # and never left
+
+
+def compile_blocks(dit: nn.Module) -> None:
+    """torch.compile every block of a DiT. Raises ValueError on a CPU without a C++ compiler."""
+    if next(dit.parameters()).device.type == "cpu" and not shutil.which("g++"):
+        raise ValueError("compile: found no g++ for torch.compile: install it, or --compile=false")
+    for block in dit.blocks:
+        block.compile()
+
+
+PREFERRED: list[Any] = []  # kept, else it would be left when it is collected
 
 
 def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:

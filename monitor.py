@@ -4,6 +4,8 @@ work, and how far it still is from held-out trajectories."""
 import contextlib
 import json
 import math
+import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -99,8 +101,9 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
 
 
 # Numbers that a block keeps for backward, a token: (fp32, as computed) in its width, (as computed)
-# in its MLP's; with weights that learn, and frozen.
+# in its MLP's; with weights that learn, and frozen. And those that a backward takes beside them.
 KEPT = {"wan": ((8, 10, 3), (6, 6, 1)), "hunyuan": ((3, 8, 3), (3, 5, 1))}
+BESIDE = {"wan": 0, "hunyuan": 8}
 
 
 def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: int,
@@ -129,9 +132,30 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
             "AdamW": 8 * max(p.numel() for p in dit.parameters()) / world if cfg.offload else adam,
             "teacher": wide * count / world,
             "gathered layers": gathered,
-            "activations": kept + learns,
+            "activations": kept + learns + BESIDE[dit.cfg.family] * L * D * wide,
             "features, heads": cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4,
-            "batch, queue": 8 * cfg.batch // teams * math.prod(shape) * (len(cfg.key) + 1)}
+            "latents": 4 * (cfg.batch // teams + 4 * batch) * math.prod(shape)
+            + (device.type == "cpu") * waiting_latents(cfg, shape, teams)}
+
+
+def waiting_latents(cfg: Any, shape: tuple[int, ...], teams: int) -> int:
+    """Bytes in a rank's host memory: trajectories of this pass over k and of the next batch."""
+    return 8 * cfg.batch // teams * math.prod(shape) * len(cfg.key)
+
+
+def host_plan(cfg: Any, parameters: int, shape: tuple[int, ...], ranks: Ranks) -> str:
+    """What a node's host memory must hold, beside the processes themselves."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    moments = 4 * (4 if cfg.updates == "separate" else 2) * parameters * here / ranks.world
+    need = moments * (1 + cfg.offload) + 4 * parameters * here / ranks.world
+    need += here * waiting_latents(cfg, shape, ranks.teams)
+    told = f"  host memory     {need / 2 ** 30:9.2f} GiB a node, most of it a checkpoint's copy"
+    lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
+    for line in lines:
+        if line.startswith("MemAvailable:") and int(line.split()[1]) * 1024 < need:
+            told += (f": MORE THAN THE {int(line.split()[1]) / 2 ** 20:.0f} GiB AVAILABLE; use "
+                     "more nodes" + (", or leave out --offload" if cfg.offload else ""))
+    return told
 
 
 def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None = None) -> str:

@@ -48,9 +48,9 @@ from video import (
     Prompt, contact_sheet, decode_image, image_size, read_prompts, read_video, write_video)
 from config import Shared, announce, cli, field, load_config
 from model import (
-    Ranks, build_dit, collate, compute_dtype, empty_dit, fingerprint, generator, key_times,
-    latent_shape, load_dit, load_module, local_rows, official_names, open_tensors,
-    setup_distributed, sizes_of, time_grid, walk, write_json)
+    Ranks, build_dit, collate, compile_blocks, compute_dtype, empty_dit, fingerprint, generator,
+    key_times, latent_shape, load_dit, load_module, local_rows, official_names, open_tensors,
+    prefer_attention, setup_distributed, sizes_of, time_grid, walk, write_json)
 
 
 @dataclass
@@ -67,6 +67,7 @@ class Config(Shared):
     batch: int = field(1, "videos denoised at once")
     random_weights: bool = field(False, "networks of the preset's sizes, of noise: for their speed")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
+    compile: bool = field(False, "torch.compile every block; minutes, counted apart")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights")
 
@@ -363,6 +364,8 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
                load_student(cfg, student_path(cfg), device, ranks.sharers))
         vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     unconds = unconds if cfg.teacher else None  # guidance is built into a student
+    if cfg.compile:
+        compile_blocks(dit)
     if vae.tiled:
         vae.group = ranks.sp_group
     watch.lap("load")
@@ -375,6 +378,10 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
         noise = draw_noise(shape, [("sample", job.seed, job.index, job.prompt.text)
                                    for job in jobs[first:last]])
         watch.lap("noise")
+        if cfg.compile and first == 0:  # beside the steps' time; another shape compiles again
+            denoise(dit, noise, times[:2], conds[:last], None, 1.0, Watch(device),
+                    tqdm(disable=True))
+            watch.lap("compile")
         x, steps = denoise(dit, noise, times, conds[first:last],
                            unconds and unconds[first:last], cfg.cfg_scale, watch, bar)
         for job, latents in zip(jobs[first:last], x, strict=True):
@@ -486,6 +493,7 @@ def main(argv: list[str] | None = None) -> None:
     who = f"{'teacher' if cfg.teacher else 'student'}{len(times) - 1}"
     who = f"random_{who}" if cfg.random_weights else who
     ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
+    prefer_attention(cfg.attention, ranks.device)
     announce(cfg, "samples", ranks)
     out = Path(cfg.out or Path(cfg.run) / "samples")
     mine = jobs[ranks.team::ranks.teams]

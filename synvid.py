@@ -47,8 +47,9 @@ from tqdm import tqdm
 
 from config import Shared, announce, cli, field, load_config, rate
 from model import (
-    Ranks, build_dit, collate, compute_dtype, fingerprint, generator, key_times, latent_shape,
-    load_dit, read_json, replace_file, setup_distributed, sizes_of, time_grid, walk, write_json)
+    Ranks, build_dit, collate, compile_blocks, compute_dtype, fingerprint, generator, key_times,
+    latent_shape, load_dit, prefer_attention, read_json, replace_file, setup_distributed, sizes_of,
+    time_grid, walk, write_json)
 from video import Prompt, read_prompts, write_video
 
 # encoders.py is imported where trajectories are made: the trainer reads SynVid without it.
@@ -67,6 +68,7 @@ class Config(Shared):
     batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights")
     cfg_parallel: bool = field(False, "the two evaluations of guidance on two groups of ranks")
+    compile: bool = field(False, "torch.compile every block")
     verify: bool = field(False, "only read this job's trajectories again and list what is wrong")
     repair: bool = field(False, "verify, then make what is missing or damaged anew, and only that")
     videos: int = field(8, "how many of the first trajectories are also decoded to .mp4")
@@ -438,6 +440,8 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, w
         return
     dit = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks.sharers)
     dit.requires_grad_(False)
+    if cfg.compile:
+        compile_blocks(dit)
     conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
 
     first = time.perf_counter()
@@ -473,12 +477,13 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, w
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make what is missing of this job's trajectories; a rank returns when its own are made."""
+    """Make what is missing of this job's trajectories."""
     cfg = load_config(Config, "synvid", argv, __doc__)
     prompts = read_prompts(cfg.prompts, sizes_of(cfg.preset).takes_image)
     wanted = check_config(cfg, prompts)
     ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads,
                               branches=1 + (cfg.cfg_parallel and cfg.cfg_scale != 1))
+    prefer_attention(cfg.attention, ranks.device)
     folder = Path(cfg.run) / "synvid"
     only = cfg.verify and not cfg.repair  # nothing is written then
     manifest = on_first_rank(ranks, lambda: claim(folder, make_manifest(cfg, prompts), not only))
@@ -491,6 +496,8 @@ def main(argv: list[str] | None = None) -> None:
     todo = on_first_rank(ranks, lambda: plan(cfg, folder, wanted, manifest, ranks.device, damaged))
     with one_cpu_thread():
         generate(cfg, prompts, folder, manifest, wanted, todo, ranks)
+    # Together: a node that leaves five minutes before others may take torchrun's store with it.
+    dist.barrier()
 
 
 if __name__ == "__main__":

@@ -465,6 +465,9 @@ def processor() -> str:
 
 def check(cfg: Config) -> None:
     """Raise ValueError for settings that this stage cannot serve."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; the small teacher is trained "
+                         "by one: start it by `python teacher.py`, without torchrun")
     if cfg.family != "wan" or cfg.preset not in ("tiny", "tiny-i2v"):
         raise ValueError(f"family, preset: got {cfg.family}, {cfg.preset}; wanted wan and tiny or "
                          "tiny-i2v: use configs/tiny.yaml or configs/tiny-i2v.yaml")
@@ -481,6 +484,7 @@ def main(argv: list[str] | None = None) -> None:
     check(cfg)
     out = Path(cfg.out or folder(cfg) / "weights")
     torch.set_num_threads(cfg.threads)
+    model.prefer_attention(cfg.attention, model.pick_device(cfg.device))
     announce(cfg, "teacher")
     write_prompts(cfg, out)
     if cfg.base is None:

@@ -1,6 +1,6 @@
 """What test_memory.py runs in processes of its own, since memory once taken stays visible.
 
-python memory_worker.py plan FAMILY CHECKPOINTING OUT    the plan's bytes, and the allocator's
+python memory_worker.py plan FAMILY CHECKPOINTING DTYPE OUT    the plan's bytes, the allocator's
 python memory_worker.py load WEIGHTS OUT                 host memory while a DiT is loaded
 python memory_worker.py share WEIGHTS OUT                what each of a team's ranks holds to sample
 """
@@ -14,8 +14,12 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import distill
 import model
+
+if "bfloat16" in sys.argv:  # as on a GPU
+    model.compute_dtype = lambda device: torch.bfloat16
+
+import distill
 import sample
 from config import cli
 from model import HunyuanConfig, WanConfig, generator, key_times
@@ -33,7 +37,7 @@ FEW, MANY = (WanConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=n, text_di
 
 class FakeSynVid:
     """Random trajectories in memory."""
-    manifest = {"shape": [16, 3, 16, 32]}
+    manifest = {"shape": [16, 3, 32, 48]}
 
     def __init__(self, family: str):
         self.t_key, self.family = key_times(family, 6, 5.0, KEY)[::-1], family
@@ -62,7 +66,7 @@ def allocated(work) -> tuple[object, int, int]:
     return result, now, most
 
 
-def plan(family: str, checkpointing: str, out: str) -> None:
+def plan(family: str, checkpointing: str, _: str, out: str) -> None:
     model.PRESETS["small"] = SIZES[family]
     dit = model.build_dit("small")
     dit.init_weights(generator("teacher"))

@@ -1,5 +1,6 @@
 """Run checkpoints: written in the background, whole or passed over, never executed; the export."""
 
+import gc
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import Evil, in_processes
 import checkpoint
@@ -63,6 +65,29 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for_though_training_goes_on(
     load_checkpoint(latest_checkpoint(tmp_path / "run", ranks)[0], weights)
     assert all(torch.equal(p.full_tensor(), want[name]) for name, p in weights["dit"].items())
     assert torch.equal(weights["plain"]["w"], torch.ones(1000))
+
+
+def test_a_checkpoint_s_copy_in_host_memory_is_let_go_when_it_is_written(ranks, tmp_path,
+                                                                         monkeypatch):
+    copies, stage = [], checkpoint.DefaultStager.stage
+
+    def watched(self, state, **options):
+        copy = stage(self, state, **options)
+        copies.append(StorageWeakRef(copy["w"].untyped_storage()))
+        return copy
+
+    monkeypatch.setattr(checkpoint.DefaultStager, "stage", watched)
+    state = {"w": torch.ones(1000)}
+    saver = Saver(tmp_path, ranks, 2)
+    gc.collect()
+    gc.disable()  # a collector that comes late would keep a copy of a whole run
+    try:
+        for step in (1, 2):
+            saver.save(step, state, {})
+            saver.wait()
+        assert len(copies) == 2 and all(copy.expired() for copy in copies)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "unreadable", "flipped", "contents flipped",

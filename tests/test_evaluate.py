@@ -158,7 +158,7 @@ def test_the_mean_of_students_has_the_error_over_students():
 # ------------------------------------------------------------------------------------ end to end
 
 @pytest.fixture
-def run(tiny_weights, tmp_path, make_config):
+def run(tiny_weights, tmp_path, make_config, ranks):
     """evaluate.main for a small config: run(options…) -> table.json."""
     captions = tmp_path / "captions.txt"
     captions.write_text("\n".join(world.make_captions(0, 0, 3, held_out=True)))
@@ -169,7 +169,7 @@ def run(tiny_weights, tmp_path, make_config):
         evaluate.main([str(config), *options])
         return json.loads((tmp_path / "run/evaluate/table.json").read_text())
 
-    main.folder, main.weights = tmp_path, tiny_weights
+    main.folder, main.weights, main.config = tmp_path, tiny_weights, config
     return main
 
 
@@ -229,7 +229,23 @@ def test_students_that_cannot_be_compared_are_refused(run, facts, message):
         run("--students", f"{good},{bad}")
 
 
-def test_latents_that_are_not_finite_are_refused_by_the_model_s_name():
+def test_two_ranks_make_the_table_and_the_videos_of_one(run, run_stage):
+    write_student(run.folder / "run/student.safetensors", run.weights, 0)
+    out, one = run.folder / "run/evaluate", run()
+    wall = read_video(out / "videos.mp4")
+    run_stage("evaluate", run.config, ranks=2)
+    two = json.loads((out / "table.json").read_text())
+    assert two["command"].startswith("torchrun --nproc-per-node=2 evaluate.py")
+    assert [row["label"] for row in two["rows"]] == [row["label"] for row in one["rows"]]
+    for ours, theirs in zip(two["rows"], one["rows"], strict=True):
+        for name in ("endpoint", "energy", "sliced", "hf", "all"):  # another batch: last bits
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5)
+    assert (read_video(out / "videos.mp4") - wall).abs().max() < 0.05
+    alone = run_stage("evaluate", run.config, "count=3", ranks=4, check=False)
+    assert alone.returncode == 1 and "count: got 3; wanted at least one for each" in alone.stderr
+
+
+def test_latents_that_are_not_finite_are_refused_by_the_model_s_name(ranks):
     def broken(x, t, cond):
         return x / 0
 

@@ -25,10 +25,11 @@ def worker(ranks: int, *args: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing, dtype", [(False, "float32"), (True, "bfloat16")])
 @pytest.mark.parametrize("family", ["wan", "hunyuan"])
-def test_the_plan_is_within_a_tenth_of_what_the_allocator_gives(family, checkpointing, tmp_path):
-    worker(1, "plan", family, checkpointing, tmp_path / "out")
+def test_the_plan_is_within_a_tenth_of_what_the_allocator_gives(family, checkpointing, dtype,
+                                                                tmp_path):
+    worker(1, "plan", family, checkpointing, dtype, tmp_path / "out")
     found = json.loads((tmp_path / "out").read_text())
     ratio = sum(found["parts"].values()) / found["allocated"]
     print(f"plan / allocated: {ratio:.3f}")

@@ -1,9 +1,11 @@
 """model.py against the official numbers, against diffusers, and against everything users break."""
 
 import dataclasses
+import gc
 import importlib
 import json
 import os
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend
 
 import model
 from conftest import Evil, in_processes
@@ -860,3 +863,30 @@ def test_every_shipped_config_loads_in_every_stage(path, stage):
     argv = [str(path), "weights=assets/tiny"]  # tiny-i2v's are still to be trained
     cfg = load_config(importlib.import_module(stage).Config, stage, argv)
     assert cfg.preset in model.PRESETS
+
+
+def test_the_package_has_every_file_of_the_project():
+    packed = tomllib.loads((model.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(packed["py-modules"]) == sorted(p.stem for p in model.ROOT.glob("*.py"))
+
+
+# --------------------------------------------------------------------------- attention kernels
+
+@pytest.mark.parametrize("kernels, capability, first", [
+    ("auto", (9, 0), "CUDNN_ATTENTION"), ("auto", (8, 0), "FLASH_ATTENTION"),
+    ("flash", (9, 0), "FLASH_ATTENTION"), ("cudnn", (8, 0), "CUDNN_ATTENTION")])
+def test_a_gpu_tries_the_preferred_attention_kernels_first_and_has_the_others(
+        kernels, capability, first, monkeypatch):
+    before = torch._C._get_sdp_priority_order()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    try:
+        model.prefer_attention(kernels, torch.device("cuda"))
+        gc.collect()
+        order = [SDPBackend(int(x)).name for x in torch._C._get_sdp_priority_order()]
+        assert order[0] == first and len(set(order[:4])) == 4
+        assert torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        model.PREFERRED.pop().__exit__(None, None, None)
+    assert torch._C._get_sdp_priority_order() == before
+    model.prefer_attention("cudnn", torch.device("cpu"))
+    assert torch._C._get_sdp_priority_order() == before

@@ -195,6 +195,19 @@ def test_neither_ranks_nor_jobs_nor_their_order_change_a_byte(make_config, run_s
     assert contents(tmp_path / "ranks/synvid") == whole
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_make_the_same_trajectories_up_to_rounding(make_config, run_stage,
+                                                                   tmp_path):
+    config = make_config(n=4, key=[0, 2, 4], synvid={"count": 2, "batch": 2, "dtype": "fp32"})
+    generate(config, "--run", tmp_path / "plain")
+    run_stage("synvid", config, "compile=true", f"run={tmp_path / 'compiled'}")
+    manifest = synvid.read_manifest(tmp_path / "plain/synvid")
+    for i in range(2):
+        ours, theirs = (synvid.read_trajectory(tmp_path / n / "synvid", manifest, i, [2, 4])[0]
+                        for n in ("compiled", "plain"))
+        assert 0 < (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
 def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rounding(
         make_config, run_stage, tmp_path):
     config = make_config(height=32, cfg_scale=3.0, negative_prompt="a ring",

@@ -240,7 +240,7 @@ def test_two_ranks_make_the_table_and_the_videos_of_one(run, run_stage):
     for ours, theirs in zip(two["rows"], one["rows"], strict=True):
         for name in ("endpoint", "energy", "sliced", "hf", "all"):  # another batch: last bits
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5)
-    assert (read_video(out / "videos.mp4") - wall).abs().max() < 0.05
+    assert (read_video(out / "videos.mp4") - wall).abs().mean() < 0.005  # H.264, too
     alone = run_stage("evaluate", run.config, "count=3", ranks=4, check=False)
     assert alone.returncode == 1 and "count: got 3; wanted at least one for each" in alone.stderr
 

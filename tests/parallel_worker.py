@@ -1,6 +1,7 @@
 """What the processes of test_parallel.py run: three iterations of Algorithm 1 on random data.
 
-python parallel_worker.py FAMILY OUT field=value …; rank 0 writes the student's parameters to OUT.
+python parallel_worker.py FAMILY,… FOLDER field=value …; rank 0 writes each student's parameters and
+figures to FOLDER/FAMILY.
 """
 
 import sys
@@ -48,8 +49,13 @@ class FakeSynVid:
         return x[ks], cond, f"prompt {i}"
 
 
-def main(family: str, out: str, *overrides: str) -> None:
+def main(families: str, folder: str, *overrides: str) -> None:
     torch.set_num_threads(1)
+    for family in families.split(","):
+        distilled(family, f"{folder}/{family}", *overrides)
+
+
+def distilled(family: str, out: str, *overrides: str) -> None:
     model.PRESETS["small"] = SIZES[family]
     dit = model.build_dit("small")
     draw = generator("teacher", family)

@@ -105,7 +105,7 @@ def test_moments_in_host_memory_change_no_bit(tiny_weights, tmp_path, run_stage,
                                   "lr": 1e-3, "head_dim": 8}, synvid={"count": 8})
     for ranks, offload in ((1, False), (1, True), (2, True)):
         run_stage("distill", config, f"offload={offload}", f"run={tmp_path}/{ranks}{offload}",
-                  ranks=ranks)
+                  *([f"synvid={tmp_path}/1False/synvid"] if students else []), ranks=ranks)
         path = tmp_path / f"{ranks}{offload}/student.safetensors"
         students.append({n: t.read() for n, t in model.open_tensors(path).items()})
     plain, home, two = students

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,13 +108,21 @@ def test_torchrun_restarts_a_run_by_itself(undisturbed, tmp_path):
     assert_same_bits(run, folder / "whole")
 
 
+@pytest.fixture(scope="module")
+def killed(undisturbed, tmp_path_factory):
+    """The folder of a run that was killed in its last iteration."""
+    (folder, config), own = undisturbed, tmp_path_factory.mktemp("killed")
+    run = begun(folder, own / "run")
+    done = launch(2, own / "mark", 0, "iteration", 6, "distill", config, f"run={run}")
+    assert done.returncode == 1
+    return run
+
+
 @pytest.mark.parametrize("ranks,settings", [(1, {}), (4, {"sp": 2})], ids=str)
-def test_a_run_goes_on_with_other_ranks_and_sequence_parallelism(undisturbed, run_stage, tmp_path,
-                                                                 ranks, settings):
-    folder, config = undisturbed
-    run = begun(folder, tmp_path / "run")
-    killed = launch(2, tmp_path / "mark", 0, "iteration", 6, "distill", config, f"run={run}")
-    assert killed.returncode == 1
+def test_a_run_goes_on_with_other_ranks_and_sequence_parallelism(undisturbed, killed, run_stage,
+                                                                 tmp_path, ranks, settings):
+    (folder, config), run = undisturbed, tmp_path / "run"
+    shutil.copytree(killed, run, symlinks=True)
     done = run_stage("distill", config, f"run={run}",
                      *(f"{name}={value}" for name, value in settings.items()), ranks=ranks)
     assert "resuming from" in done.stdout and "step_000004" in done.stdout  # in the midst of a pass

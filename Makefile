@@ -1,6 +1,6 @@
 # make demo: own environment, then the small world end to end on a CPU
 # make i2v: the same with image-to-video, its teacher trained first
-# RANKS: processes that make trajectories, one a core
+# RANKS: processes that make trajectories or run tests, one a core
 # PIP_ARGS: more arguments for pip, as --extra-index-url https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -22,7 +22,7 @@ i2v: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(RANKS) --dist loadfile
 
 toy: .venv/installed
 	$(BIN)/python toy1d.py

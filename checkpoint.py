@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from model import LazyTensor, Ranks, cause, read_json, replace_file, write_json
+from synvid import crc32, on_first_rank
 
 # ---------------------------------------------------------------------------- AdamW's state
 
@@ -205,11 +206,6 @@ def reason(error: BaseException) -> str:
     return cause(error)
 
 
-def crc32(values: dict) -> str:
-    """Checksum of JSON values."""
-    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
-
-
 def crc32_of(path: Path) -> str:
     """Checksum of a file."""
     total = 0
@@ -227,12 +223,10 @@ def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
     What there is, the first rank says; then each reads its share of the files against their
     checksums. Raises ValueError when there are checkpoints and none of them is whole.
     """
-    told: list[Any] = [None]
-    if ranks.rank == 0:
-        told = [[(path, read_meta(path)) for path in reversed(checkpoints(folder).values())]]
-    dist.broadcast_object_list(told)
+    there = on_first_rank(ranks, lambda: [(path, read_meta(path)) for path in
+                                          reversed(checkpoints(folder).values())])
     faults = []
-    for path, meta in told[0]:
+    for path, meta in there:
         if isinstance(meta, str):
             faults.append(f"{path}: {meta}")
             continue

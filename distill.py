@@ -487,10 +487,10 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.rank == 0:
         with torch.device("meta"):
             count = sum(p.numel() for p in build_dit(cfg.preset).parameters())
+        moments = 4 if cfg.updates == "separate" else 2
         print(memory_plan(cfg, loader.shape, ranks), flush=True)
-        print(host_plan(cfg, count, loader.shape, ranks), flush=True)
-        check_disk(Path(cfg.run) / "distill", count, 4 if cfg.updates == "separate" else 2,
-                   cfg.keep)
+        print(host_plan(cfg, count, moments, loader.shape, ranks), flush=True)
+        check_disk(Path(cfg.run) / "distill", count, moments, cfg.keep)
     nets = build(cfg, data.t_key, ranks)
     resume(cfg, nets, loader, ranks, meta)
     folder = announce(cfg, "distill", ranks)

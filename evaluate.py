@@ -170,19 +170,19 @@ def look(samples: Samples, mine: range, vae: nn.Module, captions: list[str],
          images: list[Tensor], cfg: Config, device: torch.device) -> None:
     """Decode the videos one by one; keep what is measured on them, and a few to show.
 
-    Args: mine, the samples' places among all videos; captions and images of all, the latter the
-    first frames [3,H,W] that they were given, if they were.
+    Args: mine, the samples' places among all videos; captions of all; images, the first frames
+    [3,H,W] that these samples were given, if they were.
     """
     oracle, kept = is_small_world(captions, cfg), shown_indices(cfg)
     watch, hf, first, hits, samples.shown = Watch(device), [], [], [], {}
     bar = tqdm(samples.latents, f"decode {samples.label}", disable=mine.start > 0 or None)
-    for i, latents in zip(mine, bar, strict=True):
+    for own, (i, latents) in enumerate(zip(mine, bar, strict=True)):
         watch.lap("other")
         video = vae.decode(latents[None].to(device))[0]
         watch.lap("decode")
         hf.append(world.high_frequency(video[None]))
         if images:
-            first.append(float(world.psnr(video[None, :, :1].cpu(), images[i][None, :, None])))
+            first.append(float(world.psnr(video[None, :, :1].cpu(), images[own][None, :, None])))
         if oracle:
             hits.append(oracle_hits(video.cpu(), captions[i]))
         if i in kept:
@@ -467,7 +467,8 @@ def main(argv: list[str] | None = None) -> None:
 
     models, reference = sample_all(cfg, mine, prompts, students, device)
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
-    captions, images = [prompt.text for prompt in prompts], first_frames(prompts, cfg)
+    captions = [prompt.text for prompt in prompts]
+    images = first_frames([prompts[i] for i in mine], cfg)
     for model in models:
         look(model, mine, vae, captions, images, cfg, device)
     *models, reference = [gathered(samples, ranks) for samples in (*models, reference)]

@@ -1387,6 +1387,9 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
                  pairs[rank // (2 * sp) * sp + rank % sp] if pairs else None)
 
 
+PREFERRED: list[Any] = []  # kept, else it would be left when it is collected
+
+
 def prefer_attention(kernels: str, device: torch.device) -> None:
     """Have attention try one kind of GPU kernels first from here on; those it lacks go elsewhere.
 
@@ -1406,15 +1409,17 @@ def prefer_attention(kernels: str, device: torch.device) -> None:
     PREFERRED[0].__enter__()  # and never left
 
 
-def compile_blocks(dit: nn.Module) -> None:
-    """torch.compile every block of a DiT. Raises ValueError on a CPU without a C++ compiler."""
-    if next(dit.parameters()).device.type == "cpu" and not shutil.which("g++"):
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError if torch.compile cannot work: on a CPU it needs a C++ compiler."""
+    if device.type == "cpu" and not shutil.which("g++"):
         raise ValueError("compile: found no g++ for torch.compile: install it, or --compile=false")
+
+
+def compile_blocks(dit: nn.Module) -> None:
+    """torch.compile every block of a DiT. Raises as check_compiler."""
+    check_compiler(next(dit.parameters()).device)
     for block in dit.blocks:
         block.compile()
-
-
-PREFERRED: list[Any] = []  # kept, else it would be left when it is collected
 
 
 def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:

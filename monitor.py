@@ -143,11 +143,14 @@ def waiting_latents(cfg: Any, shape: tuple[int, ...], teams: int) -> int:
     return 8 * cfg.batch // teams * math.prod(shape) * len(cfg.key)
 
 
-def host_plan(cfg: Any, parameters: int, shape: tuple[int, ...], ranks: Ranks) -> str:
-    """What a node's host memory must hold, beside the processes themselves."""
+def host_plan(cfg: Any, parameters: int, moments: int, shape: tuple[int, ...],
+              ranks: Ranks) -> str:
+    """What a node's host memory must hold, beside the processes themselves.
+
+    Args: parameters of the student; moments, AdamW's of each, twice there with --offload.
+    """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-    moments = 4 * (4 if cfg.updates == "separate" else 2) * parameters * here / ranks.world
-    need = moments * (1 + cfg.offload) + 4 * parameters * here / ranks.world
+    need = 4 * parameters * (1 + moments * (1 + cfg.offload)) * here / ranks.world
     need += here * waiting_latents(cfg, shape, ranks.teams)
     told = f"  host memory     {need / 2 ** 30:9.2f} GiB a node, most of it a checkpoint's copy"
     lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
@@ -169,7 +172,7 @@ def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None
         return sum(memory_parts(other, shape, ranks.device, ranks.world, sp).values())
 
     parts = memory_parts(cfg, shape, ranks.device, ranks.world, ranks.sp)
-    need = together(ranks.sp, cfg.offload)
+    need = sum(parts.values())
     lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'together':<16}{need / 2 ** 30:9.2f} GiB a rank")
     if have is None and ranks.device.type == "cuda":
@@ -178,14 +181,13 @@ def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None
         lines.append(f"  fits in {have / 2 ** 30:.0f} GiB")
     elif have is not None:
         heads = sizes_of(cfg.preset).num_heads
-        others = [(sp, offload) for offload in (False, True) for sp in range(1, ranks.world + 1)
-                  if ranks.world % sp == 0 and heads % sp == 0
-                  and cfg.batch % (ranks.world // sp) == 0]
-        good = [f"--sp {sp}{' --offload true' if offload else ''} needs "
-                f"{together(sp, offload) / 2 ** 30:.0f} GiB" for sp, offload in others
-                if together(sp, offload) < ROOM * have]
-        lines.append(f"  DOES NOT FIT in {have / 2 ** 30:.0f} GiB: " + (
-            good[0] if good else "nor with --sp and --offload; use more GPUs"))
+        others = ((sp, offload, together(sp, offload)) for offload in (False, True)
+                  for sp in range(1, ranks.world + 1) if ranks.world % sp == 0 and heads % sp == 0
+                  and cfg.batch % (ranks.world // sp) == 0)
+        good = (f"--sp {sp}{' --offload true' if offload else ''} needs {size / 2 ** 30:.0f} GiB"
+                for sp, offload, size in others if size < ROOM * have)
+        lines.append(f"  DOES NOT FIT in {have / 2 ** 30:.0f} GiB: " + next(
+            good, "nor with --sp and --offload; use more GPUs"))
     return "memory plan\n" + "\n".join(lines)
 
 

@@ -475,8 +475,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"height, width: got {cfg.height}, {cfg.width}; clips are square")
     if not 8 <= cfg.vae_crop <= cfg.height or cfg.vae_crop % 8:
         raise ValueError(f"vae_crop: got {cfg.vae_crop}; wanted a multiple of 8 up to {cfg.height}")
-    if cfg.compile and model.pick_device(cfg.device).type == "cpu" and not shutil.which("g++"):
-        raise ValueError("compile: found no g++ for torch.compile: install it, or --compile=false")
+    if cfg.compile:
+        model.check_compiler(model.pick_device(cfg.device))
 
 
 def main(argv: list[str] | None = None) -> None:

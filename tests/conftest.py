@@ -133,11 +133,16 @@ def make_config(tiny_weights, tmp_path) -> Callable[..., Path]:
     return write
 
 
+def script_command(script: Path, *args: Any, ranks: int = 1, torchrun: str = "") -> list[str]:
+    """A script's command line: python, or torchrun with several ranks and maybe an option."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+              *torchrun.split(), "--"]
+    return [sys.executable, *(launch if ranks > 1 else []), str(script), *map(str, args)]
+
+
 def stage_command(stage: str, *args: Any, ranks: int = 1) -> list[str]:
-    """A stage as a user's command line: python, or torchrun with several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
-    launch = [sys.executable, *(torchrun if ranks > 1 else [])]
-    return [*launch, str(ROOT / f"{stage}.py"), *map(str, args)]
+    """A stage as a user's command line."""
+    return script_command(ROOT / f"{stage}.py", *args, ranks=ranks)
 
 
 @pytest.fixture(scope="session")

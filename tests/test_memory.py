@@ -1,27 +1,27 @@
 """Memory: the plan that distill.py prints, what loading takes of the host, AdamW's moments."""
 
 import json
+import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import script_command
 from memory_worker import MANY, FEW
 
 import distill
 import model
 from model import Ranks
-from monitor import memory_parts, memory_plan
+from monitor import host_plan, memory_parts, memory_plan
 
 WORKER = Path(__file__).parent / "memory_worker.py"
 PEAK = 80 * 2 ** 30
 
 
 def worker(ranks: int, *args: object) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
-    command = [sys.executable, *(launch if ranks > 1 else []), str(WORKER), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(script_command(WORKER, *args, ranks=ranks), capture_output=True,
+                          text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -89,6 +89,20 @@ def test_a_plan_that_does_not_fit_says_what_would(many_ranks):
     assert "DOES NOT FIT in 80 GiB: --sp" in tight and "--offload true needs" in tight
     assert "nor with --sp and --offload; use more GPUs" in memory_plan(cfg, shape, many_ranks(1),
                                                                        PEAK)
+
+
+def test_the_host_s_plan_is_a_checkpoint_s_copy_moments_and_waiting_latents(many_ranks,
+                                                                            monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    shape = model.latent_shape(93, 544, 960)
+    waiting = 2 * 4 * 32 * 6 * math.prod(shape)  # two batches of six key latents, fp32
+    for offload, copies in ((False, 3), (True, 5)):
+        said = host_plan(settings(offload=offload), 2 ** 30, 2, shape, many_ranks(8))
+        assert f"{4 * copies + waiting / 2 ** 30:.2f} GiB a node" in said
+    assert "AVAILABLE" not in host_plan(settings(), 1000, 2, shape, many_ranks(8))
+    if Path("/proc/meminfo").exists():
+        said = host_plan(settings(offload=True), 2 ** 60, 2, shape, many_ranks(8))
+        assert "MORE THAN THE" in said and "leave out --offload" in said
 
 
 def test_sequence_parallelism_shrinks_activations_and_offload_the_moments():

@@ -1,7 +1,6 @@
 """Ranks, sequence parallelism and accumulation change no result: Algorithm 1 with all families."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import model
+from conftest import script_command
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 # The keys' bias of an attention without norms shifts all logits of a query alike: its gradient is
@@ -21,12 +21,9 @@ def distilled(folder: Path, ranks: int, families: str = "wan,hunyuan,i2v",
               **settings: int) -> dict[str, dict[str, torch.Tensor]]:
     """Parameters and figures by family, after three iterations on so many processes."""
     folder.mkdir()
-    launch = [sys.executable]
-    if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
     overrides = [f"{name}={value}" for name, value in settings.items()]
-    done = subprocess.run([*launch, str(WORKER), families, str(folder), *overrides], text=True,
-                          capture_output=True, timeout=300, check=False)
+    done = subprocess.run(script_command(WORKER, families, folder, *overrides, ranks=ranks),
+                          text=True, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {family: load_file(folder / family) for family in families.split(",")}
 

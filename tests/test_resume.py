@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import model
+from conftest import script_command
 
 KILLED = Path(__file__).parent / "killed_stage.py"
 QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 2,
@@ -42,10 +42,8 @@ def begun(folder: Path, run: Path) -> Path:
 
 def launch(ranks: int, *args: object, restarts: int = 0) -> subprocess.CompletedProcess:
     """torchrun of killed_stage.py; a hanging rank fails the test."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--", str(KILLED)]
-    return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=200,
-                          check=False)
+    command = script_command(KILLED, *args, ranks=ranks, torchrun=f"--max-restarts={restarts}")
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -79,9 +77,8 @@ def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undistur
                                                                         tmp_path):
     folder, config = undisturbed
     run = begun(folder, tmp_path / "run")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "--shutdown-timeout=100", "--", str(model.ROOT / "distill.py"), str(config),
-               f"run={run}", "save_every=1000", "iterations=1000"]
+    command = script_command(model.ROOT / "distill.py", config, f"run={run}", "save_every=1000",
+                             "iterations=1000", ranks=2, torchrun="--shutdown-timeout=100")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = run / "distill/log.jsonl"
     while not (log.exists() and log.read_text()):

@@ -41,7 +41,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from encoders import (
+from frozen.vae import (
     CLIPText, CLIPVision, HunyuanVAE, Llama, UMT5Encoder, WanVAE, fit_size, image_cond,
     load_conditioner, load_vae)
 from video import (

@@ -37,7 +37,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import encoders
+import frozen.vae as encoders
 import model
 from clips import (
     ATTRIBUTES, COMBINATIONS, WORDINGS, agreement, caption, caption_attributes, high_frequency,

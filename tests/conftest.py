@@ -22,7 +22,7 @@ import yaml
 from torch import nn
 
 from config import cli
-from encoders import CLIPVision, UMT5Encoder, WanVAE
+from frozen.vae import CLIPVision, UMT5Encoder, WanVAE
 from model import (
     PRESETS, ROOT, WanConfig, WanDiT, generator, save_tensors, setup_distributed, write_json)
 

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import encoders
-from encoders import TextEncoder, Tokenizer, UMT5Encoder, WanVAE, load_text, load_vae
+import frozen.vae as encoders
+from frozen.vae import TextEncoder, Tokenizer, UMT5Encoder, WanVAE, load_text, load_vae
 from model import official_names, save_tensors
 from video import contact_sheet, read_prompts, read_video, side_by_side, to_uint8, write_video
 

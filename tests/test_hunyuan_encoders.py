@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import in_processes
-import encoders
-from encoders import TEMPLATES, CLIPText, HunyuanText, HunyuanVAE, Llama, load_text, load_vae
+import frozen.vae as encoders
+from frozen.vae import TEMPLATES, CLIPText, HunyuanText, HunyuanVAE, Llama, load_text, load_vae
 from model import Ranks, save_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"

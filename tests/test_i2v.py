@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import model
-from encoders import CLIPVision, WanVAE, fit_size, image_cond, load_image_encoder
+from frozen.vae import CLIPVision, WanVAE, fit_size, image_cond, load_image_encoder
 from model import WanConfig, build_dit, generator
 
 FIXTURES = Path(__file__).parent / "fixtures"

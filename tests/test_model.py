@@ -302,7 +302,7 @@ def recording(dit) -> tuple:
 
 def decoded(latent: Tensor) -> Tensor:
     """A latent [C,T,H,W] through the VAE of the parity fixtures."""
-    from encoders import WanVAE
+    from frozen.vae import WanVAE
     config = fixture_file("wan_vae")[1]
     vae = WanVAE(dim=config["dim"], z_dim=config["z_dim"], dim_mult=tuple(config["dim_mult"]),
                  num_res_blocks=config["num_res_blocks"],

@@ -1,13 +1,13 @@
 """SynVid: trajectories obey Eq. 5, their bytes depend on seed, index and prompt alone, nothing is
 lost to a kill, and what a user can get wrong is named. On random weights of preset `tiny`."""
 
-import ast
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def test_a_stored_trajectory_satisfies_eq_5_exactly_when_rewalked(make_config, c
     assert data.t_key == times[::-1]
     dit, uncond = load_dit(cfg.weights, cfg.preset), None
     if cfg_scale != 1:
-        from encoders import load_text
+        from frozen.vae import load_text
         text = load_text(cfg.weights, "cpu", torch.float32, dit.cfg.text_len)
         uncond = collate(text.encode_each(["a red disc"]) * 3)
     for k in range(5, -1, -1):  # k + 1 is the noisier end
@@ -174,11 +174,12 @@ def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
     assert contents(tmp_path) == {}
 
 
-def test_the_trainer_reads_synvid_without_the_encoders():
-    top = [node for node in ast.parse(Path(synvid.__file__).read_text()).body]
-    imported = {getattr(node, "module", None) or node.names[0].name for node in top
-                if isinstance(node, (ast.Import, ast.ImportFrom))}
-    assert "model" in imported and "encoders" not in imported
+def test_the_trainer_reads_synvid_without_the_frozen_networks():
+    done = subprocess.run([sys.executable, "-c", "import sys, distill; print(*sys.modules)"],
+                          cwd=model.ROOT, check=True, capture_output=True, text=True)
+    imported = done.stdout.split()
+    assert {"distill", "synvid", "model"}.issubset(imported)
+    assert not [name for name in imported if name.startswith("frozen")]
 
 
 # ----------------------------------------------------------------------- nothing but the index

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import clips as world
 import config
-import encoders
+import frozen.vae as encoders
 import fit
 import model
 import teacher

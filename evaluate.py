@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import clips as world
-from frozen.vae import load_vae
+from frozen.load import load_vae
 from video import (
     Prompt, centre_crop, contact_sheet, label_strip, read_image, read_prompts, side_by_side,
     write_video)

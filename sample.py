@@ -41,9 +41,10 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from frozen.vae import (
-    CLIPText, CLIPVision, HunyuanVAE, Llama, UMT5Encoder, WanVAE, fit_size, image_cond,
-    load_conditioner, load_vae)
+from frozen.image import CLIPVision, fit_size, image_cond
+from frozen.load import load_conditioner, load_vae
+from frozen.text import CLIPText, Llama, UMT5Encoder
+from frozen.vae import HunyuanVAE, WanVAE
 from video import (
     Prompt, contact_sheet, decode_image, image_size, read_prompts, read_video, write_video)
 from config import Shared, announce, cli, field, load_config

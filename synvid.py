@@ -424,7 +424,7 @@ def one_cpu_thread() -> Iterator[None]:
 def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, wanted: range,
              todo: list[int], ranks: Ranks) -> None:
     """Make this rank's part of the trajectories `todo` and of the videos that are missing."""
-    from frozen.vae import load_conditioner, load_vae
+    from frozen.load import load_conditioner, load_vae
 
     chunks: dict[int, list[int]] = {}
     for i in todo:

@@ -37,13 +37,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import frozen.vae as encoders
 import model
 from clips import (
     ATTRIBUTES, COMBINATIONS, WORDINGS, agreement, caption, caption_attributes, high_frequency,
     make_captions, make_clips, psnr)
 from config import Shared, announce, cli, field, load_config
 from fit import fit, folder, log_lines, note
+from frozen.image import CLIPVision, Conditioner
+from frozen.load import load_conditioner, load_vae
+from frozen.text import Tokenizer, UMT5Encoder
+from frozen.vae import WanVAE
 from model import generator
 from monitor import draw_panels
 from video import Prompt, read_prompts, write_image
@@ -143,7 +146,7 @@ def train_vae(cfg: Config, out: Path) -> None:
     """
     sizes = {"dim": cfg.vae_dim, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1,
              "temporal_down": [False, True, True]}
-    device, vae = model.pick_device(cfg.device), encoders.WanVAE(**sizes)
+    device, vae = model.pick_device(cfg.device), WanVAE(**sizes)
     initialise_vae(vae, generator(cfg.seed, "vae"))
     vae.to(device)
     moments, reconstruct = vae.moments, vae.reconstruct
@@ -203,13 +206,13 @@ def train_text(cfg: Config, out: Path) -> None:
         pad_id=0, eos_id=1, bos_id=2, unk_id=3)
     spiece = out / "google/umt5-xxl/spiece.model"
     model.replace_file(spiece, lambda path: path.write_bytes(pieces.getvalue()))
-    tokenizer = encoders.Tokenizer(spiece)
+    tokenizer = Tokenizer(spiece)
     sizes = {"vocab_size": tokenizer.size, "dim": 64, "dim_attn": 64, "num_heads": 4,
              "dim_ffn": 128, "num_layers": 2}
     counts = [len(values) for values in ATTRIBUTES.values()]
     with torch.random.fork_rng():
         torch.manual_seed(model.seed_of(cfg.seed, "text"))
-        both = nn.ModuleDict({"text": encoders.UMT5Encoder(**sizes),
+        both = nn.ModuleDict({"text": UMT5Encoder(**sizes),
                               "heads": nn.Linear(sizes["dim"], sum(counts))})
     device = model.pick_device(cfg.device)
     both.to(device)
@@ -246,7 +249,7 @@ def train_image(cfg: Config, out: Path) -> None:
     device = model.pick_device(cfg.device)
     with torch.random.fork_rng():
         torch.manual_seed(model.seed_of(cfg.seed, "image"))
-        both = nn.ModuleDict({"tower": encoders.CLIPVision(**sizes),
+        both = nn.ModuleDict({"tower": CLIPVision(**sizes),
                               "heads": nn.Linear(want.image_dim, sum(counts))}).to(device)
 
     def loss_of(i: int) -> Tensor:
@@ -266,7 +269,7 @@ def train_image(cfg: Config, out: Path) -> None:
 # --------------------------------------------------------------------------------------- DiT
 
 
-def encode_part(cfg: Config, conditioner: encoders.Conditioner, vae: nn.Module,
+def encode_part(cfg: Config, conditioner: Conditioner, vae: nn.Module,
                 start: int) -> dict[str, Tensor]:
     """"latents" [at most PART, 16, T, H/8, W/8] of clips from `start` on, fp16, kept on disk.
 
@@ -287,7 +290,7 @@ def encode_part(cfg: Config, conditioner: encoders.Conditioner, vae: nn.Module,
         latents = torch.cat([vae.encode(some.to(device)) for some in clips.split(4)])
         part = {"latents": latents}
         if conditioner.clip is not None:
-            part |= conditioner.of_images(clips[:, :, 0], cfg.height, cfg.width)
+            part |= conditioner.encode_images(clips[:, :, 0], cfg.height, cfg.width)
     part = {name: value.half().cpu() for name, value in part.items()}
     model.save_tensors(path, part, mark)
     note(cfg, stage="encode", iteration=start + count, seconds=time.perf_counter() - begun)
@@ -312,7 +315,7 @@ def start_dit(cfg: Config) -> nn.Module:
     return dit.to(model.pick_device(cfg.device))
 
 
-def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: encoders.Conditioner) -> None:
+def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: Conditioner) -> None:
     """The tiny DiT by flow matching (Eq. 3) on encoded clips, written to `out`."""
     device, dit = model.pick_device(cfg.device), start_dit(cfg)
     starts = tqdm(range(0, cfg.dit_pool, PART), "encode", disable=None)
@@ -356,7 +359,7 @@ def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: encoders.Cond
     model.save_tensors(out / "diffusion_pytorch_model.safetensors", half(dit), {})
 
 
-def sample(cfg: Config, dit: nn.Module, vae: nn.Module, conditioner: encoders.Conditioner,
+def sample(cfg: Config, dit: nn.Module, vae: nn.Module, conditioner: Conditioner,
            prompts: list[Prompt], times: list[float]) -> Tensor:
     """Videos [N, 3, T, H, W] of prompts, each from its own noise, denoised along `times`."""
     shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
@@ -401,10 +404,10 @@ def held_out(cfg: Config, out: Path) -> list[Prompt]:
     return [Prompt(text) for text in make_captions(cfg.seed, 0, cfg.gate_clips, held_out=True)]
 
 
-def conditioner_of(cfg: Config, out: Path) -> encoders.Conditioner:
+def conditioner_of(cfg: Config, out: Path) -> Conditioner:
     """The conditioner with the encoders in `out`."""
-    return encoders.load_conditioner(replace(cfg, weights=str(out)), model.pick_device(cfg.device),
-                                     torch.float32, crop=True)
+    return load_conditioner(replace(cfg, weights=str(out)), model.pick_device(cfg.device),
+                            torch.float32, crop=True)
 
 
 # ------------------------------------------------------------------------------------- gates
@@ -416,7 +419,7 @@ def gates(cfg: Config, out: Path) -> dict[str, dict]:
     Each gate: figure, bound and whether it is kept. Oracle readings are parts of all clips.
     """
     device = model.pick_device(cfg.device)
-    vae, dit = encoders.load_vae(out, device), model.load_dit(out, cfg.preset, device=device).eval()
+    vae, dit = load_vae(out, device), model.load_dit(out, cfg.preset, device=device).eval()
     conditioner, prompts = conditioner_of(cfg, out), held_out(cfg, out)
     clips, captions, _ = make_clips(cfg.seed, 0, cfg.gate_clips, cfg.height, cfg.frames, True)
     with torch.no_grad():
@@ -501,8 +504,7 @@ def main(argv: list[str] | None = None) -> None:
                 Path(cfg.base) / name, aside))
     if model.sizes_of(cfg.preset).takes_image:
         train_image(cfg, out)
-    train_dit(cfg, out, encoders.load_vae(out, model.pick_device(cfg.device)),
-              conditioner_of(cfg, out))
+    train_dit(cfg, out, load_vae(out, model.pick_device(cfg.device)), conditioner_of(cfg, out))
     kept, seconds = gates(cfg, out), {"encode": 0.0}
     for line in log_lines(cfg):
         done = seconds["encode"] if line["stage"] == "encode" else 0.0

@@ -22,7 +22,9 @@ import yaml
 from torch import nn
 
 from config import cli
-from frozen.vae import CLIPVision, UMT5Encoder, WanVAE
+from frozen.image import CLIPVision
+from frozen.text import UMT5Encoder
+from frozen.vae import WanVAE
 from model import (
     PRESETS, ROOT, WanConfig, WanDiT, generator, save_tensors, setup_distributed, write_json)
 

@@ -18,8 +18,10 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import frozen.vae as encoders
-from frozen.vae import TextEncoder, Tokenizer, UMT5Encoder, WanVAE, load_text, load_vae
+import frozen.load
+from frozen.load import load_text, load_vae
+from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text
+from frozen.vae import WanVAE
 from model import official_names, save_tensors
 from video import contact_sheet, read_prompts, read_video, side_by_side, to_uint8, write_video
 
@@ -309,7 +311,7 @@ def padded(ids: Tensor, mask: Tensor, length: int = 512) -> tuple[Tensor, Tensor
 
 def test_cleaning_equals_the_official_cleaning():
     _, _, notes = fixture("wan_tokenizer")
-    assert [encoders.clean(text) for text in notes["texts"]] == notes["cleaned"]
+    assert [clean_text(text) for text in notes["texts"]] == notes["cleaned"]
 
 
 @pytest.mark.filterwarnings("ignore:prompt")
@@ -346,7 +348,7 @@ def test_a_prompt_of_ten_thousand_words_is_cut_with_a_warning(tokenizer_folders,
     with pytest.warns(UserWarning, match="prompt 'a cat walks") as caught:
         ids, mask = tokenizer([prompt])
     assert ids.shape == (1, 512) and ids[0, -1] == 1 and mask.all()
-    count = len(tokenizer.pieces(encoders.clean(prompt)))
+    count = len(tokenizer.pieces(clean_text(prompt)))
     assert f"has {count} tokens" in str(caught[0].message)
     assert f"the last {count - 511} are lost" in str(caught[0].message)
 
@@ -483,7 +485,7 @@ def test_a_pth_file_loads_like_the_safetensors_file(folders, tmp_path, monkeypat
     whole = load_vae(folders[0] / "official")
     config = {**SMALL_VAE, "latents_mean": whole.latents_mean, "latents_std": whole.latents_std}
     torch.save(whole.state_dict(), tmp_path / "Wan2.1_VAE.pth")
-    monkeypatch.setattr(encoders, "official_config", lambda path: config)  # a .pth is full size
+    monkeypatch.setattr(frozen.load, "official_config", lambda path: config)  # a .pth is full size
     latents = normal(1, 16, 2, 2, 2)
     assert torch.equal(load_vae(tmp_path).decode(latents), whole.decode(latents))
 

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import model
 from config import load_config
-from frozen.vae import load_text
+from frozen.load import load_text
 from video import read_video
 from model import generator
 

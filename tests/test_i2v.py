@@ -10,7 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 import model
-from frozen.vae import CLIPVision, WanVAE, fit_size, image_cond, load_image_encoder
+from frozen.image import CLIPVision, fit_size, image_cond
+from frozen.load import load_image_encoder
+from frozen.vae import WanVAE
 from model import WanConfig, build_dit, generator
 
 FIXTURES = Path(__file__).parent / "fixtures"

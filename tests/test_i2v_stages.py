@@ -19,7 +19,8 @@ import model
 import sample
 import video
 from config import Shared
-from frozen.vae import WanVAE, load_conditioner
+from frozen.load import load_conditioner
+from frozen.vae import WanVAE
 from model import PRESETS, generator
 from video import (
     Prompt, centre_crop, image_size, read_image, read_prompts, read_video, write_image)

@@ -74,7 +74,7 @@ def test_a_stored_trajectory_satisfies_eq_5_exactly_when_rewalked(make_config, c
     assert data.t_key == times[::-1]
     dit, uncond = load_dit(cfg.weights, cfg.preset), None
     if cfg_scale != 1:
-        from frozen.vae import load_text
+        from frozen.load import load_text
         text = load_text(cfg.weights, "cpu", torch.float32, dit.cfg.text_len)
         uncond = collate(text.encode_each(["a red disc"]) * 3)
     for k in range(5, -1, -1):  # k + 1 is the noisier end

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 
 import clips as world
 import config
-import frozen.vae as encoders
 import fit
 import model
 import teacher
 import video
+from frozen.load import load_text, load_vae
 
 TINY = {"height": 32, "width": 32, "frames": 5, "n": 4, "key": "0,2,4", "text_iters": 3,
         "vae_iters": 3, "vae_batch": 1, "vae_dim": 8, "dit_iters": 3, "dit_batch": 4, "dit_pool": 6,
@@ -118,8 +118,8 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_pa
     assert {"vae_psnr", "vae_oracle", "teacher_oracle", "few_step_high_frequency"} < set(
         json.loads((out / "training.json").read_text())["gates"])
     assert (out / "curves.png").stat().st_size > 0
-    dit, vae = model.load_dit(out, "tiny"), encoders.load_vae(out)
-    text = encoders.load_text(out, dtype=torch.float32, text_len=16)
+    dit, vae = model.load_dit(out, "tiny"), load_vae(out)
+    text = load_text(out, dtype=torch.float32, text_len=16)
     for caption in world.make_captions(0, 0, 72, held_out=True):
         assert text.tokenizer([caption])[0].shape[1] <= 15
     assert vae.decode(dit(torch.zeros(1, 16, 2, 4, 4), torch.ones(1), text.encode_prompts([""]))

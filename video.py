@@ -3,6 +3,7 @@
 Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image [3, H, W].
 """
 
+import base64
 import json
 import os
 import re
@@ -55,11 +56,13 @@ def ffmpeg(arguments: list[str], data: bytes = b"") -> bytes:
     return done.stdout
 
 
-def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float) -> None:
+def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
+                seconds: float = 0) -> None:
     """Writes a video as .mp4 (H.264) or .gif, looping; the same frames give the same bytes.
 
-    video: float [3, T, H, W] in [-1, 1] or uint8 [T, H, W, 3]. An odd height or width of an .mp4
-    grows by one repeated row or column, since 4:2:0 colour needs even sizes.
+    video: float [3, T, H, W] in [-1, 1] or uint8 [T, H, W, 3]. seconds: the frames come again and
+    again until it lasts about so long, since players stop at the end of an .mp4. An odd height or
+    width of an .mp4 grows by one repeated row or column, since 4:2:0 colour needs even sizes.
     Raises ValueError on a bad video, fps or suffix, or if the file cannot be written.
     """
     path, frames = Path(path), to_uint8(video)
@@ -67,6 +70,7 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float) -> Non
         raise ValueError(f"{path}: got suffix {path.suffix!r}; videos are written as .mp4 or .gif")
     if not fps > 0:
         raise ValueError(f"{path}: got fps={fps}; want a positive number")
+    frames = np.concatenate([frames] * max(1, round(seconds * fps / len(frames))))
     if path.suffix == ".mp4":
         odd = [(0, n % 2) for n in frames.shape[1:3]]
         frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
@@ -83,6 +87,12 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float) -> Non
     flags = ["-fflags", "+bitexact", "-flags:v", "+bitexact"]
     replace_file(path, lambda aside: ffmpeg([*source, *encode, *flags, f"file:{aside}"],
                                             frames.tobytes()))
+
+
+def data_uri(path: Path) -> str:
+    """A .png or .mp4 as an address that holds the whole file."""
+    kind = {".png": "image/png", ".mp4": "video/mp4"}[path.suffix]
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def read_video(path: str | Path) -> Tensor:
@@ -139,8 +149,48 @@ def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int
     replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
 
 
-def side_by_side(videos: list[Tensor], labels: list[str], scale: int | None = None) -> np.ndarray:
-    """One video of several, uint8 [T, H, W, 3], each under its label, left to right.
+def comparison_sheet(path: str | Path, headings: list[str],
+                     rows: list[tuple[str, list[tuple[Tensor, str]]]],
+                     title: str | None = None) -> None:
+    """Writes a PNG with a column a heading and a row a label: first, middle and last frame of each
+    video over its note.
+
+    rows: (label, [(video as write_video takes it, note), …, one for each heading]).
+    """
+    from matplotlib.figure import Figure  # half a second that only those who draw should pay
+
+    strips = [[still_strip(video) for video, _ in cells] for _, cells in rows]
+    tall = sum(line[0].shape[0] / line[0].shape[1] for line in strips)  # in widths of a strip
+    size = 1.5 + 3.6 * len(headings), 0.9 + 3.6 * tall + 0.3 * len(rows)  # inches
+    figure = Figure(size, dpi=130, layout="constrained")
+    grid = figure.subplots(len(rows), len(headings), squeeze=False)
+    for heading, axes in zip(headings, grid[0], strict=True):
+        axes.set_title(heading, fontsize=13, weight="bold", parse_math=False)
+    for (label, cells), line, pictures in zip(rows, grid, strips, strict=True):
+        wrapped = [textwrap.fill(part, 22, max_lines=5) for part in label.split("\n")]
+        line[0].set_ylabel("\n".join(wrapped), rotation=0, ha="right", va="center", fontsize=10,
+                           parse_math=False)
+        for axes, picture, (_, note) in zip(line, pictures, cells, strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[], frame_on=False)
+            axes.set_xlabel(note, fontsize=10, parse_math=False)
+    if title:
+        figure.suptitle(title, fontsize=12, parse_math=False)
+    replace_file(path, lambda aside: figure.savefig(aside, format="png",
+                                                    metadata={"Software": None}))
+
+
+def still_strip(video: Tensor | np.ndarray) -> np.ndarray:
+    """First, middle and last frame of a video next to each other, uint8 [H, W, 3]."""
+    frames = to_uint8(video)
+    gap = np.full((frames.shape[1], max(1, frames.shape[2] // 48), 3), 255, np.uint8)
+    first, *others = (frames[t] for t in dict.fromkeys((0, len(frames) // 2, len(frames) - 1)))
+    return np.concatenate([first, *(part for frame in others for part in (gap, frame))], axis=1)
+
+
+def side_by_side(videos: list[Tensor], labels: list[str] | None = None,
+                 scale: int | None = None) -> np.ndarray:
+    """One video of several, uint8 [T, H, W, 3], each under its label, if any, left to right.
 
     videos: of one shape, as write_video takes them. scale: integer enlargement, nearest
     neighbour; None: the least that makes frames 192 pixels high.
@@ -148,19 +198,38 @@ def side_by_side(videos: list[Tensor], labels: list[str], scale: int | None = No
     """
     frames = [to_uint8(video) for video in videos]
     shapes = [list(f.shape) for f in frames]
-    if not frames or len(labels) != len(frames) or any(s != shapes[0] for s in shapes):
-        raise ValueError(f"side_by_side: got {len(labels)} labels for videos of shapes {shapes}; "
+    count = len(frames) if labels is None else len(labels)
+    if not frames or count != len(frames) or any(s != shapes[0] for s in shapes):
+        raise ValueError(f"side_by_side: got {count} labels for videos of shapes {shapes}; "
                          f"want one label a video and one shape")
     scale = scale or max(1, -(-192 // shapes[0][1]))
     gap, bar = 4, 22                                                              # pixels
     cells = []
-    for video, text in zip(frames, labels, strict=True):
-        video = video.repeat(scale, axis=1).repeat(scale, axis=2)                 # T H W 3
-        strip = np.broadcast_to(label_strip(text, video.shape[2], bar), (len(video), bar,
-                                                                        video.shape[2], 3))
-        cell = np.concatenate([strip, video], axis=1)                             # T bar+H W 3
+    for video, text in zip(frames, labels or [None] * len(frames), strict=True):
+        cell = video.repeat(scale, axis=1).repeat(scale, axis=2)                  # T H W 3
+        if text is not None:
+            strip = np.broadcast_to(label_strip(text, cell.shape[2], bar), (len(cell), bar,
+                                                                           cell.shape[2], 3))
+            cell = np.concatenate([strip, cell], axis=1)                          # T bar+H W 3
         cells.append(np.pad(cell, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255))
     return np.concatenate(cells, axis=2)[:, :, :-gap]
+
+
+def video_wall(tiles: list[tuple[str, np.ndarray]], width: int = 1300) -> np.ndarray:
+    """One video of several, uint8 [T, H, W, 3], each under its caption, as many in a line as fit.
+
+    tiles: (caption, frames uint8 [T, h, w, 3] of one shape). width: of a line, in pixels.
+    """
+    cells = []
+    for caption, frames in tiles:
+        strip = np.broadcast_to(label_strip(caption, frames.shape[2], 24),
+                                (len(frames), 24, frames.shape[2], 3))
+        cell = np.concatenate([strip, frames], axis=1)
+        cells.append(np.pad(cell, ((0, 0), (0, 8), (0, 16), (0, 0)), constant_values=255))
+    columns = max(1, min(len(cells), width // cells[0].shape[2]))
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    lines = [np.concatenate(cells[a:a + columns], axis=2) for a in range(0, len(cells), columns)]
+    return np.concatenate(lines, axis=1)
 
 
 def label_strip(text: str, width: int, height: int) -> np.ndarray:

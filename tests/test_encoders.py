@@ -21,7 +21,9 @@ from torch import Tensor, nn
 import encoders
 from encoders import TextEncoder, Tokenizer, UMT5Encoder, WanVAE, load_text, load_vae
 from model import official_names, save_tensors
-from video import contact_sheet, read_prompts, read_video, side_by_side, to_uint8, write_video
+from video import (
+    comparison_sheet, contact_sheet, read_prompts, read_video, side_by_side, still_strip, to_uint8,
+    write_video)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -638,6 +640,20 @@ def test_a_contact_sheet_is_a_png_with_a_row_a_video_and_the_same_bytes(tmp_path
         contact_sheet(tmp_path / "c.png", [])
 
 
+def test_a_comparison_sheet_is_a_png_with_three_frames_of_each_video_and_the_same_bytes(tmp_path):
+    cells = [(moving_square(), "the target"), (moving_square(5), "error $x_")]
+    for name in ("a.png", "b.png"):
+        comparison_sheet(tmp_path / name, ["teacher", "few"], [("a $square", cells)] * 2, "a $t")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    red = ((picture - [255, 0, 0]) == 0).all(-1)  # the square, once a frame shown
+    assert (np.diff(red.any(0).astype(int)) == 1).sum() == 6
+    assert (np.diff(red.any(1).astype(int)) == 1).sum() == 2
+    frames = to_uint8(moving_square(5))
+    assert np.array_equal(still_strip(frames)[:, -48:], frames[4])
+    assert np.array_equal(still_strip(frames[:1]), frames[0])
+
+
 def test_side_by_side_enlarges_by_whole_pixels_and_labels_each_video():
     video = moving_square(4)
     out = side_by_side([video, video.flip(1)], ["teacher@50 " * 9, "student@5"], scale=3)
@@ -648,6 +664,7 @@ def test_side_by_side_enlarges_by_whole_pixels_and_labels_each_video():
     assert np.array_equal(out[:, bar + 2::3, -144::3], frames[::-1])
     assert out[0, :bar, :144].min() < 100 and out[0, :bar, -144:].min() < 100  # the labels
     assert side_by_side([video], ["x"]).shape[1] - bar == 192
+    assert np.array_equal(side_by_side([video, video.flip(1)], scale=3), out[:, bar:])
     with pytest.raises(ValueError, match="one label a video and one shape"):
         side_by_side([video, video[:, :2]], ["a", "b"])
 

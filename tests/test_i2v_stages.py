@@ -54,7 +54,7 @@ def world(tmp_path_factory, make_weights):
                          "videos": 1},
               "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
                           "lr": 1e-3, "head_dim": 8, "eval_every": 2},
-              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3, "videos": 2}}
+              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3}}
     path = root / "i2v.yaml"
     path.write_text(json.dumps(values))  # YAML holds JSON
     return path, root

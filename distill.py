@@ -21,6 +21,17 @@ Departures from the paper and open points, as decided here:
      L_traj + λ_adv L_adv (combined, the default: on the small world it ends nearest to the teacher,
      assets/results.json). x_gen's features are computed once for β and H_k.
   D7 features: the last block for t'_k > 0, the block at 2/3 of the depth for t'_k = 0.
+  D8 Eq. 6 is a mean over a latent's elements, as L_adv is over patches. So λ_adv weighs two means;
+     against a sum it would be smaller by the number of elements, 3 million at 544×960×93.
+  D9 a head gives a verdict for each patch of each frame; L_adv is their mean.
+  D10 features pass a LayerNorm without weights before a head: blocks differ in scale.
+  D11 a head's last layer starts at zero, so that its first verdict is 0.5; lr_heads is its own
+     setting, where the paper names one learning rate for all.
+  D12 features come from the conditional branch, with embedded guidance and without CFG.
+  D13 on GPUs the teacher is bf16; the student has fp32 weights and computes in bf16.
+  D14 Wan's key timesteps are every 5th (T2V) or 4th (I2V) index: the authors' release, not the
+     paper.
+  D15 the learning rate may fall linearly (lr_final); the paper names a constant one.
 """
 
 import json
@@ -28,8 +39,9 @@ import math
 import signal
 import sys
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field as attribute, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -45,16 +57,17 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import synvid
-from checkpoint import (
-    Saver, adamw, check_disk, latest_checkpoint, load_checkpoint, step_from_host, whole_tensor,
-    write_one_by_one)
-from monitor import (
-    Log, append_log, draw_curves, held_out_errors, host_plan, memory_plan, read_log, step_flops)
-from config import Shared, announce, cli, field, load_config, names_config
+from common.config import Shared, announce, field, load_config, settings_to_compare
+from common.files import append_log, crc32_of_json, read_log, replace_file, write_text
+from common.ranks import (
+    AgreedError, Ranks, cli, compile_blocks, compute_dtype, draw_noise, generator,
+    on_first_rank, owned, prefer_attention, raise_together, require_same, setup_distributed)
+from common.weights import fingerprint, full_tensor, official_names, stream_safetensors
 from model import (
-    Ranks, build_dit, collate, compile_blocks, compute_dtype, euler_step, fingerprint, generator,
-    load_dit, official_names, prefer_attention, setup_distributed, sizes_of, twin, velocity,
-    write_text)
+    check_model, collate, euler_step, frozen_copy, load_dit, sizes_of, velocity)
+from training.checkpoint import Saver, adamw, check_disk, resume, save_state, step_from_host
+from training.memory import print_plans
+from training.monitor import Log, draw_curves, held_out_errors, log_line, print_result
 
 
 @dataclass
@@ -92,16 +105,16 @@ class Config(Shared):
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
 
 
-def check_config(cfg: Config, teams: int) -> None:
-    """Raise ValueError for settings that cannot work together; teams as in Ranks."""
+def check_config(cfg: Config, replicas: int) -> None:
+    """Raise ValueError for settings that cannot work together; replicas, Ranks.dp_size."""
     for key in ("iterations", "batch", "micro_batch", "held_out", "eval_every", "save_every",
                 "keep"):
         if getattr(cfg, key) < 1:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
-    size = min(cfg.micro_batch, max(cfg.batch // teams, 1))
-    if cfg.batch % (size * teams):
+    size = min(cfg.micro_batch, max(cfg.batch // replicas, 1))
+    if cfg.batch % (size * replicas):
         raise ValueError(f"batch: got {cfg.batch}; wanted a multiple of micro_batch {size} × "
-                         f"{teams} rank(s) = {size * teams}")
+                         f"{replicas} rank(s) = {size * replicas}")
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
     depth, width = sizes_of(cfg.preset).num_layers, cfg.head_dim
@@ -116,7 +129,7 @@ def check_config(cfg: Config, teams: int) -> None:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {wanted}")
 
 
-PATIENCE = timedelta(minutes=10)  # of a rank with others that do not come to a collective
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of a rank whose others do not come
 
 
 # ------------------------------------------------------------------------- heads and losses
@@ -223,8 +236,8 @@ def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
 class Loader:
     """Micro-batches of an iteration by its number, the next one's read while this one computes.
 
-    Slot s of iteration i always means the same trajectory; micro-batch a of a team of ranks (a rank
-    each, if sp is 1) holds the slots from (a·teams + team)·micro_batch on.
+    Slot s of iteration i always means the same trajectory; micro-batch a of a data-parallel replica
+    (one rank, if sp is 1) holds the slots from (a·dp_size + dp_rank)·micro_batch on.
     """
 
     def __init__(self, cfg: Config, data: "synvid.SynVid", ranks: Ranks):
@@ -236,8 +249,8 @@ class Loader:
         if self.count < 1:
             raise ValueError(f"held_out: got {cfg.held_out} of {len(data)} trajectories; wanted "
                              "fewer, or more trajectories")
-        size, each = cfg.micro_batch, cfg.batch // (cfg.micro_batch * ranks.teams)
-        starts = [(a * ranks.teams + ranks.team) * size for a in range(each)]
+        size, each = cfg.micro_batch, cfg.batch // (cfg.micro_batch * ranks.dp_size)
+        starts = [(a * ranks.dp_size + ranks.dp_rank) * size for a in range(each)]
         self.slots = [list(range(start, start + size)) for start in starts]
         self.pool, self.ahead = ThreadPoolExecutor(1), {}
 
@@ -254,29 +267,34 @@ class Loader:
         k = m - 1 - step % m
         ks = list(range(m + 1)) if k == m - 1 and self.cfg.adv else [k, k + 1]  # all go into Q_m
         for slots in self.slots:
-            places = [divmod(step * self.cfg.batch + slot, self.count) for slot in slots]
-            out.append(self.batch([epoch_order(self.cfg.seed, epoch, self.count)[place]
-                                   for epoch, place in places], slots, ks))
+            positions = [divmod(step * self.cfg.batch + slot, self.count) for slot in slots]
+            out.append(self.batch([epoch_order(self.cfg.seed, epoch, self.count)[position]
+                                   for epoch, position in positions], slots, ks))
         return out
 
     def __call__(self, step: int) -> list[Batch]:
-        ready = self.ahead.pop(step, None)
-        batches = ready.result() if ready else self.read(step)
+        """As read; an error of one rank is one of all, before any of them computes."""
+        ready, batches, error = self.ahead.pop(step, None), [], None
+        try:
+            batches = ready.result() if ready else self.read(step)
+        except (ValueError, OSError) as e:
+            error = e
+        raise_together(error)
         self.ahead = {step + 1: self.pool.submit(self.read, step + 1)}
         return batches
 
 
-def draw_noise(cfg: Config, step: int, like: Batch) -> Tensor:
+def fresh_noise(cfg: Config, step: int, like: Batch) -> Tensor:
     """Fresh z ~ N(0, I), one draw a slot. Alg. 1; D4."""
     shape = next(iter(like.x_key.host.values())).shape[1:]
-    z = [torch.randn(shape, generator=generator("z", cfg.seed, step, slot)) for slot in like.slots]
-    return torch.stack(z).to(like.x_key.device)
+    z = draw_noise(shape, [("z", cfg.seed, step, slot) for slot in like.slots])
+    return z.to(like.x_key.device)
 
 
 # ------------------------------------------------------------------------------- Algorithm 1
 
 @dataclass
-class Nets:
+class TrainState:
     """Everything a run's state consists of; `queues` holds (x_gen, x_key, cond) by k."""
     student: nn.Module
     teacher: nn.Module
@@ -286,45 +304,49 @@ class Nets:
     taps: list[int]                          # by k
     queues: list[deque]
     step: int = 0
+    traj_grads: list[Tensor] = attribute(default_factory=list)  # waiting for L_adv's (D6, combined)
 
 
-def algorithm_1(cfg: Config, nets: Nets, loader, after) -> None:
-    """Distill, in the paper's order. loader(step) gives micro-batches; after(step, k, log) logs and
-    saves, and stops the loop by returning True."""
-    student, teacher, heads, queues = nets.student, nets.teacher, nets.heads, nets.queues
-    t_key, m = nets.t_key, len(nets.t_key) - 1
-    for step in range(nets.step, cfg.iterations):                     # while training      (D2)
-        k, log = m - 1 - step % m, Log(student)                       # for k = m-1 … 0
-        batches = loader(step)                                        # {l_t'm … l_t'0} ~ SynVid
+def algorithm_1(cfg: Config, state: TrainState,
+                loader: Callable[[int], list[Batch]]) -> Iterator[tuple[int, int, Log]]:
+    """Distill, in the paper's order and symbols; yields (step, k, figures) after each k-step.
+
+    Args: loader(step) gives the micro-batches of an iteration. The tags are Algorithm 1's lines;
+    build() has lines 1 to 3.
+    """
+    student, teacher, heads, queues = state.student, state.teacher, state.heads, state.queues
+    t_key, m = state.t_key, len(state.t_key) - 1
+    for step in range(state.step, cfg.iterations):                       # 4  while train       D2
+        k, log = m - 1 - step % m, Log(student)                          # 5  for k = m-1 … 0
+        batches = loader(step)                                           # 7  {l_t'} ~ SynVid
         log.lap("data")
         if cfg.traj:
             for b in batches:
-                loss = traj_loss(student, b.x_key, t_key, k, b.cond)  # L_traj              Eq. 6
+                loss = traj_loss(student, b.x_key, t_key, k, b.cond)     # 9  L_traj         Eq. 6
                 (loss / len(batches)).backward()
                 log.add(loss_traj=loss)
             log.lap("traj")
-            update_student(cfg, nets, "traj", step, log)              # β ← Update(β, L_traj) (D6)
+            update_student(cfg, state, "traj", step, log)                # 10 β ← Update        D6
         if cfg.adv:
             for b in batches:
                 if k == m - 1:
-                    z = draw_noise(cfg, step, b)                      # z ~ N(0, I)         (D4)
-                    queues[m].append((z, b.x_key, b.cond))            # Q_m.push
-                x_gen, x_key, cond = queues[k + 1].popleft()          # Q_{k+1}.pop
+                    z = fresh_noise(cfg, step, b)                        # 11 z ~ N(0, I)       D4
+                    queues[m].append((z, b.x_key, b.cond))               # 12 Q_m.push
+                x_gen, x_key, cond = queues[k + 1].popleft()             # 15 Q_{k+1}.pop
                 v = velocity(student, x_gen, t_key[k + 1], cond)
-                x_gen = euler_step(x_gen, v, t_key[k + 1], t_key[k])  # Solver              Eq. 5
+                x_gen = euler_step(x_gen, v, t_key[k + 1], t_key[k])     # 16 Solver         Eq. 5
                 if k > 0:
-                    queues[k].append((x_gen.detach(), x_key, cond))   # Q_k.push            (D3)
-                loss, loss_head, real, fake = adv_losses(             # L_adv         Eq. 7, 8, D5
+                    queues[k].append((x_gen.detach(), x_key, cond))      # 17 Q_k.push          D3
+                loss, loss_head, real, fake = adv_losses(                # 20 L_adv       Eq. 7, 8
                     heads[k % len(heads)], teacher, x_gen, x_key[k], t_key[k], cond,
-                    nets.taps[k], cfg.adv_form)
+                    state.taps[k], cfg.adv_form)
                 (cfg.lambda_adv * (loss + loss_head) / len(batches)).backward()
                 log.add(loss_adv=loss, loss_head=loss_head, acc_real=real, acc_fake=fake)
             log.lap("adv")
-            update_student(cfg, nets, "adv", step, log)               # β ← Update(β, λ L_adv)
-            update_heads(cfg, nets, step, log)                        # H_k ← Update(H_k, λ L_adv)
-        nets.step = step + 1
-        if after(step, k, log):
-            break
+            update_student(cfg, state, "adv", step, log)                 # 21 β ← Update        D6
+            update_heads(cfg, state, step, log)                          # 22 H_k ← Update
+        state.step = step + 1
+        yield step, k, log
 
 
 def learning_rate(cfg: Config, step: int, base: float) -> float:
@@ -353,40 +375,41 @@ def apply_update(cfg: Config, opt: torch.optim.Optimizer, params: list, lr: floa
     return norm
 
 
-def update_student(cfg: Config, nets: Nets, loss: str, step: int, log: Log) -> None:
+def update_student(cfg: Config, state: TrainState, loss: str, step: int, log: Log) -> None:
     """Update β after the backward passes of one loss, "traj" or "adv", as D6 has it."""
-    params = [p for p in nets.student.parameters() if p.grad is not None]
+    params = [p for p in state.student.parameters() if p.grad is not None]
     if cfg.updates == "combined" and cfg.adv and cfg.traj:
         if loss == "traj":  # set aside, so that both norms are seen; one step for both
-            log.aside = [p.grad for p in params]
-            return nets.opts["traj"].zero_grad()
-        log.add(grad_traj=norm_of(log.aside), grad_adv=norm_of([p.grad for p in params]))
-        for p, grad in zip(params, log.aside, strict=True):
+            state.traj_grads = [p.grad for p in params]
+            return state.opts["traj"].zero_grad()
+        norms = norm_of(state.traj_grads), norm_of([p.grad for p in params])
+        log.add(grad_traj=norms[0], grad_adv=norms[1])
+        for p, grad in zip(params, state.traj_grads, strict=True):
             p.grad.add_(grad)
-        log.aside, loss = [], "sum"
-    opt = nets.opts[loss if loss in nets.opts else "traj"]
+        state.traj_grads, loss = [], "sum"
+    opt = state.opts[loss if loss in state.opts else "traj"]
     log.add(**{f"grad_{loss}": apply_update(cfg, opt, params, learning_rate(cfg, step, cfg.lr))})
     log.lap("optimizer")
 
 
-def update_heads(cfg: Config, nets: Nets, step: int, log: Log) -> None:
-    """Update H_k; heads are small, so every rank keeps them whole and gradients are averaged."""
-    params = [p for p in nets.heads.parameters() if p.grad is not None]
+def update_heads(cfg: Config, state: TrainState, step: int, log: Log) -> None:
+    """Update H_k; heads are small, so every rank keeps all of them and gradients are averaged."""
+    params = [p for p in state.heads.parameters() if p.grad is not None]
     for p in params:
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
     lr = learning_rate(cfg, step, cfg.lr if cfg.lr_heads is None else cfg.lr_heads)
-    log.add(grad_head=apply_update(cfg, nets.opts["heads"], params, lr))
+    log.add(grad_head=apply_update(cfg, state.opts["heads"], params, lr))
     log.lap("optimizer")
 
 
-# ---------------------------------------------------------- state: build, save, resume, export
+# ------------------------------------------------------------------- build, train, export
 
-def build(cfg: Config, t_key: list[float], ranks: Ranks) -> Nets:
+def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3."""
     dtype, m = compute_dtype(ranks.device), len(t_key) - 1
     student = load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype)
-    teacher = twin(student, cfg.preset, dtype, ranks)
+    teacher = frozen_copy(student, cfg.preset, dtype, ranks)
     for block in [*student.blocks, *teacher.blocks]:
         block.checkpointing = cfg.checkpointing
     for dit in (student, teacher) if cfg.compile else ():
@@ -395,194 +418,177 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> Nets:
     opts = {"traj": adamw(cfg, student, cfg.offload), "heads": adamw(cfg, heads)}
     if cfg.updates == "separate":
         opts["adv"] = adamw(cfg, student, cfg.offload)
-    return Nets(student, teacher, heads, opts, t_key, tap_blocks(cfg, len(teacher.blocks)),
+    return TrainState(student, teacher, heads, opts, t_key, tap_blocks(cfg, len(teacher.blocks)),
                 [deque() for _ in range(m + 1)])
 
 
-def state_of(nets: Nets, slots: dict[str, Tensor]) -> dict:
-    """All tensors of a run by name; a checkpoint is read into this dict, in place."""
-    student, heads = (dict(net.named_parameters()) for net in (nets.student, nets.heads))
-    state = {"student": {n: p.detach() for n, p in student.items()},
-             "heads": {n: p.detach() for n, p in heads.items()}, "queue": slots}
-    for name, opt in nets.opts.items():
-        named = heads if name == "heads" else student
-        state[f"opt_{name}"] = {f"{n}/{key}": value for n, p in named.items()
-                                for key, value in opt.state[p].items()}
-    return state
-
-
-def save(saver: Saver, nets: Nets, loader: Loader, meta: dict) -> None:
-    """Checkpoint networks, optimizers and the one queue that is not empty between iterations."""
-    entries = [entry for queue in nets.queues for entry in queue]
-    slots = {str(slot): x for (x_gen, _, _), mine in zip(entries, loader.slots, strict=False)
-             for slot, x in zip(mine, x_gen, strict=True)}
-    saver.save(nets.step, state_of(nets, slots), meta)
-
-
-MAY_CHANGE = {"run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep",
-              "synvid", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps", "sp",
-              "offload", "attention"}
-
-
-def resume(cfg: Config, nets: Nets, loader: Loader, ranks: Ranks, meta: dict) -> None:
-    """Continue from the newest whole checkpoint, if there is one.
-
-    Raises ValueError when it belongs to a run with other settings.
-    """
-    found = latest_checkpoint(Path(cfg.run) / "distill", ranks)
-    if found is None:
-        return
-    path, saved = found
-    for key in ["teacher", "synvid", *(key for key in meta["config"] if key not in MAY_CHANGE)]:
-        old, new = (about.get(key, about["config"].get(key)) for about in (saved, meta))
-        if old != new:
-            raise ValueError(f"{path}: that run began with {key}={old}, the config has {new}: go "
-                             "back to it, choose another --run, or remove that run's checkpoints")
-    if saved["count"] > loader.count:
-        raise ValueError(f"{path}: that run learned from {saved['count']} trajectories, now there "
-                         f"are {loader.count}: make the missing ones again by `python synvid.py`")
-    loader.count = meta["count"] = saved["count"]  # more have come since: the order stays
-    nets.step, m = saved["step"], len(nets.t_key) - 1
-    if nets.step > cfg.iterations and ranks.rank == 0:
-        print(f"{path} has more iterations than the {cfg.iterations} asked for: they stay")
-    done, slots = nets.step % m if cfg.adv else 0, {}
-    if done:  # in the midst of a pass over k, Q_{m - done} holds the generated latents
-        slots = {str(slot): torch.zeros(loader.shape, device=ranks.device)
-                 for mine in loader.slots for slot in mine}
-    load_checkpoint(path, state_of(nets, slots))
-    for b in loader.read(nets.step - done) if done else []:  # the trajectories the pass began with
-        x_gen = torch.stack([slots[str(slot)] for slot in b.slots])
-        nets.queues[m - done].append((x_gen, b.x_key, b.cond))
-    if ranks.rank == 0:
-        print(f"resuming from {path}", flush=True)
-
-
-def export_student(cfg: Config, nets: Nets, ranks: Ranks, meta: dict) -> Path:
+def export_student(cfg: Config, state: TrainState, ranks: Ranks, meta: dict) -> Path:
     """Write <run>/student.safetensors with the key timesteps and the teacher's identity.
 
-    Its tensors are gathered one by one; nowhere is the whole student.
+    Its tensors are gathered one by one; nowhere is all of the student. A write that fails is tried
+    once more. Raises ValueError after that.
     """
-    path = Path(cfg.run) / "student.safetensors"
-    tensors = {name: whole_tensor(p, path) for name, p in nets.student.named_parameters()}
+    path, error = Path(cfg.run) / "student.safetensors", None
+    tensors = {name: full_tensor(p, path) for name, p in state.student.named_parameters()}
     tensors = official_names(tensors, "transformer", reverse=cfg.export == "diffusers")
     keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance")
     about = {key: getattr(cfg, key) for key in keys}
-    about |= {"t_key": nets.t_key[::-1], "teacher": meta["teacher"], "iterations": nets.step}
-    write_one_by_one(path, tensors, {"format": "pt", "accvideo": json.dumps(about)}, ranks)
+    about |= {"t_key": state.t_key[::-1], "teacher": meta["teacher"], "iterations": state.step}
+    about = {"format": "pt", "accvideo": json.dumps(about)}
+    for retry in (True, False):
+        error = None
+        try:
+            if ranks.rank == 0:
+                for left in path.parent.glob(f".{path.name}.*.part*"):  # by one that was killed
+                    left.unlink(missing_ok=True)
+                replace_file(path, lambda aside: stream_safetensors(aside, tensors, about))
+            else:
+                stream_safetensors(path, tensors, about, write=False)
+        except ValueError as e:
+            error = e
+        try:
+            raise_together(error)
+            break
+        except AgreedError as e:
+            if not retry:
+                raise
+            if e.args[0]:
+                print(f"{e}; trying once more", flush=True)
     return path
+
+
+def open_synvid(cfg: Config) -> "synvid.SynVid":
+    """The trajectories of this run; for the small world they are made if there are none."""
+    folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
+    if not (folder / "manifest.json").exists() and cfg.preset != "tiny":
+        raise FileNotFoundError(f"{folder}: no SynVid here: make it by `python synvid.py "
+                                f"{cfg.path}`")
+    if cfg.preset == "tiny" and cfg.synvid is None:
+        shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
+        if (folder / "manifest.json").exists():  # another seed, the same data
+            shared["seed"] = synvid.read_manifest(folder)["seed"]
+        own = load_config(synvid.Config, "synvid", [str(cfg.path)])
+        synvid.make(replace(own, **shared))
+    return synvid.SynVid(folder, cfg)
+
+
+def catch_signals() -> list[int]:
+    """Signals that ask for an end, as they come: the iteration is finished first."""
+    caught: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: caught.append(number))
+    return caught
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, make a missing small SynVid, train or resume, export."""
-    argv = sys.argv[1:] if argv is None else argv
     cfg = load_config(Config, "distill", argv, __doc__)
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads, PATIENCE)
+    sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
+    ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, COLLECTIVE_TIMEOUT,
+                              same=settings_to_compare(cfg, teacher=teacher))
     prefer_attention(cfg.attention, ranks.device)
-    check_config(cfg, ranks.teams)
-    cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.teams)
-    data = open_synvid(cfg, argv)
-    loader = Loader(cfg, data, ranks)
-    meta = {"config": asdict(cfg), "teacher": fingerprint(cfg.weights), "count": loader.count,
-            "synvid": synvid.crc32(data.manifest)}
-    if ranks.rank == 0:
-        with torch.device("meta"):
-            count = sum(p.numel() for p in build_dit(cfg.preset).parameters())
-        moments = 4 if cfg.updates == "separate" else 2
-        print(memory_plan(cfg, loader.shape, ranks), flush=True)
-        print(host_plan(cfg, count, moments, loader.shape, ranks), flush=True)
-        check_disk(Path(cfg.run) / "distill", count, moments, cfg.keep)
-    nets = build(cfg, data.t_key, ranks)
-    resume(cfg, nets, loader, ranks, meta)
-    folder = announce(cfg, "distill", ranks)
-    m, tokens = len(data.t_key) - 1, math.prod(nets.student.token_grid(*loader.shape[1:]))
-    lines = read_log(folder / "log.jsonl", nets.step)
-    base = teacher_errors(cfg, nets.teacher, loader, ranks, lines)
-    stop, saver = [], Saver(folder, ranks, cfg.keep)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: stop.append(number))
-    bar = tqdm(total=cfg.iterations, initial=nets.step, desc="distill", disable=ranks.rank > 0,
-               mininterval=0.5 if sys.stderr.isatty() else 60)
-
-    def after(step: int, k: int, log: Log) -> bool:
-        log.add(failed=torch.tensor(float(saver.error is not None)))
-        figures = log.gather(bool(stop))
-        bad = [name for name, value in figures.items() if not math.isfinite(value)]
-        if bad:
-            saver.wait()
-            raise ValueError(f"iteration {nets.step}, k={k}: {bad[0]} is {figures[bad[0]]}: stop; "
-                             f"the last good checkpoint stays in {folder}. Lower lr, or set clip")
-        seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
-        line = {"step": nets.step, "k": k, **figures, "lr": learning_rate(cfg, step, cfg.lr),
-                "seconds": seconds, "tokens_per_s": cfg.batch * tokens / seconds}
-        if "grad_adv" in line and "grad_traj" in line:
-            line["grad_ratio"] = line["grad_adv"] / max(line["grad_traj"], 1e-30)
-        if cfg.peak_tflops is not None:
-            peak = cfg.peak_tflops * 1e12 * ranks.world
-            line["mfu"] = step_flops(cfg, nets, k, tokens) / seconds / peak
-        if ranks.device.type == "cuda":  # to hold against the plan
-            line["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-        last, stopping = nets.step == cfg.iterations, line.pop("stop") > 0
-        again = line.pop("failed") > 0  # a checkpoint could not be written: another try at once
-        if nets.step % cfg.eval_every == 0 or last:
-            line |= held_out_errors(cfg, nets.student, loader, ranks) | base
-        lines.append(line)
-        if ranks.rank == 0:  # before the checkpoint: a line too many is dropped on resuming
-            append_log(folder / "log.jsonl", line)
-        if nets.step % cfg.save_every == 0 or last or stopping or again:
-            save(saver, nets, loader, meta)
-        if ranks.rank == 0 and "endpoint" in line:
-            draw_curves(folder / "curves.png", lines, m)
-        bar.set_postfix_str(" ".join(f"{name}={line[name]:.3g}" for name in
-                                     ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line),
-                            refresh=False)
-        bar.update()
-        return stopping
-
-    if ranks.rank == 0:
-        write_text(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
-    algorithm_1(cfg, nets, loader, after)
-    bar.close()
-    saver.wait()
-    if nets.step < cfg.iterations:
-        if ranks.rank == 0:
-            print(f"stopped by a signal after iteration {nets.step}: the same command goes on")
-        return
-    path = export_student(cfg, nets, ranks, meta)
-    if ranks.rank == 0:
-        print(f"student: {path}  curves: {folder / 'curves.png'}", flush=True)
-    own = [x for x in lines if "endpoint" in x][-1:]
-    if ranks.rank == 0 and own:
-        own = own[0]
-        alike = "at the same steps" if cfg.cfg_scale == 1 else "at the same steps, without guidance"
-        print(f"held-out endpoint error: student "
-              f"{own['endpoint']:.4f}, teacher {alike} {own['endpoint_teacher']:.4f} "
-              f"(ratio {own['endpoint'] / own['endpoint_teacher']:.2f})", flush=True)
+    check_config(cfg, ranks.dp_size)
+    cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
+    with owned(Path(cfg.run) / "distill"):
+        data = open_synvid(cfg)
+        contents = crc32_of_json(data.manifest)
+        require_same({"synvid": contents})
+        loader = Loader(cfg, data, ranks)
+        meta = {"config": asdict(cfg), "teacher": teacher, "count": loader.count,
+                "synvid": contents}
+        on_first_rank(lambda: check_resources(cfg, loader.shape, ranks))
+        state = build(cfg, data.t_key, ranks)
+        resume(cfg, state, loader, ranks, meta)
+        folder = announce(cfg, "distill", ranks.rank)
+        train(cfg, state, loader, ranks, meta, folder)
     dist.barrier()
+
+
+def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: dict,
+          folder: Path) -> None:
+    """Run Algorithm 1 to its end or to a signal: log, evaluate, save; then export."""
+    first, m = ranks.rank == 0, len(state.t_key) - 1
+    tokens = math.prod(state.student.token_grid(*loader.shape[1:]))
+    lines = [x for x in read_log(folder / "log.jsonl", "step") if x["step"] <= state.step]
+    if first:  # what a crash cut off, or will be repeated, goes
+        write_text(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    base = teacher_errors(cfg, state.teacher, loader, ranks, lines)
+    stop, saver = catch_signals(), Saver(folder, ranks, cfg.keep, state.step)
+
+    def save() -> None:
+        save_state(saver, state, loader, meta)
+
+    bar = tqdm(total=cfg.iterations, initial=state.step, desc="distill", disable=not first,
+               mininterval=0.5 if sys.stderr.isatty() else 60)
+    try:
+        for step, k, log in algorithm_1(cfg, state, loader):
+            line, flags = log_line(cfg, state, ranks, log, k, learning_rate(cfg, step, cfg.lr),
+                                   tokens, stop=bool(stop), retry=saver.error is not None)
+            check_finite(line, saver, folder)
+            last = state.step == cfg.iterations
+            try:
+                if state.step % cfg.eval_every == 0 or last:
+                    line |= held_out_errors(cfg, state.student, loader, ranks) | base
+            finally:
+                lines.append(line)
+                if first:  # before the checkpoint: a line too many is dropped on resuming
+                    append_log(folder / "log.jsonl", line)
+            if state.step % cfg.save_every == 0 or last or flags["stop"] or flags["retry"]:
+                save()
+            if first and "endpoint" in line:
+                draw_curves(folder / "curves.png", lines, m)
+            bar.set_postfix_str(" ".join(f"{name}={line[name]:.3g}" for name in
+                                         ("loss_traj", "loss_adv", "acc_fake", "mfu")
+                                         if name in line), refresh=False)
+            bar.update()
+            if flags["stop"]:
+                break
+        bar.close()
+        saver.finish(save)
+    except AgreedError:  # of all ranks, between two iterations: what is done is kept
+        bar.close()
+        if state.step > saver.step:
+            save()
+        saver.finish(save)
+        raise
+    except BaseException:
+        saver.let_finish()
+        raise
+    if state.step < cfg.iterations:
+        if first:
+            print(f"stopped by a signal after iteration {state.step}: the same command goes on")
+        return
+    path = export_student(cfg, state, ranks, meta)
+    if first:
+        print(f"student: {path}  curves: {folder / 'curves.png'}", flush=True)
+        print_result(cfg, lines)
+
+
+def check_finite(line: dict, saver: Saver, folder: Path) -> None:
+    """Raise ValueError on all ranks if a figure is not finite, when the last save is complete."""
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    if bad:
+        saver.wait()
+        error = ValueError(f"iteration {line['step']}, k={line['k']}: {bad[0]} is {line[bad[0]]}: "
+                           f"stop; the last good checkpoint stays in {folder}. Lower lr, or set "
+                           "clip")
+        raise error if dist.get_rank() == 0 else SystemExit(1)
+
+
+def check_resources(cfg: Config, shape: tuple[int, ...], ranks: Ranks) -> None:
+    """Print the memory plan; ValueError if the run will not fit on the disk."""
+    parameters, moments = print_plans(cfg, shape, ranks)
+    check_disk(Path(cfg.run) / "distill", parameters, moments, cfg.keep)
 
 
 def teacher_errors(cfg: Config, teacher: nn.Module, loader: Loader, ranks: Ranks,
                    lines: list[dict]) -> dict:
     """The teacher's held-out errors as figures of the log, where an earlier start may have them."""
-    earlier = synvid.on_first_rank(ranks, lambda: next((
+    earlier = on_first_rank(lambda: next((
         {name: x[name] for name in x if name.endswith("_teacher")}
         for x in lines if "endpoint_teacher" in x), None))
     return earlier or {f"{name}_teacher": error for name, error in
                        held_out_errors(cfg, teacher, loader, ranks).items()}
-
-
-def open_synvid(cfg: Config, argv: list[str]) -> "synvid.SynVid":
-    """The trajectories of this run; for the small world they are made if there are none."""
-    folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
-    config = argv[0] if names_config(argv) else "configs/tiny.yaml"
-    if not (folder / "manifest.json").exists() and cfg.preset != "tiny":
-        raise FileNotFoundError(f"{folder}: no SynVid here: make it by `python synvid.py {config}`")
-    if cfg.preset == "tiny" and cfg.synvid is None:
-        values = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
-        if (folder / "manifest.json").exists():  # another seed, the same data
-            values["seed"] = synvid.read_manifest(folder)["seed"]
-        text = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in values.items()}
-        synvid.main([*argv[:names_config(argv)], *(f"{k}={v}" for k, v in text.items())])
-    return synvid.SynVid(folder, cfg)
 
 
 if __name__ == "__main__":

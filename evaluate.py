@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 evaluate.py CONFIG [field=value]      # videos split over the ranks
 
 In:   the weight folder, the student (or several, from several seeds), held-out captions.
-Out:  <run>/evaluate/: table.md, table.json, table.png; videos.mp4, videos.gif and videos.png, which
-      show teacher@n, teacher@m and student@m (of several the first) side by side.
+Out:  <run>/evaluate/: report.html, one page of it all; table.md, table.json, table.png; videos.mp4,
+      videos.gif, videos.png: teacher@n, teacher@m and student@m (of several the first) side by side
+      on the captions at the .5, .8, .9, .95 and 1 quantile of teacher@m's endpoint error.
 Cost: `count` × 2 trajectories of the teacher and a few decodes: a minute for the small world.
 
 Everyone starts from the same noise on the same captions. teacher@m walks the student's own key
@@ -24,15 +25,17 @@ row: of the value). In the row of several students' mean it is over students.
 """
 
 import dataclasses
+import html
 import shlex
+import string
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -40,18 +43,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import clips as world
-from encoders import load_vae
-from video import (
-    Prompt, centre_crop, contact_sheet, label_strip, read_image, read_prompts, side_by_side,
-    write_video)
-from config import Shared, announce, cli, field, load_config
-from model import (
-    ROOT, Ranks, compute_dtype, generator, latent_shape, prefer_attention, replace_file,
-    setup_distributed, sizes_of, time_grid, write_json, write_text)
-from sample import (
-    Watch, denoise, device_name, draw_noise, encode_prompts, heldout_prompts, load_student,
-    load_teacher, student_facts, thumbnail)
+from common.config import (
+    Shared, announce, field, load_config, names_config, read_yaml, settings_to_compare)
+from common.files import ROOT, replace_file, write_json, write_text
+from common.ranks import (
+    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, generator, prefer_attention,
+    setup_distributed)
+from common.video import (
+    Prompt, centre_crop, comparison_sheet, data_uri, digest_texts, heldout_prompts, read_image,
+    read_prompts, side_by_side, thumbnail, video_wall, write_video)
+from common.weights import fingerprint, fingerprint_files
+from frozen.load import encode_prompts, load_vae
+from model import check_model, latent_shape, load_dit, time_grid
+from sample import load_student, sample_batch, student_facts
+from small_world import clips as world
 
 
 @dataclass
@@ -62,8 +67,11 @@ class Config(Shared):
     students: str | None = field(None, "files, comma between; none: <run>/student.safetensors")
     count: int = field(96, "videos of each model, and of the independent teacher samples")
     batch: int = field(32, "videos denoised at once")
-    videos: int = field(6, "captions shown side by side")
     directions: int = field(128, "random directions of sliced W")
+
+
+SHOWN_QUANTILES = (0.5, 0.8, 0.9, 0.95, 1.0)  # of teacher@m's endpoint error
+LOOP_SECONDS = 4  # that an mp4 lasts at least: players stop at its end
 
 
 # ----------------------------------------------------------------------------------- metrics
@@ -134,7 +142,7 @@ def jackknife(statistic: Statistic, n: int) -> tuple[float, float]:
 
 @dataclass
 class Samples:
-    """What one model made: latents [N,C,T,H,W], and after `look` what its videos showed."""
+    """A model's latents [N,C,T,H,W], and after measure_videos what its videos showed."""
     label: str
     latents: Tensor
     evaluations: int
@@ -142,56 +150,63 @@ class Samples:
     hf: Tensor | None = None                      # [N]
     first: Tensor | None = None                   # [N], dB, if the videos start from images
     hits: dict[str, Tensor] | None = None         # [N] bool for each attribute, and "all"
-    shown: dict[int, Tensor] | None = None        # the videos of cfg.videos captions, small
+    shown: dict[int, Tensor] | None = None        # by place, small
     decode_seconds: float = 0.0                   # a video
 
 
-def walk_all(label: str, dit: nn.Module, times: list[float], noise: Tensor, conds: list[dict],
-             unconds: list[dict] | None, cfg: Config, device: torch.device) -> Samples:
+def sample_model(label: str, dit: nn.Module, times: list[float], noise: Tensor, conds: list[dict],
+                 unconds: list[dict] | None, cfg: Config, device: torch.device) -> Samples:
     """Denoise noise [N,C,T,H,W] in batches along `times`; unconds None is without guidance."""
-    watch, out, steps = Watch(device), [], len(times) - 1
+    timer, out, steps = Timer(device), [], len(times) - 1
     bar = tqdm(total=len(noise) * steps, desc=label, unit="step", mininterval=1,
                disable=dist.get_rank() > 0 or None)
     for a in range(0, len(noise), cfg.batch):
         b = slice(a, a + cfg.batch)
-        x, _ = denoise(dit, noise[b], times, conds[b], unconds and unconds[b], cfg.cfg_scale,
-                       watch, bar)
-        out.append(x.cpu())
+        out.append(sample_batch(dit, noise[b], times, conds[b], unconds and unconds[b],
+                                cfg.cfg_scale, timer, bar).cpu())
     bar.close()
     latents, evaluations = torch.cat(out), steps * (1 if unconds is None else 2)
     if not bool(torch.isfinite(latents).all()):
         raise ValueError(f"{label}: its latents hold NaN or infinity: the weights do not sample; "
                          "distill them again, with a lower lr")
-    return Samples(label, latents, evaluations, watch.seconds["steps"] / len(noise))
+    return Samples(label, latents, evaluations, timer.seconds()["steps"] / len(noise))
 
 
 @torch.no_grad()
-def look(samples: Samples, mine: range, vae: nn.Module, captions: list[str],
-         images: list[Tensor], cfg: Config, device: torch.device) -> None:
-    """Decode the videos one by one; keep what is measured on them, and a few to show.
+def measure_videos(samples: Samples, mine: range, vae: nn.Module, captions: list[str],
+                   images: list[Tensor], shown: dict[int, float], cfg: Config,
+                   device: torch.device) -> None:
+    """Decode the videos one by one; keep what is measured on them, and those to show.
 
     Args: mine, the samples' places among all videos; captions of all; images, the first frames
-    [3,H,W] that these samples were given, if they were.
+    [3,H,W] that these samples were given, if they were; shown, as `shown_places` has it.
     """
-    oracle, kept = is_small_world(captions, cfg), shown_indices(cfg)
-    watch, hf, first, hits, samples.shown = Watch(device), [], [], [], {}
+    oracle = is_small_world(captions, cfg)
+    timer, hf, first, hits, samples.shown = Timer(device), [], [], [], {}
     bar = tqdm(samples.latents, f"decode {samples.label}", disable=mine.start > 0 or None)
     for own, (i, latents) in enumerate(zip(mine, bar, strict=True)):
-        watch.lap("other")
+        timer.lap("other")
         video = vae.decode(latents[None].to(device))[0]
-        watch.lap("decode")
+        timer.lap("decode")
         hf.append(world.high_frequency(video[None]))
         if images:
             first.append(float(world.psnr(video[None, :, :1].cpu(), images[own][None, :, None])))
         if oracle:
-            hits.append(oracle_hits(video.cpu(), captions[i]))
-        if i in kept:
+            hits.append(world.oracle_hits(video[None], captions[i:i + 1]))
+        if i in shown:
             samples.shown[i] = thumbnail(video.cpu())
     samples.hf = torch.tensor(hf, dtype=torch.float64)
     samples.first = torch.tensor(first, dtype=torch.float64) if first else None
-    samples.decode_seconds = watch.seconds["decode"] / len(hf)
+    samples.decode_seconds = timer.seconds()["decode"] / len(hf)
     if oracle:
-        samples.hits = {name: torch.tensor([h[name] for h in hits]) for name in hits[0]}
+        samples.hits = {name: torch.cat([h[name] for h in hits]) for name in hits[0]}
+
+
+def interleaved(parts: list[Tensor]) -> Tensor:
+    """The values of all videos in their order; parts, each rank's: every world-th video."""
+    count, world_size = sum(map(len, parts)), len(parts)
+    order = torch.cat([torch.arange(rank, count, world_size) for rank in range(world_size)])
+    return torch.cat(parts)[order.argsort()]
 
 
 def gathered(own: Samples, ranks: Ranks) -> Samples | None:
@@ -201,10 +216,9 @@ def gathered(own: Samples, ranks: Ranks) -> Samples | None:
     if parts is None:
         return None
     count = sum(len(part.latents) for part in parts)
-    order = torch.cat([torch.arange(rank, count, ranks.world) for rank in range(ranks.world)])
 
     def join(values: list[Tensor | None]) -> Tensor | None:
-        return None if values[0] is None else torch.cat(values)[order.argsort()]
+        return None if values[0] is None else interleaved(values)
 
     mean = {name: sum(getattr(part, name) * len(part.latents) for part in parts) / count
             for name in ("seconds", "decode_seconds")}
@@ -214,15 +228,21 @@ def gathered(own: Samples, ranks: Ranks) -> Samples | None:
                    shown={i: x for part in parts for i, x in (part.shown or {}).items()}, **mean)
 
 
-def shown_indices(cfg: Config) -> list[int]:
-    """The videos to show: spread evenly, since captions are often in order."""
-    return torch.linspace(0, cfg.count - 1, min(cfg.videos, cfg.count)).round().int().tolist()
+def shown_places(errors: Tensor, captions: list[str]) -> dict[int, float]:
+    """The videos to show: the place of the one at each of SHOWN_QUANTILES of errors [N], to that
+    quantile, easy ones first. Each caption is shown once, at the highest of its quantiles."""
+    order, shown = errors.argsort(stable=True).tolist(), {}
+    for quantile in reversed(SHOWN_QUANTILES):
+        place = order[round(quantile * (len(order) - 1))]
+        if captions[place] not in [captions[i] for i in shown]:
+            shown[place] = quantile
+    return dict(reversed(shown.items()))
 
 
 def is_small_world(captions: list[str], cfg: Config) -> bool:
     """Whether every caption names a colour, a shape and a direction that the oracle can read."""
-    told = [world.caption_attributes(caption) for caption in captions]
-    return cfg.height == cfg.width and all(min(t.values()) >= 0 for t in told)
+    named = [world.caption_attributes(caption) for caption in captions]
+    return cfg.height == cfg.width and all(min(n.values()) >= 0 for n in named)
 
 
 def first_frames(prompts: list[Prompt], cfg: Config) -> list[Tensor]:
@@ -231,13 +251,6 @@ def first_frames(prompts: list[Prompt], cfg: Config) -> list[Tensor]:
     return [F.interpolate(centre_crop(read_image(prompt.image), *size)[None], size,
                           mode="bicubic")[0].clamp(-1, 1)
             for prompt in prompts if prompt.image is not None]
-
-
-def oracle_hits(video: Tensor, caption: str) -> dict[str, bool]:
-    """Whether a video [3,T,H,W] shows each attribute of its caption, and all of them."""
-    seen, told = world.read_clip(video[None]), world.caption_attributes(caption)
-    hits = {name: int(seen[name]) == told[name] for name in told}
-    return hits | {"all": all(hits.values())}
 
 
 # ------------------------------------------------------------------------------------- table
@@ -283,24 +296,18 @@ def mean_row(rows: list[dict]) -> dict:
 
 def gates(best: dict, few: dict, student: dict) -> list[dict]:
     """The small world's gates, from the rows of teacher@n, teacher@m and the (mean) student."""
-    ratio = student["endpoint"][0] / few["endpoint"][0]
     near, far = (abs(row["energy"][0] - best["energy"][0]) for row in (student, few))
-    hf, hf_few = student["hf"][0], few["hf"][0]
-    right = best["all"][0]
     if "first" in student:  # the image settles what few steps would blur
-        first = student["first"][0]
-        second = ("student's first frame against its image, dB", first, "≥ 30", first >= 30)
+        second = world.gate("student's first frame against its image, dB", student["first"][0], 30)
     else:
-        second = (f"{few['label']}: high-frequency energy", hf_few, "≤ 0.85", hf_few <= 0.85)
-    listed = [
-        (f"{best['label']}: all attributes right", right, "≥ 0.9", right >= 0.9),
-        second,
-        (f"student's endpoint error / {few['label']}'s", ratio, "≤ 0.5, aim 0.25", ratio <= 0.5),
-        ("student's high-frequency energy", hf, "0.95 … 1.05", 0.95 <= hf <= 1.05),
-        (f"student's energy distance from {best['label']}'s", near,
-         f"< {few['label']}'s {far:.4f}", near < far)]
-    return [{"gate": name, "got": got, "wanted": wanted, "pass": passed}
-            for name, got, wanted, passed in listed]
+        second = world.gate(f"{few['label']}: high-frequency energy", few["hf"][0], most=0.85)
+    return [
+        world.gate(f"{best['label']}: all attributes right", best["all"][0], 0.9), second,
+        world.gate(f"student's endpoint error / {few['label']}'s",
+                   student["endpoint"][0] / few["endpoint"][0], most=0.5),
+        world.gate("student's high-frequency energy", student["hf"][0], 0.95, 1.05),
+        world.gate(f"student's energy distance from {best['label']}'s, at most {few['label']}'s",
+                   near, most=far)]
 
 
 def cells(row: dict, columns: dict[str, str]) -> list[str]:
@@ -373,26 +380,86 @@ def draw_table(path: Path, rows: list[dict], title: str) -> None:
     replace_file(path, lambda aside: figure.savefig(aside, format="png"))
 
 
-def wall(models: list[Samples], captions: list[str]) -> np.ndarray:
-    """The models' videos next to each other under their captions, uint8 [T,H,W,3]."""
-    tiles = []
-    for i in sorted(models[0].shown):
-        tile = side_by_side([m.shown[i] for m in models], [m.label for m in models])
-        strip = np.broadcast_to(label_strip(captions[i], tile.shape[2], 24),
-                                (len(tile), 24, tile.shape[2], 3))
-        tile = np.concatenate([strip, tile], axis=1)
-        tiles.append(np.pad(tile, ((0, 0), (0, 8), (0, 16), (0, 0)), constant_values=255))
-    columns = max(1, min(len(tiles), 1300 // tiles[0].shape[2]))
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    lines = [np.concatenate(tiles[a:a + columns], axis=2) for a in range(0, len(tiles), columns)]
-    return np.concatenate(lines, axis=1)
+# -------------------------------------------------------------------------------------- page
+
+@dataclass
+class Example:
+    """A caption that is shown, with the videos of teacher@n, teacher@m and the first student."""
+    caption: str                                  # and its quantile
+    videos: list[Tensor]
+    notes: list[str]                              # of each video: its endpoint error
+
+
+def html_of(text: str) -> str:
+    """Paragraphs and tables of Markdown as HTML: no more than `markdown` writes, escaped."""
+    blocks, text = [], html.escape(text.replace("`", "")).replace("**FAIL**", "<mark>FAIL</mark>")
+    for block in text.strip().split("\n\n"):
+        head, *lines = [line[1:-1].replace("|", "<td>") for line in block.split("\n")]
+        rows = "".join(f"<tr><td>{line}" for line in (head, *lines[1:]))
+        blocks.append(f'<div class="wide"><table>{rows}</table></div>' if block.startswith("|")
+                      else f"<p>{block}</p>")
+    return "\n".join(blocks)
+
+
+def html_example(example: Example, labels: list[str], fps: float) -> str:
+    """One video of all models, under their names."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        write_video(path, side_by_side(example.videos), fps, LOOP_SECONDS)
+        source = data_uri(path)
+    heads = "".join(f"<div><b>{html.escape(label)}</b><br>{note}</div>"
+                    for label, note in zip(labels, example.notes, strict=True))
+    return (f"<figure><figcaption>{html.escape(example.caption)}</figcaption>"
+            f'<div class="three">{heads}</div>'
+            f'<video autoplay loop muted playsinline src="{source}"></video></figure>')
+
+
+def write_page(out: Path, examples: list[Example], labels: list[str], rows: list[dict],
+               table: str, cfg: Config, facts: dict) -> None:
+    """Fill in assets/report.html, which then needs no other file; table as `markdown` has it."""
+    texts = {**facts, "n": labels[0].partition("@")[2], "m": labels[1].partition("@")[2],
+             "count": cfg.count}
+    longest = max(row["endpoint"][0] for row in rows) or 1.0
+    for name, row in {"best": rows[0], "few": rows[1], "student": rows[-1]}.items():
+        texts |= {f"{name}_label": row["label"], f"{name}_error": f"{row['endpoint'][0]:.3f}",
+                  f"{name}_bar": f"{100 * row['endpoint'][0] / longest:.1f}%",
+                  f"{name}_cost": f"{row['evaluations']} evaluations, {row['seconds']:.3f} s"}
+    curves = Path(cfg.run) / "distill/curves.png"
+    words = [f"<li>{name}: {', '.join(values)}" for name, values in world.ATTRIBUTES.items()]
+    parts = {
+        "videos": "\n".join(html_example(e, labels, cfg.fps) for e in examples),
+        "stills": data_uri(out / "videos.png"), "table": html_of(table),
+        "curves": curves.is_file() and "<h2>How the student learned</h2><img alt=\"Losses, heads' "
+        f'accuracy, gradients, held-out error" src="{data_uri(curves)}">',
+        "words": "all" in rows[0] and "<p>The small world knows these words:</p>"
+        f"<ul>{''.join(words)}</ul>"}
+    template = string.Template((ROOT / "assets/report.html").read_text(encoding="utf-8"))
+    write_text(out / "report.html", template.substitute(
+        {name: html.escape(str(text)) for name, text in texts.items()},
+        **{name: part or "" for name, part in parts.items()}))
+
+
+def next_command(cfg: Config, argv: list[str], prompt: Prompt) -> str:
+    """The command that samples the student, with the evaluation's config and shared overrides."""
+    config = argv[0] if names_config(argv) else "configs/tiny.yaml"
+    values, shared = dataclasses.asdict(cfg), dataclasses.asdict(Shared())
+    path = Path(config) if names_config(argv) else ROOT / config
+    plain = shared | read_yaml(path, "evaluate", values)
+    options = {name: values[name] for name in shared if values[name] != plain[name]}
+    options |= {"student": cfg.students and cfg.students.split(",")[0].strip(),
+                "image": prompt.image, "prompt": prompt.text}
+    words = ["python", "sample.py", config]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", ",".join(map(str, value)) if name == "key" else str(value)]
+    return shlex.join(words)
 
 
 # -------------------------------------------------------------------------------------- main
 
 def check_config(cfg: Config) -> None:
     """Raise ValueError for settings that cannot be evaluated."""
-    for key, least in (("count", 3), ("batch", 1), ("videos", 1), ("directions", 1)):
+    for key, least in (("count", 3), ("batch", 1), ("directions", 1)):
         if getattr(cfg, key) < least:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {least} or more")
 
@@ -420,22 +487,24 @@ def sample_all(cfg: Config, mine: range, prompts: list[Prompt],
     another noise; of the videos `mine` only."""
     prompts = [prompts[i] for i in mine]
     sizes = [(cfg.height, cfg.width)] * len(prompts)
-    conds, unconds = encode_prompts(cfg, prompts, sizes, True, device, Watch(device))
+    conds, unconds = encode_prompts(cfg, prompts, sizes, True, device, Timer(device))
     shape = latent_shape(cfg.frames, cfg.height, cfg.width)
     noise, other = (draw_noise(shape, [(name, cfg.seed, i, prompt.text)
                                        for i, prompt in zip(mine, prompts, strict=True)])
                     for name in ("evaluate", "evaluate, reference"))
     grid, t_key = time_grid(cfg.family, cfg.n, cfg.shift).tolist(), students[0][1]["t_key"]
     n, m = len(grid) - 1, len(t_key) - 1
-    dit = load_teacher(cfg, device)
-    models = [walk_all(f"teacher@{n}", dit, grid, noise, conds, unconds, cfg, device),
-              walk_all(f"teacher@{m}", dit, t_key, noise, conds, unconds, cfg, device)]
-    reference = walk_all(f"teacher@{n}, other noise", dit, grid, other, conds, unconds, cfg, device)
+    dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device)
+    dit.requires_grad_(False)
+    models = [sample_model(f"teacher@{n}", dit, grid, noise, conds, unconds, cfg, device),
+              sample_model(f"teacher@{m}", dit, t_key, noise, conds, unconds, cfg, device)]
+    reference = sample_model(f"teacher@{n}, other noise", dit, grid, other, conds, unconds, cfg,
+                             device)
     del dit
     for number, (path, _) in enumerate(students, 1):
         label = f"student@{m}" + (f" #{number}" if len(students) > 1 else "")
         student = load_student(cfg, path, device)
-        models.append(walk_all(label, student, t_key, noise, conds, None, cfg, device))
+        models.append(sample_model(label, student, t_key, noise, conds, None, cfg, device))
     return models, reference
 
 
@@ -452,39 +521,46 @@ def commit() -> str | None:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     cfg = load_config(Config, "evaluate", argv, __doc__)
+    sizes = check_model(cfg)
     check_config(cfg)
     students = students_of(cfg)
-    held_out = read_prompts(cfg.prompts or heldout_prompts(cfg), sizes_of(cfg.preset).takes_image)
+    held_out = read_prompts(cfg.prompts or heldout_prompts(cfg.weights, sizes.takes_image),
+                            sizes.takes_image)
     every = max(1, len(held_out) // cfg.count)  # few videos: captions from all over the list
     prompts = [held_out[i * every % len(held_out)] for i in range(cfg.count)]
-    ranks = setup_distributed(cfg.device)
+    ranks = setup_distributed(cfg.device, same=settings_to_compare(
+        cfg, teacher=fingerprint(cfg.weights), encoders=fingerprint_files(cfg.weights),
+        prompts=digest_texts(prompts), students=[fingerprint(path) for path, _ in students]))
     prefer_attention(cfg.attention, ranks.device)
     if cfg.count < ranks.world:
         raise ValueError(f"count: got {cfg.count}; wanted at least one for each of {ranks.world} "
                          "ranks")
     mine, device = range(ranks.rank, cfg.count, ranks.world), ranks.device
-    out = announce(cfg, "evaluate", ranks)
+    out = announce(cfg, "evaluate", ranks.rank)
 
     models, reference = sample_all(cfg, mine, prompts, students, device)
+    captions, errors = [prompt.text for prompt in prompts], [None] * ranks.world
+    dist.all_gather_object(errors, endpoint_error(models[1].latents, models[0].latents))
+    shown = shown_places(interleaved(errors), captions)
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
-    captions = [prompt.text for prompt in prompts]
     images = first_frames([prompts[i] for i in mine], cfg)
     for model in models:
-        look(model, mine, vae, captions, images, cfg, device)
+        measure_videos(model, mine, vae, captions, images, shown, cfg, device)
     *models, reference = [gathered(samples, ranks) for samples in (*models, reference)]
     if ranks.rank == 0:
         start = ["torchrun", f"--nproc-per-node={ranks.world}"] if ranks.world > 1 else ["python"]
         given = sys.argv[1:] if argv is None else argv
-        report(cfg, out, models, reference.latents, captions, students, {
+        report(cfg, out, models, reference.latents, captions, shown, students, {
             "command": shlex.join([*start, "evaluate.py", *given]), "commit": commit(),
+            "next": next_command(cfg, given, prompts[next(iter(shown))]),
             "device": device_name(device), "torch": torch.__version__,
             "seconds": round(time.perf_counter() - started, 1)})
     dist.barrier()
 
 
 def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, captions: list[str],
-           students: list[tuple[Path, dict]], facts: dict) -> None:
-    """Measure the models and write the table and the videos; reference as in `measure`."""
+           shown: dict[int, float], students: list[tuple[Path, dict]], facts: dict) -> None:
+    """Measure the models, write table, videos and page; reference as in `measure`."""
     best, few, *rest = (measure(model, models[0], reference, cfg) for model in models)
     rows = [best, few, *rest] + ([mean_row(rest)] if len(rest) > 1 else [])
     passed = gates(best, few, rows[-1]) if "all" in best else []
@@ -493,18 +569,26 @@ def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, cap
     write_json(out / "table.json", {
         **facts, "config": dataclasses.asdict(cfg), "rows": rows, "gates": passed,
         "students": [{"file": str(path), **known} for path, known in students]})
-    draw_table(out / "table.png", rows, f"{cfg.run}: {cfg.count} videos, the same noise for all")
+    draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
 
-    frames = wall(models[:3], captions)
-    write_video(out / "videos.gif", frames, cfg.fps)
-    loops = max(1, round(4 * cfg.fps / len(frames)))  # players stop at the end of an mp4
-    write_video(out / "videos.mp4", np.concatenate([frames] * loops), cfg.fps)
-    shown = [(i, captions[i]) for i in sorted(models[0].shown)[:4]]
-    sheet = [(f"{model.label}: {caption}", model.shown[i])
-             for i, caption in shown for model in models[:3]]
-    contact_sheet(out / "videos.png", sheet, title=f"{cfg.run}: three rows a caption, one noise")
-    print(f"\n{text}\nlook at {out / 'videos.mp4'} (or .gif) and videos.png: side by side\n"
-          f"        {out / 'table.png'}, table.md, table.json: the numbers")
+    labels = [model.label for model in models[:3]]
+    errors = [endpoint_error(model.latents, models[0].latents) for model in models[1:3]]
+    quantiles = [f"{quantile:g}".lstrip("0") for quantile in shown.values()]
+    examples = [Example(f"{captions[i]} ({quantile} quantile)", [m.shown[i] for m in models[:3]],
+                        ["the target", *(f"error {float(error[i]):.3f}" for error in errors)])
+                for i, quantile in zip(shown, quantiles, strict=True)]
+    facts |= {"shown": f"captions at the {', '.join(quantiles)} quantile of {labels[1]}'s "
+                       "endpoint error"}
+    wall = video_wall([(e.caption, side_by_side(e.videos, labels)) for e in examples])
+    write_video(out / "videos.gif", wall, cfg.fps)
+    write_video(out / "videos.mp4", wall, cfg.fps, LOOP_SECONDS)
+    sheet = [(e.caption, list(zip(e.videos, e.notes, strict=True))) for e in examples]
+    comparison_sheet(out / "videos.png", labels, sheet,
+                     f"{facts['shown']}: first, middle and last frame")
+    write_page(out, examples, labels, rows, text, cfg, facts)
+    print(f"\n{text}\nlook at {out / 'report.html'} in a browser: the videos and these numbers\n"
+          f"        {out / 'videos.mp4'} (or .gif), videos.png, table.png, table.md, table.json\n"
+          f"next:   source .venv/bin/activate\n        {facts['next']}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What is distilled, and what every stage must agree on bit for bit.
+"""What is distilled: schedule and Euler step, both DiTs, their sizes, and how a DiT is loaded.
 
 Sections: schedule and Euler step · what both DiTs share · Wan DiT · HunyuanVideo DiT · presets ·
-reading and writing weights · processes and sharding · seeding.
+building and loading a DiT.
 
 Conventions, said once for the whole project:
   t in [0, 1]; t = 1 is noise, t = 0 is data; x_t = (1 - t) x0 + t x1 and v = x1 - x0 (Eq. 2, 3).
@@ -11,40 +11,28 @@ Shapes: B batch, C channels, T H W latent frames, height and width, L tokens, S 
 D width, N heads.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import functools
-import hashlib
 import itertools
-import json
 import math
-import os
-import pickle
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-ROOT = Path(__file__).resolve().parent
-
+from common.config import Shared, nearest
+from common.files import read_json
+from common.ranks import (
+    AllToAll, Ranks, SequenceShard, compute_dtype, gather_sequence, local_rows, shard,
+    shard_sequence)
+from common.weights import dit_tensors, find_dit, load_module
 
 # ------------------------------------------------------------------ schedule and Euler step
 
@@ -93,35 +81,35 @@ def euler_step(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
 
 
 def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | None = None,
-             cfg_scale: float = 1.0, branches: "dist.ProcessGroup | None" = None) -> Tensor:
+             cfg_scale: float = 1.0, cfg_group: dist.ProcessGroup | None = None) -> Tensor:
     """Velocity v_θ(x, t) of a batch at one time; with `uncond`, guided by two evaluations.
 
     Args: x [B,C,T,H,W] fp32; t in [0,1]; cond, uncond from encode_prompts; cfg_scale, where
-    1 means no guidance; branches, two ranks that make one evaluation each (no gradient).
+    1 means no guidance; cfg_group, two ranks that make one evaluation each (no gradient).
     Returns [B,C,T,H,W] fp32. Source: classifier-free guidance as in Wan 2.1.
     """
     times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
     if uncond is None or cfg_scale == 1:
         return dit(x, times, cond)
-    if branches is None:
+    if cfg_group is None:
         v, v_uncond = dit(x, times, cond), dit(x, times, uncond)
     else:
-        mine = dit(x, times, uncond if branches.rank() else cond).contiguous()
+        mine = dit(x, times, uncond if cfg_group.rank() else cond).contiguous()
         v, v_uncond = torch.empty_like(mine), torch.empty_like(mine)
-        dist.all_gather([v, v_uncond], mine, group=branches)
+        dist.all_gather([v, v_uncond], mine, group=cfg_group)
     return v_uncond + cfg_scale * (v - v_uncond)
 
 
-def walk(dit: nn.Module, x: Tensor, times: list[float], cond: dict, uncond: dict | None = None,
-         cfg_scale: float = 1.0,
-         branches: "dist.ProcessGroup | None" = None) -> Iterator[Tensor]:
+def sample_euler(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
+                 uncond: dict | None = None, cfg_scale: float = 1.0,
+                 cfg_group: dist.ProcessGroup | None = None) -> Iterator[Tensor]:
     """Denoise x along `times`, yielding the latent after each Euler step. Eq. 5, without gradient.
 
     Args: x [B,C,T,H,W] fp32 at times[0]; times falling; the rest as `velocity`.
     """
     for t, t_next in itertools.pairwise(times):
         with torch.no_grad():
-            x = euler_step(x, velocity(dit, x, t, cond, uncond, cfg_scale, branches), t, t_next)
+            x = euler_step(x, velocity(dit, x, t, cond, uncond, cfg_scale, cfg_group), t, t_next)
         yield x
 
 
@@ -139,10 +127,10 @@ def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
-def embed(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """First and last of some layers with SiLU between them, in fp32."""
-    first, *_, last = layers
-    return linear_fp32(last, F.silu(linear_fp32(first, x)))
+def silu_mlp(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """A two-layer MLP with SiLU in fp32: the first and the last of some layers."""
+    layers = list(layers)
+    return linear_fp32(layers[-1], F.silu(linear_fp32(layers[0], x)))
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -170,9 +158,15 @@ def sinusoid(steps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     dtype of the angles: Wan's release takes float64, HunyuanVideo's float32, and at s = 6016 that
     rounding can be seen.
     """
-    k = torch.arange(dim // 2, dtype=dtype, device=steps.device)
-    angle = torch.outer(steps.float().to(dtype), torch.exp(-math.log(10000) * k / (dim // 2)))
+    angle = torch.outer(steps.float().to(dtype), frequencies(dim, dtype).to(steps.device))
     return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+def frequencies(dim: int, dtype: torch.dtype) -> Tensor:
+    """w of `sinusoid` [dim/2], each correctly rounded: a CPU's own exp may be off by the last bit,
+    which 6016 makes large."""
+    x = -math.log(10000) * torch.arange(dim // 2, dtype=dtype) / (dim // 2)
+    return x.double().exp().to(dtype)
 
 
 def rope_angles(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: float) -> Tensor:
@@ -200,106 +194,40 @@ def rope_table(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: f
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
-class Part(NamedTuple):
-    """The tokens of a sequence that this rank holds: all, or one of `sp` equal parts in order."""
-    rope: tuple[Tensor, Tensor]           # of its image tokens, [images,1,head_dim/2] each
-    images: int                           # its image tokens; they come first
-    total: int                            # tokens of the whole sequence, padding not counted
-    group: dist.ProcessGroup | None       # of the ranks that share the sequence; None: no others
-    keys: tuple[int, ...] | None = None   # the first so many are attended to, by sample; None: all
-
-
-def take_part(h: Tensor, rope: tuple[Tensor, Tensor],
-              group: dist.ProcessGroup | None) -> tuple[Tensor, Part]:
-    """This rank's tokens of h [B,L,D], whose first len(rope[0]) are image tokens, and their Part.
-
-    The sequence is padded with zeros to equal parts; attention never sees the padding.
-    """
-    images, total = len(rope[0]), h.shape[1]
-    if group is None:
-        return h, Part(rope, images, total, None)
-    size = -(-total // group.size())
-    start = group.rank() * size
-    h = F.pad(h, (0, 0, 0, size * group.size() - total))[:, start:start + size]
-    rope = tuple(table[start:start + size] for table in rope)
-    return h, Part(rope, len(rope[0]), total, group)
-
-
-class Exchange(torch.autograd.Function):
-    """All-to-all of x [sp, …]: part j goes to rank j. It is its own inverse and transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, x = group, x.contiguous()
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return Exchange.apply(grad, ctx.group), None
-
-
-class Gather(torch.autograd.Function):
-    """All ranks' parts x [B,l,…], one after the other: [B,sp·l,…]. Backward sums over the ranks.
-
-    Every rank computes the loss of the whole sequence, so this sum is sp times its gradient; the
-    mean over all ranks that FSDP takes then is the mean over samples, as without parts.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, x = group, x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x, group=group)
-        return torch.cat(parts, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(ctx.group.size(), 1)[ctx.group.rank()], None
-
-
-def whole(x: Tensor, part: Part) -> Tensor:
-    """The whole sequence of which x [B,l,…] is this rank's part, without padding."""
-    return x if part.group is None else Gather.apply(x, part.group)[:, :part.total]
-
-
-def rotate(x: Tensor, part: Part) -> Tensor:
+def rotate(x: Tensor, seq: SequenceShard) -> Tensor:
     """Rotate adjacent channel pairs of the image tokens of x [B,L,N,head_dim] by their angles."""
-    cos, sin = part.rope
-    a, b = x[:, :part.images].float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = seq.rope
+    a, b = x[:, :seq.images].float().unflatten(-1, (-1, 2)).unbind(-1)
     y = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
-    return y if part.images == x.shape[1] else torch.cat([y, x[:, part.images:]], 1)
+    return y if seq.images == x.shape[1] else torch.cat([y, x[:, seq.images:]], 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, part: Part | None = None,
+def attention(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard | None = None,
               mask: Tensor | None = None) -> Tensor:
     """Softmax attention over [B,L,N,head_dim]; returns [B,L,N·head_dim].
 
-    part: L are this rank's tokens of a sequence that its group shares. They are exchanged for all
+    seq: L are this rank's tokens of a sequence that its group shares. They are exchanged for all
     tokens of N / sp heads, and back. Source: Jacobs et al., DeepSpeed-Ulysses, 2023.
-    mask, for short sequences: bool [B,1,L,keys], False hides a key. Long ones have part.keys and no
+    mask, for short sequences: bool [B,1,L,keys], False hides a key. Long ones have seq.keys and no
     mask, so that flash kernels run.
     """
-    shared = part is not None and part.group is not None
+    shared = seq is not None and seq.group is not None
     if shared:
-        sp = part.group.size()
+        sp = seq.group.size()
         x = torch.stack([q, k, v]).unflatten(3, (sp, -1))            # 3 B l sp N/sp d
-        x = Exchange.apply(x.movedim(3, 0), part.group)                  # sp 3 B l N/sp d
-        q, k, v = x.movedim(0, 2).flatten(2, 3)[:, :, :part.total]       # B L N/sp d each
+        x = AllToAll.apply(x.movedim(3, 0), seq.group)                  # sp 3 B l N/sp d
+        q, k, v = x.movedim(0, 2).flatten(2, 3)[:, :, :seq.total]       # B L N/sp d each
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if part is None or part.keys is None:
+    if seq is None or seq.keys is None:
         out = F.scaled_dot_product_attention(q, k, v, mask)
     else:
         out = torch.cat([F.scaled_dot_product_attention(
-            q[b:b + 1], k[b:b + 1, :, :n], v[b:b + 1, :, :n]) for b, n in enumerate(part.keys)])
+            q[b:b + 1], k[b:b + 1, :, :n], v[b:b + 1, :, :n]) for b, n in enumerate(seq.keys)])
     out = out.transpose(1, 2)                                            # B L N d
     if shared:
-        size = -(-part.total // sp)
-        out = F.pad(out, (0, 0, 0, 0, 0, size * sp - part.total))
-        out = Exchange.apply(out.unflatten(1, (sp, -1)).movedim(1, 0), part.group)
+        size = -(-seq.total // sp)
+        out = F.pad(out, (0, 0, 0, 0, 0, size * sp - seq.total))
+        out = AllToAll.apply(out.unflatten(1, (sp, -1)).movedim(1, 0), seq.group)
         out = out.movedim(0, 2).flatten(2, 3)                            # B l N d
     return out.flatten(2)
 
@@ -331,7 +259,7 @@ def embed_patches(x: Tensor, proj: nn.Conv3d) -> Tensor:
     return F.linear(patches.to(weight.dtype), weight, proj.bias)
 
 
-def through_blocks(blocks: Sequence[nn.Module], h: Tensor, part: Part, images: int,
+def through_blocks(blocks: Sequence[nn.Module], h: Tensor, seq: SequenceShard, images: int,
                    taps: tuple[int, ...], velocity: bool,
                    *context: Any) -> tuple[Tensor | None, list[Tensor]]:
     """The stream h after all blocks, and the sequence's image tokens after those of `taps`, fp32.
@@ -343,9 +271,9 @@ def through_blocks(blocks: Sequence[nn.Module], h: Tensor, part: Part, images: i
         raise ValueError(f"taps: got {taps}; wanted blocks 0 … {len(blocks) - 1}")
     features = {}
     for b, block in enumerate(blocks):
-        h = block(h, part, *context)
+        h = block(h, seq, *context)
         if b in taps:
-            features[b] = whole(h, part)[:, :images].to(torch.float32, copy=True)
+            features[b] = gather_sequence(h, seq)[:, :images].to(torch.float32, copy=True)
         if not velocity and len(features) == len(set(taps)):
             return None, [features[b] for b in taps]
     return h, [features[b] for b in taps]
@@ -402,14 +330,14 @@ class WanAttention(nn.Module):
             self.add_module(f"norm_{name}", RMSNorm(dim, cfg.eps))  # before the heads are split
 
     def forward(self, x: Tensor, context: Tensor | None = None,
-                part: Part | None = None) -> Tensor:
+                seq: SequenceShard | None = None) -> Tensor:
         source = x if context is None else context[:, -self.text_len:]
         q = self.norm_q(linear(self.q, x)).unflatten(-1, (self.num_heads, -1))       # B L N d
         k = self.norm_k(linear(self.k, source)).unflatten(-1, (self.num_heads, -1))  # B S N d
         v = linear(self.v, source).unflatten(-1, (self.num_heads, -1))               # B S N d
-        if part is not None:
-            q, k = rotate(q, part), rotate(k, part)
-        out = attention(q, k, v, part=part)                                          # B L D
+        if seq is not None:
+            q, k = rotate(q, seq), rotate(k, seq)
+        out = attention(q, k, v, seq=seq)                                            # B L D
         if self.image:
             picture = context[:, :-self.text_len]
             k = self.norm_k_img(linear(self.k_img, picture)).unflatten(-1, (self.num_heads, -1))
@@ -431,14 +359,14 @@ class WanBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"),
                                  nn.Linear(cfg.ffn_dim, cfg.dim))
 
-    def forward(self, x: Tensor, part: Part, e: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seq: SequenceShard, e: Tensor, context: Tensor) -> Tensor:
         """x [B,L,D] fp32, e [B,6,D] fp32, context [B,S,D]; returns [B,L,D] fp32."""
-        return run_block(self, x, part, e, context)
+        return run_block(self, x, seq, e, context)
 
-    def _forward(self, x: Tensor, part: Part, e: Tensor, context: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, seq: SequenceShard, e: Tensor, context: Tensor) -> Tensor:
         m = (self.modulation.float() + e).unsqueeze(2).unbind(1)          # 6 × [B 1 D]
         y = modulated_norm(x, m[0], m[1], self.eps)
-        x = x + m[2] * self.self_attn(y, part=part).float()
+        x = x + m[2] * self.self_attn(y, seq=seq).float()
         affine = self.norm3.weight.float(), self.norm3.bias.float()
         y = F.layer_norm(x, x.shape[-1:], *affine, self.eps)
         x = x + self.cross_attn(y, context=context).float()
@@ -509,17 +437,17 @@ class WanDiT(nn.Module):
             context = torch.cat([picture, context], 1)
         rope = rope_table(grid, self.cfg.rope_pairs, 10000.0, str(x.device))
         L = h.shape[1]
-        h, part = take_part(h, rope, self.sp)
-        h, features = through_blocks(self.blocks, h, part, L, taps, velocity, e6, context)
+        h, seq = shard_sequence(h, rope, self.sp)
+        h, features = through_blocks(self.blocks, h, seq, L, taps, velocity, e6, context)
         if h is None:
             return None, features
-        out = whole(self.head(h, e), part).view(B, *grid, pt, ph, pw, -1)       # channels last
+        out = gather_sequence(self.head(h, e), seq).view(B, *grid, pt, ph, pw, -1)  # channels last
         v = out.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, -1, T, H, W)         # B C T H W
         return (v, features) if taps else v
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Embedding of the official timestep 1000·t, in fp32. [B,D]"""
-        return embed(self.time_embedding,
+        return silu_mlp(self.time_embedding,
                      sinusoid(t.double() * 1000, self.cfg.freq_dim, torch.float64))
 
     def embed_text(self, text: Tensor) -> Tensor:
@@ -678,7 +606,7 @@ class TokenRefiner(nn.Module):
             mean = (text.float() * weight).sum(1) / weight.sum(1)
             allowed = mask[:, None, :, None] & mask[:, None, None, :]  # B 1 S S
             allowed[..., 0] = True  # a row of padding looks at the first token: no empty softmax
-        c = embed(self.t_embedder["mlp"], time) + embed(self.c_embedder.values(), mean)
+        c = silu_mlp(self.t_embedder["mlp"], time) + silu_mlp(self.c_embedder.values(), mean)
         x = linear(self.input_embedder, text)
         for block in self.individual_token_refiner["blocks"]:
             x = block(x, c, allowed)
@@ -699,25 +627,25 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{s}_attn_proj", nn.Linear(D, D))
             self.add_module(f"{s}_mlp", MLP(D, cfg.ffn_dim))
 
-    def forward(self, x: Tensor, part: Part, vec: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
         """x [B,L+S,D], image tokens first; vec [B,D]."""
-        return run_block(self, x, part, vec)
+        return run_block(self, x, seq, vec)
 
-    def _forward(self, x: Tensor, part: Part, vec: Tensor) -> Tensor:
-        L = part.images
+    def _forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
+        L = seq.images
         streams, heads = {"img": x[:, :L], "txt": x[:, L:]}, []
         mods = {s: getattr(self, f"{s}_mod")(vec) for s in streams}
         for s, y in streams.items():
             y = linear(getattr(self, f"{s}_attn_qkv"), modulated_norm(y, *mods[s][:2], self.eps))
             q, k, v = split_heads(y, self.num_heads)
             q, k = getattr(self, f"{s}_attn_q_norm")(q), getattr(self, f"{s}_attn_k_norm")(k)
-            heads.append((rotate(q, part), rotate(k, part), v) if s == "img" else (q, k, v))
+            heads.append((rotate(q, seq), rotate(k, seq), v) if s == "img" else (q, k, v))
         q, k, v = (torch.cat(pair, 1) for pair in zip(*heads, strict=True))
-        y = attention(q, k, v, part)                                            # B L+S D
+        y = attention(q, k, v, seq)                                            # B L+S D
         out = []
-        for (s, z), part in zip(streams.items(), (y[:, :L], y[:, L:]), strict=True):
+        for (s, z), y_s in zip(streams.items(), (y[:, :L], y[:, L:]), strict=True):
             _, _, gate1, shift2, scale2, gate2 = mods[s]
-            z = (z + gate1 * getattr(self, f"{s}_attn_proj")(part)).to(z.dtype)
+            z = (z + gate1 * getattr(self, f"{s}_attn_proj")(y_s)).to(z.dtype)
             y = getattr(self, f"{s}_mlp")(modulated_norm(z, shift2, scale2, self.eps), gelu)
             out.append((z + gate2 * y).to(z.dtype))
         return torch.cat(out, 1)
@@ -735,17 +663,17 @@ class SingleBlock(nn.Module):
         self.q_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
         self.k_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
 
-    def forward(self, x: Tensor, part: Part, vec: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
         """As DoubleBlock.forward."""
-        return run_block(self, x, part, vec)
+        return run_block(self, x, seq, vec)
 
-    def _forward(self, x: Tensor, part: Part, vec: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         y = linear(self.linear1, modulated_norm(x, shift, scale, self.eps))
         qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
         q, k, v = split_heads(qkv, self.num_heads)
-        q, k = rotate(self.q_norm(q), part), rotate(self.k_norm(k), part)
-        y = self.linear2(torch.cat([attention(q, k, v, part), gelu(y)], -1))
+        q, k = rotate(self.q_norm(q), seq), rotate(self.k_norm(k), seq)
+        y = self.linear2(torch.cat([attention(q, k, v, seq), gelu(y)], -1))
         return (x + gate * y).to(x.dtype)
 
 
@@ -796,19 +724,20 @@ class HunyuanDiT(nn.Module):
         L = h.shape[1]
         h = torch.cat([h, text.to(h.dtype)], 1).to(compute_dtype(x.device))            # B L+S D
         rope = rope_table(grid, c.rope_pairs, 256.0, str(x.device))
-        h, part = take_part(h, rope, self.sp)
+        h, seq = shard_sequence(h, rope, self.sp)
         if mask is not None:
             if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
                 raise ValueError("cond['mask']: got a text token after padding; wanted padding at "
                                  "the end: reorder the tokens")
-            part = part._replace(keys=tuple(L + n for n in mask.sum(1).tolist()))
-        h, features = through_blocks(self.blocks, h, part, L, taps, velocity, vec)
+            seq = seq._replace(keys=tuple(L + n for n in mask.sum(1).tolist()))
+        h, features = through_blocks(self.blocks, h, seq, L, taps, velocity, vec)
         if h is None:
             return None, features
         ada, last = self.final_layer["adaLN_modulation"][1], self.final_layer["linear"]
         shift, scale = linear_fp32(ada, F.silu(vec)).unsqueeze(1).chunk(2, -1)
-        h = h[:, :part.images] if part.group is None else h  # shares are gathered with the text
-        out = whole(linear_fp32(last, modulated_norm(h, shift, scale, c.eps)), part)[:, :L]
+        h = h[:, :seq.images] if seq.group is None else h  # shares are gathered with the text
+        out = linear_fp32(last, modulated_norm(h, shift, scale, c.eps))
+        out = gather_sequence(out, seq)[:, :L]                                  # B L C·pt·ph·pw
         out = out.view(B, *grid, -1, pt, ph, pw)                                # channels first
         v = out.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, -1, T, H, W)         # B C T H W
         return (v, features) if taps else v
@@ -820,8 +749,8 @@ class HunyuanDiT(nn.Module):
     def modulation_vector(self, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """What shifts, scales and gates are made of: time, pooled text and guidance. [B,D]"""
         guidance = sinusoid(cond["guidance"].double() * 1000, self.cfg.freq_dim, torch.float32)
-        return (embed(self.time_in["mlp"], time) + embed(self.guidance_in["mlp"], guidance)
-                + embed(self.vector_in.values(), cond["pooled"]))
+        return (silu_mlp(self.time_in["mlp"], time) + silu_mlp(self.guidance_in["mlp"], guidance)
+                + silu_mlp(self.vector_in.values(), cond["pooled"]))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill with the official initialisation, every draw from `generator`."""
@@ -864,12 +793,6 @@ PRESETS = {
 Sizes = WanConfig | HunyuanConfig
 
 
-def nearest(name: str, names: Any) -> str:
-    """ "; did you mean …?" with the closest of the names, or nothing."""
-    close = difflib.get_close_matches(name, list(names), 1, 0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
 def sizes_of(preset: str) -> Sizes:
     """The sizes of a preset. Raises ValueError for an unknown one."""
     if preset not in PRESETS:
@@ -885,6 +808,17 @@ def build_dit(preset: str | Sizes) -> WanDiT | HunyuanDiT:
     """
     sizes = sizes_of(preset) if isinstance(preset, str) else preset
     return (WanDiT if sizes.family == "wan" else HunyuanDiT)(sizes)
+
+
+def check_model(cfg: Shared) -> Sizes:
+    """The sizes of a config's DiT; ValueError if its grid, shape, preset and family do not fit."""
+    latent_shape(cfg.frames, cfg.height, cfg.width)
+    key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
+    sizes = sizes_of(cfg.preset)
+    if sizes.family != cfg.family:
+        raise ValueError(f"preset: '{cfg.preset}' is of family {sizes.family}, got family "
+                         f"'{cfg.family}': change one of them")
+    return sizes
 
 
 def collate(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -921,258 +855,6 @@ def latent_shape(frames: int, height: int, width: int,
     return channels, 1 + (frames - 1) // 4, height // 8, width // 8
 
 
-# --------------------------------------------------------------- reading and writing weights
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in a file, read when asked for: shape, dtype, file, read(rows) of the first dim."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    file: Path
-    read: Callable[..., Tensor]
-
-
-def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Names and lazy tensors of one safetensors file. Raises ValueError if it is none or cut."""
-    def lazy(name: str) -> LazyTensor:
-        view = f.get_slice(name)
-        shape = tuple(view.get_shape())
-        dtype = (view[:0] if shape else f.get_tensor(name)).dtype
-
-        def read(rows: slice | None = None) -> Tensor:  # mapped anew: else all that was ever read
-            with safe_open(path, "pt") as again:        # stays in this process's memory
-                return again.get_slice(name)[rows] if rows and shape else again.get_tensor(name)
-
-        return LazyTensor(shape, dtype, path, read)
-
-    try:
-        f = safe_open(path, "pt")
-        return {name: lazy(name) for name in f.keys()}
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: not a whole safetensors file ({e}): copy or make it anew") from e
-
-
-def cause(error: Exception) -> str:
-    """What happened, in one line, out of the pages that torch says."""
-    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return re.split(r"(?<=\w)\. |\n", text)[0] or type(error).__name__
-
-
-def open_pth(path: Path) -> dict[str, LazyTensor]:
-    """Names and memory-mapped tensors of a .pt/.pth file; only tensors are ever read from it.
-
-    The wrappers {"module": …}, {"ema": …} and {"state_dict": …} are taken off.
-    Raises ValueError for a damaged file or one that holds code.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
-        raise ValueError(f"{path}: cannot be read as weights ({cause(e)}): it is damaged, or holds "
-                         "code, which is never read: copy it again, or as .safetensors") from e
-    for wrapper in ("module", "ema", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path}: got {type(state).__name__} of other things than tensors; wanted "
-                         "a state dict of tensors")
-
-    def lazy(value: Tensor) -> LazyTensor:
-        return LazyTensor(tuple(value.shape), value.dtype, path,
-                          lambda rows=None: value[rows] if rows and value.ndim else value)
-
-    return {name: lazy(value) for name, value in state.items()}
-
-
-def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
-    """Every tensor of a checkpoint by name, none of them read yet.
-
-    Args: path, a .safetensors, .pt, .pth or .bin file, an *.index.json, or a folder that holds one
-    index or one weight file. Raises FileNotFoundError, ValueError naming the file and the remedy.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-        found = found or sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin"))
-        if len(found) != 1:
-            got = ", ".join(p.name for p in found) or "no weight file"
-            raise FileNotFoundError(f"{path}: got {got}; wanted one .safetensors file, or shards "
-                                    "with their .index.json")
-        path = found[0]
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such weight file; point `weights` at an official or "
-                                "diffusers folder (or make the file that is missing)")
-    if path.suffix == ".json":
-        shards = read_json(path).get("weight_map", {})
-        files = {name: open_tensors(path.parent / name) for name in sorted(set(shards.values()))}
-        absent = [n for n, shard in shards.items() if n not in files[shard]]
-        if absent:
-            raise ValueError(f"{path}: {absent[0]} should be in {shards[absent[0]]} and is not: "
-                             "shards and index are of different downloads")
-        return {name: files[shard][name] for name, shard in shards.items()}
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_pth(path)
-
-
-@functools.lru_cache
-def name_rules(family: str, component: str, reverse: bool) -> list[tuple[re.Pattern, str]]:
-    """Rules (pattern, template) from diffusers to official names of a component, or back."""
-    rules = []
-    for diffusers, official, note in read_json(ROOT / f"assets/{family}_diffusers_map.json"):
-        if not re.match(rf"{component}\b", note) or (reverse and "alias" in note):
-            continue
-        source, target = (official, diffusers) if reverse else (diffusers, official)
-        pattern = re.escape(source).replace(r"\{i\}", "(?P<i>[0-9]+)")
-        pattern = pattern.replace(r"\{p\}", "(?P<p>weight|bias)")
-        target = target.replace("{i}", r"\g<i>").replace("{p}", r"\g<p>")
-        rules.append((re.compile(pattern), target))
-    return rules
-
-
-def joined(parts: list[LazyTensor]) -> LazyTensor:
-    """Several tensors one after the other along their first dimension, as one; read lazily."""
-    ends = list(itertools.accumulate(part.shape[0] for part in parts))
-
-    def read(rows: slice | None = None) -> Tensor:
-        a, b = (rows.start, rows.stop) if rows else (0, ends[-1])
-        inside = [part.read(slice(max(a - end + part.shape[0], 0), min(b - end, 0) + part.shape[0]))
-                  for part, end in zip(parts, ends, strict=True)
-                  if a < end and b > end - part.shape[0]]
-        return torch.cat(inside)
-
-    first = parts[0]
-    return LazyTensor((ends[-1], *first.shape[1:]), first.dtype, first.file, read)
-
-
-def rows_of(tensor: LazyTensor | Tensor, start: int, stop: int) -> LazyTensor | Tensor:
-    """Rows start … stop - 1 of a tensor; of a lazy one, lazily."""
-    if isinstance(tensor, Tensor):
-        return tensor[start:stop]
-
-    def read(rows: slice | None = None) -> Tensor:
-        rows = rows or slice(0, stop - start)
-        return tensor.read(slice(start + rows.start, start + rows.stop))
-
-    return LazyTensor((stop - start, *tensor.shape[1:]), tensor.dtype, tensor.file, read)
-
-
-def swapped(tensor: LazyTensor | Tensor) -> LazyTensor | Tensor:
-    """A tensor with the second half of its rows first."""
-    rows = tensor.shape[0]
-    halves = [rows_of(tensor, rows // 2, rows), rows_of(tensor, 0, rows // 2)]
-    return torch.cat(halves) if isinstance(tensor, Tensor) else joined(halves)
-
-
-def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """A small tensor in another shape; it is read whole."""
-    def read(rows: slice | None = None) -> Tensor:
-        whole = tensor.read().reshape(shape)
-        return whole[rows] if rows else whole
-
-    return LazyTensor(shape, tensor.dtype, tensor.file, read)
-
-
-HUNYUAN_MARKS = {"context_embedder.proj_in.weight", "txt_in.input_embedder.weight"}
-
-
-def official_names(tensors: dict, component: str, reverse: bool = False) -> dict:
-    """Rename diffusers or transformers tensors to official names (reverse: the other way).
-
-    Args: component, "transformer", "vae", "text_encoder" or "image_encoder". A name without a rule
-    is kept, as official names are, so that strict loading can name it. Some diffusers layouts have
-    q, k, v (and the MLP's input) apart, in the order of its rules, and [scale, shift] for [shift,
-    scale] in the last layer: forward takes lazy tensors, reverse takes plain ones too.
-    """
-    hunyuan = component == "transformer" and bool(HUNYUAN_MARKS & tensors.keys())
-    fused = hunyuan or component == "image_encoder"
-    rules, found = name_rules("hunyuan" if hunyuan else "wan", component, reverse), {}
-    for name, value in tensors.items():
-        hits = [(i, match.expand(template)) for i, (pattern, template) in enumerate(rules)
-                if (match := pattern.fullmatch(name))]
-        if fused and reverse and hits:  # one official tensor, or the parts of it
-            parts, D = [value], tensors["img_in.proj.bias"].shape[0]
-            if len(hits) > 1:
-                ends = [*(D, 2 * D, 3 * D)[:len(hits) - 1], value.shape[0]]
-                parts = [rows_of(value, a, b) for a, b in itertools.pairwise([0, *ends])]
-            elif name.startswith("final_layer.adaLN"):
-                parts = [swapped(value)]
-            found |= {target: [(i, part)] for (i, target), part in zip(hits, parts, strict=True)}
-            continue
-        i, target = hits[0] if hits else (0, name)
-        if fused and hits and target.startswith("final_layer.adaLN"):
-            value = swapped(value)
-        found.setdefault(target, []).append((i, value))
-    return {name: joined([v for _, v in sorted(parts, key=lambda part: part[0])])
-            if fused and len(parts) > 1 else parts[-1][1] for name, parts in found.items()}
-
-
-def local_rows(p: Tensor) -> tuple[Tensor, slice | None]:
-    """This rank's part of a parameter and the rows of the whole that it holds (None: all)."""
-    if not isinstance(p, DTensor):
-        return p.data, None
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return p.to_local().data, slice(offset[0], offset[0] + shape[0])
-
-
-def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
-                dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> nn.Module:
-    """Fill a module's parameters, strictly, each rank reading only the rows it keeps.
-
-    Args: module, maybe on the meta device and sharded; what, a name for errors; dtype to keep the
-    parameters in (None: as the module has them); device for parameters that are still on meta.
-    Raises ValueError naming the missing, extra, misshapen or non-finite tensors.
-    """
-    wanted = dict(module.named_parameters())
-    for problem, names in (("misses", wanted.keys() - tensors.keys()),
-                           ("has unknown", tensors.keys() - wanted.keys())):
-        if names:
-            shown = ", ".join(sorted(names)[:4]) + (" …" if len(names) > 4 else "")
-            raise ValueError(f"{what}: the checkpoint {problem} {len(names)} tensor(s): {shown}; "
-                             "it is of another model or size than the config's preset")
-    for name, p in wanted.items():
-        if tuple(p.shape) != tensors[name].shape:
-            raise ValueError(f"{what}: {name} in {tensors[name].file} has shape "
-                             f"{list(tensors[name].shape)}, wanted {list(p.shape)}: it is of "
-                             "another size than the config's preset")
-    if dtype is not None:
-        module.to(dtype)
-    if any(p.is_meta for p in module.parameters()):
-        module.to_empty(device=device)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            local, rows = local_rows(p)
-            if local.numel() == 0:
-                continue
-            try:
-                local.copy_(tensors[name].read(rows))
-            except (SafetensorError, RuntimeError) as e:
-                raise ValueError(f"{what}: {name} cannot be read from {tensors[name].file} ({e}): "
-                                 "the file is damaged, copy it again") from e
-            if not bool(torch.isfinite(local).all()):
-                raise ValueError(f"{what}: {name} in {tensors[name].file} holds NaN or infinity "
-                                 f"as {local.dtype}: the weights are damaged")
-    return module
-
-
-# Where official folders keep a DiT: HunyuanVideo's ckpts, AccVideo's release.
-OFFICIAL_DITS = ("hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt",
-                 "accvideo-t2v-5-steps/diffusion_pytorch_model.pt",
-                 "accvideo-t2v-5-steps/diffusion_pytorch_model.safetensors")
-
-
-def find_dit(weights: str | Path) -> Path:
-    """The weight file (or index of shards) of the DiT in an official or diffusers folder."""
-    weights = Path(weights)
-    for name in OFFICIAL_DITS:
-        if (weights / name).is_file():
-            return weights / name
-    if (weights / "transformer").is_dir():
-        weights = weights / "transformer"
-    if not weights.is_dir():
-        return weights
-    file = weights / "diffusion_pytorch_model.safetensors"
-    index = Path(f"{file}.index.json")
-    return index if index.exists() else file
-
-
 def check_sizes(weights: str | Path, sizes: Sizes, preset: str) -> None:
     """Raise ValueError if the config.json of a folder tells other sizes than the preset."""
     config = find_dit(weights).with_name("config.json")
@@ -1186,13 +868,8 @@ def check_sizes(weights: str | Path, sizes: Sizes, preset: str) -> None:
                              f"the preset that belongs to these weights ({', '.join(PRESETS)})")
 
 
-def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
-    """The DiT tensors of an official or diffusers folder, or of one file, under official names."""
-    return official_names(open_tensors(find_dit(weights)), "transformer")
-
-
 def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
-             device: str | torch.device = "cpu", ranks: "Ranks | None" = None,
+             device: str | torch.device = "cpu", ranks: Ranks | None = None,
              compute_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
     """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
 
@@ -1205,7 +882,7 @@ def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float3
     return load_module(dit, dit_tensors(weights), f"DiT from {weights}", device=device)
 
 
-def empty_dit(preset: str, dtype: torch.dtype, ranks: "Ranks | None",
+def empty_dit(preset: str, dtype: torch.dtype, ranks: Ranks | None,
               compute_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
     """A DiT on the meta device, sharded if `ranks` is given; arguments as in load_dit."""
     with torch.device("meta"):
@@ -1217,241 +894,10 @@ def empty_dit(preset: str, dtype: torch.dtype, ranks: "Ranks | None",
 
 
 @torch.no_grad()
-def twin(dit: nn.Module, preset: str, dtype: torch.dtype, ranks: "Ranks") -> WanDiT | HunyuanDiT:
+def frozen_copy(dit: nn.Module, preset: str, dtype: torch.dtype,
+                ranks: Ranks) -> WanDiT | HunyuanDiT:
     """A frozen copy of a sharded DiT in another dtype, out of memory: files are read once."""
     copy = empty_dit(preset, dtype, ranks).requires_grad_(False).to_empty(device=ranks.device)
     for mine, theirs in zip(copy.parameters(), dit.parameters(), strict=True):
         local_rows(mine)[0].copy_(local_rows(theirs)[0])
     return copy
-
-
-def fingerprint(weights: str | Path) -> str:
-    """Identity of a DiT's weights: a hash over each tensor's name, shape and first row.
-
-    The same for official, diffusers, sharded and single files of one dtype. It tells models apart;
-    it is no proof against damage.
-    """
-    tensors, digest = dit_tensors(weights), hashlib.sha256()
-    for name in sorted(tensors):
-        row = tensors[name].read(slice(0, 1)).float().contiguous()
-        digest.update(f"{name}{list(tensors[name].shape)}".encode())
-        digest.update(row.numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place and rename it, so that its name never shows a part of it.
-
-    Raises ValueError naming the path when the disk is full or the folder read-only.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: cannot be written ({e}): free some space, or choose another run "
-                         "folder (`--run`); nothing under this name was changed") from e
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-
-
-def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Save tensors as safetensors with string metadata, written aside and renamed."""
-    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-
-    def write(aside: Path) -> None:
-        save_file(tensors, str(aside), metadata)
-        aside.chmod(0o644)  # safetensors makes files that only their owner can read
-
-    replace_file(path, write)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file aside and rename it."""
-    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented JSON, aside and renamed."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises ValueError naming it when it is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: is not valid JSON ({e}): restore or remove it") from e
-
-
-# -------------------------------------------------------------------- processes and sharding
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the others: its rank, their number, its device and the mesh of all.
-
-    With sequence parallelism, groups of `sp` successive ranks work on one batch, and with guidance
-    in parallel two such groups: `team` is the number of this one's, `teams` how many there are;
-    without either every rank is a team.
-    """
-    rank: int
-    world: int
-    device: torch.device
-    mesh: DeviceMesh
-    sp: int = 1
-    sp_group: dist.ProcessGroup | None = None
-    branch_group: dist.ProcessGroup | None = None  # this rank and its fellow in the other group
-
-    @property
-    def team_size(self) -> int:
-        return self.sp * (1 if self.branch_group is None else 2)
-
-    @property
-    def team(self) -> int:
-        return self.rank // self.team_size
-
-    @property
-    def teams(self) -> int:
-        return self.world // self.team_size
-
-    @property
-    def sharers(self) -> "Ranks | None":
-        """The ranks that share each sample's tokens, as those over which a DiT that is only run is
-        sharded: they are in step, teams are not. None if there is only this one."""
-        if self.sp_group is None:
-            return None
-        mesh = DeviceMesh.from_group(self.sp_group, self.device.type)
-        return replace(self, mesh=mesh)
-
-    @property
-    def leads(self) -> bool:
-        """Whether this rank writes what its team made."""
-        return self.rank % self.team_size == 0
-
-
-def pick_device(device: str) -> torch.device:
-    """"auto" is this process's GPU if there is one, else the CPU. Raises ValueError for others."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got '{device}', but torch sees no GPU; use --device cpu")
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    try:
-        return torch.device(device)
-    except RuntimeError as e:
-        raise ValueError(f"device: got '{device}'; wanted cpu, cuda, cuda:0, … or auto") from e
-
-
-def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
-                      patience: timedelta = timedelta(hours=12), branches: int = 1) -> Ranks:
-    """Join the processes torchrun started, or be the only one: the same code path from one up.
-
-    Args: sp, ranks that share each sample's tokens; heads, attention heads of the DiT, which they
-    share out; patience, how long a rank waits for the others in a collective before it gives up;
-    branches, 2 if two groups share the evaluations of guidance.
-    Raises ValueError if sp does not divide both the ranks and the heads.
-    """
-    where = pick_device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-    if not dist.is_initialized():
-        store, rank, world = dist.HashStore(), 0, 1
-        if "RANK" in os.environ:
-            store, rank, world = next(dist.rendezvous("env://"))
-            # torchrun keeps its store through restarts: addresses of dead ranks must not be read.
-            # (Over several nodes the count may differ: there torchrun must make new ones, README.)
-            if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = dist.PrefixStore(f"attempt {attempt}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world,
-                                timeout=patience)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    fits = [n for n in range(1, world + 1) if world % n == 0 and heads % n == 0]
-    if sp not in fits:
-        raise ValueError(f"sp: got {sp} with {world} rank(s) and {heads} attention heads; wanted "
-                         f"what divides both: {', '.join(map(str, fits))}")
-    if world % (sp * branches):
-        raise ValueError(f"cfg_parallel: got {world} rank(s) with sp {sp}; wanted a multiple of "
-                         f"{sp * branches}")
-    groups = [dist.new_group(list(range(a, a + sp)), patience)
-              for a in range(0, world, sp)] if sp > 1 else []
-    pairs = [dist.new_group([a + j, a + j + sp], patience) for a in range(0, world, 2 * sp)
-             for j in range(sp)] if branches == 2 else []
-    mesh = init_device_mesh(where.type, (world,))
-    return Ranks(rank, world, where, mesh, sp, groups[rank // sp] if groups else None,
-                 pairs[rank // (2 * sp) * sp + rank % sp] if pairs else None)
-
-
-PREFERRED: list[Any] = []  # kept, else it would be left when it is collected
-
-
-def prefer_attention(kernels: str, device: torch.device) -> None:
-    """Have attention try one kind of GPU kernels first from here on; those it lacks go elsewhere.
-
-    Args: kernels, flash | cudnn | auto: cudnn on Hopper, flash on others. On an H100 cuDNN's were
-    measured 1.7 to 2.3 times as fast as torch's flash kernels, on an A100 0.8 times.
-    Source: huggingface/transformers, pull request 48163.
-    """
-    if device.type != "cuda":
-        return
-    if kernels == "auto":
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        kernels = "cudnn" if hopper else "flash"
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
-             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    order = order if kernels == "flash" else [order[1], order[0], *order[2:]]
-    PREFERRED[:] = [sdpa_kernel(order, set_priority=True)]
-    PREFERRED[0].__enter__()  # and never left
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise ValueError if torch.compile cannot work: on a CPU it needs a C++ compiler."""
-    if device.type == "cpu" and not shutil.which("g++"):
-        raise ValueError("compile: found no g++ for torch.compile: install it, or --compile=false")
-
-
-def compile_blocks(dit: nn.Module) -> None:
-    """torch.compile every block of a DiT. Raises as check_compiler."""
-    check_compiler(next(dit.parameters()).device)
-    for block in dit.blocks:
-        block.compile()
-
-
-def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """Shard parameters over all ranks (FSDP2): every block by itself, then the rest.
-
-    Args: compute_dtype, what a block's weights are cast to when gathered (None: as stored); the
-    embeddings and the head around the blocks stay as stored. Gradients are reduced in fp32.
-    """
-    # The root reshards too: else a forward without backward would leave it whole, and a checkpoint
-    # taken then would miss the optimizer's state of its sharded parameters.
-    how = {"mesh": ranks.mesh, "reshard_after_forward": True}
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)
-    for block in getattr(module, "blocks", []):
-        fully_shard(block, mp_policy=policy, **how)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    return fully_shard(module, mp_policy=policy, **how)
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What networks compute in: bf16 on a GPU, fp32 on the CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-# ------------------------------------------------------------------------------------ seeding
-
-def seed_of(*key: int | str) -> int:
-    """A 63-bit seed from integers and strings; every different key gives an unrelated one."""
-    digest = hashlib.sha256(json.dumps(key, ensure_ascii=False).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator for one draw. Rank, world size and restarts cannot change what it gives."""
-    return torch.Generator().manual_seed(seed_of(*key))

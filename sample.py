@@ -25,9 +25,6 @@ import dataclasses
 import itertools
 import json
 import math
-import resource
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,21 +33,27 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from encoders import (
-    CLIPText, CLIPVision, HunyuanVAE, Llama, UMT5Encoder, WanVAE, fit_size, image_cond,
-    load_conditioner, load_vae)
-from video import (
-    Prompt, contact_sheet, decode_image, image_size, read_prompts, read_video, write_video)
-from config import Shared, announce, cli, field, load_config
+from common.config import Shared, announce, field, load_config, settings_to_compare
+from common.files import write_json
+from common.ranks import (
+    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, generator,
+    local_rows, peak_bytes, prefer_attention, setup_distributed)
+from common.video import (
+    Prompt, contact_sheet, decode_image, digest_texts, heldout_prompts, image_size, read_prompts,
+    read_video, thumbnail, write_video)
+from common.weights import (
+    fingerprint, fingerprint_files, load_module, official_names, open_tensors,
+    safetensors_metadata)
+from frozen.image import CLIPVision, fit_size, image_cond
+from frozen.load import encode_prompts, load_vae
+from frozen.text import CLIPText, Llama, UMT5Encoder
+from frozen.vae import HunyuanVAE, WanVAE
 from model import (
-    Ranks, build_dit, collate, compile_blocks, compute_dtype, empty_dit, fingerprint, generator,
-    key_times, latent_shape, load_dit, load_module, local_rows, official_names, open_tensors,
-    prefer_attention, setup_distributed, sizes_of, time_grid, walk, write_json)
+    build_dit, check_model, collate, empty_dit, key_times, latent_shape, load_dit, sample_euler,
+    sizes_of, time_grid)
 
 
 @dataclass
@@ -108,15 +111,9 @@ def wanted_prompts(cfg: Config) -> list[Prompt]:
         return [Prompt(cfg.prompt.strip(), Path(cfg.image) if images else None)]
     if cfg.prompt_file is not None:
         return read_prompts(cfg.prompt_file, images)
-    own = heldout_prompts(cfg)
+    own = heldout_prompts(cfg.weights, images)
     hint = f", as --prompt_file {own}" if own.exists() else ""
     raise ValueError(f'prompt: got none; give --prompt "…" or --prompt_file FILE{hint}')
-
-
-def heldout_prompts(cfg: Shared) -> Path:
-    """Where a weight folder of the small world keeps its held-out captions."""
-    suffix = "jsonl" if sizes_of(cfg.preset).takes_image else "txt"
-    return Path(cfg.weights) / f"prompts_heldout.{suffix}"
 
 
 class Job(NamedTuple):
@@ -158,8 +155,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False) -> dict:
     open_tensors(path)  # names a damaged file
     facts = {}
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as f:
-            facts = json.loads((f.metadata() or {}).get("accvideo", "{}"))
+        facts = json.loads(safetensors_metadata(path).get("accvideo", "{}"))
     if foreign and not facts:
         print(f"{path} does not say what it is: it walks the config's key timesteps", flush=True)
         return {**{name: getattr(cfg, name, None) for name in FACTS},
@@ -236,7 +232,7 @@ def random_network(make: Callable[[], nn.Module], device: torch.device) -> nn.Mo
         torch.set_default_dtype(before)
 
 
-def random_cond(cfg: Shared, device: torch.device, watch: "Watch") -> dict:
+def random_cond(cfg: Shared, device: torch.device, timer: Timer) -> dict:
     """The conditioning of a full-length prompt of random tokens, by text encoders of noise.
 
     They have the released sizes, or a DiT of few text channels' own.
@@ -249,10 +245,10 @@ def random_cond(cfg: Shared, device: torch.device, watch: "Watch") -> dict:
     def timed(make: Callable[[], nn.Module], length: int, run: Callable) -> Tensor:
         network = random_network(make, device)
         ids = torch.randint(256, (1, length), generator=generator("ids", cfg.seed)).to(device)
-        watch.lap("load")
+        timer.lap("load")
         with torch.no_grad():
             out = run(network, ids).float()[0]
-        watch.lap("text")
+        timer.lap("text")
         return out
 
     if cfg.family == "wan":
@@ -266,9 +262,9 @@ def random_cond(cfg: Shared, device: torch.device, watch: "Watch") -> dict:
         clip = random_network(lambda: CLIPVision(**small if sizes.image_dim < 1024 else {}), device)
         vae = random_network(WanVAE, device)
         image = torch.rand(3, cfg.height, cfg.width, device=device) * 2 - 1
-        watch.lap("load")
+        timer.lap("load")
         cond = {"text": text, **image_cond(image, vae, clip, cfg.frames, cfg.height, cfg.width)}
-        watch.lap("image")
+        timer.lap("image")
         return cond
     kv = {"num_kv_heads": 2} if small else {}
     clip = {**small, "dim": sizes.pooled_dim} if small else {}
@@ -281,64 +277,23 @@ def random_cond(cfg: Shared, device: torch.device, watch: "Watch") -> dict:
 
 # ---------------------------------------------------------------------------------- sampling
 
-class Watch:
-    """Seconds by name; lap(name) adds the time since the lap before, the device's work included."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.last = device, {}, time.perf_counter()
-
-    def lap(self, name: str) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        spent, self.last = now - self.last, now
-        self.seconds[name] = self.seconds.get(name, 0.0) + spent
-        return spent
-
-
-def encode_prompts(cfg: Shared, prompts: list[Prompt], sizes: list[tuple[int, int]], crop: bool,
-                   device: torch.device, watch: Watch) -> tuple[list[dict], list[dict] | None]:
-    """The conditioning of each prompt, and of the negative one if cfg_scale asks for guidance.
-
-    Args: sizes, height and width of each video; crop, as in Conditioner. The encoders are loaded
-    for it and freed again; a repeated prompt is encoded once.
-    """
-    conditioner = load_conditioner(cfg, device, compute_dtype(device), crop)
-    watch.lap("load")
-    conds: list[dict] = [{}] * len(prompts)
-    for size in dict.fromkeys(sizes):
-        those = [i for i, its in enumerate(sizes) if its == size]
-        found = conditioner.encode_each([prompts[i] for i in those], *size, watch.lap)
-        for i, cond in zip(those, found, strict=True):
-            conds[i] = {name: c.cpu() for name, c in cond.items()}  # many may wait for their turn
-    unconds = None if cfg.cfg_scale == 1 else conditioner.with_text(cfg.negative_prompt, conds)
-    watch.lap("text")
-    return conds, unconds
-
-
-def draw_noise(shape: tuple[int, ...], seeds: list[tuple]) -> Tensor:
-    """Noise [B,C,T,H,W] fp32 on the CPU, a draw for each key (name, seed, index, prompt)."""
-    return torch.stack([torch.randn(shape, generator=generator(*key)) for key in seeds])
-
-
-def denoise(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict],
-            unconds: list[dict] | None, cfg_scale: float, watch: Watch,
-            bar: tqdm) -> tuple[Tensor, list[float]]:
-    """Walk a batch from noise to data; returns latents [B,C,T,H,W] and the seconds of each step.
+def sample_batch(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict],
+                 unconds: list[dict] | None, cfg_scale: float, timer: Timer, bar: tqdm) -> Tensor:
+    """Denoise a batch from noise to data; returns latents [B,C,T,H,W]; each step is a lap.
 
     Args: noise [B,C,T,H,W]; times from 1 to 0; conds and unconds, one a video (no guidance: None).
     Source: Eq. 5.
     """
     def batch(of: list[dict]) -> dict:
-        return {name: c.to(watch.device) for name, c in collate(of).items()}
+        return {name: c.to(timer.device) for name, c in collate(of).items()}
 
-    x, seconds = noise.to(watch.device), []
+    x = noise.to(timer.device)
     uncond = None if unconds is None else batch(unconds)
-    for latents in walk(dit, x, times, batch(conds), uncond, cfg_scale):
+    for latents in sample_euler(dit, x, times, batch(conds), uncond, cfg_scale):
         x = latents
-        seconds.append(watch.lap("steps"))
+        timer.lap("steps")
         bar.update(len(conds))
-    return x, seconds
+    return x
 
 
 @torch.no_grad()
@@ -348,27 +303,27 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
 
     Returns {"seconds": by phase, "videos": a record of each, "peak_bytes"}.
     """
-    watch, device = Watch(ranks.device), ranks.device
+    timer, device = Timer(ranks.device), ranks.device
     if cfg.random_weights:
         torch.manual_seed(cfg.seed)
-        cond = random_cond(cfg, device, watch)
+        cond = random_cond(cfg, device, timer)
         conds = [cond] * len(jobs)
         unconds = None if cfg.cfg_scale == 1 else conds
-        dit = random_dit(cfg, device, ranks.sharers)
+        dit = random_dit(cfg, device, ranks.sp_ranks)
         vae = random_network(WanVAE if cfg.family == "wan" else HunyuanVAE, device)
     else:
         conds, unconds = encode_prompts(cfg, [job.prompt for job in jobs],
                                         [(job.height, job.width) for job in jobs], False, device,
-                                        watch)
-        dit = (load_teacher(cfg, device, ranks.sharers) if cfg.teacher else
-               load_student(cfg, student_path(cfg), device, ranks.sharers))
+                                        timer)
+        dit = (load_teacher(cfg, device, ranks.sp_ranks) if cfg.teacher else
+               load_student(cfg, student_path(cfg), device, ranks.sp_ranks))
         vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     unconds = unconds if cfg.teacher else None  # guidance is built into a student
     if cfg.compile:
         compile_blocks(dit)
     if vae.tiled:
         vae.group = ranks.sp_group
-    watch.lap("load")
+    timer.lap("load")
     records = []
     bar = tqdm(total=len(jobs) * (len(times) - 1), desc=who, unit="step", mininterval=1,
                disable=None if ranks.rank == 0 else True)
@@ -377,29 +332,33 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
         shape = latent_shape(cfg.frames, jobs[first].height, jobs[first].width)
         noise = draw_noise(shape, [("sample", job.seed, job.index, job.prompt.text)
                                    for job in jobs[first:last]])
-        watch.lap("noise")
+        timer.lap("noise")
         if cfg.compile and first == 0:  # beside the steps' time; another shape compiles again
-            denoise(dit, noise, times[:2], conds[:last], None, 1.0, Watch(device),
-                    tqdm(disable=True))
-            watch.lap("compile")
-        x, steps = denoise(dit, noise, times, conds[first:last],
-                           unconds and unconds[first:last], cfg.cfg_scale, watch, bar)
+            sample_batch(dit, noise, times[:2], conds[:last], None, 1.0, Timer(device),
+                         tqdm(disable=True))
+            timer.lap("compile")
+        timer.laps()
+        x = sample_batch(dit, noise, times, conds[first:last], unconds and unconds[first:last],
+                         cfg.cfg_scale, timer, bar)
+        steps = timer.laps()
         for job, latents in zip(jobs[first:last], x, strict=True):
-            if not (ranks.leads or vae.tiled):
+            if not (ranks.is_writer or vae.tiled):
                 continue
             video, file = vae.decode(latents[None])[0], f"{who}_{job.index:04d}_seed{job.seed}.mp4"
-            if not ranks.leads:
+            if not ranks.is_writer:
                 continue
-            seconds = {"steps": [s / len(batch) for s in steps], "decode": watch.lap("decode")}
+            timer.lap("decode")
             write_video(out / file, video, cfg.fps)
-            seconds["save"] = watch.lap("save")
+            timer.lap("save")
+            seconds = {"steps": [s / len(batch) for s in steps],
+                       **dict(zip(("decode", "save"), timer.laps()[-2:], strict=True))}
             records.append({"file": file, "index": job.index, "prompt": job.prompt.text,
                             "image": job.prompt.image and str(job.prompt.image), "seed": job.seed,
                             "height": job.height, "width": job.width,
                             "evaluations": len(steps) * (1 if unconds is None else 2),
                             "seconds": seconds})
     bar.close()
-    return {"seconds": watch.seconds, "videos": records, "peak_bytes": peak_bytes(device)}
+    return {"seconds": timer.seconds(), "videos": records, "peak_bytes": peak_bytes(device)}
 
 
 def batches(jobs: list[Job], most: int) -> Iterator[range]:
@@ -411,28 +370,7 @@ def batches(jobs: list[Job], most: int) -> Iterator[range]:
         start = end
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Most memory this process has held: on the GPU if it is there, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def device_name(device: torch.device) -> str:
-    """What the numbers were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 # ------------------------------------------------------------------------------------ report
-
-def thumbnail(video: Tensor, height: int = 256) -> Tensor:
-    """Video [3,T,H,W] made smaller by a whole factor, to at most about `height` pixels."""
-    factor = max(1, video.shape[-2] // height)
-    return F.avg_pool2d(video.transpose(0, 1), factor).transpose(0, 1)
-
 
 def work(cfg: Config, records: list[dict], ranks: Ranks) -> dict:
     """Tokens, TFLOP and seconds of one evaluation, means over videos, and the part of the peak."""
@@ -486,25 +424,37 @@ def write_report(cfg: Config, who: str, facts: dict, out: Path, results: list[di
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Check settings and files, sample each rank's videos, report."""
     cfg = load_config(Config, "sample", argv, __doc__)
+    sizes = check_model(cfg)
     check_config(cfg)
     jobs = make_jobs(cfg)
     times = sampling_times(cfg)
     who = f"{'teacher' if cfg.teacher else 'student'}{len(times) - 1}"
     who = f"random_{who}" if cfg.random_weights else who
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads)
+    ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads,
+                              same=settings_to_compare(cfg, **contents(cfg, jobs)))
     prefer_attention(cfg.attention, ranks.device)
-    announce(cfg, "samples", ranks)
+    announce(cfg, "samples", ranks.rank)
     out = Path(cfg.out or Path(cfg.run) / "samples")
-    mine = jobs[ranks.team::ranks.teams]
+    mine = jobs[ranks.dp_rank::ranks.dp_size]
     results = [None] * ranks.world
     own = sample(cfg, mine, times, who, out, ranks) if mine else None
-    dist.all_gather_object(results, own if ranks.leads else None)
+    dist.all_gather_object(results, own if ranks.is_writer else None)
     if ranks.rank == 0:
         done = [result for result in results if result is not None]
         facts = {"who": who, "times": times, "device": device_name(ranks.device),
                  **work(cfg, [video for result in done for video in result["videos"]], ranks)}
         write_report(cfg, who, facts, out, done)
+
+
+def contents(cfg: Config, jobs: list[Job]) -> dict[str, str]:
+    """Identities of the files that a run reads, which are the same on all ranks."""
+    if cfg.random_weights:
+        return {}
+    dit = cfg.weights if cfg.teacher else student_path(cfg)
+    return {"dit": fingerprint(dit), "encoders": fingerprint_files(cfg.weights),
+            "prompts": digest_texts([job.prompt for job in jobs])}
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -45,14 +45,18 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Shared, announce, cli, field, load_config, rate
+from common.config import Shared, announce, field, load_config, settings_to_compare
+from common.files import crc32_of_json, read_json, replace_file, write_json
+from common.ranks import (
+    Ranks, cli, compile_blocks, compute_dtype, draw_noise, on_first_rank, owned, prefer_attention,
+    setup_distributed)
+from common.video import Prompt, digest_texts, read_prompts, write_video
+from common.weights import fingerprint, fingerprint_files
 from model import (
-    Ranks, build_dit, collate, compile_blocks, compute_dtype, fingerprint, generator, key_times,
-    latent_shape, load_dit, prefer_attention, read_json, replace_file, setup_distributed, sizes_of,
-    time_grid, walk, write_json)
-from video import Prompt, read_prompts, write_video
+    build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler, sizes_of,
+    time_grid)
 
-# encoders.py is imported where trajectories are made: the trainer reads SynVid without it.
+# frozen/ is imported where trajectories are made: the trainer reads SynVid without it.
 
 
 @dataclass
@@ -62,9 +66,9 @@ class Config(Shared):
                          "UTF-8 text, a prompt a line; .jsonl of prompt and image for I2V")
     start: int = field(0, "first trajectory of this job")
     count: int | None = field(None, "trajectories of this job; none: as far as one for each prompt")
-    keep: str = field("key", "latents stored: key | all")
-    dtype: str = field("fp16", "of stored latents: fp16 | fp32; bf16 would put 5% noise on Eq. 6")
-    store_noise: bool = field(False, "store the noise as well; it can be drawn again from its seed")
+    keep: Literal["key", "all"] = field("key", "latents stored")
+    dtype: Literal["fp16", "fp32"] = field("fp16", "of stored latents; bf16 would put 5% noise on "
+                                           "Eq. 6")
     batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights")
     cfg_parallel: bool = field(False, "the two evaluations of guidance on two groups of ranks")
@@ -75,15 +79,11 @@ class Config(Shared):
 
 
 VERSION = 1  # of the format on disk
-CHOICES = {"keep": ("key", "all"), "dtype": ("fp16", "fp32")}
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def check_config(cfg: Config, prompts: list[Prompt]) -> range:
     """The indices of this job's trajectories. Raises ValueError for settings that cannot work."""
-    for key, choices in CHOICES.items():
-        if getattr(cfg, key) not in choices:
-            raise ValueError(f"{key}: got '{getattr(cfg, key)}'; wanted {' | '.join(choices)}")
     for key, least in (("start", 0), ("count", 1), ("batch", 1), ("videos", 0), ("sp", 1)):
         if getattr(cfg, key) is not None and getattr(cfg, key) < least:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {least} or more")
@@ -117,7 +117,7 @@ def digest(prompts: list[Prompt]) -> str:
 def make_manifest(cfg: Config, prompts: list[Prompt]) -> dict[str, Any]:
     """What all trajectories of a folder share, whichever job or rank makes them."""
     stored = list(cfg.key) if cfg.keep == "key" else list(range(cfg.n + 1))
-    stored = stored if cfg.store_noise else stored[1:]  # key[0] = 0 is the noise
+    stored = stored[1:]  # key[0] = 0 is the noise, which is drawn again from its seed
     times = time_grid(cfg.family, cfg.n, cfg.shift)[stored].tolist()
     return {"version": VERSION, **teacher_facts(cfg), "stored": stored, "t": times,
             "dtype": cfg.dtype, "seed": cfg.seed, "count": len(prompts),
@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def claim(folder: Path, wanted: dict, make: bool = True) -> dict[str, Any]:
+def open_manifest(folder: Path, wanted: dict, make: bool = True) -> dict[str, Any]:
     """The folder's manifest; if there is none it is made. Raises ValueError if it is another."""
     if make and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", wanted)
@@ -161,20 +161,18 @@ def claim(folder: Path, wanted: dict, make: bool = True) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------ a trajectory's file
 
-def place(folder: Path, i: int) -> Path:
+def trajectory_path(folder: Path, i: int) -> Path:
     """Where trajectory i lies."""
     return folder / f"{i // 1000:03d}" / f"{i:06d}.safetensors"
 
 
 def initial_noise(seed: int, i: int, prompt: str, shape: Iterable[int]) -> Tensor:
     """Noise of trajectory i, the latent at t = 1: fp32 [C,T,H,W] from (seed, i, prompt) alone."""
-    return torch.randn(tuple(shape), generator=generator("synvid", seed, i, prompt))
+    return draw_noise(shape, [("synvid", seed, i, prompt)])[0]
 
 
-def crc32(value: Tensor | dict) -> str:
-    """Checksum of a tensor with its dtype and shape, or of a dict of plain values."""
-    if isinstance(value, dict):
-        return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+def crc32(value: Tensor) -> str:
+    """Checksum of a tensor with its dtype and shape."""
     kind = f"{value.dtype}{list(value.shape)}".encode()
     return f"{zlib.crc32(value.flatten().view(torch.uint8).numpy(), zlib.crc32(kind)):08x}"
 
@@ -193,18 +191,19 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     """
     for j, latent in zip(manifest["stored"], x, strict=True):
         if not torch.isfinite(latent).all():
-            raise ValueError(f"{place(folder, i)}: the latent after step {j} holds NaN or infinity "
-                             f"as {manifest['dtype']}: the teacher is damaged or not of this grid, "
-                             "or its latents are too large for fp16 (then use --dtype fp32)")
+            raise ValueError(f"{trajectory_path(folder, i)}: the latent after step {j} holds NaN "
+                             f"or infinity as {manifest['dtype']}: the teacher is damaged or not "
+                             "of this grid, or its latents are too large for fp16 (then use "
+                             "--dtype fp32)")
     conds = {f"cond.{name}": shorten(c.cpu()) for name, c in cond.items()}
     sums = {"x": [crc32(latent) for latent in x], **{name: crc32(c) for name, c in conds.items()}}
-    facts = {"index": i, "prompt": prompt, "seed": manifest["seed"], "manifest": crc32(manifest),
-             "crc32": sums}
+    facts = {"index": i, "prompt": prompt, "seed": manifest["seed"],
+             "manifest": crc32_of_json(manifest), "crc32": sums}
     # One metadata key: safetensors writes several in a random order. Not by save_file: its own
     # temporary file has a random name, which the next run could not know for a leftover.
-    text = json.dumps({"trajectory": facts, "crc32": crc32(facts)}, ensure_ascii=False)
+    text = json.dumps({"trajectory": facts, "crc32": crc32_of_json(facts)}, ensure_ascii=False)
     data = save({"x": x.contiguous(), **conds}, {"synvid": text})
-    replace_file(place(folder, i), lambda aside: aside.write_bytes(data))
+    replace_file(trajectory_path(folder, i), lambda aside: aside.write_bytes(data))
 
 
 def read_trajectory(folder: Path, manifest: dict, i: int,
@@ -214,19 +213,19 @@ def read_trajectory(folder: Path, manifest: dict, i: int,
     Returns (x [points,C,T,H,W] fp32, cond without batch dimension, prompt); what is read is held
     against its checksum. Raises ValueError naming a file that is missing, cut or changed.
     """
-    path = place(folder, i)
+    path = trajectory_path(folder, i)
     try:
         with safe_open(path, "pt") as f:
             text = json.loads(f.metadata()["synvid"])
             facts, sums = text["trajectory"], text["trajectory"]["crc32"]
-            if text["crc32"] != crc32(facts) or sorted(f.keys()) != sorted(sums):
+            if text["crc32"] != crc32_of_json(facts) or sorted(f.keys()) != sorted(sums):
                 raise ValueError("its header is damaged")
-            if (facts["index"], facts["manifest"]) != (i, crc32(manifest)):
+            if (facts["index"], facts["manifest"]) != (i, crc32_of_json(manifest)):
                 raise ValueError(f"it is trajectory {facts['index']} of manifest "
-                                 f"{facts['manifest']}, not {i} of {crc32(manifest)}")
+                                 f"{facts['manifest']}, not {i} of {crc32_of_json(manifest)}")
             latents, cond = [], {name: f.get_tensor(name) for name in sums if name != "x"}
             for point in points:
-                if point == 0 and 0 not in manifest["stored"]:
+                if point == 0:
                     noise = initial_noise(facts["seed"], i, facts["prompt"], manifest["shape"])
                     latents.append(noise)
                     continue
@@ -246,9 +245,10 @@ def read_trajectory(folder: Path, manifest: dict, i: int,
 
 
 def find_trajectories(folder: Path) -> set[int]:
-    """Indices of all trajectories in a folder; a file that is still being written is not one."""
+    """Indices of all trajectories in a folder; one that is still being written, or lies where no
+    other program would look for it, is not one."""
     return {int(path.stem) for path in folder.glob("[0-9]*/[0-9]*.safetensors")
-            if path.stem.isdecimal()}
+            if path.stem.isdecimal() and path == trajectory_path(folder, int(path.stem))}
 
 
 class SynVid:
@@ -278,8 +278,8 @@ class SynVid:
         self.count = len(there)
         gap = next((i for i in range(self.count) if i not in there), None)
         if gap is not None or not there:
-            raise ValueError(f"{place(self.folder, gap or 0)}: is missing, {self.count} others are "
-                             "there: finish by the same `python synvid.py` command")
+            raise ValueError(f"{trajectory_path(self.folder, gap or 0)}: is missing, {self.count} "
+                             "others are there: finish by the same `python synvid.py` command")
 
     def __len__(self) -> int:
         return self.count
@@ -299,33 +299,24 @@ class SynVid:
 
 # -------------------------------------------------------------------------------- generation
 
-def denoise(cfg: Config, dit: nn.Module, noise: Tensor, stored: list[int], cond: dict,
-            uncond: dict | None, branches: dist.ProcessGroup | None = None) -> Tensor:
-    """Walk noise [B,C,T,H,W] down the teacher's grid; returns latents [B,S,C,T,H,W] on the CPU."""
+def sample_trajectories(cfg: Config, dit: nn.Module, noise: Tensor, stored: list[int], cond: dict,
+                        uncond: dict | None,
+                        cfg_group: dist.ProcessGroup | None = None) -> Tensor:
+    """Latents [B,S,C,T,H,W], on the CPU, of noise [B,C,T,H,W] down the teacher's grid. Eq. 5."""
     times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
-    kept = [noise.to("cpu", DTYPES[cfg.dtype])] if 0 in stored else []
-    steps = walk(dit, noise, times, cond, uncond, cfg.cfg_scale, branches)        # Eq. 5
-    for j, x in enumerate(steps, start=1):
-        if j in stored:
-            kept.append(x.to("cpu", DTYPES[cfg.dtype]))
-    return torch.stack(kept, 1)
+    steps = sample_euler(dit, noise, times, cond, uncond, cfg.cfg_scale, cfg_group)
+    return torch.stack([x.to("cpu", DTYPES[cfg.dtype]) for j, x in enumerate(steps, start=1)
+                        if j in stored], 1)
 
 
-def on_first_rank(ranks: Ranks, work: Callable[[], Any]) -> Any:
-    """What `work` gives on rank 0, told to all; its error ends all ranks, and is told once."""
-    told = [None, None]
-    if ranks.rank == 0:
-        try:
-            told = [work(), None]
-        except (ValueError, FileNotFoundError) as e:
-            told = [None, e]
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1] if ranks.rank == 0 else SystemExit(1)
-    return told[0]
+def format_seconds(seconds: float) -> str:
+    """Seconds as a short human duration: 45 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes as a short human size."""
     for unit in ("bytes", "KB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
@@ -338,7 +329,7 @@ def verify(folder: Path, wanted: range, manifest: dict, ranks: Ranks) -> dict[in
     found: dict[int, str] = {}
     for i in tqdm(wanted[ranks.rank::ranks.world], "verify", unit="trajectory", mininterval=1,
                   disable=None if ranks.rank == 0 else True):
-        if not place(folder, i).exists():
+        if not trajectory_path(folder, i).exists():
             found[i] = "missing"
             continue
         try:
@@ -350,7 +341,7 @@ def verify(folder: Path, wanted: range, manifest: dict, ranks: Ranks) -> dict[in
     found = {i: fault for part in parts for i, fault in part.items()}
     if ranks.rank == 0:
         for i in sorted(found):
-            print(f"{place(folder, i)}: {found[i]}")
+            print(f"{trajectory_path(folder, i)}: {found[i]}")
         print(f"synvid: {len(wanted) - len(found)} of {len(wanted)} trajectories are whole, "
               f"{len(found)} are not", flush=True)
     return found
@@ -371,23 +362,24 @@ def plan(cfg: Config, folder: Path, wanted: range, manifest: dict, device: torch
     todo = [i for i in wanted if i not in there]
     sizes = sizes_of(cfg.preset)
     latents = len(manifest["stored"]) * math.prod(manifest["shape"]) * DTYPES[cfg.dtype].itemsize
-    told = sizes.text_len * sizes.text_dim * compute_dtype(device).itemsize
+    condition = sizes.text_len * sizes.text_dim * compute_dtype(device).itemsize
     if sizes.takes_image:  # fp32: its features, and 4 mask channels on the 16 of a latent
-        told += 4 * (sizes.image_len * sizes.image_dim + math.prod(manifest["shape"]) * 20 // 16)
-    need = len(todo) * (latents + told + 2000)  # the header with the prompt
+        frames = math.prod(manifest["shape"]) * 20 // 16
+        condition += 4 * (sizes.image_len * sizes.image_dim + frames)
+    need = len(todo) * (latents + condition + 2000)  # the header with the prompt
     free = shutil.disk_usage(folder).free
     with torch.device("meta"):
         dit = build_dit(cfg.preset)
     evaluations = cfg.n * (1 if cfg.cfg_scale == 1 else 2)
     flop = len(todo) * evaluations * dit.flops(math.prod(dit.token_grid(*manifest["shape"][1:])))
     print(f"synvid: {len(todo)} trajectories to do, {len(wanted) - len(todo)} of {len(wanted)} are "
-          f"there; at most {size(need)} to write, {size(free)} free at {folder}\n"
+          f"there; at most {format_bytes(need)} to write, {format_bytes(free)} free at {folder}\n"
           f"synvid: {evaluations} evaluations each, {flop:.3g} FLOP in all: {flop / 1.44e18:.3g} "
           "GPU-hours at 400 TFLOP/s (40% of an H100's peak)", flush=True)
     if need > free:
-        raise ValueError(f"{folder}: {len(todo)} trajectories need up to {size(need)}, got "
-                         f"{size(free)}: free some space, choose another --run, or make fewer by "
-                         "--count")
+        raise ValueError(f"{folder}: {len(todo)} trajectories need up to {format_bytes(need)}, got "
+                         f"{format_bytes(free)}: free some space, choose another --run, or make "
+                         "fewer by --count")
     return todo
 
 
@@ -399,11 +391,11 @@ def decode_video(cfg: Config, folder: Path, manifest: dict, vae: nn.Module, i: i
     write_video(folder / f"videos/{i:06d}.mp4", video[0], cfg.fps)
 
 
-def tell_cost(seconds: float, batch: int, rounds: int, chunks: int, ranks: Ranks) -> None:
+def print_cost(seconds: float, batch: int, rounds: int, chunks: int, ranks: Ranks) -> None:
     """Print what `chunks` batches cost, `rounds` of them a rank, from the first one's seconds."""
-    tqdm.write(f"synvid: {rate(seconds / batch)} a trajectory on {ranks.device.type}; in all "
-               f"{seconds * chunks * ranks.world / ranks.teams / 3600:.3g} device-hours; "
-               f"{rate(seconds * (rounds - 1))} to go with {ranks.world} rank(s)")
+    tqdm.write(f"synvid: {format_seconds(seconds / batch)} a trajectory on {ranks.device.type}; in "
+               f"all {seconds * chunks * ranks.world / ranks.dp_size / 3600:.3g} device-hours; "
+               f"{format_seconds(seconds * (rounds - 1))} to go with {ranks.world} rank(s)")
     sys.stdout.flush()
 
 
@@ -424,21 +416,21 @@ def one_cpu_thread() -> Iterator[None]:
 def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, wanted: range,
              todo: list[int], ranks: Ranks) -> None:
     """Make this rank's part of the trajectories `todo` and of the videos that are missing."""
-    from encoders import load_conditioner, load_vae
+    from frozen.load import load_conditioner, load_vae
 
     chunks: dict[int, list[int]] = {}
     for i in todo:
         chunks.setdefault(i // cfg.batch, []).append(i)
-    mine, dtype = list(chunks.items())[ranks.team::ranks.teams], compute_dtype(ranks.device)
-    films = {i for i in wanted[:max(cfg.videos - cfg.start, 0)]
-             if ranks.leads and not (folder / f"videos/{i:06d}.mp4").exists()}
-    if films:
+    mine, dtype = list(chunks.items())[ranks.dp_rank::ranks.dp_size], compute_dtype(ranks.device)
+    with_video = {i for i in wanted[:max(cfg.videos - cfg.start, 0)]
+             if ranks.is_writer and not (folder / f"videos/{i:06d}.mp4").exists()}
+    if with_video:
         vae = load_vae(cfg.weights, ranks.device, dtype, cfg.family)
-        for i in sorted(films.difference(todo))[ranks.team::ranks.teams]:
+        for i in sorted(with_video.difference(todo))[ranks.dp_rank::ranks.dp_size]:
             decode_video(cfg, folder, manifest, vae, i)
     if not mine:
         return
-    dit = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks.sharers)
+    dit = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks.sp_ranks)
     dit.requires_grad_(False)
     if cfg.compile:
         compile_blocks(dit)
@@ -454,50 +446,58 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, w
         conds = conditioner.encode_each(chosen, cfg.height, cfg.width)
         if cfg.cfg_scale != 1:
             uncond = collate(conditioner.with_text(cfg.negative_prompt, conds))
-        noise = torch.stack([initial_noise(cfg.seed, i, prompt.text, manifest["shape"])
-                             for i, prompt in zip(indices, chosen, strict=True)])
-        x = denoise(cfg, dit, noise.to(ranks.device), manifest["stored"], collate(conds), uncond,
-                    ranks.branch_group)
+        noise = draw_noise(manifest["shape"], [("synvid", cfg.seed, i, prompt.text)
+                                               for i, prompt in zip(indices, chosen, strict=True)])
+        x = sample_trajectories(cfg, dit, noise.to(ranks.device), manifest["stored"],
+                                collate(conds), uncond, ranks.cfg_group)
         if read_manifest(folder) != manifest:
             raise ValueError(f"{folder}/manifest.json: was changed while this job ran: another job "
                              "with other settings writes there; give each its own --run")
-        for i in missing if ranks.leads else []:
+        for i in missing if ranks.is_writer else []:
             b = i - indices.start
             write_trajectory(folder, manifest, i, chosen[b].text, x[b], conds[b])
         if number == 0 and ranks.rank == 0:
-            tell_cost(time.perf_counter() - first, cfg.batch, len(mine), len(chunks), ranks)
-        for i in films.intersection(missing):
+            print_cost(time.perf_counter() - first, cfg.batch, len(mine), len(chunks), ranks)
+        for i in with_video.intersection(missing):
             decode_video(cfg, folder, manifest, vae, i)
         bar.update(len(missing))
     bar.close()
     if ranks.rank == 0:
-        each = place(folder, todo[0]).stat().st_size
-        print(f"synvid: rank 0 made {bar.n} trajectories of {size(each)} in "
-              f"{rate(time.perf_counter() - first)}: {folder}", flush=True)
+        each = trajectory_path(folder, todo[0]).stat().st_size
+        print(f"synvid: rank 0 made {bar.n} trajectories of {format_bytes(each)} in "
+              f"{format_seconds(time.perf_counter() - first)}: {folder}", flush=True)
+
+
+def make(cfg: Config) -> None:
+    """Make what is missing of a job's trajectories; in all processes that torchrun started."""
+    sizes = check_model(cfg)
+    prompts = read_prompts(cfg.prompts, sizes.takes_image)
+    wanted = check_config(cfg, prompts)
+    same = settings_to_compare(cfg, teacher=fingerprint(cfg.weights), prompts=digest_texts(prompts),
+                               encoders=fingerprint_files(cfg.weights))
+    ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, same=same,
+                              cfg_parallel=cfg.cfg_parallel and cfg.cfg_scale != 1)
+    prefer_attention(cfg.attention, ranks.device)
+    folder = Path(cfg.run) / "synvid"
+    only_verify = cfg.verify and not cfg.repair  # nothing is written then
+    with owned(folder, wanted.start, wanted.stop) if not only_verify else nullcontext():
+        manifest = on_first_rank(lambda: open_manifest(folder, make_manifest(cfg, prompts),
+                                                       make=not only_verify))
+        damaged = verify(folder, wanted, manifest, ranks) if cfg.verify or cfg.repair else {}
+        if only_verify:
+            if damaged:
+                raise SystemExit(1)
+            return
+        announce(cfg, "synvid", ranks.rank)
+        todo = on_first_rank(lambda: plan(cfg, folder, wanted, manifest, ranks.device, damaged))
+        with one_cpu_thread():
+            generate(cfg, prompts, folder, manifest, wanted, todo, ranks)
+        # Together: a node that leaves five minutes before others may take torchrun's store along.
+        dist.barrier()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make what is missing of this job's trajectories."""
-    cfg = load_config(Config, "synvid", argv, __doc__)
-    prompts = read_prompts(cfg.prompts, sizes_of(cfg.preset).takes_image)
-    wanted = check_config(cfg, prompts)
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes_of(cfg.preset).num_heads,
-                              branches=1 + (cfg.cfg_parallel and cfg.cfg_scale != 1))
-    prefer_attention(cfg.attention, ranks.device)
-    folder = Path(cfg.run) / "synvid"
-    only = cfg.verify and not cfg.repair  # nothing is written then
-    manifest = on_first_rank(ranks, lambda: claim(folder, make_manifest(cfg, prompts), not only))
-    damaged = verify(folder, wanted, manifest, ranks) if cfg.verify or cfg.repair else {}
-    if only:
-        if damaged:
-            raise SystemExit(1)
-        return
-    announce(cfg, "synvid", ranks)
-    todo = on_first_rank(ranks, lambda: plan(cfg, folder, wanted, manifest, ranks.device, damaged))
-    with one_cpu_thread():
-        generate(cfg, prompts, folder, manifest, wanted, todo, ranks)
-    # Together: a node that leaves five minutes before others may take torchrun's store with it.
-    dist.barrier()
+    make(load_config(Config, "synvid", argv, __doc__))
 
 
 if __name__ == "__main__":

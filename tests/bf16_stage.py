@@ -8,10 +8,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import model
-from config import cli
+from common import ranks
 
-model.compute_dtype = lambda device: torch.bfloat16  # before a stage takes it from there
+ranks.compute_dtype = lambda device: torch.bfloat16  # before a stage takes it from there
 
 if __name__ == "__main__":
-    cli(lambda: importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
+    ranks.cli(lambda: importlib.import_module(sys.argv[1]).main(sys.argv[2:]))

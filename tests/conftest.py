@@ -21,10 +21,13 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
-from config import cli
-from encoders import CLIPVision, UMT5Encoder, WanVAE
-from model import (
-    PRESETS, ROOT, WanConfig, WanDiT, generator, save_tensors, setup_distributed, write_json)
+from common.files import ROOT, write_json
+from common.ranks import cli, generator, setup_distributed
+from common.weights import save_tensors
+from frozen.image import CLIPVision
+from frozen.text import UMT5Encoder
+from frozen.vae import WanVAE
+from model import PRESETS, WanConfig, WanDiT
 
 CAPTIONS = [f"a {colour} {shape} moves {direction}" for colour in ("red", "green", "blue")
             for shape in ("disc", "ring", "cross") for direction in ("left", "right", "up")]

@@ -12,16 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch.distributed.checkpoint.filesystem as storage
+from torch.distributed.tensor import DTensor
 
-import checkpoint
 import distill
-from config import cli
+from common import weights
+from common.ranks import cli
+from training.checkpoint import Saver
 
 PLACES = {"iteration": (distill, "update_heads"),
-          "checkpoint": (storage, "_write_item"),       # a part of a rank's file is written
-          "checksum": (checkpoint, "crc32_of"),         # all files are written, none has its name
-          "export": (checkpoint, "bytes_of")}           # a part of the student is written
+          "checkpoint": (weights, "bytes_of"),          # a part of a rank's file is written
+          "naming": (Saver, "name_it"),                 # all files are written, none has its name
+          "export": (DTensor, "full_tensor")}           # a part of the student is written
 
 if __name__ == "__main__":
     mark, rank, place, count, stage = Path(sys.argv[1]), *sys.argv[2:6]

@@ -2,7 +2,7 @@
 
 python memory_worker.py plan FAMILY CHECKPOINTING DTYPE OUT    the plan's bytes, the allocator's
 python memory_worker.py load WEIGHTS OUT                 host memory while a DiT is loaded
-python memory_worker.py share WEIGHTS OUT                what each of a team's ranks holds to sample
+python memory_worker.py share WEIGHTS OUT                what each rank of sp=2 holds to sample
 """
 
 import sys
@@ -14,16 +14,19 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import model
+from common import ranks as processes
 
 if "bfloat16" in sys.argv:  # as on a GPU
-    model.compute_dtype = lambda device: torch.bfloat16
+    processes.compute_dtype = lambda device: torch.bfloat16
 
 import distill
+import model
 import sample
-from config import cli
-from model import HunyuanConfig, WanConfig, generator, key_times
-from monitor import memory_parts
+from common.files import write_json
+from common.ranks import cli, generator, local_rows, setup_distributed
+from common.weights import save_tensors
+from model import HunyuanConfig, WanConfig, key_times
+from training.memory import memory_parts
 
 KEY = [0, 2, 4, 6]
 SIZES = {"wan": WanConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=4, text_dim=64,
@@ -70,19 +73,19 @@ def plan(family: str, checkpointing: str, _: str, out: str) -> None:
     model.PRESETS["small"] = SIZES[family]
     dit = model.build_dit("small")
     dit.init_weights(generator("teacher"))
-    model.save_tensors(f"{out}.safetensors", dit.state_dict(), {})
+    save_tensors(f"{out}.safetensors", dit.state_dict(), {})
     del dit
     cfg = distill.Config(family=family, preset="small", weights=f"{out}.safetensors", n=6, key=KEY,
                          batch=2, iterations=1, held_out=1, head_dim=32,
                          checkpointing=checkpointing == "True")
-    ranks = model.setup_distributed("cpu")
+    ranks = setup_distributed("cpu")
     data = FakeSynVid(family)
     loader = distill.Loader(cfg, data, ranks)
-    nets, kept, _ = allocated(lambda: distill.build(cfg, data.t_key, ranks))
-    most = allocated(lambda: distill.algorithm_1(
-        cfg, nets, loader, lambda step, k, log: log.gather(False) and False))[2]
-    model.write_json(out, {"parts": memory_parts(cfg, loader.shape, ranks.device, 1, 1),
-                           "allocated": kept + most})
+    state, kept, _ = allocated(lambda: distill.build(cfg, data.t_key, ranks))
+    most = allocated(lambda: [log.gather() for _, _, log in
+                              distill.algorithm_1(cfg, state, loader)])[2]
+    write_json(out, {"parts": memory_parts(cfg, loader.shape, ranks.device, 1, 1),
+                     "allocated": kept + most})
 
 
 def highest() -> int:
@@ -93,35 +96,35 @@ def highest() -> int:
 
 
 def load(weights: str, out: str) -> None:
-    ranks = model.setup_distributed("cpu")
+    ranks = setup_distributed("cpu")
     model.PRESETS |= {"few": FEW, "many": MANY}
     few = model.load_dit(f"{weights}/few.safetensors", "few", torch.float32, "cpu", ranks)
-    model.twin(few, "few", torch.bfloat16, ranks)
+    model.frozen_copy(few, "few", torch.bfloat16, ranks)
     highest()
     before = highest()
     dit = model.load_dit(f"{weights}/many.safetensors", "many", torch.float32, "cpu", ranks)
     loaded = highest() - before
-    model.twin(dit, "many", torch.bfloat16, ranks)
+    model.frozen_copy(dit, "many", torch.bfloat16, ranks)
     both = highest() - before
-    model.write_json(f"{out}{ranks.rank}", {"loaded": loaded, "both": both})
+    write_json(f"{out}{ranks.rank}", {"loaded": loaded, "both": both})
     dist.barrier()
 
 
 def share(weights: str, out: str) -> None:
-    ranks = model.setup_distributed("cpu", 2, FEW.num_heads)
+    ranks = setup_distributed("cpu", 2, FEW.num_heads)
     model.PRESETS["few"] = FEW
     cfg = sample.Config(preset="few", weights=f"{weights}/few.safetensors")
-    dits = {"teacher": sample.load_teacher(cfg, ranks.device, ranks.sharers),
-            "student": sample.load_student(cfg, Path(cfg.weights), ranks.device, ranks.sharers),
-            "random": sample.random_dit(cfg, ranks.device, ranks.sharers)}
+    dits = {"teacher": model.load_dit(cfg.weights, "few", ranks=ranks.sp_ranks),
+            "student": sample.load_student(cfg, Path(cfg.weights), ranks.device, ranks.sp_ranks),
+            "random": sample.random_dit(cfg, ranks.device, ranks.sp_ranks)}
     x = torch.randn(1, 16, 2, 8, 12, generator=generator("x"))
     cond = {"text": torch.randn(1, 8, 64, generator=generator("text"))}
     with torch.no_grad():
         v = {name: model.velocity(dit, x, 0.5, cond) for name, dit in dits.items()}
         want = model.velocity(model.load_dit(cfg.weights, "few"), x, 0.5, cond)
-    held = {name: sum(model.local_rows(p)[0].numel() for p in dit.parameters())
+    held = {name: sum(local_rows(p)[0].numel() for p in dit.parameters())
             for name, dit in dits.items()}
-    model.write_json(f"{out}{ranks.rank}", {
+    write_json(f"{out}{ranks.rank}", {
         "held": held, "noise": float(v["random"].std()),
         "error": max(float((v[name] - want).abs().max()) for name in ("teacher", "student"))})
     dist.barrier()

@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import distill
 import model
-from config import cli
-from model import HunyuanConfig, WanConfig, generator, key_times
+from common.ranks import cli, generator, setup_distributed
+from common.weights import save_tensors
+from model import HunyuanConfig, WanConfig, key_times
+from training.monitor import held_out_errors
 
 SIZES = {"wan": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=3, text_dim=8, text_len=4,
                           freq_dim=16),
@@ -70,23 +72,22 @@ def distilled(family: str, out: str, *overrides: str) -> None:
                          key=KEY, shift=5.0, batch=4, micro_batch=1, iterations=3, held_out=2,
                          lr=1e-3, lr_heads=1e-2, clip=1.0, head_dim=8, lambda_adv=1.0, **more)
     cfg.micro_batch = int(given.get("micro_batch", 1))
-    ranks = model.setup_distributed("cpu", cfg.sp, SIZES[family].num_heads)
-    distill.check_config(cfg, ranks.teams)
+    ranks = setup_distributed("cpu", cfg.sp, SIZES[family].num_heads)
+    distill.check_config(cfg, ranks.dp_size)
     weights = Path(f"{out}.teacher{ranks.rank}.safetensors")
-    model.save_tensors(weights, dit.state_dict(), {})
+    save_tensors(weights, dit.state_dict(), {})
     cfg.weights = str(weights)
     loader = distill.Loader(cfg, FakeSynVid(family), ranks)
-    nets = distill.build(cfg, loader.data.t_key, ranks)
-    lines = []
-    distill.algorithm_1(cfg, nets, loader, lambda step, k, log: lines.append(log.gather(False)))
-    errors = distill.held_out_errors(cfg, nets.student, loader, ranks)
-    tensors = {name: p.detach().full_tensor() for name, p in nets.student.named_parameters()}
+    state = distill.build(cfg, loader.data.t_key, ranks)
+    lines = [log.gather() for _, _, log in distill.algorithm_1(cfg, state, loader)]
+    errors = held_out_errors(cfg, state.student, loader, ranks)
+    tensors = {name: p.detach().full_tensor() for name, p in state.student.named_parameters()}
     if ranks.rank == 0:
-        heads = {f"heads.{name}": p for name, p in nets.heads.state_dict().items()}
+        heads = {f"heads.{name}": p for name, p in state.heads.state_dict().items()}
         figures = torch.tensor([line[name] for line in lines for name in
                                 ("loss_traj", "loss_adv", "loss_head", "grad_sum", "grad_head")]
                                + [errors["endpoint"], *errors["velocity"]])
-        model.save_tensors(out, {**tensors, **heads, "figures": figures}, {})
+        save_tensors(out, {**tensors, **heads, "figures": figures}, {})
     dist.barrier()
 
 

@@ -1,24 +1,29 @@
 """Run checkpoints: written in the background, whole or passed over, never executed; the export."""
 
 import gc
+import io
 import json
 import os
 import pickle
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from conftest import Evil, in_processes
 from safetensors import safe_open
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from conftest import Evil, in_processes
-import checkpoint
-import model
-from checkpoint import Saver, check_disk, latest_checkpoint, load_checkpoint, write_one_by_one
+from common.files import crc32_of_file, crc32_of_json, write_json
+from common.ranks import Ranks, shard
+from common.weights import LazyTensor, stream_safetensors
+from model import WanConfig, build_dit
+from training import checkpoint
+from training.checkpoint import Saver, check_disk, latest_checkpoint, load_checkpoint
 
-SMALL = model.WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=4)
+SMALL = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, text_dim=8, text_len=4)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -34,7 +39,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, meta: dict, ranks, kee
 
 def save_steps(folder: Path, ranks, steps: list[int], keep: int = 3) -> None:
     for step in steps:
-        state = {"w": torch.full((100,), float(step)), "count": step}
+        state = {"w": torch.full((100,), float(step)), "part": {"count": torch.tensor(step)}}
         save_checkpoint(folder, step, state, {"lr": 1e-5}, ranks, keep)
 
 
@@ -44,17 +49,17 @@ def test_the_last_checkpoints_are_kept_and_the_newest_is_resumed(ranks, tmp_path
     save_steps(tmp_path, ranks, [100, 200, 300, 400], keep=2)
     assert names_in(tmp_path) == ["step_000300", "step_000400"]
     path, meta = latest_checkpoint(tmp_path, ranks)
-    state = {"w": torch.zeros(100), "count": 0}
+    state = {"w": torch.zeros(100), "part": {"count": torch.tensor(0)}}
     load_checkpoint(path, state)
-    assert state["count"] == meta["step"] == 400 and meta["lr"] == 1e-5
+    assert state["part"]["count"] == meta["step"] == 400 and meta["lr"] == 1e-5
     assert torch.equal(state["w"], torch.full((100,), 400.0))
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for_though_training_goes_on(ranks, tmp_path):
-    dit = model.build_dit(SMALL)
-    model.shard(dit, ranks)
+    dit = build_dit(SMALL)
+    shard(dit, ranks)
     weights = {"dit": {name: p.detach() for name, p in dit.named_parameters()},
-               "plain": {"w": torch.ones(1000)}, "step": 1}
+               "plain": {"w": torch.ones(1000)}}
     want = {name: p.full_tensor().clone() for name, p in weights["dit"].items()}
     saver = Saver(tmp_path / "run", ranks, 2)
     saver.save(1, weights, {})
@@ -69,14 +74,14 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for_though_training_goes_on(
 
 def test_a_checkpoint_s_copy_in_host_memory_is_let_go_when_it_is_written(ranks, tmp_path,
                                                                          monkeypatch):
-    copies, stage = [], checkpoint.DefaultStager.stage
+    copies, copy_to_host = [], Saver.copy_to_host
 
-    def watched(self, state, **options):
-        copy = stage(self, state, **options)
-        copies.append(StorageWeakRef(copy["w"].untyped_storage()))
-        return copy
+    def watched(self, state):
+        tensors, rows = copy_to_host(self, state)
+        copies.append(StorageWeakRef(tensors["w"].untyped_storage()))
+        return tensors, rows
 
-    monkeypatch.setattr(checkpoint.DefaultStager, "stage", watched)
+    monkeypatch.setattr(Saver, "copy_to_host", watched)
     state = {"w": torch.ones(1000)}
     saver = Saver(tmp_path, ranks, 2)
     gc.collect()
@@ -90,13 +95,13 @@ def test_a_checkpoint_s_copy_in_host_memory_is_let_go_when_it_is_written(ranks, 
         gc.enable()
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "unreadable", "flipped", "contents flipped",
+@pytest.mark.parametrize("damage", ["cut", "gone", "unreadable", "flipped", "header flipped",
                                     "meta cut", "meta gone", "meta odd", "meta changed"])
 def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, capsys):
     save_steps(tmp_path, ranks, [100, 200])
     assert '"step": 200' in (tmp_path / "step_000200/meta.json").read_text()
     newest = tmp_path / "step_000200"
-    data = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    data = newest / "rank_00000.safetensors"
     if damage == "cut":
         os.truncate(data, data.stat().st_size // 2)
     elif damage == "gone":
@@ -105,9 +110,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, 
         data.unlink()
         data.mkdir()
     elif "flipped" in damage:
-        data = newest / ".metadata" if "contents" in damage else data
         raw = bytearray(data.read_bytes())
-        raw[len(raw) // 2] ^= 1
+        raw[20 if "header" in damage else -20] ^= 1
         data.write_bytes(raw)
     elif damage == "meta changed":
         text = (newest / "meta.json").read_text()
@@ -126,7 +130,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, 
 def test_a_new_checkpoint_is_never_pruned_for_a_damaged_later_one_nor_copies_of_the_user_s(
         ranks, tmp_path):
     save_steps(tmp_path, ranks, [100, 200])
-    (tmp_path / "step_000200/.metadata").unlink()
+    (tmp_path / "step_000200/rank_00000.safetensors").unlink()
     (tmp_path / "step_000100_best").mkdir()
     assert latest_checkpoint(tmp_path, ranks)[1]["step"] == 100
     save_steps(tmp_path, ranks, [150], keep=1)
@@ -152,14 +156,14 @@ def test_a_disk_too_small_for_a_run_is_told_before_it_begins(small_disk):
         check_disk(small_disk / "run/distill", 10_000, 2, keep=2)
 
 
-def listing_process(ranks: model.Ranks, folder: Path) -> None:
+def listing_process(ranks: Ranks, folder: Path) -> None:
     """One of two processes; the second one's view of the folder is stale."""
     save_steps(folder / "run", ranks, [1, 2])
     if ranks.rank == 1:
         checkpoint.checkpoints = lambda folder: {}
     path, meta = latest_checkpoint(folder / "run", ranks)
     found = {"path": path.name, "step": meta["step"]}
-    model.write_json(folder / f"rank{ranks.rank}.json", found)
+    write_json(folder / f"rank{ranks.rank}.json", found)
     dist.barrier()
 
 
@@ -170,25 +174,36 @@ def test_a_rank_with_a_stale_view_of_the_folder_resumes_from_what_the_first_one_
         assert found == {"path": "step_000002", "step": 2}
 
 
-def test_an_export_takes_away_what_a_killed_one_left(ranks, tmp_path):
-    (tmp_path / ".student.safetensors.77.part.safetensors").write_bytes(b"half")
-    (tmp_path / "other.part").write_bytes(b"mine")
+def test_a_streamed_file_is_the_one_that_safetensors_reads_and_its_checksum_the_file_s(tmp_path):
     value = torch.arange(6.0).view(2, 3)
-    tensors = {"a": model.LazyTensor((2, 3), torch.float32, tmp_path, lambda rows=None: value),
-               "b": model.LazyTensor((), torch.bfloat16, tmp_path,
-                                     lambda rows=None: torch.tensor(3.0).bfloat16())}
-    write_one_by_one(tmp_path / "student.safetensors", tensors, {"accvideo": "é"}, ranks)
-    assert names_in(tmp_path) == ["other.part", "student.safetensors"]
-    with safe_open(tmp_path / "student.safetensors", "pt") as f:
+    tensors = {"a": LazyTensor((2, 3), torch.float32, tmp_path, lambda rows=None: value),
+               "b": LazyTensor((), torch.bfloat16, tmp_path,
+                               lambda rows=None: torch.tensor(3.0).bfloat16())}
+    path = tmp_path / "some.safetensors"
+    sums = stream_safetensors(path, tensors, {"accvideo": "é"})
+    assert sums == [path.stat().st_size, crc32_of_file(path)]
+    with safe_open(path, "pt") as f:
         assert f.metadata() == {"accvideo": "é"} and set(f.keys()) == {"a", "b"}
         assert torch.equal(f.get_tensor("a"), value) and f.get_tensor("b") == 3
         assert f.get_tensor("b").dtype == torch.bfloat16
 
 
+def test_a_disk_that_is_full_does_not_keep_a_collective_from_being_read_to_its_end(small_disk):
+    reads = []
+
+    def part(i: int) -> LazyTensor:
+        return LazyTensor((50_000,), torch.float32, small_disk,
+                          lambda rows=None: reads.append(i) or torch.zeros(50_000))
+
+    with pytest.raises(OSError):
+        stream_safetensors(small_disk / "f.safetensors", {str(i): part(i) for i in range(4)}, {})
+    assert reads == [0, 1, 2, 3]
+
+
 def test_when_no_checkpoint_is_whole_resuming_is_an_error_that_names_them(ranks, tmp_path):
     save_steps(tmp_path, ranks, [100, 200])
     for folder in tmp_path.iterdir():
-        (folder / ".metadata").unlink()
+        (folder / "rank_00000.safetensors").unlink()
     with pytest.raises(ValueError, match="no whole checkpoint.*step_000200.*step_000100"):
         latest_checkpoint(tmp_path, ranks)
 
@@ -201,17 +216,94 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_ones(ranks, small_
     assert latest_checkpoint(small_disk, ranks)[1]["step"] == 100
 
 
-@pytest.mark.parametrize("where", [".metadata", "value"])
-def test_code_in_a_checkpoint_is_never_run(where, ranks, tmp_path):
-    evil, state = Evil(str(tmp_path / "run")), {"w": torch.ones(3), "count": 1}
-    path = save_checkpoint(tmp_path, 1, state, {}, ranks, keep=1)
-    if where == "value":
-        dcp.save({**state, "count": evil}, checkpoint_id=str(path))
-    if where == ".metadata":
+def as_torch_saves(value: object) -> bytes:
+    out = io.BytesIO()
+    torch.save(value, out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("attack", ["a table of contents that runs", "a rank's own table",
+                                    "a whole old checkpoint", "a pickle for a rank's file",
+                                    "a file of torch.save for a rank's file", "another path"])
+def test_nothing_in_a_checkpoint_folder_from_somebody_else_is_run(attack, ranks, tmp_path):
+    mark, run = tmp_path / "mark", tmp_path / "run"
+    evil, state = Evil(str(mark)), {"w": torch.ones(3)}
+    path = save_checkpoint(run, 1, state, {}, ranks, keep=1)
+    data, meta = path / "rank_00000.safetensors", json.loads((path / "meta.json").read_text())
+    if attack == "a table of contents that runs":
         (path / ".metadata").write_bytes(pickle.dumps(evil))
-    with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read .*open"):
+    elif attack == "a rank's own table":
+        (path / ".metadata").write_bytes(pickle.dumps([]))
+        (path / "__0.metadata").write_bytes(pickle.dumps(evil))
+    elif attack == "a whole old checkpoint":
+        dcp.save({**state, "count": evil}, checkpoint_id=str(path))
+    elif attack == "a pickle for a rank's file":
+        data.write_bytes(pickle.dumps(evil))
+    elif attack == "a file of torch.save for a rank's file":
+        data.write_bytes(as_torch_saves(evil))
+    else:
+        (tmp_path / "elsewhere.pt").write_bytes(as_torch_saves(evil))
+        data = tmp_path / "elsewhere.pt"
+        meta["files"] = {"../../elsewhere.pt": meta["files"].pop("rank_00000.safetensors")}
+    sums = [data.stat().st_size, crc32_of_file(data)]  # the folder agrees with itself
+    meta["files"] = dict.fromkeys(meta["files"], sums)
+    del meta["crc32"]
+    write_json(path / "meta.json", {**meta, "crc32": crc32_of_json(meta)})
+    for read in (lambda: latest_checkpoint(run, ranks), lambda: load_checkpoint(path, state)):
+        try:
+            read()
+        except ValueError as e:
+            assert "step_000001" in str(e)
+    with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read"):
         load_checkpoint(path, state)
-    assert not (tmp_path / "run").exists()
+    assert not mark.exists()
+
+
+def test_a_file_swapped_between_check_and_load_is_not_run_either(ranks, tmp_path, monkeypatch):
+    mark = tmp_path / "mark"
+    path = save_checkpoint(tmp_path / "run", 1, {"w": torch.ones(3)}, {}, ranks, keep=1)
+    read_meta = checkpoint.read_meta
+
+    def swapped(folder: Path) -> dict | str:
+        meta = read_meta(folder)
+        (folder / "rank_00000.safetensors").write_bytes(pickle.dumps(Evil(str(mark))))
+        (folder / ".metadata").write_bytes(pickle.dumps(Evil(str(mark))))
+        return meta
+
+    monkeypatch.setattr(checkpoint, "read_meta", swapped)
+    with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read"):
+        load_checkpoint(path, {"w": torch.ones(3)})
+    assert not mark.exists()
+
+
+def test_the_attacks_of_these_tests_do_run_where_a_pickle_is_read(tmp_path):
+    evil = Evil(str(tmp_path / "0"))
+    pickle.loads(pickle.dumps(evil)).close()
+    assert (tmp_path / "0").exists()
+    evil.target = str(tmp_path / "1")
+    torch.load(io.BytesIO(as_torch_saves(evil)), weights_only=False).close()
+    assert (tmp_path / "1").exists()
+
+
+def test_an_old_checkpoint_is_refused_in_one_line(ranks, tmp_path):
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=str(tmp_path / "step_000003"))
+    write_json(tmp_path / "step_000003/meta.json", {"step": 3})
+    with pytest.raises(ValueError, match="step_000003: is of an earlier version, whose table is a "
+                                         "pickle, which is not read"):
+        latest_checkpoint(tmp_path, ranks)
+
+
+def test_no_product_file_unpickles():
+    root = Path(checkpoint.__file__).parents[1]
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=root, capture_output=True, text=True)
+    found = [p for p in map(Path, listed.stdout.split()) if p.parts[0] != "tests"]
+    assert len(found) > 20 and Path("small_world/fit.py") in found
+    for name in found:
+        text = (root / name).read_text()
+        for call in ("pickle.load", "Unpickler(", "weights_only=False", "checkpoint.load(",
+                     "dcp.load", "np.load("):
+            assert call not in text, (name, call)
+        assert text.count("torch.load(") == text.count("weights_only=True"), name
 
 
 @pytest.mark.parametrize("state", [{"w": torch.zeros(7)}, {"v": torch.zeros(100)}])

@@ -1,5 +1,6 @@
 """Stage 2: Algorithm 1 in the paper's order, its losses, its data order, and nothing lost."""
 
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import model
-from checkpoint import Saver
-from model import WanConfig, generator, key_times
+from common.ranks import generator, local_rows, setup_distributed
+from common.weights import save_tensors
+from model import WanConfig, key_times
+from training.checkpoint import Saver, resume, save_state, tensors_of
+from training.monitor import Log, held_out_errors, step_flops
 
 SMALL = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=3, text_dim=8, text_len=4,
                   freq_dim=16)
@@ -47,7 +52,7 @@ class FakeSynVid:
 
 @pytest.fixture
 def ranks():
-    yield model.setup_distributed("cpu")
+    yield setup_distributed("cpu")
     torch.distributed.destroy_process_group()
 
 
@@ -60,7 +65,7 @@ def weights(tmp_path, monkeypatch):
     with torch.no_grad():
         dit.head.head.weight.normal_(std=0.2, generator=generator("head"))
     path = tmp_path / "teacher.safetensors"
-    model.save_tensors(path, dit.state_dict(), {})
+    save_tensors(path, dit.state_dict(), {})
     return path
 
 
@@ -75,18 +80,13 @@ def run(cfg, ranks, steps=None, nets=None):
     """Distill in this process; returns nets and each iteration's figures."""
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
     nets = nets or distill.build(cfg, M3, ranks)
-    lines = []
-
-    def after(step, k, log):
-        lines.append({"k": k, **log.gather(False)})
-        return steps is not None and len(lines) == steps
-
-    distill.algorithm_1(cfg, nets, loader, after)
+    lines = [{"k": k, **log.gather()} for _, k, log in
+             itertools.islice(distill.algorithm_1(cfg, nets, loader), steps)]
     return nets, lines
 
 
 def parameters(nets):
-    return torch.cat([model.local_rows(p)[0].flatten() for p in nets.student.parameters()])
+    return torch.cat([local_rows(p)[0].flatten() for p in nets.student.parameters()])
 
 
 class Recorder(nn.Module):
@@ -112,23 +112,23 @@ def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks):
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
     heads = distill.make_heads(cfg, 16)
     queues = [deque() for _ in range(4)]
-    nets = distill.Nets(Recorder("student", events), Recorder("teacher", events), heads, {}, M3,
-                        [1, 2, 2], queues)
+    nets = distill.TrainState(Recorder("student", events), Recorder("teacher", events), heads, {},
+                              M3, [1, 2, 2], queues)
     for name in ("update_student", "update_heads"):
         monkeypatch.setattr(distill, name, lambda cfg, nets, *loss, _n=name: events.append(
             (_n, *[x for x in loss if isinstance(x, str)])))
     for k, head in enumerate(heads):
         head.register_forward_hook(lambda *_, k=k: events.append(("head", k)))
-    noise = distill.draw_noise
-    monkeypatch.setattr(distill, "draw_noise", lambda *a: events.append(("noise",)) or noise(*a))
+    noise = distill.fresh_noise
+    monkeypatch.setattr(distill, "fresh_noise", lambda *a: events.append(("noise",)) or noise(*a))
     monkeypatch.setattr(distill, "functional_call", lambda head, params, args: head(*args))
 
     def data(step):
         events.append(("data", step))
         return loader.read(step)
 
-    distill.algorithm_1(cfg, nets, data, lambda step, k, log: events.append(
-        ("queues", [len(q) for q in queues])))
+    for _ in distill.algorithm_1(cfg, nets, data):
+        events.append(("queues", [len(q) for q in queues]))
 
     t, expected = [round(x, 6) for x in M3], []
     for step, k in enumerate((2, 1, 0)):
@@ -259,7 +259,7 @@ def test_updates_of_the_student_are_those_of_d6(updates, weights, tmp_path, rank
             first.step()
             first.zero_grad()
         if k == 2:
-            x, pushed = distill.draw_noise(cfg, step, b), b
+            x, pushed = distill.fresh_noise(cfg, step, b), b
         v = model.velocity(student, x, M3[k + 1], pushed.cond)
         x = model.euler_step(x, v, M3[k + 1], M3[k])
         loss, loss_head, _, _ = distill.adv_losses(
@@ -268,7 +268,7 @@ def test_updates_of_the_student_are_those_of_d6(updates, weights, tmp_path, rank
         (cfg.lambda_adv * (loss + loss_head)).backward()
         second.step()
         second.zero_grad()
-        distill.update_heads(cfg, ours, step, distill.Log(student))
+        distill.update_heads(cfg, ours, step, Log(student))
         x = x.detach()
     assert (parameters(nets) - parameters(ours)).abs().max() < 1e-6
 
@@ -285,10 +285,12 @@ def test_trajectory_loss_falls_and_the_held_out_error_with_it(weights, tmp_path,
     cfg = settings(weights, tmp_path, iterations=60, adv=False, lr=5e-3)
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
     nets = distill.build(cfg, M3, ranks)
+    before = held_out_errors(cfg, nets.student, loader, ranks)
     _, lines = run(cfg, ranks, nets=nets)
     assert lines[-1]["loss_traj"] < 0.9 * next(x for x in lines if x["k"] == 0)["loss_traj"]
-    errors = distill.held_out_errors(cfg, nets.student, loader, ranks)
-    assert len(errors["velocity"]) == 3 and errors["endpoint"] > 0
+    after = held_out_errors(cfg, nets.student, loader, ranks)
+    assert all(b < a for a, b in zip(before["velocity"], after["velocity"], strict=True))
+    assert len(after["velocity"]) == 3 and after["endpoint"] < 0.9 * before["endpoint"]
 
 
 def test_held_out_error_of_an_exact_student_is_zero(weights, tmp_path, ranks):
@@ -302,27 +304,27 @@ def test_held_out_error_of_an_exact_student_is_zero(weights, tmp_path, ranks):
         near = torch.cdist(x_t.flatten(1), x[k + 1].flatten(1)).argmin(1)
         return slopes[near]
 
-    errors = distill.held_out_errors(cfg, oracle, loader, ranks)
+    errors = held_out_errors(cfg, oracle, loader, ranks)
     assert errors["endpoint"] < 1e-10 and max(errors["velocity"]) < 1e-10
 
 
 def keep(cfg, nets, loader, ranks, meta):
     """Write a checkpoint and wait for it."""
     saver = Saver(Path(cfg.run) / "distill", ranks, cfg.keep)
-    distill.save(saver, nets, loader, meta)
+    save_state(saver, nets, loader, meta)
     saver.wait()
 
 
 def test_resuming_gives_the_same_bits_at_every_k(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path, updates="separate")
     undisturbed, _ = run(cfg, ranks)
-    meta = {"config": distill.asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
+    meta = {"config": asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
     for steps in (1, 2, 3, 4):
         nets, _ = run(cfg, ranks, steps=steps)
         keep(cfg, nets, loader, ranks, meta)
         fresh = distill.build(cfg, M3, ranks)
-        distill.resume(cfg, fresh, loader, ranks, meta)
+        resume(cfg, fresh, loader, ranks, meta)
         assert fresh.step == steps
         run(cfg, ranks, nets=fresh)
         assert torch.equal(parameters(fresh), parameters(undisturbed))
@@ -331,9 +333,9 @@ def test_resuming_gives_the_same_bits_at_every_k(weights, tmp_path, ranks):
 def test_checkpoint_after_an_evaluation_holds_every_optimizer_state(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path)
     nets, _ = run(cfg, ranks, steps=1)
-    names = distill.state_of(nets, {}).keys(), distill.state_of(nets, {})["opt_traj"].keys()
-    distill.held_out_errors(cfg, nets.student, distill.Loader(cfg, FakeSynVid(M3), ranks), ranks)
-    after = distill.state_of(nets, {})
+    names = tensors_of(nets, {}).keys(), tensors_of(nets, {})["opt_traj"].keys()
+    held_out_errors(cfg, nets.student, distill.Loader(cfg, FakeSynVid(M3), ranks), ranks)
+    after = tensors_of(nets, {})
     assert (after.keys(), after["opt_traj"].keys()) == names
     assert len(names[1]) == 3 * len(list(nets.student.parameters()))
 
@@ -342,28 +344,28 @@ def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_p
     cfg = settings(weights, tmp_path)
     nets, _ = run(cfg, ranks, steps=1)
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
-    meta = {"config": distill.asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
+    meta = {"config": asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
     keep(cfg, nets, loader, ranks, meta)
-    other = distill.asdict(settings(weights, tmp_path, lr=2e-3))
+    other = asdict(settings(weights, tmp_path, lr=2e-3))
     with pytest.raises(ValueError, match="lr=0.001, the config has 0.002"):
-        distill.resume(cfg, nets, loader, ranks, {**meta, "config": other})
+        resume(cfg, nets, loader, ranks, {**meta, "config": other})
     for key in ("teacher", "synvid"):
         with pytest.raises(ValueError, match=f"{key}={meta[key]}, the config has other"):
-            distill.resume(cfg, nets, loader, ranks, {**meta, key: "other"})
+            resume(cfg, nets, loader, ranks, {**meta, key: "other"})
     loader.count = 8
     with pytest.raises(ValueError, match="learned from 9 trajectories, now there are 8"):
-        distill.resume(cfg, nets, loader, ranks, meta)
+        resume(cfg, nets, loader, ranks, meta)
 
 
 def test_trajectories_added_later_change_nothing(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path)
     undisturbed, _ = run(cfg, ranks)
     nets, _ = run(cfg, ranks, steps=2)
-    meta = {"config": distill.asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
+    meta = {"config": asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
     keep(cfg, nets, distill.Loader(cfg, FakeSynVid(M3), ranks), ranks, meta)
     more, fresh = distill.Loader(cfg, FakeSynVid(M3, 20), ranks), distill.build(cfg, M3, ranks)
-    distill.resume(cfg, fresh, more, ranks, meta)
-    distill.algorithm_1(cfg, fresh, more, lambda step, k, log: False)
+    resume(cfg, fresh, more, ranks, meta)
+    list(distill.algorithm_1(cfg, fresh, more))
     assert torch.equal(parameters(fresh), parameters(undisturbed))
 
 
@@ -373,7 +375,7 @@ def test_operations_of_an_iteration_are_those_torch_counts(weights, tmp_path, ra
     tokens = math.prod(nets.student.token_grid(2, 4, 4))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run(cfg, ranks, steps=1, nets=nets)
-    assert counter.get_total_flops() == pytest.approx(distill.step_flops(cfg, nets, 2, tokens),
+    assert counter.get_total_flops() == pytest.approx(step_flops(cfg, nets, 2, tokens),
                                                       rel=0.35)
 
 
@@ -508,5 +510,6 @@ def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, 
 def test_missing_synvid_of_another_preset_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(model.PRESETS, "small", SMALL)
     cfg = distill.Config(preset="small", run=str(tmp_path))
+    cfg.path = "my.yaml"
     with pytest.raises(FileNotFoundError, match="python synvid.py my.yaml"):
-        distill.open_synvid(cfg, ["my.yaml"])
+        distill.open_synvid(cfg)

@@ -18,10 +18,14 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import encoders
-from encoders import TextEncoder, Tokenizer, UMT5Encoder, WanVAE, load_text, load_vae
-from model import official_names, save_tensors
-from video import contact_sheet, read_prompts, read_video, side_by_side, to_uint8, write_video
+import frozen.load
+from common.video import (
+    comparison_sheet, contact_sheet, read_prompts, read_video, side_by_side, still_strip, to_uint8,
+    write_video)
+from common.weights import official_names, save_tensors
+from frozen.load import load_text, load_vae
+from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text
+from frozen.vae import WanVAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -309,7 +313,7 @@ def padded(ids: Tensor, mask: Tensor, length: int = 512) -> tuple[Tensor, Tensor
 
 def test_cleaning_equals_the_official_cleaning():
     _, _, notes = fixture("wan_tokenizer")
-    assert [encoders.clean(text) for text in notes["texts"]] == notes["cleaned"]
+    assert [clean_text(text) for text in notes["texts"]] == notes["cleaned"]
 
 
 @pytest.mark.filterwarnings("ignore:prompt")
@@ -346,7 +350,7 @@ def test_a_prompt_of_ten_thousand_words_is_cut_with_a_warning(tokenizer_folders,
     with pytest.warns(UserWarning, match="prompt 'a cat walks") as caught:
         ids, mask = tokenizer([prompt])
     assert ids.shape == (1, 512) and ids[0, -1] == 1 and mask.all()
-    count = len(tokenizer.pieces(encoders.clean(prompt)))
+    count = len(tokenizer.pieces(clean_text(prompt)))
     assert f"has {count} tokens" in str(caught[0].message)
     assert f"the last {count - 511} are lost" in str(caught[0].message)
 
@@ -483,7 +487,7 @@ def test_a_pth_file_loads_like_the_safetensors_file(folders, tmp_path, monkeypat
     whole = load_vae(folders[0] / "official")
     config = {**SMALL_VAE, "latents_mean": whole.latents_mean, "latents_std": whole.latents_std}
     torch.save(whole.state_dict(), tmp_path / "Wan2.1_VAE.pth")
-    monkeypatch.setattr(encoders, "official_config", lambda path: config)  # a .pth is full size
+    monkeypatch.setattr(frozen.load, "official_config", lambda path: config)  # a .pth is full size
     latents = normal(1, 16, 2, 2, 2)
     assert torch.equal(load_vae(tmp_path).decode(latents), whole.decode(latents))
 
@@ -597,7 +601,7 @@ def test_a_single_frame_is_a_video(tmp_path):
 @pytest.mark.parametrize("video,name,fps,words", [
     (torch.zeros(3, 0, 8, 8), "a.mp4", 8, ["[3, 0, 8, 8]", "nothing empty"]),
     (torch.zeros(5, 3, 8, 8), "a.mp4", 8, ["[5, 3, 8, 8]"]),
-    (torch.full((3, 1, 8, 8), float("nan")), "a.mp4", 8, ["NaN", "float32"]),
+    (torch.full((3, 1, 8, 8), float("nan")), "a.mp4", 8, ["NaN", "weights"]),
     (torch.zeros(3, 1, 8, 8), "a.avi", 8, ["a.avi", ".mp4 or .gif"]),
     (torch.zeros(3, 1, 8, 8), "a.mp4", 0, ["fps=0"])])
 def test_write_video_names_what_is_wrong_and_writes_nothing(tmp_path, video, name, fps, words):
@@ -638,6 +642,20 @@ def test_a_contact_sheet_is_a_png_with_a_row_a_video_and_the_same_bytes(tmp_path
         contact_sheet(tmp_path / "c.png", [])
 
 
+def test_a_comparison_sheet_is_a_png_with_three_frames_of_each_video_and_the_same_bytes(tmp_path):
+    cells = [(moving_square(), "the target"), (moving_square(5), "error $x_")]
+    for name in ("a.png", "b.png"):
+        comparison_sheet(tmp_path / name, ["teacher", "few"], [("a $square", cells)] * 2, "a $t")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    red = ((picture - [255, 0, 0]) == 0).all(-1)  # the square, once a frame shown
+    assert (np.diff(red.any(0).astype(int)) == 1).sum() == 6
+    assert (np.diff(red.any(1).astype(int)) == 1).sum() == 2
+    frames = to_uint8(moving_square(5))
+    assert np.array_equal(still_strip(frames)[:, -48:], frames[4])
+    assert np.array_equal(still_strip(frames[:1]), frames[0])
+
+
 def test_side_by_side_enlarges_by_whole_pixels_and_labels_each_video():
     video = moving_square(4)
     out = side_by_side([video, video.flip(1)], ["teacher@50 " * 9, "student@5"], scale=3)
@@ -648,6 +666,7 @@ def test_side_by_side_enlarges_by_whole_pixels_and_labels_each_video():
     assert np.array_equal(out[:, bar + 2::3, -144::3], frames[::-1])
     assert out[0, :bar, :144].min() < 100 and out[0, :bar, -144:].min() < 100  # the labels
     assert side_by_side([video], ["x"]).shape[1] - bar == 192
+    assert np.array_equal(side_by_side([video, video.flip(1)], scale=3), out[:, bar:])
     with pytest.raises(ValueError, match="one label a video and one shape"):
         side_by_side([video, video[:, :2]], ["a", "b"])
 

@@ -1,19 +1,25 @@
 """evaluate.py: each metric against a case whose answer is known, and the table end to end."""
 
+import html
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from test_sample import KEY, N, write_student
 from torch import Tensor
 
-import clips as world
 import evaluate
-from video import read_video
+import sample
+from common.config import load_config
+from common.ranks import generator
+from common.video import Prompt, data_uri, read_video, write_image
 from evaluate import (
-    distances, endpoint_error, energy_distance, gates, jackknife, mean_error, mean_row,
-    projections, set_distances, sliced_wasserstein)
-from model import generator
+    distances, endpoint_error, energy_distance, gates, jackknife, mean_error, mean_row, projections,
+    set_distances, sliced_wasserstein)
+from small_world import clips as world
 
 
 def normal(*shape: int, key: str = "x") -> Tensor:
@@ -123,9 +129,9 @@ def test_the_oracle_is_asked_for_small_world_captions_only():
 
 def test_the_oracle_reads_a_drawn_clip_and_rejects_another_caption():
     video, captions, _ = world.make_clips(0, 0, 1)
-    hits = evaluate.oracle_hits(video[0], captions[0])
+    hits = world.oracle_hits(video, captions)
     assert hits == {"colour": True, "shape": True, "direction": True, "all": True}
-    blank = evaluate.oracle_hits(torch.zeros_like(video[0]), captions[0])
+    blank = world.oracle_hits(torch.zeros_like(video), captions)
     assert not blank["all"] and not blank["shape"]
 
 
@@ -155,6 +161,27 @@ def test_the_mean_of_students_has_the_error_over_students():
     assert mean["hf"] == pytest.approx((1.05, 0.05)) and mean["seconds"] == pytest.approx(0.1)
 
 
+# ------------------------------------------------------------------------------ what is shown
+
+def test_the_videos_shown_are_at_the_quantiles_of_the_errors():
+    errors = torch.arange(21.0).flip(0)  # the video at place i has rank 20 − i
+    shown = evaluate.shown_places(errors, [str(i) for i in range(21)])
+    assert list(shown.items()) == [(10, 0.5), (4, 0.8), (2, 0.9), (1, 0.95), (0, 1.0)]
+
+
+def test_a_caption_is_shown_once_at_the_highest_of_its_quantiles():
+    errors = torch.tensor([0.4, 0.1, 0.3, 0.2])
+    assert evaluate.shown_places(errors, ["a", "b", "c", "d"]) == {2: 0.8, 0: 1.0}
+    assert evaluate.shown_places(errors, ["a", "b", "a", "d"]) == {0: 1.0}
+    assert evaluate.shown_places(errors[:1], ["a"]) == {0: 1.0}
+
+
+def test_the_values_of_ranks_come_together_in_the_videos_order():
+    values = torch.arange(7)
+    assert torch.equal(evaluate.interleaved([values[rank::3] for rank in range(3)]), values)
+    assert torch.equal(evaluate.interleaved([values]), values)
+
+
 # ------------------------------------------------------------------------------------ end to end
 
 @pytest.fixture
@@ -163,7 +190,7 @@ def run(tiny_weights, tmp_path, make_config, ranks):
     captions = tmp_path / "captions.txt"
     captions.write_text("\n".join(world.make_captions(0, 0, 3, held_out=True)))
     config = make_config(n=N, key=KEY, evaluate={
-        "prompts": str(captions), "count": 4, "batch": 3, "videos": 2, "directions": 8})
+        "prompts": str(captions), "count": 4, "batch": 3, "directions": 8})
 
     def main(*options: str) -> dict:
         evaluate.main([str(config), *options])
@@ -183,18 +210,78 @@ def test_the_table_of_a_student_that_is_its_teacher(run, capsys):
     for name in ("endpoint", "energy", "sliced", "hf", "all"):
         assert student[name] == few[name]
     assert len(table["gates"]) == 5 and table["command"].startswith("python evaluate.py ")
-    names = {"config.yaml", "table.json", "table.md", "table.png"}
+    names = {"config.yaml", "report.html", "table.json", "table.md", "table.png"}
     assert {p.name for p in out.iterdir()} == names | {f"videos.{s}" for s in ("gif", "mp4", "png")}
     frames = [read_video(out / f"videos.{suffix}").shape[1] for suffix in ("gif", "mp4")]
     assert frames == [5, 5 * 6]  # the mp4 shows it six times: four seconds
     printed = capsys.readouterr().out
     assert (out / "table.md").read_text() in printed and str(out / "videos.mp4") in printed
+    look, beside, after, command = printed.strip().split("\n")[-4:]
+    assert look.startswith(f"look at {out / 'report.html'} ") and str(out / "videos.mp4") in beside
+    assert after.endswith("source .venv/bin/activate") and command.strip() == table["next"]
+
+
+def page_of(run, *options: str) -> tuple[str, dict]:
+    """The page of an evaluation, and its table."""
+    write_student(run.folder / "run/student.safetensors", run.weights, 0)
+    table = run(*options)
+    return (run.folder / "run/evaluate/report.html").read_text(encoding="utf-8"), table
+
+
+def test_the_page_needs_no_other_file_and_says_everything(run):
+    curves = run.folder / "run/distill/curves.png"
+    write_image(curves, torch.zeros(3, 8, 8))
+    page, table = page_of(run)
+    assert "://" not in page and "url(" not in page and "$" not in page
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']?(.{5})""", page)
+    assert len(sources) == 2 + 2 + 1 and set(sources) == {"data:"}  # videos, pictures, icon
+    assert data_uri(curves) in page and data_uri(curves.parents[1] / "evaluate/videos.png") in page
+    assert str(run.folder) not in re.sub("<pre>.*?</pre>|<footer.*", "", page, flags=re.DOTALL)
+    text = html.unescape(page)
+    for row in table["rows"]:
+        assert row["label"] in text and f"{row['endpoint'][0]:.4f}" in text
+    for gate in table["gates"]:
+        assert gate["gate"] in text and f"{gate['got']:.4f}" in text
+    for name, values in world.ATTRIBUTES.items():
+        assert f"{name}: {', '.join(values)}" in text
+    assert f"source .venv/bin/activate\n{table['next']}</pre>" in text
+
+
+def test_the_page_escapes_captions_and_leaves_out_what_there_is_not(run):
+    bad = '<script>alert("1 & 2")</script> $n <img src=x>'
+    (run.folder / "captions.txt").write_text(bad + "\n")
+    page, table = page_of(run)
+    assert "<script" not in page and "<img src=x" not in page and html.escape(bad) in page
+    assert bad in shlex.split(table["next"])
+    assert table["gates"] == [] and "The small world knows" not in page
+    assert "How the student learned" not in page and page.count("<video") == 1
+
+
+def test_the_next_command_has_the_config_and_what_it_was_overridden_with(run):
+    config, prompt = str(run.config), Prompt("a cat's day", Path("cat.jpg"))
+    argv = [config, "--seed", "3", "key=0,3,4", "count=9", "--students", "a.pt, b.pt"]
+    cfg = load_config(evaluate.Config, "evaluate", argv)
+    words = shlex.split(evaluate.next_command(cfg, argv, prompt))
+    assert words == ["python", "sample.py", config, "--key", "0,3,4", "--seed", "3", "--student",
+                     "a.pt", "--image", "cat.jpg", "--prompt", "a cat's day"]
+    sample_cfg = load_config(sample.Config, "sample", words[2:])
+    assert sample_cfg.key == [0, 3, 4] and sample_cfg.student == "a.pt" and sample_cfg.seed == 3
+    plain = evaluate.next_command(load_config(evaluate.Config, "evaluate", [config]), [config],
+                                  Prompt("x"))
+    assert plain == f"python sample.py {config} --prompt x"
+
+
+def test_a_gate_that_fails_is_marked_in_the_page():
+    text = "a `b` < c\n\n| gate | got | |\n|---|---|---|\n| x | 1 | **FAIL** |\n"
+    assert evaluate.html_of(text) == (
+        '<p>a b &lt; c</p>\n<div class="wide"><table><tr><td> gate <td> got <td> '
+        "<tr><td> x <td> 1 <td> <mark>FAIL</mark> </table></div>")
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Tables without the seconds that pictures and videos of them take."""
-    for name in ("draw_table", "contact_sheet", "write_video"):
+    for name in ("draw_table", "comparison_sheet", "write_video", "write_page"):
         monkeypatch.setattr(evaluate, name, lambda *_, **__: None)
 
 
@@ -211,7 +298,7 @@ def test_several_students_have_a_row_each_and_one_of_their_mean(run, no_pictures
 def test_captions_of_the_world_at_large_have_no_oracle_and_no_gates(run, no_pictures):
     write_student(run.folder / "run/student.safetensors", run.weights, 0)
     (run.folder / "captions.txt").write_text("a fox in the snow\n")
-    table = run("--videos", "1")
+    table = run()
     assert table["gates"] == [] and "all" not in table["rows"][0]
     assert "oracle" not in (run.folder / "run/evaluate/table.md").read_text()
 
@@ -251,8 +338,8 @@ def test_latents_that_are_not_finite_are_refused_by_the_model_s_name(ranks):
 
     noise, conds = torch.ones(3, 16, 1, 2, 2), [{"text": torch.ones(1, 2)}] * 3
     with pytest.raises(ValueError, match="student@1: its latents hold NaN or infinity"):
-        evaluate.walk_all("student@1", broken, [1.0, 0.0], noise, conds, None, evaluate.Config(),
-                          torch.device("cpu"))
+        evaluate.sample_model("student@1", broken, [1.0, 0.0], noise, conds, None,
+                              evaluate.Config(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("options, message", [

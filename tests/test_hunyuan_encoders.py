@@ -15,18 +15,20 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from conftest import in_processes
 from safetensors import safe_open
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from tokenizers import trainers
+from tokenizers import (
+    AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers)
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from conftest import in_processes
-import encoders
-from encoders import TEMPLATES, CLIPText, HunyuanText, HunyuanVAE, Llama, load_text, load_vae
-from model import Ranks, save_tensors
+from common.ranks import Ranks
+from common.weights import open_tensors, save_tensors
+from frozen.load import load_text, load_vae
+from frozen.text import TEMPLATES, CLIPText, HunyuanText, Llama
+from frozen.vae import HunyuanResidual, HunyuanVAE, MidBlock, Upsample3d
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -354,7 +356,7 @@ def test_tiles_of_the_released_size_are_the_release_s_whatever_the_size_of_the_c
 
 @pytest.mark.parametrize("dims", [1, 2])
 def test_attention_is_causal_by_frames_and_full_inside_one(dims):
-    block = randomised(encoders.MidBlock(8, 4)).double()
+    block = randomised(MidBlock(8, 4)).double()
     seen, x = [], normal(dims, 8, 4, 3, 2).double()
     block.resnets[0].register_forward_hook(lambda _m, _x, y: seen.append(y))
     block.resnets[1].register_forward_hook(lambda _m, x, _y: seen.append(x[0]))
@@ -446,7 +448,7 @@ def test_memory_of_tiled_encode_is_the_latents_and_a_tile():
 
 
 def test_attention_makes_no_tensor_of_all_queries_by_all_keys():
-    block = randomised(encoders.MidBlock(8, 4))
+    block = randomised(MidBlock(8, 4))
     tokens = 6 * 8 * 8
     _, sizes, _ = measured(block, normal(1, 8, 6, 8, 8))
     assert sizes[0] < tokens ** 2
@@ -465,7 +467,7 @@ def test_vae_in_half_precision_is_finite_fp32_at_its_ends_and_near_fp32(dtype, b
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_of_norms_are_fp32_in_half_precision(dtype):
     # A mean of 30 and a deviation of 1: in half precision sums of squares would lose it, or be inf.
-    norm = encoders.HunyuanResidual(8, 8, 4).norm1.to(dtype).requires_grad_(False)
+    norm = HunyuanResidual(8, 8, 4).norm1.to(dtype).requires_grad_(False)
     x = (30 + normal(1, 8, 9, 32, 32)).to(dtype)
     got, want = norm(x).float(), F.group_norm(x.float(), 4, eps=1e-6)
     assert (got - want).abs().max() < 0.02 * want.abs().max()
@@ -473,7 +475,7 @@ def test_statistics_of_norms_are_fp32_in_half_precision(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_enlarging_copies_and_leaves_the_first_frame_single(dtype):
-    layer = encoders.Enlarge(4, temporal=True)
+    layer = Upsample3d(4, temporal=True)
     layer.conv = nn.Identity()
     x = normal(1, 4, 3, 2, 2).to(dtype)
     y = layer(x)
@@ -679,8 +681,8 @@ def test_the_templates_make_so_many_tokens_before_the_prompt(text):
     # With LLaMA-3's way of cutting, and its words being single tokens: the sheet's 95 and 36.
     for crop, template in TEMPLATES.values():
         before, _, after = template.partition("{}")
-        assert len(text.llm_words.encode(before).ids) == crop
-        ids = text.llm_words.encode(template.replace("{}", "a red circle")).tokens
+        assert len(text.llm_tokenizer.encode(before).ids) == crop
+        ids = text.llm_tokenizer.encode(template.replace("{}", "a red circle")).tokens
         assert ids[0] == "<|begin_of_text|>" and ids[crop - 1] == "ĊĊ" and ids[crop] == "a"
         assert ids[-1] == after == "<|eot_id|>"
 
@@ -711,7 +713,7 @@ def test_encoding_wants_a_list_of_prompts(text, prompts):
 def test_states_are_the_padded_official_formula_s_valid_rows(text, peers, tokenizer_folders):
     llm, clip = peers
     _, clip_peer = tokenizer_folders
-    pad = text.llm_words.token_to_id("<pad>")
+    pad = text.llm_tokenizer.token_to_id("<pad>")
     for prompt, cond in zip(PROMPTS, text.encode_each(PROMPTS), strict=True):
         ids, pooled = text.ids(prompt)
         row = torch.full((1, 351), pad)
@@ -818,7 +820,7 @@ def test_loaded_networks_are_frozen_and_of_the_dtype_asked_for(folders):
 
 def rewritten(source: Path, folder: Path, change=None, config=None) -> Path:
     """A copy of a component's folder with one weight file, after change(tensors)."""
-    tensors = {name: t.read() for name, t in encoders.open_tensors(source).items()}
+    tensors = {name: t.read() for name, t in open_tensors(source).items()}
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     if change:
         tensors = change(tensors) or tensors

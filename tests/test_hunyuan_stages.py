@@ -15,10 +15,11 @@ from test_hunyuan_encoders import (
 from transformers import LlamaForCausalLM
 
 import model
-from config import load_config
-from encoders import load_text
-from video import read_video
-from model import generator
+from common.config import load_config
+from common.ranks import generator
+from common.video import read_video
+from common.weights import OFFICIAL_DITS, official_names
+from frozen.load import load_text
 
 PROMPTS = ["a red circle moves left", "the children run on the beach", "a circle"]
 
@@ -38,7 +39,7 @@ def config(tmp_path_factory):
             p.copy_(torch.randn(p.shape, generator=draw) * 0.5 * p.shape[-1] ** -0.5)
             if "norm" in name and name.endswith("weight"):
                 p.add_(1)
-    place = root / "ckpts" / model.OFFICIAL_DITS[0]
+    place = root / "ckpts" / OFFICIAL_DITS[0]
     place.parent.mkdir(parents=True)
     torch.save({"module": dit.state_dict()}, place)
     (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
@@ -74,7 +75,7 @@ def test_trajectories_hold_what_the_encoders_made_and_follow_the_teacher(distill
         assert torch.allclose(stored["cond.text"].float(), cond["text"], atol=1e-4)
         assert stored["cond.guidance"].item() == pytest.approx(6.016)
         x = torch.randn(16, 2, 4, 6, generator=generator("synvid", 0, i, PROMPTS[i % 3]))
-        walked = list(model.walk(dit, x[None], times, model.collate([cond])))
+        walked = list(model.sample_euler(dit, x[None], times, model.collate([cond])))
         for row, step in zip(stored["x"], (2, 4, 6), strict=True):
             error = (row.float() - walked[step - 1][0]).abs().max() / walked[step - 1].abs().max()
             assert error < 2e-3  # fp16 on disk
@@ -87,7 +88,7 @@ def test_both_losses_train_the_student_with_taps_at_the_last_and_the_two_thirds_
     assert all(x["loss_traj"] > 0 and x["grad_head"] > 0 for x in lines)
     assert lines[3]["grad_adv"] > 0  # a head's verdict is flat until its first update
     student = load_file(root / "run/student.safetensors")
-    teacher = torch.load(root / "ckpts" / model.OFFICIAL_DITS[0], weights_only=True)["module"]
+    teacher = torch.load(root / "ckpts" / OFFICIAL_DITS[0], weights_only=True)["module"]
     assert student.keys() == teacher.keys()
     moved = [name for name in teacher if not torch.equal(student[name], teacher[name])]
     assert len(moved) > 0.9 * len(teacher)
@@ -122,7 +123,7 @@ def test_a_student_under_diffusers_names_has_the_same_weights_and_samples_the_sa
     run_stage("distill", path, f"run={tmp_path / 'run'}", "export=diffusers")
     ours = load_file(root / "run/student.safetensors")
     theirs = load_file(tmp_path / "run/student.safetensors")
-    want = model.official_names(ours, "transformer", reverse=True)
+    want = official_names(ours, "transformer", reverse=True)
     assert len(theirs) > len(ours) and theirs.keys() == want.keys()
     assert all(torch.equal(theirs[name], want[name]) for name in want)
     for run in (root / "run", tmp_path / "run"):

@@ -10,8 +10,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 import model
-from encoders import CLIPVision, WanVAE, fit_size, image_cond, load_image_encoder
-from model import WanConfig, build_dit, generator
+from common.ranks import generator
+from common.weights import LazyTensor, load_module, official_names, open_tensors, save_tensors
+from frozen.image import CLIPVision, fit_size, image_cond
+from frozen.load import load_image_encoder
+from frozen.vae import WanVAE
+from model import WanConfig, build_dit
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FIXTURE = safe_open(FIXTURES / "wan_i2v_dit.safetensors", "pt")
@@ -34,10 +38,10 @@ def official() -> model.WanDiT:
     config = json.loads(FIXTURE.metadata()["config"])
     sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
     clip_dim = json.loads(FIXTURE.metadata()["notes"])["clip_dim"]
-    tensors = model.open_tensors(FIXTURES / "wan_i2v_dit.safetensors")
+    tensors = open_tensors(FIXTURES / "wan_i2v_dit.safetensors")
     with torch.device("meta"):
         dit = build_dit(WanConfig(**sizes, image_dim=clip_dim))
-    return model.load_module(dit, {k.removeprefix("weight."): v for k, v in tensors.items()
+    return load_module(dit, {k.removeprefix("weight."): v for k, v in tensors.items()
                                    if k.startswith("weight.")}, "fixture").requires_grad_(False)
 
 
@@ -98,7 +102,7 @@ def test_our_weights_run_in_diffusers_with_equal_output():
         num_attention_heads=2, attention_head_dim=24, in_channels=36, out_channels=16, text_dim=12,
         freq_dim=256, ffn_dim=64, num_layers=3, cross_attn_norm=True, image_dim=20,
         added_kv_proj_dim=48, qk_norm="rms_norm_across_heads", eps=1e-6)
-    state = model.official_names(ours.state_dict(), "transformer", reverse=True)
+    state = official_names(ours.state_dict(), "transformer", reverse=True)
     theirs.load_state_dict(state, strict=True)
     x, frames = (torch.randn(2, c, 2, 4, 6, generator=draw) for c in (16, 20))
     text, image = torch.randn(2, 512, 12, generator=draw), torch.randn(2, 257, 20, generator=draw)
@@ -107,7 +111,7 @@ def test_our_weights_run_in_diffusers_with_equal_output():
         want = theirs(torch.cat([x, frames], 1), t.float() * 1000, text,
                       encoder_hidden_states_image=image, return_dict=False)[0]
     near(ours(x, t, {"text": text, "image": image, "frames": frames}), want)
-    back = model.official_names(theirs.state_dict(), "transformer")
+    back = official_names(theirs.state_dict(), "transformer")
     assert back.keys() == ours.state_dict().keys()
     assert all(torch.equal(back[name], p) for name, p in ours.state_dict().items())
 
@@ -118,8 +122,8 @@ def test_full_size_names_and_shapes_equal_the_published_checkpoints():
     with torch.device("meta"):
         dit = build_dit("wan-i2v-14b")
     assert {name: list(p.shape) for name, p in dit.state_dict().items()} == official
-    assert model.official_names(diffusers, "transformer") == official
-    assert model.official_names(official, "transformer", reverse=True) == diffusers
+    assert official_names(diffusers, "transformer") == official
+    assert official_names(official, "transformer", reverse=True) == diffusers
 
 
 # ------------------------------------------------------------- image encoder and conditioning
@@ -129,7 +133,7 @@ PIPELINE = safe_open(FIXTURES / "wan_i2v_pipeline.safetensors", "pt")
 
 
 def fixture_weights(name: str, prefix: str = "") -> dict:
-    tensors = model.open_tensors(FIXTURES / f"{name}.safetensors")
+    tensors = open_tensors(FIXTURES / f"{name}.safetensors")
     start = f"weight.{prefix}"
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
@@ -143,7 +147,7 @@ def clip() -> CLIPVision:
     last = f"transformer.{c['vision_layers'] - 1}."
     weights = {n: t for n, t in fixture_weights("wan_clip", "visual.").items()
                if n != "head" and not n.startswith(("post_norm", last))}
-    return model.load_module(net, weights, "fixture").requires_grad_(False)
+    return load_module(net, weights, "fixture").requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +156,7 @@ def vae() -> WanVAE:
     names = {"dim": "dim", "z_dim": "z_dim", "dim_mult": "dim_mult",
              "num_res_blocks": "num_res_blocks", "temporal_down": "temperal_downsample"}
     net = WanVAE(**{ours: c[theirs] for ours, theirs in names.items() if theirs in c})
-    return model.load_module(net, fixture_weights("wan_vae"), "fixture").requires_grad_(False)
+    return load_module(net, fixture_weights("wan_vae"), "fixture").requires_grad_(False)
 
 
 def test_image_features_equal_the_official_tower(clip):
@@ -186,7 +190,7 @@ def test_few_step_sampling_from_an_image_equals_the_official_pipeline(official, 
             **image_cond(image, vae, clip, case["frames"], height, width)}
     times = model.key_times("wan", case["steps"], case["shift"], list(range(0, 41, 4)))
     noise = PIPELINE.get_tensor("in.few_euler.noise")[None]
-    *_, x = model.walk(official, noise, times, model.collate([cond]))
+    *_, x = model.sample_euler(official, noise, times, model.collate([cond]))
     near(x[0], PIPELINE.get_tensor("out.few_euler.latent"), 2e-4)
     near(vae.decode(x)[0], PIPELINE.get_tensor("out.few_euler.video"), 2e-4)
 
@@ -226,7 +230,7 @@ def test_our_image_tower_equals_transformers_and_loads_both_layouts(clip, tmp_pa
               "textual.token_embedding.weight": torch.zeros(4, 4)}
     config = {"dim": 32, "dim_ffn": 128, "num_layers": 3, "num_heads": 4, "patch": 8, "size": 32}
     (tmp_path / "official").mkdir()
-    model.save_tensors(tmp_path / "official/models_clip_tiny.safetensors", state,
+    save_tensors(tmp_path / "official/models_clip_tiny.safetensors", state,
                        {"config": json.dumps(config)})
     assert torch.equal(load_image_encoder(tmp_path / "official")(pixels), ours(pixels))
     with pytest.raises(FileNotFoundError, match="holds no image encoder: want models_clip"):
@@ -242,9 +246,9 @@ def test_full_size_image_tower_has_the_published_names_and_shapes():
             if name.startswith("visual.") and "transformer.31." not in name
             and not name.startswith(("visual.post_norm", "visual.head"))}
     assert {name: list(p.shape) for name, p in ours.state_dict().items()} == want
-    lazy = {name: model.LazyTensor(tuple(shape), torch.float32, Path("x"), None)
+    lazy = {name: LazyTensor(tuple(shape), torch.float32, Path("x"), None)
             for name, shape in theirs.items()}
     renamed = {name.removeprefix("visual."): list(t.shape) for name, t in
-               model.official_names(lazy, "image_encoder").items() if name.startswith("visual.")}
+               official_names(lazy, "image_encoder").items() if name.startswith("visual.")}
     for name, shape in want.items():  # the two embeddings lack leading ones
         assert [1] * (len(shape) - len(renamed[name])) + renamed[name] == shape

@@ -10,19 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import randomise
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file
-from conftest import randomise
 
 import model
 import sample
-import video
-from config import Shared
-from encoders import WanVAE, load_conditioner
-from model import PRESETS, generator
-from video import (
+from common import video
+from common.config import Shared
+from common.files import write_json
+from common.ranks import generator
+from common.video import (
     Prompt, centre_crop, image_size, read_image, read_prompts, read_video, write_image)
+from common.weights import fingerprint, official_names, save_tensors
+from frozen.load import load_conditioner
+from frozen.vae import WanVAE
+from model import PRESETS
 
 TEXTS = ["a red disc moves left", "a blue ring moves up", "a green cross moves right"]
 
@@ -54,7 +58,7 @@ def world(tmp_path_factory, make_weights):
                          "videos": 1},
               "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
                           "lr": 1e-3, "head_dim": 8, "eval_every": 2},
-              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3, "videos": 2}}
+              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3}}
     path = root / "i2v.yaml"
     path.write_text(json.dumps(values))  # YAML holds JSON
     return path, root
@@ -86,7 +90,7 @@ def test_trajectories_hold_the_image_s_conditioning_and_follow_the_guided_teache
         assert torch.equal(unconds[0]["frames"], conds[0]["frames"])
         assert not torch.equal(unconds[0]["text"], conds[0]["text"])
         x = torch.randn(16, 4, 4, 6, generator=generator("synvid", 0, i, prompt.text))
-        walked = list(model.walk(dit, x[None], times, model.collate(conds),
+        walked = list(model.sample_euler(dit, x[None], times, model.collate(conds),
                                  model.collate(unconds), 3.0))
         for row, step in zip(stored["x"], (2, 4, 6), strict=True):
             error = (row.float() - walked[step - 1][0]).abs().max() / walked[step - 1].abs().max()
@@ -151,7 +155,7 @@ def test_a_teacher_that_is_still_to_be_trained_is_named_with_its_command(stage, 
                      f"weights={tmp_path}/teacher/weights", check=False)
     assert done.returncode == 1 and done.stderr == (
         f"error: {tmp_path}/teacher/weights: there is no teacher yet; train it by `python "
-        "teacher.py configs/tiny-i2v.yaml`\n")
+        "-m small_world.teacher configs/tiny-i2v.yaml`\n")
 
 
 def test_random_weights_time_an_image_to_video_preset_without_files(tmp_path, run_stage):
@@ -166,19 +170,19 @@ def test_official_and_diffusers_folders_give_equal_conditioning_and_velocity(wor
     mine, theirs = tmp_path / "official", tmp_path / "diffusers"
     shutil.copytree(root / "weights", mine)
     vae = {"dim": 4, "num_res_blocks": 2}  # diffusers has no other number
-    model.save_tensors(mine / "Wan2.1_VAE.safetensors", randomise(WanVAE(**vae), "vae"),
+    save_tensors(mine / "Wan2.1_VAE.safetensors", randomise(WanVAE(**vae), "vae"),
                        {"config": json.dumps(vae)})
     for subfolder, pattern, component in (
             ("transformer", "diffusion_*", "transformer"), ("vae", "Wan2.1_VAE*", "vae"),
             ("text_encoder", "models_t5*", "text_encoder")):
         (file,) = mine.glob(pattern)
-        model.save_tensors(theirs / subfolder / "diffusion_pytorch_model.safetensors",
-                           model.official_names(load_file(file), component, reverse=True), {})
+        save_tensors(theirs / subfolder / "diffusion_pytorch_model.safetensors",
+                           official_names(load_file(file), component, reverse=True), {})
     (clip,) = mine.glob("models_clip*")
     state = load_file(clip)
     with safe_open(clip, "pt") as file:
         tower = json.loads(file.metadata()["config"])
-    model.save_tensors(theirs / "image_encoder/model.safetensors", transformers_names(state), {})
+    save_tensors(theirs / "image_encoder/model.safetensors", transformers_names(state), {})
     write_configs(theirs, mine, tower)
     made = []
     for folder in (mine, theirs):
@@ -191,7 +195,7 @@ def test_official_and_diffusers_folders_give_equal_conditioning_and_velocity(wor
         made.append({**cond, "v": dit(x, torch.tensor([0.6], dtype=torch.float64), cond)})
     for name, value in made[0].items():
         assert torch.allclose(value, made[1][name], atol=1e-6), name
-    assert model.fingerprint(mine) == model.fingerprint(theirs)
+    assert fingerprint(mine) == fingerprint(theirs)
 
 
 def transformers_names(state: dict) -> dict:
@@ -221,17 +225,17 @@ def transformers_names(state: dict) -> dict:
 def write_configs(folder: Path, official: Path, tower: dict) -> None:
     """config.json of a diffusers folder's components, and its tokenizer."""
     sizes = PRESETS["tiny-i2v"]
-    model.write_json(folder / "transformer/config.json", {
+    write_json(folder / "transformer/config.json", {
         "_class_name": "WanTransformer3DModel", "num_attention_heads": sizes.num_heads,
         "attention_head_dim": sizes.dim // sizes.num_heads, "in_channels": 36, "out_channels": 16,
         "text_dim": sizes.text_dim, "ffn_dim": sizes.ffn_dim, "num_layers": sizes.num_layers,
         "image_dim": sizes.image_dim, "added_kv_proj_dim": sizes.dim, "freq_dim": 256})
-    model.write_json(folder / "vae/config.json", {"base_dim": 4})
-    model.write_json(folder / "text_encoder/config.json", {
+    write_json(folder / "vae/config.json", {"base_dim": 4})
+    write_json(folder / "text_encoder/config.json", {
         "model_type": "umt5", "vocab_size": load_file(next(official.glob("models_t5*")))[
             "token_embedding.weight"].shape[0], "d_model": 64, "d_kv": 16, "d_ff": 64,
         "num_heads": 2, "num_layers": 2})
-    model.write_json(folder / "image_encoder/config.json", {
+    write_json(folder / "image_encoder/config.json", {
         "model_type": "clip_vision_model", "hidden_act": "gelu", "hidden_size": tower["dim"],
         "intermediate_size": tower["dim_ffn"], "patch_size": tower["patch"],
         "num_hidden_layers": tower["num_layers"], "num_attention_heads": tower["num_heads"],

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import script_command
-from memory_worker import MANY, FEW
+from memory_worker import FEW, MANY
 
 import distill
 import model
-from model import Ranks
-from monitor import host_plan, memory_parts, memory_plan
+from common.ranks import Ranks, generator
+from common.weights import open_tensors, save_tensors
+from training.memory import host_plan, memory_parts, memory_plan
 
 WORKER = Path(__file__).parent / "memory_worker.py"
 PEAK = 80 * 2 ** 30
@@ -41,8 +42,8 @@ def test_the_plan_is_within_a_tenth_of_what_the_allocator_gives(family, checkpoi
 def test_loading_takes_a_rank_s_share_and_one_tensor_of_host_memory(ranks, tmp_path):
     for name, sizes in (("few", FEW), ("many", MANY)):
         dit = model.build_dit(sizes)
-        dit.init_weights(model.generator(name))
-        model.save_tensors(tmp_path / f"{name}.safetensors", dit.state_dict(), {})
+        dit.init_weights(generator(name))
+        save_tensors(tmp_path / f"{name}.safetensors", dit.state_dict(), {})
     whole = sum(p.numel() for p in dit.parameters()) * 4
     largest = max(p.numel() for p in dit.parameters()) * 4
     worker(ranks, "load", tmp_path, tmp_path / "out")
@@ -57,8 +58,8 @@ def test_loading_takes_a_rank_s_share_and_one_tensor_of_host_memory(ranks, tmp_p
 
 def test_a_team_s_ranks_share_the_weights_of_a_dit_that_only_samples(tmp_path):
     dit = model.build_dit(FEW)
-    dit.init_weights(model.generator("few"))
-    model.save_tensors(tmp_path / "few.safetensors", dit.state_dict(), {})
+    dit.init_weights(generator("few"))
+    save_tensors(tmp_path / "few.safetensors", dit.state_dict(), {})
     worker(4, "share", tmp_path, tmp_path / "out")  # two teams of two ranks
     whole = sum(p.numel() for p in dit.parameters())
     found = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in range(4)]
@@ -121,7 +122,7 @@ def test_moments_in_host_memory_change_no_bit(tiny_weights, tmp_path, run_stage,
         run_stage("distill", config, f"offload={offload}", f"run={tmp_path}/{ranks}{offload}",
                   *([f"synvid={tmp_path}/1False/synvid"] if students else []), ranks=ranks)
         path = tmp_path / f"{ranks}{offload}/student.safetensors"
-        students.append({n: t.read() for n, t in model.open_tensors(path).items()})
+        students.append({n: t.read() for n, t in open_tensors(path).items()})
     plain, home, two = students
     assert all(torch.equal(home[name], plain[name]) for name in plain)
     assert max((two[name] - plain[name]).abs().max() for name in plain) < 1e-5

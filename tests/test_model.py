@@ -1,10 +1,12 @@
 """model.py against the official numbers, against diffusers, and against everything users break."""
 
+import ast
 import dataclasses
 import gc
 import importlib
 import json
 import os
+import re
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import Evil, in_processes
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,10 +23,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend
 
 import model
-from conftest import Evil, in_processes
-from checkpoint import Saver, latest_checkpoint, load_checkpoint
-from config import Shared, STAGES, announce, cli, field, load_config
-from model import WanConfig, build_dit, generator, load_dit
+from common.config import STAGES, Shared, announce, field, load_config
+from common.files import ROOT, read_json, replace_file, write_json, write_text
+from common.ranks import (
+    SDPA_ORDER, Ranks, cli, generator, local_rows, pick_device, prefer_attention, seed_of, shard)
+from common.weights import (
+    dit_tensors, fingerprint, load_module, official_names, open_tensors, save_tensors)
+from model import WanConfig, build_dit, load_dit
+from training.checkpoint import Saver, latest_checkpoint, load_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MICRO = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=3, text_dim=12, text_len=8)
@@ -46,7 +53,7 @@ def fixture_file(name: str):
 
 
 def fixture_weights(name: str) -> dict:
-    tensors = model.open_tensors(FIXTURES / f"{name}.safetensors")
+    tensors = open_tensors(FIXTURES / f"{name}.safetensors")
     return {k.removeprefix("weight."): v for k, v in tensors.items() if k.startswith("weight.")}
 
 
@@ -62,7 +69,7 @@ def official_dit():
     """The DiT of the parity fixtures, with its official weights."""
     with torch.device("meta"):
         dit = build_dit(wan_config(fixture_file("wan_t2v_dit")[1]))
-    return model.load_module(dit, fixture_weights("wan_t2v_dit"), "fixture")
+    return load_module(dit, fixture_weights("wan_t2v_dit"), "fixture")
 
 
 def micro_dit(*key, preset: WanConfig = MICRO) -> model.WanDiT:
@@ -209,7 +216,7 @@ def diffusers_velocity(network, x: Tensor, t: Tensor, cond: dict) -> Tensor:
 def test_our_weights_run_in_diffusers_with_equal_output():
     from diffusers import WanTransformer3DModel
     ours, theirs = micro_dit("ours"), WanTransformer3DModel(**DIFFUSERS)
-    state = model.official_names(ours.state_dict(), "transformer", reverse=True)
+    state = official_names(ours.state_dict(), "transformer", reverse=True)
     theirs.load_state_dict(state, strict=True)
     batch = micro_batch(B=3)
     with torch.no_grad():
@@ -236,9 +243,9 @@ def test_full_size_names_and_shapes_equal_the_published_checkpoints(preset, keys
     with torch.device("meta"):
         dit = build_dit(preset)
     assert {name: list(p.shape) for name, p in dit.state_dict().items()} == official
-    assert model.official_names(diffusers, "transformer") == official
-    assert model.official_names(official, "transformer") == official
-    assert model.official_names(official, "transformer", reverse=True) == diffusers
+    assert official_names(diffusers, "transformer") == official
+    assert official_names(official, "transformer") == official
+    assert official_names(official, "transformer", reverse=True) == diffusers
 
 
 # ---------------------------------------------------------------- schedules and the pipeline
@@ -302,12 +309,12 @@ def recording(dit) -> tuple:
 
 def decoded(latent: Tensor) -> Tensor:
     """A latent [C,T,H,W] through the VAE of the parity fixtures."""
-    from encoders import WanVAE
+    from frozen.vae import WanVAE
     config = fixture_file("wan_vae")[1]
     vae = WanVAE(dim=config["dim"], z_dim=config["z_dim"], dim_mult=tuple(config["dim_mult"]),
                  num_res_blocks=config["num_res_blocks"],
                  temporal_down=tuple(config["temperal_downsample"]))
-    model.load_module(vae, fixture_weights("wan_vae"), "fixture")
+    load_module(vae, fixture_weights("wan_vae"), "fixture")
     with torch.no_grad():
         return vae.decode(latent[None])[0]
 
@@ -316,7 +323,7 @@ def test_few_step_sampling_equals_the_official_pipeline(official_dit):
     tensor = fixture_file("wan_t2v_pipeline")[0]
     dit, steps = recording(official_dit)
     times = model.key_times("wan", 50, 5.0, KEYS_50)
-    *_, x = model.walk(dit, tensor("in.few_euler.noise")[None], times,
+    *_, x = model.sample_euler(dit, tensor("in.few_euler.noise")[None], times,
                        {"text": tensor("in.context")[None]})
     assert steps == pytest.approx(tensor("out.few_euler.model_t").tolist(), rel=1e-6)
     near(x[0], tensor("out.few_euler.latent"), 2e-5)
@@ -374,7 +381,7 @@ def test_guidance_is_the_formula_and_scale_1_asks_the_network_once(official_dit)
             both = [official_dit(wanted.float(), torch.tensor([t]), c).double()
                     for c in (cond, uncond)]
             wanted = wanted + (t_next - t) * (both[1] + 6 * (both[0] - both[1]))
-    *_, got = model.walk(dit, x, times, cond, uncond, cfg_scale=6.0)
+    *_, got = model.sample_euler(dit, x, times, cond, uncond, cfg_scale=6.0)
     near(got, wanted, 2e-5)
     assert len(steps) == 4
     once = model.velocity(dit, x, 0.5, cond, uncond, cfg_scale=1.0)
@@ -417,7 +424,7 @@ def written(form: str, folder: Path, state: dict) -> Path:
         (folder / form / "config.json").write_text(json.dumps(OFFICIAL_CONFIG))
         return folder / form
     if form == "diffusers":
-        theirs = model.official_names(state, "transformer", reverse=True)
+        theirs = official_names(state, "transformer", reverse=True)
         shards(folder / form / "transformer", theirs, {"_class_name": "WanTransformer3DModel",
                                                        **DIFFUSERS, "patch_size": [1, 2, 2]})
         (folder / form / "vae").mkdir()
@@ -436,23 +443,23 @@ def test_every_layout_loads_to_equal_outputs_and_one_fingerprint(form, tmp_path)
     loaded = load_dit(weights, MICRO)
     assert torch.equal(loaded(*batch), dit(*batch))
     plain = written("safetensors", tmp_path, dit.state_dict())
-    assert model.fingerprint(weights) == model.fingerprint(plain)
+    assert fingerprint(weights) == fingerprint(plain)
     assert load_dit(weights, MICRO, dtype=torch.bfloat16).head.head.weight.dtype == torch.bfloat16
 
 
 def test_the_fingerprint_tells_models_apart(tmp_path):
     prints = []
     for seed in range(2):
-        model.save_tensors(tmp_path / f"{seed}.safetensors", micro_dit(seed).state_dict(), {})
-        prints.append(model.fingerprint(tmp_path / f"{seed}.safetensors"))
+        save_tensors(tmp_path / f"{seed}.safetensors", micro_dit(seed).state_dict(), {})
+        prints.append(fingerprint(tmp_path / f"{seed}.safetensors"))
     assert prints[0] != prints[1]
 
 
 def test_saved_tensors_come_back_with_their_metadata(tmp_path):
     path = tmp_path / "new" / "student.safetensors"
-    model.save_tensors(path, {"a": torch.arange(6.).view(2, 3).T}, {"accvideo": "{}"})
+    save_tensors(path, {"a": torch.arange(6.).view(2, 3).T}, {"accvideo": "{}"})
     assert safe_open(path, "pt").metadata() == {"accvideo": "{}"}
-    lazy = model.open_tensors(path)["a"]
+    lazy = open_tensors(path)["a"]
     assert lazy.shape == (3, 2) and lazy.dtype == torch.float32
     assert lazy.read(slice(1, 2)).tolist() == [[1.0, 4.0]]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -562,7 +569,7 @@ def worst(got: dict, want: dict) -> float:
     assert got.keys() == want.keys()
     errors = [0.0]
     for name, whole in want.items():
-        part, rows = model.local_rows(got[name])
+        part, rows = local_rows(got[name])
         if part.numel():
             difference = part - (whole if rows is None else whole[rows])
             errors.append((difference.abs().max() / whole.abs().max().clamp_min(1e-12)).item())
@@ -579,20 +586,20 @@ def trained_through(student, teacher, batch) -> dict[str, Tensor]:
     return gradients(student)
 
 
-def sharded_process(ranks: model.Ranks, folder: Path) -> None:
+def sharded_process(ranks: Ranks, folder: Path) -> None:
     """What each of several processes measures, for the tests below; writes rank<r>.json."""
     x, t, cond = micro_batch()
     plain, rows = load_dit(folder, MICRO), {}
     with torch.device("meta"):
-        dit = model.shard(build_dit(MICRO), ranks)
+        dit = shard(build_dit(MICRO), ranks)
     tensors = {}
-    for name, lazy in model.dit_tensors(folder).items():
+    for name, lazy in dit_tensors(folder).items():
         def read(part=None, name=name, lazy=lazy):
             value = lazy.read(part)
             rows[name] = rows.get(name, 0) + len(value)
             return value
         tensors[name] = replace(lazy, read=read)
-    model.load_module(dit, tensors, "test")
+    load_module(dit, tensors, "test")
     out = {"world": ranks.world, "rank": ranks.rank, "rows": rows}
 
     v, features = dit(x, t, cond, taps=(0, 2))
@@ -623,7 +630,7 @@ def sharded_process(ranks: model.Ranks, folder: Path) -> None:
             p.zero_()
     load_checkpoint(path, state)
     out["checkpoint"] = worst(dit.state_dict(), plain.state_dict())
-    model.write_json(folder / f"rank{ranks.rank}.json", out)
+    write_json(folder / f"rank{ranks.rank}.json", out)
     dist.barrier()
 
 
@@ -671,10 +678,10 @@ def test_one_process_alone_takes_the_same_sharded_path(ranks, tmp_path):
 
 def test_an_unknown_device_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="device: got 'gpu'"):
-        model.pick_device("gpu")
+        pick_device("gpu")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="device: got 'cuda'.*--device cpu"):
-            model.pick_device("cuda")
+            pick_device("cuda")
 
 
 # ------------------------------------------------------------- run checkpoints, writing files
@@ -684,20 +691,20 @@ def names_in(folder: Path) -> list[str]:
 
 
 def test_a_full_disk_leaves_nothing_and_the_old_file_whole(small_disk):
-    model.save_tensors(small_disk / "a.safetensors", {"w": torch.ones(10)}, {})
-    for write in (lambda: model.save_tensors(small_disk / "a.safetensors",
+    save_tensors(small_disk / "a.safetensors", {"w": torch.ones(10)}, {})
+    for write in (lambda: save_tensors(small_disk / "a.safetensors",
                                              {"w": torch.ones(100_000)}, {}),
-                  lambda: model.write_text(small_disk / "b.txt", "x" * 300_000)):
+                  lambda: write_text(small_disk / "b.txt", "x" * 300_000)):
         with pytest.raises(ValueError, match="cannot be written .*space.*--run"):
             write()
     assert names_in(small_disk) == ["a.safetensors"]
-    assert model.open_tensors(small_disk / "a.safetensors")["w"].read().sum() == 10
+    assert open_tensors(small_disk / "a.safetensors")["w"].read().sum() == 10
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/log.json: cannot be written"):
-        model.write_json(tmp_path / "file" / "log.json", {})
+        write_json(tmp_path / "file" / "log.json", {})
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
@@ -705,14 +712,14 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
         path.write_text("half")
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        model.replace_file(tmp_path / "a.txt", write)
+        replace_file(tmp_path / "a.txt", write)
     assert names_in(tmp_path) == []
 
 
 def test_broken_json_is_an_error_that_names_the_file(tmp_path):
     (tmp_path / "a.json").write_text('{"a": ')
     with pytest.raises(ValueError, match="a.json: is not valid JSON"):
-        model.read_json(tmp_path / "a.json")
+        read_json(tmp_path / "a.json")
 
 
 # ------------------------------------------------------------------------- seeding and shapes
@@ -727,13 +734,13 @@ def test_a_draw_is_a_function_of_its_key_alone():
     assert torch.equal(state, torch.get_rng_state())
     others = [("noise", 0, 8), ("noise", 1, 7), ("noise", "0", 7), ("noise", 7, 0), ("noise", 0),
               ("noise", 0, 7, ""), ("noise0", 7)]
-    seeds = {model.seed_of(*key) for key in [("noise", 0, 7), *others]}
+    seeds = {seed_of(*key) for key in [("noise", 0, 7), *others]}
     assert len(seeds) == 8 and all(0 <= s < 2 ** 63 for s in seeds)
 
 
 def test_seeds_never_change_between_versions():
     """Stored trajectories are identified by them."""
-    assert model.seed_of("synvid", 0, 3, "a red circle · 圆") == 467499558069157233
+    assert seed_of("synvid", 0, 3, "a red circle · 圆") == 467499558069157233
 
 
 def test_latent_sizes_follow_the_video_and_others_are_errors_with_the_nearest():
@@ -808,7 +815,7 @@ def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     ("a: b: c", "is not valid YAML"), ("family: wam", "family: got 'wam'")])
 def test_a_wrong_config_is_an_error_that_names_file_key_and_value(tmp_path, yaml, says):
     with pytest.raises(ValueError, match=says):
-        config(tmp_path, yaml)
+        model.check_model(config(tmp_path, yaml))
 
 
 @pytest.mark.parametrize("argv,says", [
@@ -837,13 +844,24 @@ def test_help_lists_every_field_with_default_and_meaning(capsys):
     assert "[5e-06]" in said and "[none]" in said
 
 
+def test_help_after_a_config_shows_that_file_s_values(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        config(tmp_path, "height: 80\ndistill: {lr: 7e-3}", "--steps", "3", "--help")
+    said = capsys.readouterr().out
+    assert f"values of {tmp_path}" in said and "[80]" in said and "[0.007]" in said
+    assert re.search(r"--steps .*\[3\]", said)
+
+
 def test_the_resolved_config_is_printed_and_saved_with_the_run(tmp_path, capsys):
     cfg = config(tmp_path, "", "--run", str(tmp_path / "run"), "--negative-prompt", "模糊")
     folder = announce(cfg, "distill")
-    assert "lr=5e-06" in capsys.readouterr().out and folder == tmp_path / "run/distill"
+    said = capsys.readouterr().out  # what differs from the file, and where all of it is
+    assert f"run={tmp_path / 'run'}  negative_prompt=模糊; all settings: {folder}" in said
+    assert "lr" not in said.split() and folder == tmp_path / "run/distill"
     saved = (folder / "config.yaml").read_text(encoding="utf-8")
-    assert "negative_prompt: 模糊" in saved and config(tmp_path, "distill:\n" + "".join(
-        f"  {line}\n" for line in saved.splitlines())) == cfg
+    assert "negative_prompt: 模糊" in saved and "lr: 5.0e-06" in saved
+    again = "".join(f"  {line}\n" for line in saved.splitlines())
+    assert config(tmp_path, "distill:\n" + again) == cfg
 
 
 def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
@@ -854,20 +872,48 @@ def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
     assert e.value.code == 1 and capsys.readouterr().err == "error: runs/x: wrong\n"
 
 
-STAGES = [s for s in STAGES if (model.ROOT / f"{s}.py").exists()]
+STAGES = {**{stage: stage for stage in STAGES}, "teacher": "small_world.teacher"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("path", sorted(model.ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads_in_every_stage(path, stage):
     argv = [str(path), "weights=assets/tiny"]  # tiny-i2v's are still to be trained
-    cfg = load_config(importlib.import_module(stage).Config, stage, argv)
-    assert cfg.preset in model.PRESETS
+    cfg = load_config(importlib.import_module(STAGES[stage]).Config, stage, argv)
+    assert model.check_model(cfg) is model.PRESETS[cfg.preset]
 
 
-def test_the_package_has_every_file_of_the_project():
-    packed = tomllib.loads((model.ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert sorted(packed["py-modules"]) == sorted(p.stem for p in model.ROOT.glob("*.py"))
+def test_the_project_is_a_checkout_to_run_and_names_what_it_needs():
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "build-system" not in about and "setuptools" not in about["tool"]
+    pinned = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().split("\n")
+              if line and line[0] != "#"}
+    assert {name.split(">=")[0] for name in about["project"]["dependencies"]} == pinned
+
+
+ARROWS = {"common": {"common"}, "model": {"model", "common"},
+          "frozen": {"frozen", "model", "common"},
+          "training": {"training", "model", "common"},
+          "small_world": {"small_world", "frozen", "model", "common"},
+          "synvid": {"model", "frozen", "common"},
+          "distill": {"model", "synvid", "training", "common"},
+          "sample": {"model", "frozen", "common"}, "toy1d": set(),
+          "evaluate": {"model", "frozen", "common", "synvid", "distill", "sample", "training",
+                       "small_world"}}
+
+
+def test_imports_run_one_way_from_stages_to_what_they_stand_on():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        wing = path.parent.name if path.parent != ROOT else path.stem
+        if wing == "tests":
+            continue
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+        assert imported & ARROWS.keys() <= ARROWS[wing], path
 
 
 # --------------------------------------------------------------------------- attention kernels
@@ -880,13 +926,13 @@ def test_a_gpu_tries_the_preferred_attention_kernels_first_and_has_the_others(
     before = torch._C._get_sdp_priority_order()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     try:
-        model.prefer_attention(kernels, torch.device("cuda"))
+        prefer_attention(kernels, torch.device("cuda"))
         gc.collect()
         order = [SDPBackend(int(x)).name for x in torch._C._get_sdp_priority_order()]
         assert order[0] == first and len(set(order[:4])) == 4
         assert torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     finally:
-        model.PREFERRED.pop().__exit__(None, None, None)
+        SDPA_ORDER.pop().__exit__(None, None, None)
     assert torch._C._get_sdp_priority_order() == before
-    model.prefer_attention("cudnn", torch.device("cpu"))
+    prefer_attention("cudnn", torch.device("cpu"))
     assert torch._C._get_sdp_priority_order() == before

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import script_command
 from safetensors.torch import load_file
 
-import model
-from conftest import script_command
+from common.ranks import setup_distributed
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 # The keys' bias of an attention without norms shifts all logits of a query alike: its gradient is
@@ -66,5 +66,5 @@ def test_the_three_iterations_move_every_kind_of_parameter(alone, tmp_path):
 @pytest.mark.parametrize("sp", [0, 3, 5])
 def test_sp_that_does_not_divide_ranks_and_heads_is_an_error_that_lists_what_does(sp):
     with pytest.raises(ValueError, match=rf"sp: got {sp} with 1 rank.* 12 attention heads.*: 1$"):
-        model.setup_distributed("cpu", sp, 12)
+        setup_distributed("cpu", sp, 12)
     torch.distributed.destroy_process_group()

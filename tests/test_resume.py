@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import script_command
 from safetensors.torch import load_file
 
-import model
-from conftest import script_command
+from common.files import ROOT
 
 KILLED = Path(__file__).parent / "killed_stage.py"
 QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 2,
@@ -58,7 +58,7 @@ def assert_same_bits(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("rank,place,count", [
-    (1, "iteration", 4), (1, "checkpoint", 150), (0, "checksum", 1), (0, "export", 20)])
+    (1, "iteration", 4), (1, "checkpoint", 150), (0, "naming", 1), (0, "export", 40)])
 def test_a_killed_rank_is_named_the_others_stop_and_the_same_command_ends_with_the_same_bits(
         undisturbed, run_stage, tmp_path, rank, place, count):
     folder, config = undisturbed
@@ -77,7 +77,7 @@ def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undistur
                                                                         tmp_path):
     folder, config = undisturbed
     run = begun(folder, tmp_path / "run")
-    command = script_command(model.ROOT / "distill.py", config, f"run={run}", "save_every=1000",
+    command = script_command(ROOT / "distill.py", config, f"run={run}", "save_every=1000",
                              "iterations=1000", ranks=2, torchrun="--shutdown-timeout=100")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = run / "distill/log.jsonl"

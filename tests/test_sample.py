@@ -9,11 +9,11 @@ import torch
 from tqdm import tqdm
 
 import sample
-from video import read_video
-from config import Shared
-from model import (
-    Ranks, build_dit, dit_tensors, fingerprint, generator, key_times, load_dit, official_names,
-    save_tensors, time_grid)
+from common.config import Shared
+from common.ranks import Ranks, Timer, generator
+from common.video import read_video
+from common.weights import dit_tensors, fingerprint, official_names, save_tensors
+from model import build_dit, key_times, load_dit, time_grid
 
 N, KEY = 4, [0, 1, 4]  # a short grid, with uneven key timesteps
 
@@ -68,9 +68,11 @@ def stub_batch(*means: float) -> tuple[torch.Tensor, list[dict]]:
 
 
 def denoise(dit, noise, times, conds, uncond=None, cfg_scale=1.0):
-    watch = sample.Watch(torch.device("cpu"))
+    timer = Timer(torch.device("cpu"))
     unconds = uncond and [uncond] * len(conds)
-    return sample.denoise(dit, noise, times, conds, unconds, cfg_scale, watch, tqdm(disable=True))
+    x = sample.sample_batch(dit, noise, times, conds, unconds, cfg_scale, timer,
+                            tqdm(disable=True))
+    return x, timer.laps()
 
 
 # ---------------------------------------------------------------------------------- the walk
@@ -97,13 +99,13 @@ def test_guidance_is_uncond_plus_scale_times_the_difference():
 
 
 def record_denoise(monkeypatch) -> list[tuple]:
-    calls, real = [], sample.denoise
+    calls, real = [], sample.sample_batch
 
-    def spy(dit, noise, times, conds, uncond, cfg_scale, watch, bar):
+    def spy(dit, noise, times, conds, uncond, cfg_scale, timer, bar):
         calls.append((noise, times, uncond))
-        return real(dit, noise, times, conds, uncond, cfg_scale, watch, bar)
+        return real(dit, noise, times, conds, uncond, cfg_scale, timer, bar)
 
-    monkeypatch.setattr(sample, "denoise", spy)
+    monkeypatch.setattr(sample, "sample_batch", spy)
     monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)  # a second a sheet
     return calls
 
@@ -203,7 +205,7 @@ def test_two_ranks_write_what_one_writes(run, student, monkeypatch):
             gathered[rank] = mine
             results[:] = gathered
 
-        monkeypatch.setattr(sample, "setup_distributed", lambda *_, ranks=ranks: ranks)
+        monkeypatch.setattr(sample, "setup_distributed", lambda *_, ranks=ranks, **__: ranks)
         monkeypatch.setattr(sample.dist, "all_gather_object", gather)
         out = run("--prompt_file", str(prompts))
     files = sorted(alone.glob("*.mp4"))

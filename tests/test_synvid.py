@@ -1,13 +1,13 @@
 """SynVid: trajectories obey Eq. 5, their bytes depend on seed, index and prompt alone, nothing is
 lost to a kill, and what a user can get wrong is named. On random weights of preset `tiny`."""
 
-import ast
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,10 +16,11 @@ import torch
 from safetensors import safe_open
 
 import model
-from config import load_config
 import synvid
+from common.config import load_config
+from common.files import ROOT, write_json
 from model import collate, euler_step, load_dit, time_grid, velocity
-from synvid import SynVid, initial_noise, place
+from synvid import SynVid, initial_noise, trajectory_path
 
 
 def generate(config: Path, *args) -> Path:
@@ -33,9 +34,9 @@ def config_of(config: Path, *args) -> synvid.Config:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a SynVid folder but the job's own config.yaml, hidden ones included."""
+    """Every file of a SynVid folder but the job's own, hidden ones included."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "config.yaml"}
+            if path.is_file() and not path.name.startswith(("config.yaml", ".owner"))}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_a_stored_trajectory_satisfies_eq_5_exactly_when_rewalked(make_config, c
     assert data.t_key == times[::-1]
     dit, uncond = load_dit(cfg.weights, cfg.preset), None
     if cfg_scale != 1:
-        from encoders import load_text
+        from frozen.load import load_text
         text = load_text(cfg.weights, "cpu", torch.float32, dit.cfg.text_len)
         uncond = collate(text.encode_each(["a red disc"]) * 3)
     for k in range(5, -1, -1):  # k + 1 is the noisier end
@@ -94,7 +95,7 @@ def test_key_latents_are_those_of_the_whole_trajectory_and_fp16_rounds_once(make
         data = SynVid(generate(config, "--run", run, *args), cfg)
         return torch.stack([data.read(i)[0] for i in range(3)])
 
-    whole = latents("--keep", "all", "--dtype", "fp32", "--store_noise")
+    whole = latents("--keep", "all", "--dtype", "fp32")
     assert torch.equal(latents("--dtype", "fp32"), whole)
     half = latents("--dtype", "fp16")
     assert torch.equal(half[:, :-1], whole[:, :-1].half().float())
@@ -174,11 +175,12 @@ def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
     assert contents(tmp_path) == {}
 
 
-def test_the_trainer_reads_synvid_without_the_encoders():
-    top = [node for node in ast.parse(Path(synvid.__file__).read_text()).body]
-    imported = {getattr(node, "module", None) or node.names[0].name for node in top
-                if isinstance(node, (ast.Import, ast.ImportFrom))}
-    assert "model" in imported and "encoders" not in imported
+def test_the_trainer_reads_synvid_without_the_frozen_networks():
+    done = subprocess.run([sys.executable, "-c", "import sys, distill; print(*sys.modules)"],
+                          cwd=ROOT, check=True, capture_output=True, text=True)
+    imported = done.stdout.split()
+    assert {"distill", "synvid", "model"}.issubset(imported)
+    assert not [name for name in imported if name.startswith("frozen")]
 
 
 # ----------------------------------------------------------------------- nothing but the index
@@ -239,22 +241,22 @@ def test_verify_lists_what_is_wrong_and_repair_makes_just_that_again(made, run_s
     copy = Path(shutil.copytree(folder, tmp_path / "synvid"))
     done = run_stage(*command, "verify=true", ranks=ranks)
     assert "7 of 7 trajectories are whole, 0 are not" in done.stdout
-    place(copy, 2).unlink()
-    os.truncate(place(copy, 3), 2000)
-    raw = bytearray(place(copy, 5).read_bytes())
+    trajectory_path(copy, 2).unlink()
+    os.truncate(trajectory_path(copy, 3), 2000)
+    raw = bytearray(trajectory_path(copy, 5).read_bytes())
     raw[-9] ^= 4
-    place(copy, 5).write_bytes(raw)
+    trajectory_path(copy, 5).write_bytes(raw)
     before = contents(copy)
     done = run_stage(*command, "verify=true", ranks=ranks, check=False)
     assert done.returncode == 1 and "4 of 7 trajectories are whole, 3 are not" in done.stdout
     told = [line for line in done.stdout.splitlines() if line.startswith(str(copy))]
     for line, i, fault in zip(told, (2, 3, 5), ("missing", "", "checksum"), strict=True):
-        assert line.startswith(f"{place(copy, i)}: ") and fault in line
+        assert line.startswith(f"{trajectory_path(copy, i)}: ") and fault in line
     assert contents(copy) == before
-    untouched = {i: place(copy, i).stat().st_mtime_ns for i in (0, 1, 4, 6)}
+    untouched = {i: trajectory_path(copy, i).stat().st_mtime_ns for i in (0, 1, 4, 6)}
     done = run_stage(*command, "repair=true", ranks=ranks)
     assert "3 trajectories to do" in done.stdout and contents(copy) == contents(folder)
-    assert {i: place(copy, i).stat().st_mtime_ns for i in untouched} == untouched
+    assert {i: trajectory_path(copy, i).stat().st_mtime_ns for i in untouched} == untouched
 
 
 def test_the_number_of_threads_changes_no_byte(made, tmp_path):
@@ -306,7 +308,7 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(make
 def test_dying_while_a_file_is_written_leaves_no_final_name(made, tmp_path):
     folder, _, args = made
     copy = Path(shutil.copytree(folder, tmp_path / "synvid"))
-    manifest, path = synvid.read_manifest(copy), place(copy, 2)
+    manifest, path = synvid.read_manifest(copy), trajectory_path(copy, 2)
     with safe_open(path, "pt") as f:
         x, cond = f.get_tensor("x"), {"text": f.get_tensor("cond.text")}
     path.unlink()
@@ -398,7 +400,7 @@ def test_missing_empty_and_unfinished_folders_are_named_with_the_command(made, t
     with pytest.raises(FileNotFoundError, match="no SynVid; make it by `python synvid.py"):
         SynVid(tmp_path / "none", cfg)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    place(copy, 4).unlink()
+    trajectory_path(copy, 4).unlink()
     with pytest.raises(ValueError, match="000004.safetensors: is missing, 6 others are there"):
         SynVid(copy, cfg)
     shutil.rmtree(copy / "000")
@@ -412,14 +414,14 @@ def test_missing_empty_and_unfinished_folders_are_named_with_the_command(made, t
 
 def test_a_manifest_that_changes_under_a_running_job_stops_it(make_config, monkeypatch):
     config = make_config(synvid={"count": 4, "batch": 2})
-    folder, encode = Path(config_of(config).run) / "synvid", synvid.denoise
+    folder, encode = Path(config_of(config).run) / "synvid", synvid.sample_trajectories
 
     def meddle(*args):
         manifest = json.loads((folder / "manifest.json").read_text())
-        model.write_json(folder / "manifest.json", manifest | {"seed": 9})
+        write_json(folder / "manifest.json", manifest | {"seed": 9})
         return encode(*args)
 
-    monkeypatch.setattr(synvid, "denoise", meddle)
+    monkeypatch.setattr(synvid, "sample_trajectories", meddle)
     with pytest.raises(ValueError, match="was changed while this job ran"):
         generate(config)
     assert not (folder / "000").exists()
@@ -430,7 +432,7 @@ def test_a_manifest_that_changes_under_a_running_job_stops_it(make_config, monke
 def test_a_flipped_bit_or_a_cut_anywhere_in_a_trajectory_is_found(made, tmp_path):
     folder, cfg, _ = made
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    path, data = place(copy, 2), SynVid(copy, cfg)
+    path, data = trajectory_path(copy, 2), SynVid(copy, cfg)
     x_key, cond, prompt = data.read(2)
     good, rng = path.read_bytes(), random.Random(0)
     header = 8 + int.from_bytes(good[:8], "little")
@@ -452,18 +454,18 @@ def test_a_flipped_bit_or_a_cut_anywhere_in_a_trajectory_is_found(made, tmp_path
 def test_a_damaged_trajectory_deleted_as_the_error_says_is_made_again(made, tmp_path):
     folder, _, args = made
     shutil.copytree(folder, tmp_path / "synvid")
-    place(tmp_path / "synvid", 2).unlink()
+    trajectory_path(tmp_path / "synvid", 2).unlink()
     assert contents(generate(*args, "--run", tmp_path)) == contents(folder)
 
 
 def test_a_trajectory_under_another_number_or_from_another_folder_is_refused(made, tmp_path):
     folder, cfg, args = made
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    shutil.copy(place(copy, 1), place(copy, 2))
+    shutil.copy(trajectory_path(copy, 1), trajectory_path(copy, 2))
     with pytest.raises(ValueError, match="000002.safetensors: .*it is trajectory 1 of"):
         SynVid(copy, cfg).read(2)
     foreign = generate(*args, "--run", tmp_path, "--seed", 1)
-    shutil.copy(place(foreign, 3), place(copy, 3))
+    shutil.copy(trajectory_path(foreign, 3), trajectory_path(copy, 3))
     with pytest.raises(ValueError, match="000003.safetensors: .* of manifest"):
         SynVid(copy, cfg).read(3)
 
@@ -471,7 +473,7 @@ def test_a_trajectory_under_another_number_or_from_another_folder_is_refused(mad
 def test_only_the_latents_asked_for_are_read(made, tmp_path):
     folder, cfg, _ = made
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    path, data = place(copy, 0), SynVid(copy, cfg)
+    path, data = trajectory_path(copy, 0), SynVid(copy, cfg)
     with safe_open(path, "pt") as f:
         middle = f.get_slice("x")[0].numpy().tobytes()  # after step 2: k = 1
     content = bytearray(path.read_bytes())
@@ -554,8 +556,8 @@ def test_a_disk_that_fills_up_is_told_and_the_same_command_ends_with_the_same_by
 
 def test_a_run_folder_that_cannot_be_written_is_named(make_config, tmp_path, tmpfs):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"file/synvid/manifest.json: cannot be written .*--run"):
+    with pytest.raises(ValueError, match=r"file/synvid: cannot be written .*--run"):
         generate(make_config(run=str(tmp_path / "file")))
     subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
-    with pytest.raises(ValueError, match=r"manifest.json: cannot be written .*[Rr]ead-only.*--run"):
+    with pytest.raises(ValueError, match=r"run/synvid: cannot be written .*[Rr]ead-only.*--run"):
         generate(make_config(run=str(tmpfs / "run")))

@@ -6,13 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import clips as world
-import config
-import encoders
-import fit
 import model
-import teacher
-import video
+from common import config, files, video
+from common.ranks import generator
+from frozen.load import load_text, load_vae
+from small_world import clips as world
+from small_world import fit, teacher
 
 TINY = {"height": 32, "width": 32, "frames": 5, "n": 4, "key": "0,2,4", "text_iters": 3,
         "vae_iters": 3, "vae_batch": 1, "vae_dim": 8, "dit_iters": 3, "dit_batch": 4, "dit_pool": 6,
@@ -67,7 +66,7 @@ def test_oracle_rejects_other_captions_and_what_is_no_clip(clips):
     assert world.agreement(video[:24].flip(2), captions[:24])["direction"] == 0
     still = video[:24, :, :1].expand(-1, -1, 9, -1, -1)
     assert set(world.read_clip(still)["direction"].tolist()) == {-1}
-    noise = torch.rand(8, 3, 9, 48, 48, generator=model.generator(0)) * 2 - 1
+    noise = torch.rand(8, 3, 9, 48, 48, generator=generator(0)) * 2 - 1
     for nothing in (noise, torch.zeros(2, 3, 9, 48, 48)):
         assert set(world.read_clip(nothing)["shape"].tolist()) == {-1}
 
@@ -75,14 +74,14 @@ def test_oracle_rejects_other_captions_and_what_is_no_clip(clips):
 def test_psnr_and_high_frequency_have_their_definitions(clips):
     video = clips[0][:2] * 0.5
     assert torch.allclose(world.psnr(video + 0.02, video), torch.full((2,), 40.0), atol=1e-2)
-    noise = torch.randn(2, 3, 9, 48, 48, generator=model.generator(1))
+    noise = torch.randn(2, 3, 9, 48, 48, generator=generator(1))
     assert abs(world.high_frequency(noise) - 1) < 0.02  # white noise has unit power everywhere
     assert world.high_frequency(torch.ones(1, 3, 1, 48, 48)) < 1e-9
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 24, 96), (2, 96, 24)])
 def test_muon_makes_momentum_nearly_orthogonal(shape):
-    matrices = torch.randn(shape, generator=model.generator(2))
+    matrices = torch.randn(shape, generator=generator(2))
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     update = fit.orthogonalise(matrices)
     values = torch.linalg.svdvals(update)
@@ -94,8 +93,8 @@ def test_muon_makes_momentum_nearly_orthogonal(shape):
 def run(folder, **changes):
     values = TINY | {"run": str(folder), "out": str(folder / "out")} | changes
     teacher.main([f"--{name}={value}" for name, value in values.items()])
-    files = sorted((folder / "out").rglob("*.safetensors"))
-    return {f"{f.name}:{name}": value for f in files for name, value in load_file(f).items()}
+    written = sorted((folder / "out").rglob("*.safetensors"))
+    return {f"{f.name}:{name}": value for f in written for name, value in load_file(f).items()}
 
 
 def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_path, monkeypatch):
@@ -118,13 +117,13 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_pa
     assert {"vae_psnr", "vae_oracle", "teacher_oracle", "few_step_high_frequency"} < set(
         json.loads((out / "training.json").read_text())["gates"])
     assert (out / "curves.png").stat().st_size > 0
-    dit, vae = model.load_dit(out, "tiny"), encoders.load_vae(out)
-    text = encoders.load_text(out, dtype=torch.float32, text_len=16)
+    dit, vae = model.load_dit(out, "tiny"), load_vae(out)
+    text = load_text(out, dtype=torch.float32, text_len=16)
     for caption in world.make_captions(0, 0, 72, held_out=True):
         assert text.tokenizer([caption])[0].shape[1] <= 15
     assert vae.decode(dit(torch.zeros(1, 16, 2, 4, 4), torch.ones(1), text.encode_prompts([""]))
                       ).shape == (1, 3, 5, 32, 32)
-    with pytest.raises(ValueError, match="vae.pt was trained with"):
+    with pytest.raises(ValueError, match="vae_state.safetensors was trained with"):
         run(tmp_path / "parts", vae_batch=2)
 
 
@@ -143,7 +142,7 @@ def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its
     base = tmp_path / "base/out"
     cfg = config.load_config(teacher.Config, "teacher", ["preset=tiny-i2v", f"base={base}"])
     dit, known = teacher.start_dit(cfg), load_file(base / "diffusion_pytorch_model.safetensors")
-    x, t = torch.randn(1, 16, 2, 4, 4, generator=model.generator("x")), torch.full((1,), 0.4)
+    x, t = torch.randn(1, 16, 2, 4, 4, generator=generator("x")), torch.full((1,), 0.4)
     cond = {"text": torch.randn(1, 3, 64), "image": torch.zeros(1, 37, 32),
             "frames": torch.randn(1, 20, 2, 4, 4)}
     for name, p in dit.named_parameters():  # without what the images add it is its base
@@ -164,8 +163,8 @@ def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its
             assert (video.read_image(prompt.image) - clip[:, 0]).abs().max() < 1 / 127
     gates = json.loads((out / "training.json").read_text())["gates"]
     assert {"teacher_oracle", "first_frame_psnr"} < set(gates)
-    (tmp_path / "i2v/teacher/image.pt").unlink()
-    with pytest.raises(ValueError, match="dit.pt was trained with"):  # on another image encoder
+    (tmp_path / "i2v/teacher/image_state.safetensors").unlink()
+    with pytest.raises(ValueError, match="dit_state.* was trained with"):  # other image encoder
         run(tmp_path / "i2v", preset="tiny-i2v", base=str(base), first_frames=4, image_iters=3)
     with pytest.raises(FileNotFoundError, match="base: nowhere has no Wan2.1_VAE"):
         run(tmp_path / "other", preset="tiny-i2v", base="nowhere", first_frames=4)
@@ -173,6 +172,28 @@ def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its
 
 def test_a_damaged_training_state_is_named(tmp_path):
     (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher/text.pt").write_bytes(b"PK\x03\x04 half a state")
-    with pytest.raises(ValueError, match="text.pt is damaged"):
+    (tmp_path / "teacher/text_state.safetensors").write_bytes(b"PK\x03\x04 half a state")
+    with pytest.raises(ValueError, match="text_state.safetensors: not a whole"):
         run(tmp_path)
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "GRACE", 0.1)
+    with files.own_folder(tmp_path / "teacher"), pytest.raises(ValueError, match="works here"):
+        run(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "out").exists()
+
+
+def test_a_cut_line_of_the_log_does_not_keep_a_training_from_its_end(tmp_path):
+    first, log = run(tmp_path), tmp_path / "teacher/log.jsonl"
+    log.write_bytes(log.read_bytes()[:-7])
+    (tmp_path / "out/training.json").unlink()
+    again = run(tmp_path)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert {"vae", "dit", "text"} <= json.loads(
+        (tmp_path / "out/training.json").read_text())["seconds"].keys()
+
+
+def test_a_full_disk_is_one_line_and_the_training_goes_on_where_it_was(small_disk):
+    with pytest.raises(ValueError, match="cannot be written .*No space left on device"):
+        run(small_disk)

@@ -64,13 +64,14 @@ def test_euler_step_is_eq_5_and_exact_on_a_straight_path():
     torch.testing.assert_close(stepped, torch.tensor([1 - 0.2 * 3, -2 - 0.2 * 4]))
     x_0, x_1, _ = diffused(50)
     times = time_grid(7, 3.0)
-    states = toy1d.trajectory(lambda x, t: x_1 - x_0, x_1, times)
+    states = toy1d.euler_trajectory(lambda x, t: x_1 - x_0, x_1, times)
     torch.testing.assert_close(states, toy1d.forward_diffusion(x_0, x_1, times[:, None]))
 
 
 def test_trajectories_of_the_exact_field_never_cross_and_end_on_the_data():
     noise = torch.linspace(-3, 3, 60)
-    states = toy1d.trajectory(lambda x, t: toy1d.exact_velocity(x, t, P), noise, time_grid(50))
+    states = toy1d.euler_trajectory(lambda x, t: toy1d.exact_velocity(x, t, P), noise,
+                                    time_grid(50))
     assert torch.all(states.diff(dim=1) > -1e-5)
     torch.testing.assert_close(states[-1], 3 * noise.sign(), atol=1e-4, rtol=0)
 
@@ -82,11 +83,11 @@ def test_every_tenth_time_of_the_shifted_grid_is_a_key_timestep_of_the_paper():
 
 # ---------------------------------------------------------------- the network
 def test_students_start_as_the_teacher_and_do_not_see_each_other():
-    teacher = toy1d.ResNet().init_weights(generator(0, "test"))
+    teacher = toy1d.ResNet(rng=generator(0, "test"))
     x, t = torch.randn(1, 64, generator=generator(1, "test")), torch.full((1, 64), 0.3)
     teacher(x, t)  # moves the batch statistics off their initial values
     teacher.eval()
-    students = teacher.copies(3).eval()
+    students = teacher.replicate(3).eval()
     torch.testing.assert_close(students(x.expand(3, -1), t.expand(3, -1)),
                                teacher(x, t).expand(3, -1))
     students(x.expand(3, -1), t.expand(3, -1))[1].sum().backward()
@@ -104,7 +105,7 @@ def test_M_sums_the_distances_to_the_nearest_training_point():
 @pytest.mark.parametrize("p", [P, torch.tensor([-1.0, 0.0, 4.0])])
 def test_each_way_of_shifting_the_data_has_the_M_it_is_asked_for(way, p):
     for M in (0.0, 0.5, 1.0):
-        assert toy1d.mismatch(toy1d.shifted(p, way, M), p).item() == pytest.approx(M)
+        assert toy1d.mismatch(toy1d.shift_data(p, way, M), p).item() == pytest.approx(M)
 
 
 def classes(x_t, x_d, states, ends):
@@ -129,15 +130,16 @@ def test_noise_mismatch_alone_has_its_closed_form_under_the_exact_flow():
     x_1 = torch.randn(49, N, generator=generator(0, "test"))
     for x_d in (3.0, 5.0, 1.0):
         x_t = toy1d.forward_diffusion(torch.tensor(x_d), x_1, times[1:-1, None])
-        ends = toy1d.landing(lambda x, t: toy1d.exact_velocity(x, t, P), x_t, times)
+        ends = toy1d.endpoints(lambda x, t: toy1d.exact_velocity(x, t, P), x_t, times)
         torch.testing.assert_close(ends.abs(), torch.full_like(ends, 3), atol=0.02, rtol=0)
-        closed = toy1d.crossing(torch.tensor([x_d]), times[1:-1], P)[0]
+        closed = toy1d.crossing_probability(torch.tensor([x_d]), times[1:-1], P)[0]
         measured = (ends < 0).float().mean(1)
         torch.testing.assert_close(measured, closed, atol=5 * 0.5 / math.sqrt(N), rtol=0)
 
 
 def test_noise_mismatch_alone_falls_as_the_data_moves_outward():
-    shares = [toy1d.crossing(toy1d.shifted(P, "outward", M), time_grid(50)[1:-1], P).mean()
+    times = time_grid(50)[1:-1]
+    shares = [toy1d.crossing_probability(toy1d.shift_data(P, "outward", M), times, P).mean()
               for M in (0.0, 2.0, 4.0, 6.0)]
     assert shares == sorted(shares, reverse=True) and shares[0] > 0.09
 
@@ -148,7 +150,8 @@ def test_with_the_exact_field_no_point_is_off_every_trajectory_at_M_0_and_some_a
 
     def v(x, t):
         return toy1d.exact_velocity(x, t, P)
-    useless, _, _ = toy1d.count_useless(cfg, v, toy1d.trajectory(v, noise, times), times, P, 0)
+    paths = toy1d.euler_trajectory(v, noise, times)
+    useless, _, _ = toy1d.measure_useless(cfg, v, paths, times, P, 0)
     found = {key: [float(x) for x in values] for key, values in useless["outward"].items()}
     assert found["dataset"][0] < 0.005 and found["dataset"][1] > 0.4
     assert found["noise"][0] == pytest.approx(found["crossing"][0], abs=0.01)
@@ -163,7 +166,7 @@ def test_perflow_on_straight_paths_is_taught_the_velocity_target():
 
     def v(x, t):
         return toy1d.exact_velocity(x, t, P[:1])
-    pairs = toy1d.window_pairs(v, start, window, 5, 50)
+    pairs = toy1d.perflow_pairs(v, start, window, 5, 50)
     torch.testing.assert_close(pairs[1], toy1d.forward_diffusion(x_0, x_1, pairs[3]),
                                atol=1e-4, rtol=0)
     torch.testing.assert_close(toy1d.segment_velocity(*pairs), toy1d.velocity_target(x_0, x_1),
@@ -181,7 +184,7 @@ def test_accvideos_student_sees_teacher_states_only_and_nothing_of_p_d():
     def v(x, t):
         return toy1d.exact_velocity(x, t, P)
     noise, key = torch.randn(1500, generator=generator(0, "test")), time_grid(50, 7.0)
-    paths, key_paths = toy1d.trajectory(v, noise, time_grid(50)), toy1d.trajectory(v, noise, key)
+    paths, key_paths = (toy1d.euler_trajectory(v, noise, times) for times in (time_grid(50), key))
     lists = [toy1d.make_students(replace(TINY, M=M), P, v, paths, key_paths[::10], 0)
              for M in ((0.0, 2.0), (0.0, 6.0))]
     ours, perflow = ([students[i] for students in lists] for i in (0, -1))
@@ -211,7 +214,7 @@ def test_the_same_seed_gives_the_same_numbers_whatever_runs_beside_it(report):
 
 
 def test_the_figure_is_drawn_from_the_json_alone_and_leaves_nothing_aside(report, tmp_path):
-    toy1d.figure(report, str(tmp_path / "f"))
+    toy1d.draw_figure(report, str(tmp_path / "f"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.pdf", "f.png"]
     width = int.from_bytes((tmp_path / "f.png").read_bytes()[16:20], "big")
     assert width == 1200
@@ -221,17 +224,17 @@ def test_three_data_points_and_one_way_of_shifting_run_through(tmp_path):
     cfg = replace(TINY, data=(-4.0, 0.0, 3.0), mismatch=("one-sided",), M=(0.0, 1.0, 3.0),
                   iterations=50)
     found = toy1d.analyse(cfg)
-    toy1d.figure(json.loads(json.dumps(found)), str(tmp_path / "f"))
+    toy1d.draw_figure(json.loads(json.dumps(found)), str(tmp_path / "f"))
     assert found["summary"]["useless"]["one-sided"]["crossing"] == [None] * 3  # no closed form
 
 
 # ---------------------------------------------------------------- options
 def test_options_reach_the_configuration_and_M_follows_the_data():
-    cfg, out = toy1d.settings(["--data", "1", "-1", "--seeds", "2", "--out", "runs/x"])
+    cfg, out = toy1d.parse_args(["--data", "1", "-1", "--seeds", "2", "--out", "runs/x"])
     assert cfg.data == (-1, 1) and cfg.seeds == 2 and out == "runs/x"
     assert cfg.M == pytest.approx((0, 2 / 3, 4 / 3, 2))
-    assert toy1d.settings([])[0] == Config()
-    assert toy1d.settings(["--quick"])[0] == replace(Config(), **toy1d.QUICK)
+    assert toy1d.parse_args([])[0] == Config()
+    assert toy1d.parse_args(["--quick"])[0] == replace(Config(), **toy1d.QUICK)
 
 
 @pytest.mark.parametrize("argv, option, wanted", [
@@ -250,11 +253,11 @@ def test_options_reach_the_configuration_and_M_follows_the_data():
 ])
 def test_a_bad_value_is_refused_by_the_name_of_its_option(argv, option, wanted, capsys):
     with pytest.raises(SystemExit):
-        toy1d.settings(argv)
+        toy1d.parse_args(argv)
     message = capsys.readouterr().err
     assert option in message.splitlines()[-1] and wanted in message
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name():
     with pytest.raises(ValueError, match="seed 0: teacher: the loss became"):
-        toy1d.train_teacher(replace(TINY, iterations=30, lr=1e20), P, 0, lambda label: None)
+        toy1d.train_teacher(replace(TINY, iterations=30, lr=1e20), P, 0)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import generator
+from common.ranks import generator
 
 # ------------------------------------------------------------------------------------- Clips
 
@@ -169,13 +169,23 @@ def mean_colour(rgb: Tensor, where: Tensor) -> Tensor:
     return (rgb * where[:, None]).flatten(2).sum(2) / area[:, None]
 
 
+def oracle_hits(video: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    """Which clips [N, 3, T, H, W] show what their captions say: bool [N] by attribute and "all"."""
+    seen, named = read_clip(video.cpu()), [caption_attributes(text) for text in captions]
+    hits = {name: seen[name] == torch.tensor([n[name] for n in named]) for name in ATTRIBUTES}
+    return hits | {"all": torch.stack(list(hits.values())).all(0)}
+
+
 def agreement(video: Tensor, captions: list[str]) -> dict[str, float]:
     """Part of the clips [N, 3, T, H, W] that show what their captions say, by attribute and all."""
-    seen, told = read_clip(video.cpu()), [caption_attributes(text) for text in captions]
-    right = {name: seen[name] == torch.tensor([t[name] for t in told]) for name in ATTRIBUTES}
-    right["all"] = torch.stack(list(right.values())).all(0)
-    scores = {name: float(hits.float().mean()) for name, hits in right.items()}
-    return scores | {"iou": float(seen["iou"].mean()), "fit_psnr": float(seen["psnr"].mean())}
+    return {name: float(hits.float().mean()) for name, hits in oracle_hits(video, captions).items()}
+
+
+def gate(name: str, got: float, least: float = -math.inf, most: float = math.inf) -> dict:
+    """A bound on a figure, and whether it is kept."""
+    wanted = (f"{least:g} … {most:g}" if math.inf not in (-least, most) else
+              f"≥ {least:g}" if most == math.inf else f"≤ {most:.4g}")
+    return {"gate": name, "got": got, "wanted": wanted, "pass": least <= got <= most}
 
 
 def psnr(video: Tensor, reference: Tensor) -> Tensor:

@@ -5,23 +5,19 @@ command line decide a value; every key is known, typed and explained by --help.
 """
 
 import dataclasses
+import difflib
 import math
-import os
 import sys
-import time
-import traceback
 import types
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
 import yaml
 
-from model import ROOT, Ranks, key_times, latent_shape, nearest, sizes_of, write_text
+from common.files import ROOT, write_text
 
 STAGES = ("teacher", "synvid", "distill", "sample", "evaluate")
 
@@ -36,7 +32,7 @@ def field(default: Any, help: str) -> Any:
 @dataclass
 class Shared:
     """What all stages of a run agree on: the top level of a YAML file."""
-    family: str = field("wan", "network family: wan | hunyuan")
+    family: Literal["wan", "hunyuan"] = field("wan", "network family")
     preset: str = field("tiny", "sizes of the DiT, a name of model.PRESETS")
     weights: str = field("assets/tiny", "teacher: an official or a diffusers folder")
     run: str = field("runs/tiny", "folder for everything this run makes")
@@ -54,6 +50,16 @@ class Shared:
     device: str = field("auto", "cpu, cuda, or auto: a GPU if there is one")
     attention: Literal["auto", "flash", "cudnn"] = field("auto", "kernels a GPU tries first; auto: "
                                                          "cudnn on Hopper, else flash")
+
+    def __post_init__(self) -> None:
+        # No settings: where the values come from, for a person and for another stage.
+        self.origin, self.path = "the defaults", ROOT / "configs/tiny.yaml"
+
+
+def nearest(name: str, names: Any) -> str:
+    """ "; did you mean …?" with the closest of the names, or nothing."""
+    close = difflib.get_close_matches(name, list(names), 1, 0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
@@ -117,12 +123,13 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
     return {**{k: v for k, v in data.items() if k in shared}, **own}
 
 
-def print_help(cls: type, stage: str, doc: str) -> None:
-    """Print a stage's docstring and each field with default and meaning."""
-    print(f"{doc.strip()}\n\nusage: python {stage}.py [CONFIG] [--field value | field=value]\n")
-    blank = cls()
-    for f in dataclasses.fields(cls):
-        value = getattr(blank, f.name)
+def print_help(cfg: Any, stage: str, doc: str) -> None:
+    """Print a stage's docstring and each field with its value and meaning."""
+    script = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
+    print(f"{doc.strip()}\n\nusage: python {script} [CONFIG] [--field value | field=value]\n"
+          f"in brackets: the values of {cfg.origin}\n")
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
         choices = " | ".join(typing.get_args(f.type)) if "Literal" in str(f.type) else ""
         print(f"  --{f.name:<18} {choices}{': ' if choices else ''}{f.metadata['help']} "
               f"[{'none' if value is None else value}]")
@@ -143,14 +150,15 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     """
     args = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
-    path = Path(args.pop(0)) if names_config(args) else ROOT / "configs/tiny.yaml"
-    values = {} if args[:1] in (["--help"], ["-h"]) else read_yaml(path, stage, fields)
-    where = dict.fromkeys(values, str(path))
+    wants_help = "--help" in args or "-h" in args
+    named = names_config(args)
+    path = Path(args.pop(0)) if named else ROOT / "configs/tiny.yaml"
+    values = read_yaml(path, stage, fields) if named or not wants_help else {}
+    where, given = dict.fromkeys(values, str(path)), {}
     while args:
         arg = args.pop(0)
         if arg in ("--help", "-h"):
-            print_help(cls, stage, doc)
-            raise SystemExit(0)
+            continue
         name, equals, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not (arg.startswith("--") or equals) or name not in fields:
@@ -162,76 +170,48 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
             if not args:
                 raise ValueError(f"command line: {arg}: got nothing; wanted a value")
             value = args.pop(0)
-        values[name], where[name] = value, "command line"
-    cfg = cls(**{k: coerce(v, fields[k], k, where[k]) for k, v in values.items()})
-    latent_shape(cfg.frames, cfg.height, cfg.width)
-    key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
-    if sizes_of(cfg.preset).family != cfg.family:
-        raise ValueError(f"preset: '{cfg.preset}' is of family {sizes_of(cfg.preset).family}, got "
-                         f"family '{cfg.family}': change one of them")
+        given[name], where[name] = value, "command line"
+    cfg = cls(**{k: coerce(v, fields[k], k, where[k]) for k, v in {**values, **given}.items()})
+    cfg.path = path
+    start = str(path) if values else cfg.origin
+    cfg.origin = "  ".join([start, *(f"{name}={getattr(cfg, name)}" for name in given)])
+    if wants_help:
+        print_help(cfg, stage, doc)
+        raise SystemExit(0)
     own = Path(cfg.run) / "teacher/weights"  # where stage 0 of the same config writes
     if stage != "teacher" and Path(cfg.weights) == own and not own.exists():
         if not getattr(cfg, "random_weights", False):
-            raise FileNotFoundError(f"{own}: there is no teacher yet; train it by `python "
-                                    f"teacher.py {path}`")
+            raise FileNotFoundError(f"{own}: there is no teacher yet; train it by `python -m "
+                                    f"small_world.teacher {path}`")
     return cfg
 
 
-def announce(cfg: Any, stage: str, ranks: Ranks | None = None) -> Path:
-    """Print the resolved config and save it as <run>/<stage>/config.yaml; returns that folder."""
+def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
+    """On the first rank, print where the settings come from and save them all as
+    <run>/<stage>/config.yaml; returns that folder."""
     folder = Path(cfg.run) / stage
-    if ranks is None or ranks.rank == 0:
-        values = dataclasses.asdict(cfg)
-        print(f"{stage}: " + "  ".join(f"{k}={v}" for k, v in values.items()), flush=True)
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if rank == 0:
+        print(f"{stage}: {cfg.origin}; all settings: {folder / 'config.yaml'}", flush=True)
+        text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True)
         write_text(folder / "config.yaml", text)
     return folder
 
 
-def leave(status: int) -> None:
-    """End this process now, without Python's farewell.
-
-    A gloo thread may still let go of the last collective's tensors; it needs the interpreter for
-    that, and one that is being torn down aborts the process after all work is done.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def cli(main: Callable[[], None]) -> None:
-    """Run a stage's main; what a user can cause ends in one line on stderr and exit status 1.
-
-    With a process group, which a stage has from early on, it always ends by leave(). A rank that
-    fails does so at once, without the farewell that the others cannot answer, so that torchrun sees
-    it and stops them.
-    """
-    status = 1
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that `announce` saved; empty if they cannot be read."""
     try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            leave(0)
-        return
-    except (ValueError, FileNotFoundError) as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-    except SystemExit as e:
-        if not dist.is_initialized():
-            raise
-        status = e.code if isinstance(e.code, int) else 1
-    except BaseException:
-        if not dist.is_initialized():
-            raise
-        traceback.print_exc()
-        if dist.get_world_size() > 1:
-            time.sleep(1)  # if it only lost another rank, torchrun sees that one die first
-    if dist.is_initialized():
-        leave(status)
-    raise SystemExit(status)
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
-def rate(seconds: float) -> str:
-    """Seconds as a short human duration: 45 s, 12 min, 3.4 h."""
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+# Where things lie may differ from rank to rank; what they hold may not.
+LOCAL = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
+         "out", "base", "device"}
+
+
+def settings_to_compare(cfg: Any, **contents: Any) -> dict[str, Any]:
+    """What all ranks must agree on: every setting but where files lie, and what those hold."""
+    values = dataclasses.asdict(cfg)
+    return {name: values[name] for name in values if name not in LOCAL} | contents

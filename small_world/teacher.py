@@ -3,7 +3,7 @@
 Trained in this order, each by `fit`: a sentencepiece model and a tiny umT5 (to tell the attributes
 of a caption), a tiny Wan VAE, a tiny Wan DiT on the VAE's latents.
 
-    python teacher.py [CONFIG] [--out DIR] [--field value]      rerun the same command to resume
+    python -m small_world.teacher [CONFIG] [--out DIR] [--field value]     the same command resumes
 
 With `base`, VAE and text encoder are those of another folder and the DiT starts as its own. The
 small image-to-video teacher (configs/tiny-i2v.yaml) starts so, as Wan's did; a tiny image encoder
@@ -37,16 +37,23 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import encoders
-import model
-from clips import (
-    ATTRIBUTES, COMBINATIONS, WORDINGS, agreement, caption, caption_attributes, high_frequency,
-    make_captions, make_clips, psnr)
-from config import Shared, announce, cli, field, load_config
-from fit import fit, folder, log_lines, note
-from model import generator
-from monitor import draw_panels
-from video import Prompt, read_prompts, write_image
+from common.config import Shared, announce, field, load_config
+from common.files import own_folder, replace_file, write_json, write_text
+from common.ranks import (
+    check_compiler, cli, draw_noise, generator, pick_device, prefer_attention, seed_of)
+from common.video import Prompt, draw_panels, heldout_prompts, read_prompts, write_image
+from common.weights import dit_tensors, fingerprint, save_tensors
+from frozen.image import CLIPVision
+from frozen.load import Conditioner, load_conditioner, load_vae
+from frozen.text import Tokenizer, UMT5Encoder
+from frozen.vae import WanVAE
+from model import (
+    build_dit, check_model, collate, latent_shape, load_dit, sample_euler, shift_time, sizes_of,
+    time_grid)
+from small_world.clips import (
+    ATTRIBUTES, COMBINATIONS, WORDINGS, agreement, caption, caption_attributes, gate,
+    high_frequency, make_captions, make_clips, psnr)
+from small_world.fit import fit, folder, log_lines, note
 
 # ------------------------------------------------------------------------------------ Config
 
@@ -85,8 +92,8 @@ class Config(Shared):
 
 # ------------------------------------------------------------------------------------ Parts
 
-PART = 500  # clips of one file of encoded clips
-KEPT = ("Wan2.1_VAE.safetensors", "models_t5_umt5-tiny.safetensors",
+PER_FILE = 500  # clips of one file of encoded clips
+BASE_FILES = ("Wan2.1_VAE.safetensors", "models_t5_umt5-tiny.safetensors",
         "google/umt5-xxl/spiece.model")  # of `base`
 
 
@@ -143,7 +150,7 @@ def train_vae(cfg: Config, out: Path) -> None:
     """
     sizes = {"dim": cfg.vae_dim, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1,
              "temporal_down": [False, True, True]}
-    device, vae = model.pick_device(cfg.device), encoders.WanVAE(**sizes)
+    device, vae = pick_device(cfg.device), WanVAE(**sizes)
     initialise_vae(vae, generator(cfg.seed, "vae"))
     vae.to(device)
     moments, reconstruct = vae.moments, vae.reconstruct
@@ -166,7 +173,7 @@ def train_vae(cfg: Config, out: Path) -> None:
         return (error.square().mean() + 0.2 * error.abs().mean()
                 + 1e-5 * mean.square().mean() + 1e-6 * divergence)
 
-    def look(average: nn.Module) -> dict:
+    def evaluate(average: nn.Module) -> dict:
         clips = make_clips(cfg.seed, 0, min(48, cfg.gate_clips), cfg.height, cfg.frames, True)[0]
         with torch.no_grad():
             again = [average.reconstruct(average.moments(some.to(device))[0]).clamp(-1, 1).cpu()
@@ -174,13 +181,13 @@ def train_vae(cfg: Config, out: Path) -> None:
         return {"psnr": float(psnr(torch.cat(again), clips).mean())}
 
     vae = fit(cfg, "vae", vae, cfg.vae_iters, (cfg.vae_muon_lr, cfg.vae_adam_lr),
-              cfg.vae_decay_from, loss_of, look)
+              cfg.vae_decay_from, loss_of, evaluate)
     with torch.no_grad():  # the DiT sees channels of mean 0 and deviation 1
         clips = make_clips(cfg.seed, 0, min(480, cfg.dit_pool), cfg.height, cfg.frames)[0]
         means = torch.cat([vae.moments(some.to(device))[0] for some in clips.split(8)])
     sizes["latents_mean"] = means.mean((0, 2, 3, 4)).tolist()
     sizes["latents_std"] = means.std((0, 2, 3, 4)).tolist()
-    model.save_tensors(out / "Wan2.1_VAE.safetensors", half(vae), {"config": json.dumps(sizes)})
+    save_tensors(out / "Wan2.1_VAE.safetensors", half(vae), {"config": json.dumps(sizes)})
 
 
 # -------------------------------------------------------------------------------------- text
@@ -202,16 +209,16 @@ def train_text(cfg: Config, out: Path) -> None:
         hard_vocab_limit=False, normalization_rule_name="identity", num_threads=1, minloglevel=2,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3)
     spiece = out / "google/umt5-xxl/spiece.model"
-    model.replace_file(spiece, lambda path: path.write_bytes(pieces.getvalue()))
-    tokenizer = encoders.Tokenizer(spiece)
+    replace_file(spiece, lambda path: path.write_bytes(pieces.getvalue()))
+    tokenizer = Tokenizer(spiece)
     sizes = {"vocab_size": tokenizer.size, "dim": 64, "dim_attn": 64, "num_heads": 4,
              "dim_ffn": 128, "num_layers": 2}
     counts = [len(values) for values in ATTRIBUTES.values()]
     with torch.random.fork_rng():
-        torch.manual_seed(model.seed_of(cfg.seed, "text"))
-        both = nn.ModuleDict({"text": encoders.UMT5Encoder(**sizes),
+        torch.manual_seed(seed_of(cfg.seed, "text"))
+        both = nn.ModuleDict({"text": UMT5Encoder(**sizes),
                               "heads": nn.Linear(sizes["dim"], sum(counts))})
-    device = model.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     both.to(device)
 
     def loss_of(i: int) -> Tensor:
@@ -224,7 +231,7 @@ def train_text(cfg: Config, out: Path) -> None:
                    for j, part in enumerate(logits.split(counts, 1)))
 
     encoder = fit(cfg, "text", both, cfg.text_iters, (0.0, 2e-3), 0.4, loss_of)["text"]
-    model.save_tensors(out / "models_t5_umt5-tiny.safetensors", half(encoder),
+    save_tensors(out / "models_t5_umt5-tiny.safetensors", half(encoder),
                        {"config": json.dumps(sizes)})
 
 
@@ -238,27 +245,27 @@ def half(module: nn.Module) -> dict[str, Tensor]:
 
 def train_image(cfg: Config, out: Path) -> None:
     """A small image tower of CLIP's kind that tells a first frame's colour and shape, to `out`."""
-    want = model.sizes_of(cfg.preset)
+    want = sizes_of(cfg.preset)
     sizes = {"dim": want.image_dim, "dim_ffn": 2 * want.image_dim, "num_layers": 2, "num_heads": 2,
              "size": 48, "patch": 48 // math.isqrt(want.image_len - 1)}
     names = ("colour", "shape")
     counts = [len(ATTRIBUTES[name]) for name in names]
-    device = model.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     with torch.random.fork_rng():
-        torch.manual_seed(model.seed_of(cfg.seed, "image"))
-        both = nn.ModuleDict({"tower": encoders.CLIPVision(**sizes),
+        torch.manual_seed(seed_of(cfg.seed, "image"))
+        both = nn.ModuleDict({"tower": CLIPVision(**sizes),
                               "heads": nn.Linear(want.image_dim, sum(counts))}).to(device)
 
     def loss_of(i: int) -> Tensor:
-        clips, _, told = make_clips(cfg.seed, i * 32, 32, cfg.height, cfg.frames)
+        clips, _, shown = make_clips(cfg.seed, i * 32, 32, cfg.height, cfg.frames)
         tower = both["tower"]
         logits = both["heads"](tower(tower.pixels(clips[:, :, 0].to(device))).mean(1))
-        return sum(F.cross_entropy(part, told[name].to(device))
+        return sum(F.cross_entropy(part, shown[name].to(device))
                    for name, part in zip(names, logits.split(counts, 1), strict=True))
 
     tower = fit(cfg, "image", both, cfg.image_iters, (0.0, 2e-3), 0.4, loss_of)["tower"]
     sizes["num_layers"] += 1  # the released tower has one more, which is not read
-    model.save_tensors(out / "models_clip_tiny.safetensors",
+    save_tensors(out / "models_clip_tiny.safetensors",
                        {f"visual.{name}": value for name, value in half(tower).items()},
                        {"config": json.dumps(sizes)})
 
@@ -266,14 +273,14 @@ def train_image(cfg: Config, out: Path) -> None:
 # --------------------------------------------------------------------------------------- DiT
 
 
-def encode_part(cfg: Config, conditioner: encoders.Conditioner, vae: nn.Module,
+def encode_part(cfg: Config, conditioner: Conditioner, vae: nn.Module,
                 start: int) -> dict[str, Tensor]:
-    """"latents" [at most PART, 16, T, H/8, W/8] of clips from `start` on, fp16, kept on disk.
+    """"latents" [at most PER_FILE, 16, T, H/8, W/8] of clips from `start` on, fp16, kept on disk.
 
     For image-to-video also what image_cond makes of their first frames.
     """
     path = folder(cfg) / "pool" / f"{start:06d}.safetensors"
-    count = min(PART, cfg.dit_pool - start)
+    count = min(PER_FILE, cfg.dit_pool - start)
     mark = {"vae": weights_sum(vae), "clip": weights_sum(conditioner.clip),
             "clips": f"{count} of seed {cfg.seed}, {cfg.frames} frames, {cfg.height} pixels"}
     if path.exists():
@@ -283,13 +290,13 @@ def encode_part(cfg: Config, conditioner: encoders.Conditioner, vae: nn.Module,
     begun = time.perf_counter()
     clips = make_clips(cfg.seed, start, count, cfg.height, cfg.frames)[0]
     with torch.no_grad():
-        device = model.pick_device(cfg.device)
+        device = pick_device(cfg.device)
         latents = torch.cat([vae.encode(some.to(device)) for some in clips.split(4)])
         part = {"latents": latents}
         if conditioner.clip is not None:
-            part |= conditioner.of_images(clips[:, :, 0], cfg.height, cfg.width)
+            part |= conditioner.encode_images(clips[:, :, 0], cfg.height, cfg.width)
     part = {name: value.half().cpu() for name, value in part.items()}
-    model.save_tensors(path, part, mark)
+    save_tensors(path, part, mark)
     note(cfg, stage="encode", iteration=start + count, seconds=time.perf_counter() - begun)
     return part
 
@@ -301,21 +308,21 @@ def weights_sum(module: nn.Module | None) -> str:
 
 def start_dit(cfg: Config) -> nn.Module:
     """The DiT to train: fresh, or `base`'s with what it lacks fresh and its new inputs unread."""
-    dit = model.build_dit(cfg.preset)
+    dit = build_dit(cfg.preset)
     dit.init_weights(generator(cfg.seed, "dit"))
     if cfg.base is not None:
-        known = model.dit_tensors(cfg.base)
+        known = dit_tensors(cfg.base)
         for name, p in dit.state_dict().items():
             if name in known:
                 value = known[name].read(slice(None)).float()
                 p.zero_()[tuple(map(slice, value.shape))] = value
-    return dit.to(model.pick_device(cfg.device))
+    return dit.to(pick_device(cfg.device))
 
 
-def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: encoders.Conditioner) -> None:
+def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: Conditioner) -> None:
     """The tiny DiT by flow matching (Eq. 3) on encoded clips, written to `out`."""
-    device, dit = model.pick_device(cfg.device), start_dit(cfg)
-    starts = tqdm(range(0, cfg.dit_pool, PART), "encode", disable=None)
+    device, dit = pick_device(cfg.device), start_dit(cfg)
+    starts = tqdm(range(0, cfg.dit_pool, PER_FILE), "encode", disable=None)
     parts = [encode_part(cfg, conditioner, vae, start) for start in starts]
     pool = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     latents = pool.pop("latents")
@@ -334,39 +341,39 @@ def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: encoders.Cond
         x1 = torch.randn(x0.shape, generator=g).to(device)
         cond = {name: value[pick].float().to(device) for name, value in pool.items()}
         cond["text"] = states[torch.where(empty, len(known), row[pick]).to(device)]
-        t = model.shift_time(u, cfg.dit_shift).to(device)
+        t = shift_time(u, cfg.dit_shift).to(device)
         x = x0 + t.view(-1, 1, 1, 1, 1) * (x1 - x0)
         v = network(x, t, cond)
         return F.mse_loss(v, x1 - x0)  # Eq. 3
 
-    def look(average: nn.Module) -> dict:
+    def evaluate(average: nn.Module) -> dict:
         count = min(len(COMBINATIONS), cfg.gate_clips)
         wanted = held_out(cfg, out)[:count]
-        times = model.time_grid(cfg.family, 25, cfg.shift).tolist()
+        times = time_grid(cfg.family, 25, cfg.shift).tolist()
         videos = sample(cfg, average, vae, conditioner, wanted, times)
         return agreement(videos, [prompt.text for prompt in wanted])
 
-    made_from = {"base": model.fingerprint(cfg.base) if cfg.base else "", "vae": weights_sum(vae),
+    made_from = {"base": fingerprint(cfg.base) if cfg.base else "", "vae": weights_sum(vae),
                  "clip": weights_sum(conditioner.clip)}
     dit = fit(cfg, "dit", dit, cfg.dit_iters, (cfg.dit_muon_lr, cfg.dit_adam_lr),
-              cfg.dit_decay_from, loss_of, look, made_from)
+              cfg.dit_decay_from, loss_of, evaluate, made_from)
     sizes = {name: value for name, value in asdict(dit.cfg).items()
              if name not in ("patch_size", "image_dim", "image_len")}
-    model.write_json(out / "config.json", {"_class_name": "WanModel", **sizes})
-    model.save_tensors(out / "diffusion_pytorch_model.safetensors", half(dit), {})
+    write_json(out / "config.json", {"_class_name": "WanModel", **sizes})
+    save_tensors(out / "diffusion_pytorch_model.safetensors", half(dit), {})
 
 
-def sample(cfg: Config, dit: nn.Module, vae: nn.Module, conditioner: encoders.Conditioner,
+def sample(cfg: Config, dit: nn.Module, vae: nn.Module, conditioner: Conditioner,
            prompts: list[Prompt], times: list[float]) -> Tensor:
     """Videos [N, 3, T, H, W] of prompts, each from its own noise, denoised along `times`."""
-    shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
+    shape = latent_shape(cfg.frames, cfg.height, cfg.width)
     videos = []
     for start in range(0, len(prompts), 72):
         some = prompts[start:start + 72]
-        cond = model.collate(conditioner.encode_each(some, cfg.height, cfg.width))
-        x = torch.stack([torch.randn(shape, generator=generator(cfg.seed, "gate", start + i))
-                         for i in range(len(some))]).to(cond["text"].device)
-        *_, x = model.walk(dit, x, times, cond)
+        cond = collate(conditioner.encode_each(some, cfg.height, cfg.width))
+        x = draw_noise(shape, [(cfg.seed, "gate", start + i) for i in range(len(some))])
+        x = x.to(cond["text"].device)
+        *_, x = sample_euler(dit, x, times, cond)
         with torch.no_grad():
             videos += [vae.decode(part).cpu() for part in x.split(8)]
     return torch.cat(videos)
@@ -377,33 +384,33 @@ def sample(cfg: Config, dit: nn.Module, vae: nn.Module, conditioner: encoders.Co
 
 def write_prompts(cfg: Config, out: Path) -> None:
     """prompts.txt and prompts_heldout.txt; for image-to-video .jsonl, an image each in images/."""
-    if not model.sizes_of(cfg.preset).takes_image:
+    if not sizes_of(cfg.preset).takes_image:
         seen = dict.fromkeys(make_captions(cfg.seed, 0, cfg.dit_pool))
         unseen = make_captions(cfg.seed, 0, len(COMBINATIONS), held_out=True)
         for name, captions in (("prompts", seen), ("prompts_heldout", unseen)):
-            model.write_text(out / f"{name}.txt", "\n".join(captions) + "\n")
+            write_text(out / f"{name}.txt", "\n".join(captions) + "\n")
         return
     for name, count in (("prompts", cfg.first_frames), ("prompts_heldout", cfg.gate_clips)):
         lines = []
-        for start in range(0, count, PART):
-            clips, captions, _ = make_clips(cfg.seed, start, min(PART, count - start), cfg.height,
-                                            cfg.frames, held_out=name == "prompts_heldout")
+        for start in range(0, count, PER_FILE):
+            clips, captions, _ = make_clips(cfg.seed, start, min(PER_FILE, count - start),
+                                            cfg.height, cfg.frames, name == "prompts_heldout")
             for i, (clip, text) in enumerate(zip(clips, captions, strict=True), start):
                 lines.append(json.dumps({"prompt": text, "image": f"images/{name}_{i:04d}.png"}))
                 write_image(out / f"images/{name}_{i:04d}.png", clip[:, 0])
-        model.write_text(out / f"{name}.jsonl", "\n".join(lines) + "\n")
+        write_text(out / f"{name}.jsonl", "\n".join(lines) + "\n")
 
 
 def held_out(cfg: Config, out: Path) -> list[Prompt]:
     """The prompts of the held-out clips 0 … gate_clips - 1."""
-    if model.sizes_of(cfg.preset).takes_image:
-        return read_prompts(out / "prompts_heldout.jsonl", images=True)
+    if sizes_of(cfg.preset).takes_image:
+        return read_prompts(heldout_prompts(out, images=True), images=True)
     return [Prompt(text) for text in make_captions(cfg.seed, 0, cfg.gate_clips, held_out=True)]
 
 
-def conditioner_of(cfg: Config, out: Path) -> encoders.Conditioner:
+def conditioner_of(cfg: Config, out: Path) -> Conditioner:
     """The conditioner with the encoders in `out`."""
-    return encoders.load_conditioner(replace(cfg, weights=str(out)), model.pick_device(cfg.device),
+    return load_conditioner(replace(cfg, weights=str(out)), pick_device(cfg.device),
                                      torch.float32, crop=True)
 
 
@@ -413,30 +420,30 @@ def conditioner_of(cfg: Config, out: Path) -> encoders.Conditioner:
 def gates(cfg: Config, out: Path) -> dict[str, dict]:
     """What the weights stored in `out` can do, on held-out captions, clips and noise.
 
-    Each gate: figure, bound and whether it is kept. Oracle readings are parts of all clips.
+    Oracle readings are parts of all clips.
     """
-    device = model.pick_device(cfg.device)
-    vae, dit = encoders.load_vae(out, device), model.load_dit(out, cfg.preset, device=device).eval()
+    device = pick_device(cfg.device)
+    vae, dit = load_vae(out, device), load_dit(out, cfg.preset, device=device).eval()
     conditioner, prompts = conditioner_of(cfg, out), held_out(cfg, out)
     clips, captions, _ = make_clips(cfg.seed, 0, cfg.gate_clips, cfg.height, cfg.frames, True)
     with torch.no_grad():
         again = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in clips.split(8)])
-    times = model.time_grid(cfg.family, cfg.n, cfg.shift)
+    times = time_grid(cfg.family, cfg.n, cfg.shift)
     many = sample(cfg, dit, vae, conditioner, prompts, times.tolist())
     few = sample(cfg, dit, vae, conditioner, prompts, times[cfg.key].tolist())
-    figures = {"vae_psnr": (float(psnr(again, clips).mean()), 30.0),
-               "vae_oracle": (agreement(again, captions)["all"], 0.95),
-               "teacher_oracle": (agreement(many, captions)["all"], 0.90)}
+    readings = {"vae": agreement(again, captions), "teacher, all steps": agreement(many, captions),
+                "teacher, few steps": agreement(few, captions)}
+    found = {"vae_psnr": gate("VAE on held-out clips, dB", float(psnr(again, clips).mean()), 30),
+             "vae_oracle": gate("oracle right on the VAE's clips", readings["vae"]["all"], 0.95),
+             "teacher_oracle": gate("oracle right on the teacher's videos",
+                                    readings["teacher, all steps"]["all"], 0.9)}
     if dit.cfg.takes_image:
-        figures["first_frame_psnr"] = float(psnr(many[:, :, :1], clips[:, :, :1]).mean()), 30.0
+        found["first_frame_psnr"] = gate("first frame against its image, dB", float(
+            psnr(many[:, :, :1], clips[:, :, :1]).mean()), 30)
     else:
-        figures["few_step_high_frequency"] = high_frequency(few) / high_frequency(many), 0.85
-    passed = {name: {"figure": figure, "bound": bound,
-                     "kept": figure <= bound if name.startswith("few") else figure >= bound}
-              for name, (figure, bound) in figures.items()}
-    return passed | {"readings": {"vae": agreement(again, captions),
-                                  "teacher, all steps": agreement(many, captions),
-                                  "teacher, few steps": agreement(few, captions)}}
+        found["few_step_high_frequency"] = gate(
+            "high frequencies of few steps", high_frequency(few) / high_frequency(many), most=0.85)
+    return found | {"readings": readings}
 
 
 def draw_curves(cfg: Config, path: Path) -> None:
@@ -463,11 +470,23 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+def copy_base(cfg: Config, out: Path) -> None:
+    """Copy VAE and text encoder of `base`. Raises FileNotFoundError if it has none."""
+    absent = [name for name in BASE_FILES if not (Path(cfg.base) / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"base: {cfg.base} has no {absent[0]}; wanted a folder that "
+                                "stage 0 made, as assets/tiny")
+    for name in BASE_FILES:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out / name, lambda aside, name=name: shutil.copyfile(
+            Path(cfg.base) / name, aside))
+
+
 def check(cfg: Config) -> None:
     """Raise ValueError for settings that this stage cannot serve."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; the small teacher is trained "
-                         "by one: start it by `python teacher.py`, without torchrun")
+                         "by one: start it by `python -m small_world.teacher`, without torchrun")
     if cfg.family != "wan" or cfg.preset not in ("tiny", "tiny-i2v"):
         raise ValueError(f"family, preset: got {cfg.family}, {cfg.preset}; wanted wan and tiny or "
                          "tiny-i2v: use configs/tiny.yaml or configs/tiny-i2v.yaml")
@@ -476,45 +495,44 @@ def check(cfg: Config) -> None:
     if not 8 <= cfg.vae_crop <= cfg.height or cfg.vae_crop % 8:
         raise ValueError(f"vae_crop: got {cfg.vae_crop}; wanted a multiple of 8 up to {cfg.height}")
     if cfg.compile:
-        model.check_compiler(model.pick_device(cfg.device))
+        check_compiler(pick_device(cfg.device))
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Check the settings and train in the run's folder, which no other process may do then."""
     cfg = load_config(Config, "teacher", argv, __doc__)
+    check_model(cfg)
     check(cfg)
-    out = Path(cfg.out or folder(cfg) / "weights")
     torch.set_num_threads(cfg.threads)
-    model.prefer_attention(cfg.attention, model.pick_device(cfg.device))
+    prefer_attention(cfg.attention, pick_device(cfg.device))
+    with own_folder(folder(cfg)):
+        train(cfg, sys.argv[1:] if argv is None else argv)
+
+
+def train(cfg: Config, given: list[str]) -> None:
+    """Train what is not yet trained, in order, and measure it; given, the command's arguments."""
+    out, device = Path(cfg.out or folder(cfg) / "weights"), pick_device(cfg.device)
     announce(cfg, "teacher")
     write_prompts(cfg, out)
     if cfg.base is None:
         train_text(cfg, out)
         train_vae(cfg, out)
     else:
-        absent = [name for name in KEPT if not (Path(cfg.base) / name).is_file()]
-        if absent:
-            raise FileNotFoundError(f"base: {cfg.base} has no {absent[0]}; wanted a folder that "
-                                    "teacher.py made, as assets/tiny")
-        for name in KEPT:
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            model.replace_file(out / name, lambda aside, name=name: shutil.copyfile(
-                Path(cfg.base) / name, aside))
-    if model.sizes_of(cfg.preset).takes_image:
+        copy_base(cfg, out)
+    if sizes_of(cfg.preset).takes_image:
         train_image(cfg, out)
-    train_dit(cfg, out, encoders.load_vae(out, model.pick_device(cfg.device)),
-              conditioner_of(cfg, out))
-    kept, seconds = gates(cfg, out), {"encode": 0.0}
+    train_dit(cfg, out, load_vae(out, device), conditioner_of(cfg, out))
+    found, seconds = gates(cfg, out), {"encode": 0.0}
     for line in log_lines(cfg):
         done = seconds["encode"] if line["stage"] == "encode" else 0.0
         seconds[line["stage"]] = round(done + line["seconds"], 1)
-    given = sys.argv[1:] if argv is None else argv
-    model.write_json(out / "training.json", {
-        "command": " ".join(["python teacher.py", *given]), "config": asdict(cfg),
+    write_json(out / "training.json", {
+        "command": " ".join(["python -m small_world.teacher", *given]), "config": asdict(cfg),
         "seconds": seconds, "hardware": f"{cfg.threads} of {os.cpu_count()} cores, {processor()}",
-        "torch": torch.__version__, "gates": kept})
+        "torch": torch.__version__, "gates": found})
     draw_curves(cfg, out / "curves.png")
-    for name, gate in kept.items():
-        print(f"{name}: {gate}")
+    for name, figures in found.items():
+        print(f"{name}: {figures}")
     print(f"weights, training.json and curves.png are in {out}")
 
 

@@ -3,6 +3,9 @@
 Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image [3, H, W].
 """
 
+import base64
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -13,13 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from model import replace_file
+from common.files import replace_file, short_reason
 
 # ---------------------------------------------------------------------------------------------
 # Video files, and pictures of videos
@@ -39,27 +44,34 @@ def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
     if not frames:
         if not torch.isfinite(video).all():
             raise ValueError("the video holds NaN or infinite values: the network or its weights "
-                             "overflowed; try dtype float32")
+                             "overflowed: check the weights' file")
         video = ((video.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
         video = video.permute(1, 2, 3, 0)
     return np.ascontiguousarray(video.cpu().numpy())
 
 
-def ffmpeg(arguments: list[str], data: bytes = b"") -> bytes:
-    """Standard output of imageio's ffmpeg, fed `data`. Raises OSError with its first complaint."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-y", *arguments]
-    done = subprocess.run(command, input=data, capture_output=True, check=False)
+def count_frames(path: Path) -> int:
+    """Frames of a video file, all of which must decode. Raises OSError with the first complaint.
+
+    imageio looks at no exit status of ffmpeg's: to it a cut file is a shorter video.
+    """
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-err_detect", "explode",
+               "-protocol_whitelist", "file,pipe", "-i", f"file:{path}", "-map", "0:v:0",
+               "-fps_mode", "passthrough", "-f", "framecrc", "-"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode:
         complaint = re.sub(r"\[[^]]*\] *", "", done.stderr.decode(errors="replace")).strip()
         raise OSError((complaint or "no reason given").splitlines()[0])
-    return done.stdout
+    return sum(not line.startswith(b"#") for line in done.stdout.splitlines())
 
 
-def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float) -> None:
+def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
+                seconds: float = 0) -> None:
     """Writes a video as .mp4 (H.264) or .gif, looping; the same frames give the same bytes.
 
-    video: float [3, T, H, W] in [-1, 1] or uint8 [T, H, W, 3]. An odd height or width of an .mp4
-    grows by one repeated row or column, since 4:2:0 colour needs even sizes.
+    video: float [3, T, H, W] in [-1, 1] or uint8 [T, H, W, 3]. seconds: the frames come again and
+    again until it lasts about so long, since players stop at the end of an .mp4. An odd height or
+    width of an .mp4 grows by one repeated row or column, since 4:2:0 colour needs even sizes.
     Raises ValueError on a bad video, fps or suffix, or if the file cannot be written.
     """
     path, frames = Path(path), to_uint8(video)
@@ -67,22 +79,44 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float) -> Non
         raise ValueError(f"{path}: got suffix {path.suffix!r}; videos are written as .mp4 or .gif")
     if not fps > 0:
         raise ValueError(f"{path}: got fps={fps}; want a positive number")
+    frames = np.concatenate([frames] * max(1, round(seconds * fps / len(frames))))
+    flags = ["-fflags", "+bitexact", "-flags:v", "+bitexact"]
     if path.suffix == ".mp4":
         odd = [(0, n % 2) for n in frames.shape[1:3]]
         frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
         # One thread and bitexact: bytes that do not depend on the machine's cores.
         # The BT.709 conversion is done and said, so that every player shows the same colours.
-        encode = ["-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd",
+        flags += ["-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd",
                   "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709",
-                  "-c:v", "libx264", "-crf", "14", "-pix_fmt", "yuv420p", "-threads", "1",
-                  "-movflags", "+faststart"]
+                  "-crf", "14", "-threads", "1", "-movflags", "+faststart"]
     else:
-        encode = ["-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none", "-loop", "0"]
-    T, H, W, _ = frames.shape
-    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{W}x{H}", "-r", str(fps), "-i", "-"]
-    flags = ["-fflags", "+bitexact", "-flags:v", "+bitexact"]
-    replace_file(path, lambda aside: ffmpeg([*source, *encode, *flags, f"file:{aside}"],
-                                            frames.tobytes()))
+        flags += ["-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none", "-loop", "0"]
+
+    def write(aside: Path) -> None:
+        aside.touch()  # tells a folder that cannot be written by its own error
+        if path.suffix == ".mp4":
+            imageio.mimwrite(aside.resolve(), frames, format="FFMPEG", fps=fps, codec="libx264",
+                             quality=None, macro_block_size=1, ffmpeg_log_level="quiet",
+                             output_params=flags)
+        else:  # imageio keeps GIFs from its ffmpeg plugin, which alone has the palette's filters
+            writer = imageio_ffmpeg.write_frames(
+                aside.resolve(), frames.shape[2:0:-1], fps=fps, quality=None, codec="gif",
+                pix_fmt_out="pal8", macro_block_size=1, ffmpeg_log_level="quiet",
+                output_params=flags)
+            writer.send(None)
+            for frame in frames:
+                writer.send(frame)
+            writer.close()
+        if (count := count_frames(aside)) != len(frames):
+            raise OSError(f"{count} of {len(frames)} frames are in it")
+
+    replace_file(path, write)
+
+
+def data_uri(path: Path) -> str:
+    """A .png or .mp4 as an address that holds the whole file."""
+    kind = {".png": "image/png", ".mp4": "video/mp4"}[path.suffix]
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def read_video(path: str | Path) -> Tensor:
@@ -94,19 +128,16 @@ def read_video(path: str | Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"no video file {path}")
     try:
-        data = ffmpeg(["-protocol_whitelist", "file,pipe", "-err_detect", "explode",
-                       "-i", f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough",
-                       "-f", "image2pipe", "-c:v", "ppm", "-"])
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a video ({error}): make it anew, or convert it "
-                         f"to H.264 .mp4") from error
-    if not data:
-        raise ValueError(f"{path} holds no video frames: make it anew")
-    header = data[:data.index(b"\n255\n") + 5]  # "P6\nW H\n255\n" before each frame
-    W, H = map(int, header.split()[1:3])
-    frames = np.frombuffer(data, np.uint8).reshape(-1, len(header) + H * W * 3)
-    frames = torch.from_numpy(frames[:, len(header):].reshape(-1, H, W, 3).copy())
-    return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
+        count = count_frames(path)
+        reader = imageio_ffmpeg.read_frames(path.resolve(), output_params=[
+            "-map", "0:v:0", "-fps_mode", "passthrough"])
+        size = next(reader)["size"]
+        frames = np.stack([np.frombuffer(frame, np.uint8).reshape(*size[::-1], 3)
+                           for frame in itertools.islice(reader, count)])
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a video ({short_reason(error)}): make it anew, "
+                         "or convert it to H.264 .mp4") from error
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int = 9,
@@ -139,8 +170,73 @@ def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int
     replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
 
 
-def side_by_side(videos: list[Tensor], labels: list[str], scale: int | None = None) -> np.ndarray:
-    """One video of several, uint8 [T, H, W, 3], each under its label, left to right.
+def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tuple[str, ...] = (),
+                colours: int = 10) -> None:
+    """Draw figures of a log as one PNG of panels, two in a row.
+
+    Args: panels, {title: [(figure, label or None, log lines, line style), …]}; x, the figure on the
+    horizontal axis; titles that start with one of `linear` have a linear vertical axis, others a
+    logarithmic one; colours, after how many curves of a panel the colours start again.
+    """
+    from matplotlib.figure import Figure  # half a second that only those who draw should pay
+
+    rows = (len(panels) + 1) // 2
+    fig = Figure(figsize=(12, 3.5 * rows), layout="constrained")
+    axes = fig.subplots(rows, 2, squeeze=False)
+    for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
+        for i, (name, label, lines, style) in enumerate(curves):
+            points = [(line[x], line[name]) for line in lines if name in line]
+            if points:
+                ax.plot(*zip(*points, strict=True), style, lw=1, color=f"C{i % colours}",
+                        label=label)
+        ax.set(title=title, xlabel=x, yscale="linear" if title.startswith(linear) else "log")
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=8)
+    replace_file(path, lambda aside: fig.savefig(aside, dpi=90, format="png"))
+
+
+def comparison_sheet(path: str | Path, headings: list[str],
+                     rows: list[tuple[str, list[tuple[Tensor, str]]]],
+                     title: str | None = None) -> None:
+    """Writes a PNG with a column a heading and a row a label: first, middle and last frame of each
+    video over its note.
+
+    rows: (label, [(video as write_video takes it, note), …, one for each heading]).
+    """
+    from matplotlib.figure import Figure  # half a second that only those who draw should pay
+
+    strips = [[still_strip(video) for video, _ in cells] for _, cells in rows]
+    tall = sum(line[0].shape[0] / line[0].shape[1] for line in strips)  # in widths of a strip
+    size = 1.5 + 3.6 * len(headings), 0.9 + 3.6 * tall + 0.3 * len(rows)  # inches
+    figure = Figure(size, dpi=130, layout="constrained")
+    grid = figure.subplots(len(rows), len(headings), squeeze=False)
+    for heading, axes in zip(headings, grid[0], strict=True):
+        axes.set_title(heading, fontsize=13, weight="bold", parse_math=False)
+    for (label, cells), line, pictures in zip(rows, grid, strips, strict=True):
+        wrapped = [textwrap.fill(part, 22, max_lines=5) for part in label.split("\n")]
+        line[0].set_ylabel("\n".join(wrapped), rotation=0, ha="right", va="center", fontsize=10,
+                           parse_math=False)
+        for axes, picture, (_, note) in zip(line, pictures, cells, strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set(xticks=[], yticks=[], frame_on=False)
+            axes.set_xlabel(note, fontsize=10, parse_math=False)
+    if title:
+        figure.suptitle(title, fontsize=12, parse_math=False)
+    replace_file(path, lambda aside: figure.savefig(aside, format="png",
+                                                    metadata={"Software": None}))
+
+
+def still_strip(video: Tensor | np.ndarray) -> np.ndarray:
+    """First, middle and last frame of a video next to each other, uint8 [H, W, 3]."""
+    frames = to_uint8(video)
+    gap = np.full((frames.shape[1], max(1, frames.shape[2] // 48), 3), 255, np.uint8)
+    first, *others = (frames[t] for t in dict.fromkeys((0, len(frames) // 2, len(frames) - 1)))
+    return np.concatenate([first, *(part for frame in others for part in (gap, frame))], axis=1)
+
+
+def side_by_side(videos: list[Tensor], labels: list[str] | None = None,
+                 scale: int | None = None) -> np.ndarray:
+    """One video of several, uint8 [T, H, W, 3], each under its label, if any, left to right.
 
     videos: of one shape, as write_video takes them. scale: integer enlargement, nearest
     neighbour; None: the least that makes frames 192 pixels high.
@@ -148,19 +244,44 @@ def side_by_side(videos: list[Tensor], labels: list[str], scale: int | None = No
     """
     frames = [to_uint8(video) for video in videos]
     shapes = [list(f.shape) for f in frames]
-    if not frames or len(labels) != len(frames) or any(s != shapes[0] for s in shapes):
-        raise ValueError(f"side_by_side: got {len(labels)} labels for videos of shapes {shapes}; "
+    count = len(frames) if labels is None else len(labels)
+    if not frames or count != len(frames) or any(s != shapes[0] for s in shapes):
+        raise ValueError(f"side_by_side: got {count} labels for videos of shapes {shapes}; "
                          f"want one label a video and one shape")
     scale = scale or max(1, -(-192 // shapes[0][1]))
     gap, bar = 4, 22                                                              # pixels
     cells = []
-    for video, text in zip(frames, labels, strict=True):
-        video = video.repeat(scale, axis=1).repeat(scale, axis=2)                 # T H W 3
-        strip = np.broadcast_to(label_strip(text, video.shape[2], bar), (len(video), bar,
-                                                                        video.shape[2], 3))
-        cell = np.concatenate([strip, video], axis=1)                             # T bar+H W 3
+    for video, text in zip(frames, labels or [None] * len(frames), strict=True):
+        cell = video.repeat(scale, axis=1).repeat(scale, axis=2)                  # T H W 3
+        if text is not None:
+            strip = np.broadcast_to(label_strip(text, cell.shape[2], bar), (len(cell), bar,
+                                                                           cell.shape[2], 3))
+            cell = np.concatenate([strip, cell], axis=1)                          # T bar+H W 3
         cells.append(np.pad(cell, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255))
     return np.concatenate(cells, axis=2)[:, :, :-gap]
+
+
+def thumbnail(video: Tensor, height: int = 256) -> Tensor:
+    """Video [3,T,H,W] made smaller by a whole factor, to at most about `height` pixels."""
+    factor = max(1, video.shape[-2] // height)
+    return F.avg_pool2d(video.transpose(0, 1), factor).transpose(0, 1)
+
+
+def video_wall(tiles: list[tuple[str, np.ndarray]], width: int = 1300) -> np.ndarray:
+    """One video of several, uint8 [T, H, W, 3], each under its caption, as many in a line as fit.
+
+    tiles: (caption, frames uint8 [T, h, w, 3] of one shape). width: of a line, in pixels.
+    """
+    cells = []
+    for caption, frames in tiles:
+        strip = np.broadcast_to(label_strip(caption, frames.shape[2], 24),
+                                (len(frames), 24, frames.shape[2], 3))
+        cell = np.concatenate([strip, frames], axis=1)
+        cells.append(np.pad(cell, ((0, 0), (0, 8), (0, 16), (0, 0)), constant_values=255))
+    columns = max(1, min(len(cells), width // cells[0].shape[2]))
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    lines = [np.concatenate(cells[a:a + columns], axis=2) for a in range(0, len(cells), columns)]
+    return np.concatenate(lines, axis=1)
 
 
 def label_strip(text: str, width: int, height: int) -> np.ndarray:
@@ -257,6 +378,18 @@ class Prompt(NamedTuple):
     """What a video is made from: a text and, for an image-to-video model, its first frame."""
     text: str
     image: Path | None = None
+
+
+def digest_texts(prompts: list[Prompt]) -> str:
+    """SHA-256 over the texts of prompts and the sizes of their images."""
+    lines = [[text, image.stat().st_size if image is not None and image.exists() else None]
+             for text, image in prompts]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
+def heldout_prompts(weights: str | Path, images: bool) -> Path:
+    """Where a weight folder of the small world keeps its held-out captions."""
+    return Path(weights) / f"prompts_heldout.{'jsonl' if images else 'txt'}"
 
 
 def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:

@@ -7,7 +7,6 @@ trained and on what is teacher.py's.
 import copy
 import json
 import math
-import pickle
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import model
+from common.files import append_log, read_log
+from common.weights import open_safetensors, safetensors_metadata, save_tensors
 
 # -------------------------------------------------------------------------------- Optimisers
 
@@ -80,56 +80,69 @@ COMMON = ("seed", "height", "width", "frames", "ema")
 
 
 def folder(cfg: Any) -> Path:
-    """<run>/teacher, made if it is missing."""
-    path = Path(cfg.run) / "teacher"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    """<run>/teacher."""
+    return Path(cfg.run) / "teacher"
 
 
 def note(cfg: Any, **entry) -> None:
     """Append one line to <run>/teacher/log.jsonl."""
-    with open(folder(cfg) / "log.jsonl", "a", encoding="utf-8") as log:
-        log.write(json.dumps({"time": round(time.time(), 1), **entry}) + "\n")
+    append_log(folder(cfg) / "log.jsonl", {"time": round(time.time(), 1), **entry})
 
 
 def log_lines(cfg: Any) -> list[dict]:
     """The lines of <run>/teacher/log.jsonl."""
-    text = (folder(cfg) / "log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_log(folder(cfg) / "log.jsonl", "stage", "seconds")
 
 
-def resume(path: Path, settings: str, loaded: dict) -> tuple[int, float]:
-    """Iterations and seconds done according to the state at `path`, which is read into `loaded`.
+def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of modules and optimisers by name; an optimiser's by number of parameter."""
+    tensors = {}
+    for name, of in state.items():
+        values = of.state_dict()
+        if isinstance(of, torch.optim.Optimizer):
+            values = {f"{i}.{key}": value for i, own in values["state"].items()
+                      for key, value in own.items()}
+        tensors |= {f"{name}.{key}": value for key, value in values.items()}
+    return tensors
+
+
+def resume(path: Path, settings: str, state: dict[str, Any]) -> tuple[int, float]:
+    """Iterations and seconds done according to the file at `path`, which is read into `state`.
 
     Raises ValueError if it cannot be read, or belongs to other settings.
     """
     if not path.exists():
         return 0, 0.0
-    try:
-        state = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it and train anew") from error
-    if state["settings"] != settings:
-        raise ValueError(f"{path} was trained with {state['settings']}, this run wants {settings}: "
-                         "choose another --run, or remove the file")
-    for name, target in loaded.items():
-        target.load_state_dict(state[name])
-    return state["iteration"], state["seconds"]
+    about, tensors = safetensors_metadata(path), open_safetensors(path)
+    if about.get("settings") != settings:
+        raise ValueError(f"{path} was trained with {about.get('settings')}, this run wants "
+                         f"{settings}: choose another --run, or remove the file")
+    for name, of in state.items():
+        own = {key.removeprefix(f"{name}."): t.read() for key, t in tensors.items()
+               if key.startswith(f"{name}.")}
+        if isinstance(of, torch.optim.Optimizer):
+            values: dict[int, dict] = {}
+            for key, value in own.items():
+                i, _, what = key.partition(".")
+                values.setdefault(int(i), {})[what] = value
+            own = {"state": values, "param_groups": of.state_dict()["param_groups"]}
+        of.load_state_dict(own)
+    return int(about["iteration"]), float(about["seconds"])
 
 
 def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, float],
-        decay_from: float, loss_of, look=None,
+        decay_from: float, loss_of, evaluate=None,
         made_from: dict[str, str] | None = None) -> nn.Module:
     """Train `module` and return the moving average of its weights, in evaluation mode.
 
     `lrs` are those of Muon and of AdamW, constant at first and falling as a cosine from the part
     `decay_from` of the iterations on; `loss_of(i)` is the loss of iteration i, all its draws
-    seeded by i; `look(average)` returns figures for the log; `made_from` names what else decides
-    the result and is no setting of this training. The state is saved every `save_every`
+    seeded by i; `evaluate(average)` returns figures for the log; `made_from` names what else
+    decides the result and is no setting of this training. The state is saved every `save_every`
     seconds: the same command continues with the same bits. Raises ValueError if a loss is not
     finite.
     """
-    path, begun = folder(cfg) / f"{label}.pt", time.perf_counter()
+    path, begun = folder(cfg) / f"{label}_state.safetensors", time.perf_counter()
     settings = json.dumps({name: value for name, value in asdict(cfg).items()
                            if name in COMMON or name.startswith(f"{label}_")}
                           | (made_from or {}))
@@ -158,16 +171,15 @@ def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, f
             raise ValueError(f"{label}: loss {loss.item()} at iteration {i}; {path} is the last "
                              f"good state: lower {label}_muon_lr or {label}_adam_lr")
         done, seconds = i + 1, spent + time.perf_counter() - begun
-        if look is not None and (done % cfg.eval_every == 0 or done == iters):
-            note(cfg, stage=label, iteration=done, seconds=round(seconds, 1), **look(average))
+        if evaluate is not None and (done % cfg.eval_every == 0 or done == iters):
+            note(cfg, stage=label, iteration=done, seconds=round(seconds, 1), **evaluate(average))
         if done % NOTE_EVERY == 0 or done == iters:
             total /= done % NOTE_EVERY or NOTE_EVERY
             note(cfg, stage=label, iteration=done, seconds=round(seconds, 1), loss=total)
             bar.set_postfix(loss=f"{total:.4f}")
             total = 0.0
             if done == iters or time.perf_counter() - saved > cfg.save_every:
-                values = {name: target.state_dict() for name, target in state.items()}
-                values |= {"settings": settings, "iteration": done, "seconds": seconds}
-                model.replace_file(path, lambda aside, values=values: torch.save(values, aside))
+                save_tensors(path, state_tensors(state), {
+                    "settings": settings, "iteration": str(done), "seconds": str(seconds)})
                 saved = time.perf_counter()
     return average

@@ -1,0 +1,460 @@
+"""Processes: how they find each other, share weights (FSDP2) and sequences (Ulysses), and seeds.
+
+Shapes: B batch, L tokens, D width, N heads.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common.files import own_folder
+
+# -------------------------------------------------------------------- processes and sharding
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others: its rank, their number, its device and the mesh of all.
+
+    With sequence parallelism `sp` successive ranks work on one batch, and with guidance in parallel
+    two such groups. Those that share a batch are one data-parallel replica: `dp_rank` is its
+    number, `dp_size` how many there are. Without either every rank is a replica.
+    """
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh
+    sp: int = 1
+    sp_group: dist.ProcessGroup | None = None
+    cfg_group: dist.ProcessGroup | None = None  # this rank and its fellow in the other group
+
+    @property
+    def replica_size(self) -> int:
+        return self.sp * (1 if self.cfg_group is None else 2)
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.replica_size
+
+    @property
+    def dp_size(self) -> int:
+        return self.world // self.replica_size
+
+    @property
+    def sp_ranks(self) -> "Ranks | None":
+        """The ranks that share each sample's tokens, as those over which a DiT that is only run is
+        sharded: they are in step, replicas are not. None if there is only this one."""
+        if self.sp_group is None:
+            return None
+        mesh = DeviceMesh.from_group(self.sp_group, self.device.type)
+        return replace(self, mesh=mesh)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes what its replica made."""
+        return self.rank % self.replica_size == 0
+
+
+def pick_device(device: str) -> torch.device:
+    """"auto" is this process's GPU if there is one, else the CPU. Raises ValueError for others."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: got '{device}', but torch sees no GPU; use --device cpu")
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    try:
+        return torch.device(device)
+    except RuntimeError as e:
+        raise ValueError(f"device: got '{device}'; wanted cpu, cuda, cuda:0, … or auto") from e
+
+
+def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
+                      timeout: timedelta = timedelta(hours=12), cfg_parallel: bool = False,
+                      same: dict[str, Any] | None = None) -> Ranks:
+    """Join the processes torchrun started, or be the only one: the same code path from one up.
+
+    Args: sp, ranks that share each sample's tokens; heads, attention heads of the DiT, which they
+    share out; timeout, how long a rank waits for the others in a collective before it gives up;
+    cfg_parallel, whether two groups share the evaluations of guidance; same, what all ranks must
+    agree on (require_same).
+    Raises ValueError if they do not, or if sp does not divide both the ranks and the heads.
+    """
+    where = pick_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if not dist.is_initialized():
+        join_processes("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    require_same(same or {})
+    fits = [n for n in range(1, world + 1) if world % n == 0 and heads % n == 0]
+    if sp not in fits:
+        raise ValueError(f"sp: got {sp} with {world} rank(s) and {heads} attention heads; wanted "
+                         f"what divides both: {', '.join(map(str, fits))}")
+    if world % (sp * (1 + cfg_parallel)):
+        raise ValueError(f"cfg_parallel: got {world} rank(s) with sp {sp}; wanted a multiple of "
+                         f"{2 * sp}")
+    groups = [dist.new_group(list(range(a, a + sp)), timeout)
+              for a in range(0, world, sp)] if sp > 1 else []
+    pairs = [dist.new_group([a + j, a + j + sp], timeout) for a in range(0, world, 2 * sp)
+             for j in range(sp)] if cfg_parallel else []
+    mesh = init_device_mesh(where.type, (world,))
+    return Ranks(rank, world, where, mesh, sp, groups[rank // sp] if groups else None,
+                 pairs[rank // (2 * sp) * sp + rank % sp] if pairs else None)
+
+
+def join_processes(backend: str, timeout: timedelta) -> None:
+    """Make the process group of all ranks that torchrun started, or of this process alone."""
+    store, rank, world = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            watch_launcher()
+        store, rank, world = next(dist.rendezvous("env://"))
+        # torchrun keeps its store through restarts: addresses of dead ranks must not be read.
+        # (Over several nodes the count may differ: there torchrun must make new ones,
+        # docs/scaling.md.)
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+SDPA_ORDER: list[Any] = []  # kept, else it would be left when it is collected
+
+
+def prefer_attention(kernels: str, device: torch.device) -> None:
+    """Have attention try one kind of GPU kernels first from here on; those it lacks go elsewhere.
+
+    Args: kernels, flash | cudnn | auto: cudnn on Hopper, flash on others. On an H100 cuDNN's were
+    measured 1.7 to 2.3 times as fast as torch's flash kernels, on an A100 0.8 times.
+    Source: huggingface/transformers, pull request 48163.
+    """
+    if device.type != "cuda":
+        return
+    if kernels == "auto":
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
+        kernels = "cudnn" if hopper else "flash"
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = order if kernels == "flash" else [order[1], order[0], *order[2:]]
+    SDPA_ORDER[:] = [sdpa_kernel(order, set_priority=True)]
+    SDPA_ORDER[0].__enter__()  # and never left
+
+
+class Timer:
+    """Seconds by name, from lap to lap: the clock's on a CPU; on a GPU those of events in its
+    stream, so that nothing waits before the seconds are asked for."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.total = device, {}
+        self.marks = [("", self.now())]
+
+    def now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last lap as `name`'s."""
+        self.marks.append((name, self.now()))
+
+    def laps(self) -> list[float]:
+        """Seconds of each lap since this was last asked."""
+        if self.device.type == "cuda":
+            self.marks[-1][1].synchronize()
+        out = []
+        for (_, a), (name, b) in zip(self.marks, self.marks[1:], strict=False):
+            out.append(b - a if isinstance(a, float) else a.elapsed_time(b) / 1000)
+            self.total[name] = self.total.get(name, 0.0) + out[-1]
+        self.marks = self.marks[-1:]
+        return out
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of all laps by name."""
+        self.laps()
+        return self.total
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory this process has held: on the GPU if it is there, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device: torch.device) -> str:
+    """What the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ValueError if torch.compile cannot work: on a CPU it needs a C++ compiler."""
+    if device.type == "cpu" and not shutil.which("g++"):
+        raise ValueError("compile: found no g++ for torch.compile: install it, or --compile=false")
+
+
+def compile_blocks(dit: nn.Module) -> None:
+    """torch.compile every block of a DiT. Raises as check_compiler."""
+    check_compiler(next(dit.parameters()).device)
+    for block in dit.blocks:
+        block.compile()
+
+
+def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:
+    """Shard parameters over all ranks (FSDP2): every block by itself, then the rest.
+
+    Args: compute_dtype, what a block's weights are cast to when gathered (None: as stored); the
+    embeddings and the head around the blocks stay as stored. Gradients are reduced in fp32.
+    """
+    # The root reshards too: else a forward without backward would leave it whole, and a checkpoint
+    # taken then would miss the optimizer's state of its sharded parameters.
+    how = {"mesh": ranks.mesh, "reshard_after_forward": True}
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
+    for block in getattr(module, "blocks", []):
+        fully_shard(block, mp_policy=policy, **how)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return fully_shard(module, mp_policy=policy, **how)
+
+
+def local_rows(p: Tensor) -> tuple[Tensor, slice | None]:
+    """This rank's part of a parameter and the rows of the whole that it holds (None: all)."""
+    if not isinstance(p, DTensor):
+        return p.data, None
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return p.to_local().data, slice(offset[0], offset[0] + shape[0])
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What networks compute in: bf16 on a GPU, fp32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+# --------------------------------------------------------------------- agreement, start and end
+
+def require_same(facts: dict[str, Any]) -> None:
+    """Raise ValueError on every rank if one works with other settings or files than the first.
+
+    Args: facts, JSON values by name, as config.settings_to_compare gives them.
+    """
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, facts)
+    for rank, other in enumerate(found):
+        for name in found[0]:
+            if other.get(name) != found[0][name]:
+                error = ValueError(f"{name}: rank {rank} has {other.get(name)!r}, rank 0 "
+                                   f"{found[0][name]!r}: give all ranks the same settings and "
+                                   "files; nothing was written")
+                raise error if dist.get_rank() == 0 else SystemExit(1)
+
+
+def on_first_rank(work: Callable[[], Any]) -> Any:
+    """What `work` gives on rank 0, told to all; its error ends all ranks, and is told once."""
+    result = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            result = [work(), None]
+        except (ValueError, FileNotFoundError) as e:
+            result = [None, e]
+    dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1] if dist.get_rank() == 0 else SystemExit(1)
+    return result[0]
+
+
+class AgreedError(ValueError):
+    """An error that every rank raises at the same point, so that they can still act together; only
+    one of them has a message."""
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise AgreedError on every rank if one or more have an error; the first of them tells it."""
+    rank = dist.get_rank()
+    first = torch.tensor(rank if error is not None else dist.get_world_size())
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    if first < dist.get_world_size():
+        raise AgreedError(str(error) if first == rank else "") from error
+
+
+@contextlib.contextmanager
+def owned(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
+    """Hold a folder, or some of its items, for all ranks of this job, as files.own_folder does."""
+    with contextlib.ExitStack() as stack:
+        on_first_rank(lambda: stack.enter_context(own_folder(folder, first, stop)))
+        yield
+
+
+def watch_launcher() -> None:
+    """Have this process end soon after torchrun's is gone, also where it waits for other ranks.
+
+    It gets the signal that torchrun would have sent; one that has not yet met the others ends at
+    once.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        print("torchrun is gone: this rank ends", file=sys.stderr, flush=True)
+        if not dist.is_initialized():
+            os._exit(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def exit_process(status: int) -> None:
+    """End this process now, without Python's farewell.
+
+    A gloo thread may still let go of the last collective's tensors; it needs the interpreter for
+    that, and one that is being torn down aborts the process after all work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Run a stage's main; what a user can cause ends in one line on stderr and exit status 1.
+
+    With a process group, which a stage has from early on, it always ends by exit_process(). A rank
+    that fails does so at once, without the farewell that the others cannot answer, so that torchrun
+    sees it and stops them.
+    """
+    status = 1
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            exit_process(0)
+        return
+    except (ValueError, FileNotFoundError) as e:
+        if str(e):
+            print(f"error: {e}", file=sys.stderr, flush=True)
+    except SystemExit as e:
+        if not dist.is_initialized():
+            raise
+        status = e.code if isinstance(e.code, int) else 1
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        if dist.get_world_size() > 1:
+            time.sleep(1)  # if it only lost another rank, torchrun sees that one die first
+    if dist.is_initialized():
+        exit_process(status)
+    raise SystemExit(status)
+
+
+# ---------------------------------------------------------------------- sequence parallelism
+
+class SequenceShard(NamedTuple):
+    """The tokens of a sequence that this rank holds: all, or one of `sp` equal parts in order."""
+    rope: tuple[Tensor, Tensor]           # of its image tokens, [images,1,head_dim/2] each
+    images: int                           # its image tokens; they come first
+    total: int                            # tokens of the whole sequence, padding not counted
+    group: dist.ProcessGroup | None       # of the ranks that share the sequence; None: no others
+    keys: tuple[int, ...] | None = None   # the first so many are attended to, by sample; None: all
+
+
+def shard_sequence(h: Tensor, rope: tuple[Tensor, Tensor],
+                   group: dist.ProcessGroup | None) -> tuple[Tensor, SequenceShard]:
+    """This rank's tokens of h [B,L,D], whose first len(rope[0]) are image tokens, as a shard.
+
+    The sequence is padded with zeros to equal parts; attention never sees the padding.
+    """
+    images, total = len(rope[0]), h.shape[1]
+    if group is None:
+        return h, SequenceShard(rope, images, total, None)
+    size = -(-total // group.size())
+    start = group.rank() * size
+    h = F.pad(h, (0, 0, 0, size * group.size() - total))[:, start:start + size]
+    rope = tuple(table[start:start + size] for table in rope)
+    return h, SequenceShard(rope, len(rope[0]), total, group)
+
+
+class AllToAll(torch.autograd.Function):
+    """All-to-all of x [sp, …]: part j goes to rank j. It is its own inverse and transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, x = group, x.contiguous()
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return AllToAll.apply(grad, ctx.group), None
+
+
+class AllGather(torch.autograd.Function):
+    """All ranks' parts x [B,l,…], one after the other: [B,sp·l,…]. Backward sums over the ranks.
+
+    Every rank computes the loss of the whole sequence, so this sum is sp times its gradient; the
+    mean over all ranks that FSDP takes then is the mean over samples, as without parts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, x = group, x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(ctx.group.size(), 1)[ctx.group.rank()], None
+
+
+def gather_sequence(x: Tensor, seq: SequenceShard) -> Tensor:
+    """The whole sequence of which x [B,l,…] is this rank's part, without padding."""
+    return x if seq.group is None else AllGather.apply(x, seq.group)[:, :seq.total]
+
+
+# ------------------------------------------------------------------------------------ seeding
+
+def seed_of(*key: int | str) -> int:
+    """A 63-bit seed from integers and strings; every different key gives an unrelated one."""
+    digest = hashlib.sha256(json.dumps(key, ensure_ascii=False).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator for one draw. Rank, world size and restarts cannot change what it gives."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def draw_noise(shape: Iterable[int], keys: list[tuple]) -> Tensor:
+    """Noise ~ N(0, I), fp32 [B, *shape] on the CPU, of each key (name, seed, index, …) one draw."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator(*key)) for key in keys])

@@ -1,0 +1,138 @@
+"""What an image-to-video DiT is given: CLIP ViT-H · the first frame, alone and with its prompt.
+
+Shapes: image [3, h, w] of any size, float in [-1, 1]; B images, L tokens, D width, N heads;
+T H W latent frames, height and width.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.video import Prompt, centre_crop, read_image
+from frozen.text import HunyuanText, TextEncoder
+from frozen.vae import WanVAE
+
+# -------------------------------------------------------------------------------------- CLIP ViT-H
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, dim: int, dim_ffn: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = nn.ModuleDict({"to_qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.Sequential(nn.Linear(dim, dim_ffn), nn.GELU(), nn.Linear(dim_ffn, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.attn["to_qkv"](self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                       # B N L d each
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)     # B L D
+        x = x + self.attn["proj"](y)
+        return x + self.mlp(self.norm2(x))
+
+
+class CLIPVision(nn.Module):
+    """The first 31 of 32 layers of CLIP ViT-H/14's image tower; names as below its `visual.`."""
+
+    def __init__(self, dim=1280, dim_ffn=5120, num_layers=31, num_heads=16, patch=14, size=224):
+        super().__init__()
+        self.size = size
+        self.patch_embedding = nn.Conv2d(3, dim, patch, patch, bias=False)
+        self.cls_embedding = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embedding = nn.Parameter(torch.zeros(1, 1 + (size // patch) ** 2, dim))
+        self.pre_norm = nn.LayerNorm(dim)
+        self.transformer = nn.Sequential(*(VisionBlock(dim, dim_ffn, num_heads)
+                                           for _ in range(num_layers)))
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, size, size] of images [B, 3, h, w] in [-1, 1], fp32."""
+        x = F.interpolate(image.float(), (self.size, self.size), mode="bicubic")
+        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+        return (x * 0.5 + 0.5 - mean) / std
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Tokens [B, 257, dim], the class token first, of normalised pixels. Source: Wan 2.1."""
+        x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
+        x = torch.cat([self.cls_embedding.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        return self.transformer(self.pre_norm(x + self.pos_embedding))
+
+
+# ------------------------------------------------------ the first frame, alone and with its prompt
+
+def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
+    """Height and width of about `area` pixels, multiples of 16, in an image's shape. Wan 2.1."""
+    sides = math.isqrt(area * height // width), math.isqrt(area * width // height)  # exact
+    h, w = (min(max(side // 16 * 16, 16), max(area // 256 * 16, 16)) for side in sides)
+    return h, w
+
+
+@torch.no_grad()
+def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision, frames: int, height: int,
+               width: int) -> dict[str, Tensor]:
+    """What a first frame adds to a prompt's cond: {"image" [257, D], "frames" [20, T, H, W]}.
+
+    Args: image [3, h, w] in [-1, 1], of any size; the video's frames (4n + 1), height and width in
+    pixels. "frames" are 4 mask channels (1 in the first latent frame) and the normalised latents of
+    the image followed by grey frames. Source: Wan 2.1.
+    """
+    first = F.interpolate(image[None].float(), (height, width), mode="bicubic")
+    video = torch.cat([first.unsqueeze(2), first.new_zeros(1, 3, frames - 1, height, width)], 2)
+    latents = vae.encode(video)[0]                                               # 16 T H W
+    mask = latents.new_zeros(4, *latents.shape[1:])
+    mask[:, 0] = 1
+    return {"image": clip(clip.pixels(image[None]))[0].float(),
+            "frames": torch.cat([mask, latents])}
+
+
+class Conditioner:
+    """What a DiT is told of a prompt: its text and, in an image-to-video model, its first frame.
+
+    Args:
+        text: the text encoders.
+        vae, clip: of an image-to-video model; None of another, whose prompts have no image.
+        frames: video frames, 4n + 1.
+        crop: cut images to the video's shape; else they are scaled into it, which suits a shape
+            that fit_size chose.
+    """
+
+    def __init__(self, text: TextEncoder | HunyuanText, vae: WanVAE | None,
+                 clip: CLIPVision | None, frames: int, crop: bool):
+        self.text, self.vae, self.clip, self.frames, self.crop = text, vae, clip, frames, crop
+
+    def encode_each(self, prompts: list[Prompt], height: int, width: int,
+                    lap: Callable[[str], object] = lambda name: None) -> list[dict]:
+        """The cond of each prompt for a video of height × width; of equal prompts it is one object.
+
+        Args: lap("text") and lap("image") are called as each is done. Raises as the encoders and
+        read_image do.
+        """
+        unique = list(dict.fromkeys(prompts))
+        conds = self.text.encode_each([prompt.text for prompt in unique])
+        lap("text")
+        for prompt, cond in zip(unique, conds, strict=True):
+            if self.clip is not None:
+                image = read_image(prompt.image)
+                if self.crop:
+                    image = centre_crop(image, height, width)
+                image_part = self.encode_images(image[None], height, width)
+                cond |= {name: value[0] for name, value in image_part.items()}
+                lap("image")
+        cond_of = dict(zip(unique, conds, strict=True))
+        return [cond_of[prompt] for prompt in prompts]
+
+    def encode_images(self, images: Tensor, height: int, width: int) -> dict[str, Tensor]:
+        """What first frames [B, 3, h, w] add to conds, as image_cond has it, one after another."""
+        device = next(self.clip.parameters()).device
+        conds = [image_cond(image.to(device), self.vae, self.clip, self.frames, height, width)
+                 for image in images]
+        return {name: torch.stack([cond[name] for cond in conds]) for name in conds[0]}
+
+    def with_text(self, text: str, conds: list[dict]) -> list[dict]:
+        """The conds with another text: a negative prompt sees the same image."""
+        other = self.text.encode_each([text])[0]
+        return [{**cond, **other} for cond in conds]

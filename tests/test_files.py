@@ -1,0 +1,134 @@
+"""Files that survive: one owner for a folder, logs with cut lines, names that do not collide."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common import files
+from common.files import ROOT, append_log, own_folder, read_log, replace_file
+
+
+@pytest.fixture(autouse=True)
+def no_grace(monkeypatch):
+    monkeypatch.setattr(files, "GRACE", 0.3)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from common.files import own_folder
+with own_folder(Path(sys.argv[1]), *map(int, sys.argv[2:])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def holder(folder: Path, *items: int) -> subprocess.Popen:
+    """Another process that holds a folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder), *map(str, items)],
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_has_one_owner_and_a_second_is_told_who_it_is(tmp_path):
+    process = holder(tmp_path)
+    try:
+        with pytest.raises(ValueError, match=f"process {process.pid} on host "
+                                             f"{socket.gethostname()}, since .* works here"):
+            with own_folder(tmp_path):
+                pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_killed_owner_leaves_the_folder_free_at_once(tmp_path):
+    process = holder(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob(".owner.*"))
+    with own_folder(tmp_path):
+        pass
+    assert not list(tmp_path.glob(".owner.*"))
+
+
+def test_two_jobs_share_a_folder_if_their_items_are_apart(tmp_path):
+    process = holder(tmp_path, 0, 10)
+    try:
+        with own_folder(tmp_path, 10, 20):
+            pass
+        with pytest.raises(ValueError, match="works here"), own_folder(tmp_path, 9, 12):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("silent", [0, 1000])
+def test_an_owner_on_another_host_counts_as_long_as_it_shows_life(tmp_path, silent, monkeypatch):
+    path = tmp_path / ".owner.000000-000001"
+    path.write_text(json.dumps({"host": "elsewhere", "process": 7, "since": "then"}))
+    os.utime(path, (time.time() - silent,) * 2)
+    if silent:
+        with own_folder(tmp_path):
+            pass
+    else:
+        with pytest.raises(ValueError, match="process 7 on host elsewhere, since then, works here"):
+            with own_folder(tmp_path):
+                pass
+
+
+def test_an_owner_shows_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HEARTBEAT", 0.01)
+    with own_folder(tmp_path):
+        path = tmp_path / ".owner.000000-000001"
+        os.utime(path, (0, 0))
+        while path.stat().st_mtime == 0:
+            time.sleep(0.01)
+
+
+def test_a_disk_without_locks_falls_back_on_signs_of_life(tmp_path, monkeypatch):
+    def none(handle, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    with own_folder(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/run: cannot be written"), own_folder(
+            tmp_path / "file/run"):
+        pass
+
+
+def test_a_cut_line_of_a_log_is_dropped_and_the_next_one_is_not_lost_with_it(tmp_path):
+    log = tmp_path / "sub/log.jsonl"
+    append_log(log, {"step": 1})
+    with log.open("a") as f:
+        f.write('{"step": 2, "lo')
+    append_log(log, {"step": 3})
+    with log.open("ab") as f:
+        f.write(b'[1]\n{"other": 4}\n\xff\n' + b"[" * 100_000 + b"\n")
+    append_log(log, {"step": 5})
+    assert read_log(log, "step") == [{"step": 1}, {"step": 3}, {"step": 5}]
+    assert read_log(tmp_path / "none.jsonl") == []
+
+
+def test_names_aside_differ_between_processes_of_the_same_id(tmp_path, monkeypatch):
+    names = []
+    for token in ("a", "b"):
+        monkeypatch.setattr(files, "TOKEN", token)
+        replace_file(tmp_path / "x.json", lambda aside: names.append(aside.name)
+                     or aside.write_text("{}"))
+    assert len(set(names)) == 2 and all(".part" in name for name in names)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

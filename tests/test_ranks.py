@@ -1,0 +1,284 @@
+"""Ranks that see other settings or files than the first, that fail, or whose launcher is gone."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import in_processes, script_command
+from safetensors.torch import load_file, save_file
+
+import distill
+from common import weights
+from common.files import ROOT
+from common.ranks import AgreedError, raise_together
+from common.weights import safetensors_metadata
+from synvid import trajectory_path
+
+DIFFERING = Path(__file__).parent / "differing_stage.py"
+QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 100,
+         "eval_every": 3, "lr": 1e-3, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_weights, run_stage):
+    """A folder with a config and, in <folder>/run, an undisturbed run of one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    config = {"weights": str(tiny_weights), "run": str(folder / "run"), "height": 16, "width": 16,
+              "frames": 5, "n": 6, "key": [0, 2, 4, 6], "device": "cpu", "distill": QUICK,
+              "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0},
+              "evaluate": {"prompts": str(tiny_weights / "prompts.txt"), "count": 4}}
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    run_stage("distill", path)
+    return folder, path
+
+
+def failed_pair(override: str, stage: str, *args: object) -> str:
+    """What two ranks print, of which the second has `override` as well; they must fail."""
+    done = subprocess.run(script_command(DIFFERING, override, stage, *args, ranks=2),
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    return done.stderr
+
+
+OVERRIDES = ("lr=0.5", "seed=3", "batch=2", "iterations=7", "save_every=1", "sp=2")
+
+
+def differing(ranks, folder: Path) -> None:
+    """One of two processes, the second of which has other settings, or other weights."""
+    _, config = folder / "run", folder / "config.yaml"
+    for override in (*OVERRIDES, f"weights={folder / 'other'}"):
+        args = [str(config), f"run={folder / 'new'}", *([override] if ranks.rank else [])]
+        try:
+            distill.main(args)
+            said = "trained"
+        except (ValueError, SystemExit) as e:
+            said = str(e)
+        with (folder / f"said{ranks.rank}.txt").open("a") as f:
+            f.write(f"{said}\n")
+
+
+def test_a_rank_with_other_settings_or_weights_is_named_before_anything_is_trained(
+        finished, make_weights):
+    folder, _ = finished
+    make_weights(folder / "other", seed=5)
+    in_processes(2, differing, folder)
+    said = (folder / "said0.txt").read_text().splitlines()
+    names = [override.partition("=")[0] for override in OVERRIDES] + ["teacher"]
+    assert [line.partition(":")[0] for line in said] == names
+    assert all("rank 1 has" in line and "nothing was written" in line for line in said)
+    assert (folder / "said1.txt").read_text() == "1\n" * len(names)  # one rank speaks
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize("what", ["prompts", "encoders"])
+def test_synvid_is_never_mixed_from_other_prompts_or_encoders(what, finished, tmp_path,
+                                                              tiny_weights):
+    _, config = finished
+    if what == "prompts":
+        other = tmp_path / "other.txt"
+        other.write_text("another prompt\n" * 3)
+    else:
+        other = tmp_path / "other"
+        shutil.copytree(tiny_weights, other)
+        path = other / "models_t5_umt5-random.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+    key = "weights" if what == "encoders" else what
+    said = failed_pair(f"{key}={other}", "synvid", config, f"run={tmp_path / 'run'}")
+    assert f"error: {what}: rank 1 has" in said and said.count("error: ") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_never_evaluate_or_sample_different_students(finished, tmp_path):
+    folder, config = finished
+    student = folder / "run/student.safetensors"
+    state = load_file(student)
+    other = tmp_path / "other.safetensors"
+    save_file({name: value + 1e-3 for name, value in state.items()}, other,
+              safetensors_metadata(student))
+    for stage, key, *more in (("evaluate", "students"), ("sample", "student", "prompt=a red disc")):
+        said = failed_pair(f"{key}={other}", stage, config, f"{key}={student}",
+                           f"run={tmp_path / 'run'}", *more)
+        assert "rank 1 has" in said and said.count("error: ") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def failing(ranks, folder: Path) -> None:
+    """A process of three, of which two have an error."""
+    error = ValueError(f"rank {ranks.rank} is ill") if ranks.rank else None
+    with pytest.raises(AgreedError) as caught:
+        raise_together(error)
+    (folder / str(ranks.rank)).write_text(str(caught.value))
+    raise_together(None)
+
+
+def test_an_error_of_some_ranks_is_one_of_all_and_told_once(tmp_path):
+    in_processes(3, failing, tmp_path)
+    assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["", "rank 1 is ill", ""]
+
+
+def damage(path: Path) -> bytes:
+    """Flip a bit in the middle of a file; returns what it was."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+    return data
+
+
+@pytest.mark.parametrize("where, ranks", [("trained on", 2), ("held out", 1)])
+def test_a_damaged_trajectory_loses_nothing_and_the_rerun_after_repair_gives_the_same_bits(
+        where, ranks, finished, run_stage, tmp_path):
+    folder, config = finished
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run/synvid", run / "synvid")
+    args = (config, f"run={run}")
+    if where == "held out":  # the last ones; after the teacher's figures were taken
+        victim = trajectory_path(run / "synvid", 9)
+        args += ("eval_every=2",)
+    else:  # the one in slot 3 of iteration 4
+        epoch, position = divmod(4 * 4 + 3, 8)
+        victim = trajectory_path(run / "synvid", distill.epoch_order(0, epoch, 8)[position])
+    command = script_command(ROOT / "distill.py", *args, "iterations=40", ranks=ranks)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = run / "distill/log.jsonl"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()
+    data = damage(victim)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.count("error: ") == 1, err
+    assert f"{victim}: cannot be used" in err
+    lines = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    saved = [p.name for p in (run / "distill").glob("step_*")]
+    assert lines == list(range(1, len(lines) + 1)) and saved == [f"step_{lines[-1]:06d}"]
+    assert not list((run / "distill").glob(".owner*-*"))
+    victim.write_bytes(data)
+    again = run_stage("distill", *args, f"iterations={max(6, lines[-1] + 1)}", ranks=ranks)
+    assert f"step_{lines[-1]:06d}" in again.stdout
+    whole = tmp_path / "whole"
+    shutil.copytree(folder / "run/synvid", whole / "synvid")
+    run_stage("distill", args[0], f"run={whole}", *args[2:],
+              f"iterations={max(6, lines[-1] + 1)}", ranks=ranks)
+    ours, theirs = (load_file(p / "student.safetensors") for p in (run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(
+        range(1, max(6, lines[-1] + 1) + 1))
+
+
+@pytest.mark.parametrize("place,failures", [
+    (".step_000006.part", 1), ("student.safetensors", 1),
+    (".step_000006.part", 2), ("student.safetensors", 2)])
+def test_the_last_checkpoint_and_the_export_get_a_second_try(place, failures, finished, tmp_path,
+                                                             monkeypatch, capsys):
+    folder, config = finished
+    run, left, real = tmp_path / "run", [failures], weights.os.fsync
+    shutil.copytree(folder / "run/synvid", run / "synvid")
+
+    def fsync(handle: int) -> None:
+        if place in os.readlink(f"/proc/self/fd/{handle}") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(weights.os, "fsync", fsync)
+    monkeypatch.setattr(distill, "catch_signals", list)
+    try:
+        distill.main([str(config), f"run={run}"])
+        error = None
+    except ValueError as e:
+        error = str(e)
+    finally:
+        dist.destroy_process_group()
+    assert capsys.readouterr().out.count("trying once more") == 1 and left == [0]
+    assert (error is None) == (failures == 1) == (run / "student.safetensors").exists()
+    if error is not None:
+        assert "cannot be written" in error and place.partition(".part")[0].strip(".") in error
+    assert (run / "distill/log.jsonl").read_text().count("\n") == 6
+    assert not list(run.rglob(".owner.*"))
+
+
+def test_a_second_start_in_one_folder_is_told_and_nothing_is_lost(finished, command, run_stage,
+                                                                  tmp_path):
+    folder, config = finished
+    run, more = tmp_path / "run", ["iterations=100", "eval_every=200"]
+    shutil.copytree(folder / "run/synvid", run / "synvid")
+    process = subprocess.Popen(command("distill", config, f"run={run}", *more),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = run / "distill/log.jsonl"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGSTOP)  # it waits while others try
+    try:
+        for other in ([], ["lr=0.5"]):
+            second = run_stage("distill", config, f"run={run}", *more, *other, check=False)
+            assert second.returncode == 1 and second.stderr.count("\n") == 1
+            assert f"process {process.pid} on host" in second.stderr
+    finally:
+        process.kill()
+        process.wait()
+    count = log.read_text().count("\n")
+    args = ("distill", config, f"run={run}", f"iterations={count + 2}")
+    other = run_stage(*args, "lr=0.5", check=False)  # not begun anew over the first one's log
+    assert other.returncode == 1 and "began with lr=0.001" in other.stderr
+    assert log.read_text().count("\n") == count
+    run_stage(*args)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, count + 3))
+
+
+def test_two_jobs_of_the_same_trajectories_are_not_run_at_once(finished, command, run_stage,
+                                                               tmp_path):
+    _, config = finished
+    run = tmp_path / "run"
+    process = subprocess.Popen(command("synvid", config, f"run={run}", "count=30000"),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (run / "synvid/config.yaml").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        second = run_stage("synvid", config, f"run={run}", "start=7", "count=2", check=False)
+        assert second.returncode == 1 and second.stderr.count("\n") == 1
+        assert f"process {process.pid} on host" in second.stderr
+    finally:
+        process.kill()
+        process.wait()
+    run_stage("synvid", config, f"run={run}", "start=30000", "count=2")
+    assert trajectory_path(run / "synvid", 30001).exists()
+
+
+LAUNCHER = """
+import os, subprocess, sys, time
+worker = subprocess.Popen(sys.argv[1:], env={**os.environ, "RANK": "0", "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+    "TORCHELASTIC_RUN_ID": "here"})
+print(worker.pid, flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_rank_whose_launcher_was_killed_ends_though_it_waits_for_others(finished, tmp_path):
+    _, config = finished
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, sys.executable,
+                                 str(ROOT / "distill.py"), config, f"run={tmp_path / 'run'}"],
+                                stdout=subprocess.PIPE, text=True)
+    stat = Path(f"/proc/{int(launcher.stdout.readline())}/stat")
+    time.sleep(6)  # until it waits for the other one
+    assert stat.exists()
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 20
+    while stat.exists() and " Z " not in stat.read_text():
+        time.sleep(0.1)
+        assert time.monotonic() < deadline, "the worker lives on"

@@ -1,0 +1,126 @@
+"""What a training run tells its person: figures of an iteration, curves, its work, and how far it
+still is from held-out trajectories."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.ranks import Ranks, Timer, raise_together
+from common.video import draw_panels
+from model import sample_euler, velocity
+
+
+class Log:
+    """Figures of one iteration: kept on the device, gathered once at its end."""
+
+    def __init__(self, student: nn.Module):
+        self.timer, self.values = Timer(next(student.parameters()).device), {}
+        self.lap = self.timer.lap
+
+    def add(self, **figures: Tensor) -> None:
+        """Add one micro-batch's figures; the mean over micro-batches and ranks is logged."""
+        for name, value in figures.items():
+            self.values.setdefault(name, []).append(value.detach().float().to(self.timer.device))
+
+    def gather(self, **flags: bool) -> dict[str, float]:
+        """Means over micro-batches and ranks, seconds of each part, flags > 0 if a rank has it."""
+        self.add(**{name: torch.tensor(float(flag)) for name, flag in flags.items()})
+        names = sorted(self.values)
+        means = torch.stack([torch.stack(self.values[n]).mean() for n in names])
+        dist.all_reduce(means)
+        out = dict(zip(names, (means / dist.get_world_size()).tolist(), strict=True))
+        return out | {f"s_{name}": seconds for name, seconds in self.timer.seconds().items()}
+
+
+def step_flops(cfg: Any, state: Any, k: int, tokens: int) -> float:
+    """Floating-point operations of an iteration, recomputation not counted (for MFU).
+
+    Student: forward and backward (3 forwards' worth) for each loss; teacher: two forwards and a
+    backward to its input, as far as the tap.
+    """
+    tapped = (state.taps[k] + 1) / len(state.teacher.blocks)
+    forwards = 3 * cfg.traj + 3 * cfg.adv * (1 + tapped)
+    return forwards * cfg.batch * state.student.flops(tokens)
+
+
+def log_line(cfg: Any, state: Any, ranks: Ranks, log: Log, k: int, lr: float, tokens: int,
+             **flags: bool) -> tuple[dict, dict[str, bool]]:
+    """One iteration's line of the log, and which flags any rank set."""
+    figures = log.gather(**flags)
+    flags = {name: figures.pop(name) > 0 for name in flags}
+    seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
+    line = {"step": state.step, "k": k, **figures, "lr": lr, "seconds": seconds,
+            "tokens_per_s": cfg.batch * tokens / seconds}
+    if "grad_adv" in line and "grad_traj" in line:
+        line["grad_ratio"] = line["grad_adv"] / max(line["grad_traj"], 1e-30)
+    if cfg.peak_tflops is not None:
+        peak = cfg.peak_tflops * 1e12 * ranks.world
+        line["mfu"] = step_flops(cfg, state, k, tokens) / seconds / peak
+    if ranks.device.type == "cuda":  # to hold against the plan
+        line["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
+    return line, flags
+
+
+def print_result(cfg: Any, lines: list[dict]) -> None:
+    """Print the last held-out errors of student and teacher."""
+    for own in [x for x in lines if "endpoint" in x][-1:]:
+        how = "at the same steps" + (", without guidance" if cfg.cfg_scale != 1 else "")
+        print(f"held-out endpoint error: student {own['endpoint']:.4f}, teacher {how} "
+              f"{own['endpoint_teacher']:.4f} (ratio "
+              f"{own['endpoint'] / own['endpoint_teacher']:.2f})", flush=True)
+
+
+def relative_error(x: Tensor, y: Tensor) -> Tensor:
+    """‖x − y‖² / ‖y‖² of every sample: [B]."""
+    return (x - y).flatten(1).square().sum(1) / y.flatten(1).square().sum(1)
+
+
+@torch.no_grad()
+def held_out_errors(cfg: Any, dit: nn.Module, loader: Any, ranks: Ranks) -> dict:
+    """How far a network at the key timesteps is from held-out trajectories of the teacher.
+
+    Returns endpoint, ‖its m-step result − l_0‖² / ‖l_0‖² from the stored noise, and velocity, that
+    ratio of the slope of Eq. 6 by k; means over the held-out trajectories of all ranks. Raises
+    AgreedError naming a damaged trajectory.
+    """
+    t_key, size = loader.data.t_key, cfg.micro_batch
+    m = len(t_key) - 1
+    sums = torch.zeros(m + 2, device=ranks.device)
+    for start in range(0, cfg.held_out, size * ranks.dp_size):  # every rank runs as many forwards
+        rows = [start + ranks.dp_rank * size + j for j in range(size)]
+        real = torch.tensor([float(r < cfg.held_out) for r in rows], device=ranks.device)
+        b, error = None, None
+        try:
+            b = loader.batch([loader.count + min(r, cfg.held_out - 1) for r in rows], rows,
+                             list(range(m + 1)))
+        except (ValueError, OSError) as e:
+            error = e
+        raise_together(error)
+        *_, x = sample_euler(dit, b.x_key[m], t_key[::-1], b.cond)
+        errors = [relative_error(x, b.x_key[0])]
+        for k in range(m):
+            slope = (b.x_key[k] - b.x_key[k + 1]) / (t_key[k] - t_key[k + 1])
+            v = velocity(dit, b.x_key[k + 1], t_key[k + 1], b.cond)
+            errors.append(relative_error(v, slope))
+        sums += torch.cat([(torch.stack(errors) * real).sum(1), real.sum()[None]])
+    dist.all_reduce(sums)
+    endpoint, *by_k = (sums[:-1] / sums[-1]).tolist()
+    return {"endpoint": endpoint, "velocity": by_k}
+
+
+def draw_curves(path: Path, lines: list[dict], m: int) -> None:
+    """Losses, head accuracy, gradient norms and held-out error from the log, as one PNG."""
+    by_k = [(f"k={k}", [x for x in lines if x["k"] == k]) for k in range(m)]
+    norms = [(f"grad_{name}", name, lines, "-") for name in ("traj", "adv", "sum", "head")]
+    draw_panels(path, {
+        "L_traj (Eq. 6)": [("loss_traj", label, own, "-") for label, own in by_k],
+        "head accuracy: real (solid), generated (dashed)":
+            [("acc_real", label, own, "-") for label, own in by_k]
+            + [("acc_fake", None, own, "--") for _, own in by_k],
+        "gradient norms before clipping": norms,
+        "held-out endpoint error": [("endpoint", "student", lines, "o-"),
+                                    ("endpoint_teacher", "teacher, no CFG", lines, "--")]},
+        x="step", linear=("head accuracy",), colours=m)

@@ -28,7 +28,7 @@ toy: .venv/installed
 	$(BIN)/python toy1d.py
 
 clean:
-	rm -rf .venv runs toy1d.png toy1d.pdf toy1d.json .pytest_cache .ruff_cache __pycache__ frozen/__pycache__ */__pycache__
+	rm -rf .venv runs toy1d.png toy1d.pdf toy1d.json .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11 …')"

@@ -11,7 +11,6 @@ Shapes: B batch, C channels, T H W latent frames, height and width, L tokens, S 
 D width, N heads.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -28,11 +27,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from common.config import Shared, nearest
-from common.files import read_json
 from common.ranks import (
-    AllToAll, Ranks, SequenceShard, compute_dtype, gather_sequence, local_rows, shard,
-    shard_sequence)
-from common.weights import dit_tensors, find_dit, load_module
+    Ranks, SequenceShard, compute_dtype, gather_sequence, heads_to_tokens, local_rows, shard,
+    shard_sequence, tokens_to_heads)
+from common.weights import check_sizes, dit_tensors, load_module
 
 # ------------------------------------------------------------------ schedule and Euler step
 
@@ -47,10 +45,8 @@ FAMILIES = ("wan", "hunyuan")
 def time_grid(family: str, n: int, shift: float) -> Tensor:
     """The teacher's times 1 = t_n > … > t_0 = 0, in the order in which sampling visits them.
 
-    HunyuanVideo shifts an even grid. Wan's Euler grid is shifted twice: its end points are shifted
-    before the grid between them is.
-    Args: family; n >= 1 steps; shift > 0. Returns float64 [n + 1].
-    Raises ValueError for another family, n < 1 or shift <= 0. Source: the families' releases.
+    HunyuanVideo shifts an even grid; Wan's is shifted twice: its end points, then all of it.
+    Returns float64 [n + 1]. ValueError for another family, n < 1, shift <= 0. Source: the releases.
     """
     if n < 1 or shift <= 0:
         raise ValueError(f"time grid: got n={n}, shift={shift}; n must be >= 1 and shift > 0")
@@ -69,8 +65,7 @@ def key_times(family: str, n: int, shift: float, key: list[int]) -> list[float]:
     Args: key, indices into the n-step grid, rising from 0 (noise) to n (data).
     Raises ValueError when key is not such a list. Source: Alg. 1, line 2; D1.
     """
-    rising = all(a < b for a, b in itertools.pairwise(key))
-    if len(key) < 2 or key[0] != 0 or key[-1] != n or not rising:
+    if len(key) < 2 or (key[0], key[-1]) != (0, n) or sorted(set(key)) != key:
         raise ValueError(f"key: got {key}; wanted indices rising from 0 to n={n}")
     return time_grid(family, n, shift)[key].tolist()
 
@@ -140,16 +135,13 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, statistics in fp32."""
-
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.float()).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def sinusoid(steps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -163,34 +155,28 @@ def sinusoid(steps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def frequencies(dim: int, dtype: torch.dtype) -> Tensor:
-    """w of `sinusoid` [dim/2], each correctly rounded: a CPU's own exp may be off by the last bit,
-    which 6016 makes large."""
+    """w of `sinusoid` [dim/2], correctly rounded: a CPU's exp may be off by a bit, times 6016."""
     x = -math.log(10000) * torch.arange(dim // 2, dtype=dtype) / (dim // 2)
     return x.double().exp().to(dtype)
-
-
-def rope_angles(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: float) -> Tensor:
-    """Rotary angles of every token of a (frames, rows, columns) grid, in row-major order.
-
-    Args: pairs of channels for each axis; theta, base of the frequencies theta^(-k / pairs).
-    Returns float64 [frames·rows·columns, sum(pairs)]. Source: both releases.
-    """
-    axes = []
-    for axis, (size, count) in enumerate(zip(grid, pairs, strict=True)):
-        freq = theta ** (-torch.arange(count, dtype=torch.float64) / count)
-        angle = torch.outer(torch.arange(size, dtype=torch.float64), freq)
-        shape = [1, 1, 1, count]
-        shape[axis] = size
-        axes.append(angle.view(shape).expand(*grid, count))
-    return torch.cat(axes, -1).flatten(0, 2)
 
 
 @functools.lru_cache(maxsize=8)
 def rope_table(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: float,
                device: str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of `rope_angles`, fp32 [L,1,sum(pairs)], kept on the device."""
+    """Cosines and sines of every token's rotary angles, fp32 [L,1,sum(pairs)], on the device.
+
+    Args: grid of frames, rows, columns, in row-major order; pairs of channels for each axis; theta,
+    base of the frequencies theta^(-k / pairs). Source: both releases.
+    """
     with torch.inference_mode(False):  # what it keeps must serve a later backward as well
-        angle = rope_angles(grid, pairs, theta)[:, None]
+        axes = []
+        for axis, (size, count) in enumerate(zip(grid, pairs, strict=True)):
+            freq = theta ** (-torch.arange(count, dtype=torch.float64) / count)
+            shape = [1, 1, 1, count]
+            shape[axis] = size
+            angle = torch.outer(torch.arange(size, dtype=torch.float64), freq).view(shape)
+            axes.append(angle.expand(*grid, count))
+        angle = torch.cat(axes, -1).flatten(0, 2)[:, None]
         return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
@@ -206,17 +192,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard | None = None,
               mask: Tensor | None = None) -> Tensor:
     """Softmax attention over [B,L,N,head_dim]; returns [B,L,N·head_dim].
 
-    seq: L are this rank's tokens of a sequence that its group shares. They are exchanged for all
-    tokens of N / sp heads, and back. Source: Jacobs et al., DeepSpeed-Ulysses, 2023.
+    seq: L are this rank's tokens of a sequence that its group shares (Ulysses).
     mask, for short sequences: bool [B,1,L,keys], False hides a key. Long ones have seq.keys and no
     mask, so that flash kernels run.
     """
-    shared = seq is not None and seq.group is not None
-    if shared:
-        sp = seq.group.size()
-        x = torch.stack([q, k, v]).unflatten(3, (sp, -1))            # 3 B l sp N/sp d
-        x = AllToAll.apply(x.movedim(3, 0), seq.group)                  # sp 3 B l N/sp d
-        q, k, v = x.movedim(0, 2).flatten(2, 3)[:, :, :seq.total]       # B L N/sp d each
+    if seq is not None and seq.group is not None:
+        q, k, v = tokens_to_heads(q, k, v, seq)                          # B L N/sp d each
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if seq is None or seq.keys is None:
         out = F.scaled_dot_product_attention(q, k, v, mask)
@@ -224,11 +205,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard | None = None,
         out = torch.cat([F.scaled_dot_product_attention(
             q[b:b + 1], k[b:b + 1, :, :n], v[b:b + 1, :, :n]) for b, n in enumerate(seq.keys)])
     out = out.transpose(1, 2)                                            # B L N d
-    if shared:
-        size = -(-seq.total // sp)
-        out = F.pad(out, (0, 0, 0, 0, 0, size * sp - seq.total))
-        out = AllToAll.apply(out.unflatten(1, (sp, -1)).movedim(1, 0), seq.group)
-        out = out.movedim(0, 2).flatten(2, 3)                            # B l N d
+    if seq is not None and seq.group is not None:
+        out = heads_to_tokens(out, seq)                                  # B l N d
     return out.flatten(2)
 
 
@@ -240,19 +218,18 @@ def run_block(block: nn.Module, *args: Any) -> Tensor:
     return block._forward(*args)
 
 
-def cut_grid(T: int, H: int, W: int, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+def token_grid(dit: nn.Module, T: int, H: int, W: int) -> tuple[int, int, int]:
     """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
-    pt, ph, pw = patch
+    pt, ph, pw = dit.cfg.patch_size
     if T % pt or H % ph or W % pw:
-        raise ValueError(f"latents of {T}×{H}×{W} cannot be cut into patches of {patch}: choose a "
-                         "height and width divisible by 16")
+        raise ValueError(f"latents of {T}×{H}×{W} cannot be cut into patches of {(pt, ph, pw)}: "
+                         "choose a height and width divisible by 16")
     return T // pt, H // ph, W // pw
 
 
-def embed_patches(x: Tensor, proj: nn.Conv3d) -> Tensor:
+def embed_patches(x: Tensor, proj: nn.Conv3d, grid: tuple[int, int, int]) -> Tensor:
     """Tokens [B,L,D] of latents [B,C,T,H,W]; kernel = stride, so a linear layer does it."""
     pt, ph, pw = proj.kernel_size
-    grid = cut_grid(*x.shape[2:], proj.kernel_size)
     patches = x.reshape(len(x), -1, grid[0], pt, grid[1], ph, grid[2], pw)
     patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)      # B L C·pt·ph·pw
     weight = proj.weight.flatten(1)
@@ -320,7 +297,6 @@ class WanAttention(nn.Module):
     image: cross-attention looks at the context's last text_len rows and, with keys and values of
     their own, at the image tokens before them.
     """
-
     def __init__(self, cfg: WanConfig, image: bool = False):
         super().__init__()
         dim, self.num_heads, self.image, self.text_len = cfg.dim, cfg.num_heads, image, cfg.text_len
@@ -348,7 +324,6 @@ class WanAttention(nn.Module):
 
 class WanBlock(nn.Module):
     """Self-attention, text cross-attention and feed-forward, on an fp32 residual stream."""
-
     def __init__(self, cfg: WanConfig):
         super().__init__()
         self.eps, self.checkpointing = cfg.eps, False
@@ -376,7 +351,6 @@ class WanBlock(nn.Module):
 
 class WanHead(nn.Module):
     """Modulated norm and projection of every token to its patch of velocities, in fp32."""
-
     def __init__(self, cfg: WanConfig):
         super().__init__()
         self.eps = cfg.eps
@@ -390,6 +364,8 @@ class WanHead(nn.Module):
 
 class WanDiT(nn.Module):
     """The Wan 2.1 transformer, text-to-video or image-to-video."""
+
+    token_grid = token_grid
 
     def __init__(self, cfg: WanConfig):
         super().__init__()
@@ -428,7 +404,7 @@ class WanDiT(nn.Module):
                 raise ValueError(f"cond: got {', '.join(cond)}; an image-to-video DiT wants text, "
                                  "image and frames: give it an image")
             x = torch.cat([x, cond["frames"].to(x.dtype)], 1)
-        h = embed_patches(x, self.patch_embedding).float()                              # B L D
+        h = embed_patches(x, self.patch_embedding, grid).float()                        # B L D
         e = self.embed_time(t)                                                               # B D
         e6 = linear_fp32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))          # B 6 D
         context = self.embed_text(cond["text"])                                              # B S D
@@ -447,8 +423,8 @@ class WanDiT(nn.Module):
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Embedding of the official timestep 1000·t, in fp32. [B,D]"""
-        return silu_mlp(self.time_embedding,
-                     sinusoid(t.double() * 1000, self.cfg.freq_dim, torch.float64))
+        time = sinusoid(t.double() * 1000, self.cfg.freq_dim, torch.float64)
+        return silu_mlp(self.time_embedding, time)
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Zero-pad text [B,S,text_dim] to text_len rows and project it to [B,text_len,D]."""
@@ -457,10 +433,6 @@ class WanDiT(nn.Module):
                              f"{self.cfg.text_len}, {self.cfg.text_dim}] for this DiT")
         text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
         return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
-
-    def token_grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
-        """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
-        return cut_grid(T, H, W, self.cfg.patch_size)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill with the official initialisation, every draw from `generator`. Source: Wan 2.1."""
@@ -535,7 +507,6 @@ def scalar_embedder(freq_dim: int, dim: int) -> nn.ModuleDict:
 
 class MLP(nn.Module):
     """fc1, activation, fc2."""
-
     def __init__(self, dim: int, ffn_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, ffn_dim)
@@ -547,7 +518,6 @@ class MLP(nn.Module):
 
 class Modulation(nn.Module):
     """`count` vectors [B,1,D] from the conditioning vector: shifts, scales and gates, in fp32."""
-
     def __init__(self, dim: int, count: int):
         super().__init__()
         self.count = count
@@ -567,7 +537,6 @@ gelu = functools.partial(F.gelu, approximate="tanh")
 
 class RefinerBlock(nn.Module):
     """Self-attention and MLP over text tokens, each behind a gate."""
-
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         D, self.num_heads = cfg.dim, cfg.num_heads
@@ -587,7 +556,6 @@ class RefinerBlock(nn.Module):
 
 class TokenRefiner(nn.Module):
     """Text states to text tokens of the DiT, refined under the time and their own mean."""
-
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         self.input_embedder = nn.Linear(cfg.text_dim, cfg.dim)
@@ -615,7 +583,6 @@ class TokenRefiner(nn.Module):
 
 class DoubleBlock(nn.Module):
     """Joint attention of image and text tokens; each stream has weights of its own."""
-
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         D, self.num_heads, self.eps, self.checkpointing = cfg.dim, cfg.num_heads, cfg.eps, False
@@ -653,7 +620,6 @@ class DoubleBlock(nn.Module):
 
 class SingleBlock(nn.Module):
     """Attention and MLP side by side, over image and text tokens with the same weights."""
-
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         D, self.num_heads, self.eps, self.checkpointing = cfg.dim, cfg.num_heads, cfg.eps, False
@@ -664,7 +630,6 @@ class SingleBlock(nn.Module):
         self.k_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
 
     def forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
-        """As DoubleBlock.forward."""
         return run_block(self, x, seq, vec)
 
     def _forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
@@ -679,6 +644,8 @@ class SingleBlock(nn.Module):
 
 class HunyuanDiT(nn.Module):
     """The HunyuanVideo transformer with embedded guidance."""
+
+    token_grid = token_grid
 
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
@@ -720,7 +687,7 @@ class HunyuanDiT(nn.Module):
         time = sinusoid(t.double() * 1000, c.freq_dim, torch.float32)
         vec = self.modulation_vector(time, cond)                                       # B D
         text = self.txt_in(text, time, mask)                                           # B S D
-        h = embed_patches(x, self.img_in["proj"])                                 # B L D
+        h = embed_patches(x, self.img_in["proj"], grid)                                 # B L D
         L = h.shape[1]
         h = torch.cat([h, text.to(h.dtype)], 1).to(compute_dtype(x.device))            # B L+S D
         rope = rope_table(grid, c.rope_pairs, 256.0, str(x.device))
@@ -741,10 +708,6 @@ class HunyuanDiT(nn.Module):
         out = out.view(B, *grid, -1, pt, ph, pw)                                # channels first
         v = out.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, -1, T, H, W)         # B C T H W
         return (v, features) if taps else v
-
-    def token_grid(self, T: int, H: int, W: int) -> tuple[int, int, int]:
-        """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
-        return cut_grid(T, H, W, self.cfg.patch_size)
 
     def modulation_vector(self, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
         """What shifts, scales and gates are made of: time, pooled text and guidance. [B,D]"""
@@ -802,10 +765,7 @@ def sizes_of(preset: str) -> Sizes:
 
 
 def build_dit(preset: str | Sizes) -> WanDiT | HunyuanDiT:
-    """A DiT by preset name or sizes, default initialisation (use torch.device("meta") around it).
-
-    Raises ValueError for an unknown preset.
-    """
+    """A DiT by preset name or sizes, with torch's initialisation. ValueError for another name."""
     sizes = sizes_of(preset) if isinstance(preset, str) else preset
     return (WanDiT if sizes.family == "wan" else HunyuanDiT)(sizes)
 
@@ -839,12 +799,10 @@ def collate(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return out
 
 
-def latent_shape(frames: int, height: int, width: int,
-                 channels: int = 16) -> tuple[int, int, int, int]:
+def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Latent shape [C,T,H,W] of a video: time /4 (first frame apart), space /8.
 
-    Raises ValueError unless frames = 4n + 1 and height and width are multiples of 16
-    (8 by the VAE, 2 by the patch).
+    Raises ValueError unless frames = 4n + 1, height and width 16n (8 by the VAE, 2 by the patch).
     """
     if frames < 1 or frames % 4 != 1:
         raise ValueError(f"frames: got {frames}; wanted 4n + 1, as {max(frames // 4 * 4, 0) + 1}")
@@ -852,21 +810,10 @@ def latent_shape(frames: int, height: int, width: int,
         if size < 16 or size % 16:
             near = max(size // 16, 1) * 16
             raise ValueError(f"{name}: got {size}; wanted a multiple of 16, as {near}")
-    return channels, 1 + (frames - 1) // 4, height // 8, width // 8
+    return 16, 1 + (frames - 1) // 4, height // 8, width // 8
 
 
-def check_sizes(weights: str | Path, sizes: Sizes, preset: str) -> None:
-    """Raise ValueError if the config.json of a folder tells other sizes than the preset."""
-    config = find_dit(weights).with_name("config.json")
-    if not (Path(weights).is_dir() and config.exists()):
-        return
-    own = dataclasses.asdict(sizes)
-    for key, got in read_json(config).items():
-        name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
-        if name in own and got is not None and got != own[name]:
-            raise ValueError(f"{config}: {key} is {got}, preset '{preset}' has {own[name]}: choose "
-                             f"the preset that belongs to these weights ({', '.join(PRESETS)})")
-
+# --------------------------------------------------------------------- building, loading a DiT
 
 def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
              device: str | torch.device = "cpu", ranks: Ranks | None = None,
@@ -878,7 +825,7 @@ def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float3
     Raises ValueError/FileNotFoundError naming what does not fit.
     """
     dit = empty_dit(preset, dtype, ranks, compute_dtype)
-    check_sizes(weights, dit.cfg, preset)
+    check_sizes(weights, dit.cfg, f"preset '{preset}'")
     return load_module(dit, dit_tensors(weights), f"DiT from {weights}", device=device)
 
 

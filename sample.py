@@ -207,12 +207,6 @@ def load_student(cfg: Shared, path: Path, device: torch.device,
     return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
 
 
-def load_teacher(cfg: Shared, device: torch.device, ranks: Ranks | None = None) -> nn.Module:
-    """The teacher's DiT, frozen, sharded if `ranks` is given."""
-    dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks)
-    return dit.requires_grad_(False)
-
-
 def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Module:
     """A DiT of noise, frozen, sharded if `ranks` is given: no more of it is ever on a device."""
     dit = empty_dit(cfg.preset, compute_dtype(device), ranks).requires_grad_(False)
@@ -315,7 +309,8 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
         conds, unconds = encode_prompts(cfg, [job.prompt for job in jobs],
                                         [(job.height, job.width) for job in jobs], False, device,
                                         timer)
-        dit = (load_teacher(cfg, device, ranks.sp_ranks) if cfg.teacher else
+        dit = (load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks.sp_ranks)
+               .requires_grad_(False) if cfg.teacher else
                load_student(cfg, student_path(cfg), device, ranks.sp_ranks))
         vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     unconds = unconds if cfg.teacher else None  # guidance is built into a student

@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 import textwrap
 import time
@@ -569,8 +570,9 @@ def draw_figure(report: dict, out: str) -> None:
              weight="bold", va="top")
     fig.text(0.055, 0.008, textwrap.fill(report["caption"], 165).replace("p_d", "$p_d$"),
              va="bottom", linespacing=1.3)
-    fig.savefig(f"{out}.png")
-    fig.savefig(f"{out}.pdf", metadata={"CreationDate": None})
+    for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):  # beside, then renamed
+        fig.savefig(f"{out}.tmp.{kind}", metadata=metadata)
+        os.replace(f"{out}.tmp.{kind}", f"{out}.{kind}")
 
 
 def draw_paths(upper: list, guidance: list, cfg: dict, data: dict):
@@ -726,7 +728,8 @@ def main(argv=None) -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     report["cpu_seconds"] = round(time.process_time(), 1)
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items())
-    Path(f"{out}.json").write_text(f"{{\n{lines}\n}}\n")
+    Path(f"{out}.tmp.json").write_text(f"{{\n{lines}\n}}\n")
+    os.replace(f"{out}.tmp.json", f"{out}.json")
     draw_figure(report, out)
     print(f"\nMean of {cfg.seeds} seed(s), over M =", *(f"{M:.3g}" for M in cfg.M))
     for c in report["claims"]:

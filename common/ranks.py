@@ -416,6 +416,24 @@ class AllToAll(torch.autograd.Function):
         return AllToAll.apply(grad, ctx.group), None
 
 
+def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard) -> tuple[Tensor, ...]:
+    """All tokens of N / sp heads, [B,L,N/sp,d] each, for this rank's tokens of all heads.
+
+    Source: Jacobs et al., DeepSpeed-Ulysses, 2023.
+    """
+    x = torch.stack([q, k, v]).unflatten(3, (seq.group.size(), -1))      # 3 B l sp N/sp d
+    x = AllToAll.apply(x.movedim(3, 0), seq.group)                       # sp 3 B l N/sp d
+    return x.movedim(0, 2).flatten(2, 3)[:, :, :seq.total].unbind(0)
+
+
+def heads_to_tokens(out: Tensor, seq: SequenceShard) -> Tensor:
+    """The other way: this rank's tokens of all heads, [B,l,N,d], of [B,L,N/sp,d]."""
+    sp = seq.group.size()
+    out = F.pad(out, (0, 0, 0, 0, 0, -seq.total % sp))
+    out = AllToAll.apply(out.unflatten(1, (sp, -1)).movedim(1, 0), seq.group)
+    return out.movedim(0, 2).flatten(2, 3)
+
+
 class AllGather(torch.autograd.Function):
     """All ranks' parts x [B,l,…], one after the other: [B,sp·l,…]. Backward sums over the ranks.
 

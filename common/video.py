@@ -5,7 +5,6 @@ Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image
 
 import base64
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import imageio.v2 as imageio
+import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.files import replace_file, short_reason
+from common.files import replace_file
 
 # ---------------------------------------------------------------------------------------------
 # Video files, and pictures of videos
@@ -44,21 +43,22 @@ def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
     if not frames:
         if not torch.isfinite(video).all():
             raise ValueError("the video holds NaN or infinite values: the network or its weights "
-                             "overflowed: check the weights' file")
+                             "overflowed; check the weights file")
         video = ((video.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
         video = video.permute(1, 2, 3, 0)
     return np.ascontiguousarray(video.cpu().numpy())
 
 
-def count_frames(path: Path) -> int:
-    """Frames of a video file, all of which must decode. Raises OSError with the first complaint.
+ONE_FILE = ["-protocol_whitelist", "file,pipe"]  # a playlist opens no other file
+EACH_FRAME = ["-map", "0:v:0", "-fps_mode", "passthrough"]  # none dropped, none repeated
 
-    imageio looks at no exit status of ffmpeg's: to it a cut file is a shorter video.
-    """
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-err_detect", "explode",
-               "-protocol_whitelist", "file,pipe", "-i", f"file:{path}", "-map", "0:v:0",
-               "-fps_mode", "passthrough", "-f", "framecrc", "-"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+def count_frames(path: Path) -> int:
+    """How many frames ffmpeg decodes from a file. Raises OSError with its first complaint."""
+    # By hand, since imageio drops ffmpeg's exit status: half a file would pass as a short video.
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", *ONE_FILE, "-err_detect",
+               "explode", "-i", f"file:{path}", *EACH_FRAME, "-f", "framecrc", "-"]
+    done = subprocess.run(command, input=b"", capture_output=True, check=False)
     if done.returncode:
         complaint = re.sub(r"\[[^]]*\] *", "", done.stderr.decode(errors="replace")).strip()
         raise OSError((complaint or "no reason given").splitlines()[0])
@@ -74,42 +74,33 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
     width of an .mp4 grows by one repeated row or column, since 4:2:0 colour needs even sizes.
     Raises ValueError on a bad video, fps or suffix, or if the file cannot be written.
     """
+    def write(aside: Path) -> None:
+        try:
+            imageio.imwrite(aside.resolve(), frames, plugin="FFMPEG", extension=".mp4",  # or .gif
+                            fps=float(fps), quality=None, macro_block_size=1,
+                            ffmpeg_log_level="error", **encode)
+        except OSError as error:  # its other lines are the whole command
+            raise OSError(str(error).partition("\n")[0]) from error
+        if (written := count_frames(aside)) != len(frames):
+            raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")
+
     path, frames = Path(path), to_uint8(video)
     if path.suffix not in (".mp4", ".gif"):
         raise ValueError(f"{path}: got suffix {path.suffix!r}; videos are written as .mp4 or .gif")
-    if not fps > 0:
+    if not 0 < fps < float("inf"):
         raise ValueError(f"{path}: got fps={fps}; want a positive number")
     frames = np.concatenate([frames] * max(1, round(seconds * fps / len(frames))))
-    flags = ["-fflags", "+bitexact", "-flags:v", "+bitexact"]
+    # One thread and bitexact: bytes that do not depend on the machine's cores.
+    flags = "-xerror -threads 1 -fflags +bitexact -flags:v +bitexact "
     if path.suffix == ".mp4":
-        odd = [(0, n % 2) for n in frames.shape[1:3]]
-        frames = np.pad(frames, ((0, 0), *odd, (0, 0)), mode="edge")
-        # One thread and bitexact: bytes that do not depend on the machine's cores.
+        frames = np.pad(frames, [(0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)], "edge")
         # The BT.709 conversion is done and said, so that every player shows the same colours.
-        flags += ["-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd",
-                  "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709",
-                  "-crf", "14", "-threads", "1", "-movflags", "+faststart"]
+        flags += ("-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd -colorspace "
+                  "bt709 -color_primaries bt709 -color_trc bt709 -crf 14 -movflags +faststart")
+        encode = {"codec": "libx264", "pixelformat": "yuv420p", "output_params": flags.split()}
     else:
-        flags += ["-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none", "-loop", "0"]
-
-    def write(aside: Path) -> None:
-        aside.touch()  # tells a folder that cannot be written by its own error
-        if path.suffix == ".mp4":
-            imageio.mimwrite(aside.resolve(), frames, format="FFMPEG", fps=fps, codec="libx264",
-                             quality=None, macro_block_size=1, ffmpeg_log_level="quiet",
-                             output_params=flags)
-        else:  # imageio keeps GIFs from its ffmpeg plugin, which alone has the palette's filters
-            writer = imageio_ffmpeg.write_frames(
-                aside.resolve(), frames.shape[2:0:-1], fps=fps, quality=None, codec="gif",
-                pix_fmt_out="pal8", macro_block_size=1, ffmpeg_log_level="quiet",
-                output_params=flags)
-            writer.send(None)
-            for frame in frames:
-                writer.send(frame)
-            writer.close()
-        if (count := count_frames(aside)) != len(frames):
-            raise OSError(f"{count} of {len(frames)} frames are in it")
-
+        flags += "-vf split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none -loop 0"
+        encode = {"codec": "gif", "pixelformat": "pal8", "output_params": flags.split()}
     replace_file(path, write)
 
 
@@ -128,15 +119,13 @@ def read_video(path: str | Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"no video file {path}")
     try:
-        count = count_frames(path)
-        reader = imageio_ffmpeg.read_frames(path.resolve(), output_params=[
-            "-map", "0:v:0", "-fps_mode", "passthrough"])
-        size = next(reader)["size"]
-        frames = np.stack([np.frombuffer(frame, np.uint8).reshape(*size[::-1], 3)
-                           for frame in itertools.islice(reader, count)])
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a video ({short_reason(error)}): make it anew, "
-                         "or convert it to H.264 .mp4") from error
+        if not count_frames(path):
+            raise ValueError("it holds no frame")
+        frames = imageio.imread(path.resolve(), plugin="FFMPEG", extension=".mp4",
+                                input_params=ONE_FILE, output_params=EACH_FRAME)
+    except Exception as error:  # imageio has many kinds for a broken file
+        raise ValueError(f"{path} cannot be read as a video ({error}): make it anew, or convert it "
+                         f"to H.264 .mp4") from error
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 

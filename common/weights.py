@@ -3,6 +3,7 @@
 Every tensor is read when it is asked for, and each rank reads only the rows that it keeps.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -274,6 +276,19 @@ def find_dit(weights: str | Path) -> Path:
     file = weights / "diffusion_pytorch_model.safetensors"
     index = Path(f"{file}.index.json")
     return index if index.exists() else file
+
+
+def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
+    """Raise ValueError if a folder's config.json tells other sizes than `sizes` of `what`."""
+    config = find_dit(weights).with_name("config.json")
+    if not (Path(weights).is_dir() and config.exists()):
+        return
+    own = dataclasses.asdict(sizes)
+    for key, got in read_json(config).items():
+        name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
+        if name in own and got is not None and got != own[name]:
+            raise ValueError(f"{config}: {key} is {got}, {what} has {own[name]}: choose the "
+                             "preset that belongs to these weights, or add one")
 
 
 def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:

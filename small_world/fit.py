@@ -27,7 +27,8 @@ class Muon(torch.optim.Optimizer):
 
     Convolution kernels [out, in, ...] count as matrices [out, in * ...]. The polynomial iteration
     runs on the small Gram matrix, all matrices of one shape at once. Source: Jordan et al., Muon,
-    2024 (iteration, Nesterov momentum 0.95); Liu et al., arXiv 2502.16982 (scale).
+    2024 (iteration, Nesterov momentum 0.95); Liu et al., arXiv 2502.16982 (scale). torch.optim.Muon
+    takes no kernels, and matrices one by one in bf16: 1.1 to 2.4 times as long for the tiny DiT's.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95):

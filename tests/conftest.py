@@ -29,6 +29,16 @@ from frozen.text import UMT5Encoder
 from frozen.vae import WanVAE
 from model import PRESETS, WanConfig, WanDiT
 
+SLOW_FIRST = ("test_resume.py", "test_ranks.py", "test_distill.py", "test_parallel.py",
+              "test_i2v_stages.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of long tests first, so that no process of tests ends long after the other."""
+    rank = {name: i for i, name in enumerate(SLOW_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 CAPTIONS = [f"a {colour} {shape} moves {direction}" for colour in ("red", "green", "blue")
             for shape in ("disc", "ring", "cross") for direction in ("left", "right", "up")]
 

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import diffusers
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -601,7 +602,7 @@ def test_a_single_frame_is_a_video(tmp_path):
 @pytest.mark.parametrize("video,name,fps,words", [
     (torch.zeros(3, 0, 8, 8), "a.mp4", 8, ["[3, 0, 8, 8]", "nothing empty"]),
     (torch.zeros(5, 3, 8, 8), "a.mp4", 8, ["[5, 3, 8, 8]"]),
-    (torch.full((3, 1, 8, 8), float("nan")), "a.mp4", 8, ["NaN", "weights"]),
+    (torch.full((3, 1, 8, 8), float("nan")), "a.mp4", 8, ["NaN", "weights file"]),
     (torch.zeros(3, 1, 8, 8), "a.avi", 8, ["a.avi", ".mp4 or .gif"]),
     (torch.zeros(3, 1, 8, 8), "a.mp4", 0, ["fps=0"])])
 def test_write_video_names_what_is_wrong_and_writes_nothing(tmp_path, video, name, fps, words):
@@ -616,6 +617,20 @@ def test_a_video_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="clip.mp4: cannot be written"):
         write_video(tmp_path / "clip.mp4", moving_square(1), fps=8)
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
+def test_a_video_cut_short_by_a_full_disk_is_not_kept(tmp_path, monkeypatch, name):
+    whole = imageio.imwrite
+
+    def cut(path, *args, **kwargs):
+        whole(path, *args, **kwargs)
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+    monkeypatch.setattr(imageio, "imwrite", cut)
+    with pytest.raises(ValueError, match=f"{name}: cannot be written"):
+        write_video(tmp_path / name, moving_square(), fps=8)
+    assert not list(tmp_path.iterdir())
 
 
 def test_corrupt_and_missing_video_files_are_named(tmp_path):

@@ -22,7 +22,7 @@ i2v: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(RANKS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(RANKS) --dist loadfile --no-loadscope-reorder
 
 toy: .venv/installed
 	$(BIN)/python toy1d.py

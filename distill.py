@@ -137,7 +137,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of a rank whose others do not come
 def make_heads(cfg: Config, dim: int) -> nn.ModuleList:
     """H_0 … H_{m-1}, or one head for all k: 2D convolutions over a frame's grid of features.
 
-    [B·T,D,h,w] -> logits [B·T,1,h,w], a verdict a patch; zero at the start, the rest from the seed.
+    [B·T,D,h,w] -> logits [B·T,1,h,w], a verdict a patch (D9); zero at first, by the seed (D11).
     Few channels from the first layer on keep a head small beside v_θ. Source: Eq. 8; the paper says
     no more than "2D convolutional".
     """
@@ -161,13 +161,14 @@ def tap_blocks(cfg: Config, depth: int) -> list[int]:
 
 def traj_loss(student: nn.Module, x_key: dict[int, Tensor], t_key: list[float], k: int,
               cond: dict) -> Tensor:
-    """Mean squared error between s_β(l_{t'_{k+1}}) and the slope to l_{t'_k}. Eq. 6."""
+    """Mean squared error between s_β(l_{t'_{k+1}}) and the slope to l_{t'_k}. Eq. 6, D8."""
     slope = (x_key[k] - x_key[k + 1]) / (t_key[k] - t_key[k + 1])
     return F.mse_loss(velocity(student, x_key[k + 1], t_key[k + 1], cond), slope)
 
 
 def features(teacher: nn.Module, x: Tensor, t: float, cond: dict, tap: int) -> Tensor:
-    """Teacher features of latents x at time t after block `tap`, by frame: [B·T,D,h,w]. Eq. 8."""
+    """Features of latents x at time t after the teacher's block `tap`, by frame: [B·T,D,h,w].
+    Eq. 8; D10, D12."""
     times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
     _, [f] = teacher(x, times, cond, taps=(tap,), velocity=False)      # B L D
     f = F.layer_norm(f, f.shape[-1:]).unflatten(1, teacher.token_grid(*x.shape[2:]))
@@ -350,7 +351,7 @@ def algorithm_1(cfg: Config, state: TrainState,
 
 
 def learning_rate(cfg: Config, step: int, base: float) -> float:
-    """Linear from `base` to lr_final of it at the last iteration."""
+    """Linear from `base` to lr_final of it at the last iteration. D15."""
     return base * (1 + (cfg.lr_final - 1) * step / max(cfg.iterations - 1, 1))
 
 
@@ -406,7 +407,7 @@ def update_heads(cfg: Config, state: TrainState, step: int, log: Log) -> None:
 # ------------------------------------------------------------------- build, train, export
 
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
-    """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3."""
+    """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3; D13."""
     dtype, m = compute_dtype(ranks.device), len(t_key) - 1
     student = load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype)
     teacher = frozen_copy(student, cfg.preset, dtype, ranks)

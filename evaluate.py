@@ -150,7 +150,7 @@ class Samples:
     hf: Tensor | None = None                      # [N]
     first: Tensor | None = None                   # [N], dB, if the videos start from images
     hits: dict[str, Tensor] | None = None         # [N] bool for each attribute, and "all"
-    shown: dict[int, Tensor] | None = None        # by place, small
+    shown: dict[int, Tensor] | None = None        # by index, small
     decode_seconds: float = 0.0                   # a video
 
 
@@ -179,7 +179,7 @@ def measure_videos(samples: Samples, mine: range, vae: nn.Module, captions: list
     """Decode the videos one by one; keep what is measured on them, and those to show.
 
     Args: mine, the samples' places among all videos; captions of all; images, the first frames
-    [3,H,W] that these samples were given, if they were; shown, as `shown_places` has it.
+    [3,H,W] that these samples were given, if they were; shown, as `videos_to_show` has it.
     """
     oracle = is_small_world(captions, cfg)
     timer, hf, first, hits, samples.shown = Timer(device), [], [], [], {}
@@ -228,14 +228,14 @@ def gathered(own: Samples, ranks: Ranks) -> Samples | None:
                    shown={i: x for part in parts for i, x in (part.shown or {}).items()}, **mean)
 
 
-def shown_places(errors: Tensor, captions: list[str]) -> dict[int, float]:
-    """The videos to show: the place of the one at each of SHOWN_QUANTILES of errors [N], to that
+def videos_to_show(errors: Tensor, captions: list[str]) -> dict[int, float]:
+    """The videos to show: the index of the one at each of SHOWN_QUANTILES of errors [N], to that
     quantile, easy ones first. Each caption is shown once, at the highest of its quantiles."""
     order, shown = errors.argsort(stable=True).tolist(), {}
     for quantile in reversed(SHOWN_QUANTILES):
-        place = order[round(quantile * (len(order) - 1))]
-        if captions[place] not in [captions[i] for i in shown]:
-            shown[place] = quantile
+        video = order[round(quantile * (len(order) - 1))]
+        if captions[video] not in [captions[i] for i in shown]:
+            shown[video] = quantile
     return dict(reversed(shown.items()))
 
 
@@ -541,7 +541,7 @@ def main(argv: list[str] | None = None) -> None:
     models, reference = sample_all(cfg, mine, prompts, students, device)
     captions, errors = [prompt.text for prompt in prompts], [None] * ranks.world
     dist.all_gather_object(errors, endpoint_error(models[1].latents, models[0].latents))
-    shown = shown_places(interleaved(errors), captions)
+    shown = videos_to_show(interleaved(errors), captions)
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     images = first_frames([prompts[i] for i in mine], cfg)
     for model in models:

@@ -177,8 +177,8 @@ def swap_halves(tensor: LazyTensor | Tensor) -> LazyTensor | Tensor:
 def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """A small tensor in another shape; it is read whole."""
     def read(rows: slice | None = None) -> Tensor:
-        whole = tensor.read().reshape(shape)
-        return whole[rows] if rows else whole
+        value = tensor.read().reshape(shape)
+        return value[rows] if rows else value
 
     return LazyTensor(shape, tensor.dtype, tensor.file, read)
 

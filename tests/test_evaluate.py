@@ -165,15 +165,15 @@ def test_the_mean_of_students_has_the_error_over_students():
 
 def test_the_videos_shown_are_at_the_quantiles_of_the_errors():
     errors = torch.arange(21.0).flip(0)  # the video at place i has rank 20 − i
-    shown = evaluate.shown_places(errors, [str(i) for i in range(21)])
+    shown = evaluate.videos_to_show(errors, [str(i) for i in range(21)])
     assert list(shown.items()) == [(10, 0.5), (4, 0.8), (2, 0.9), (1, 0.95), (0, 1.0)]
 
 
 def test_a_caption_is_shown_once_at_the_highest_of_its_quantiles():
     errors = torch.tensor([0.4, 0.1, 0.3, 0.2])
-    assert evaluate.shown_places(errors, ["a", "b", "c", "d"]) == {2: 0.8, 0: 1.0}
-    assert evaluate.shown_places(errors, ["a", "b", "a", "d"]) == {0: 1.0}
-    assert evaluate.shown_places(errors[:1], ["a"]) == {0: 1.0}
+    assert evaluate.videos_to_show(errors, ["a", "b", "c", "d"]) == {2: 0.8, 0: 1.0}
+    assert evaluate.videos_to_show(errors, ["a", "b", "a", "d"]) == {0: 1.0}
+    assert evaluate.videos_to_show(errors[:1], ["a"]) == {0: 1.0}
 
 
 def test_the_values_of_ranks_come_together_in_the_videos_order():

@@ -64,13 +64,13 @@ def host_plan(cfg: Any, parameters: int, moments: int, shape: tuple[int, ...],
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     need = 4 * parameters * (1 + moments * (1 + cfg.offload)) * here / ranks.world
     need += here * waiting_latents(cfg, shape, ranks.dp_size)
-    told = f"  host memory     {need / 2 ** 30:9.2f} GiB a node, most of it a checkpoint's copy"
+    text = f"  host memory     {need / 2 ** 30:9.2f} GiB a node, most of it a checkpoint's copy"
     lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
     for line in lines:
         if line.startswith("MemAvailable:") and int(line.split()[1]) * 1024 < need:
-            told += (f": MORE THAN THE {int(line.split()[1]) / 2 ** 20:.0f} GiB AVAILABLE; use "
+            text += (f": MORE THAN THE {int(line.split()[1]) / 2 ** 20:.0f} GiB AVAILABLE; use "
                      "more nodes" + (", or leave out --offload" if cfg.offload else ""))
-    return told
+    return text
 
 
 def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None = None) -> str:

@@ -180,18 +180,22 @@ def living_owners(folder: Path, first: int, stop: int) -> Iterator[str]:
             except (ValueError, LookupError, TypeError):
                 host, known = None, "another process"
             silent = time.time() - path.stat().st_mtime
-            if not free or (host not in (None, socket.gethostname()) and silent < SILENCE):
+            lock_tells = free is not None and host in (None, socket.gethostname())
+            if free is False or (not lock_tells and silent < SILENCE):
                 yield known
 
 
-def lock(handle: Any) -> bool:
-    """Lock an open file if no other process has it locked; it is unlocked when it is closed."""
+def lock(handle: Any) -> bool | None:
+    """Lock an open file if no other process has it locked; it is unlocked when it is closed.
+
+    None on a disk that has no locks, where signs of life must do.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a disk without locks: the heartbeat must do
-        return True
+    except OSError:
+        return None
     return True
 
 

@@ -100,8 +100,13 @@ def test_a_disk_without_locks_falls_back_on_signs_of_life(tmp_path, monkeypatch)
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(files.fcntl, "flock", none)
-    with own_folder(tmp_path):
-        pass
+    with own_folder(tmp_path), pytest.raises(ValueError, match="works here"):
+        with own_folder(tmp_path):
+            pass
+    with own_folder(tmp_path):  # it was let go
+        os.utime(tmp_path / ".owner.000000-000001", (0, 0))
+        with own_folder(tmp_path):  # and this one counts as dead
+            pass
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -3,10 +3,13 @@
     python evaluate.py [CONFIG] [--students a.safetensors,b.safetensors] [--count 96]
     torchrun --nproc-per-node 8 evaluate.py CONFIG [field=value]      # videos split over the ranks
 
-In:   the weight folder, the student (or several, from several seeds), held-out captions.
+In:   the weight folder, the student (or several, of several seeds or numbers of steps), held-out
+      captions.
 Out:  <run>/evaluate/: report.html, one page of it all; table.md, table.json, table.png; videos.mp4,
       videos.gif, videos.png: teacher@n, teacher@m and student@m (of several the first) side by side
-      on the captions at the .5, .8, .9, .95 and 1 quantile of teacher@m's endpoint error.
+      on the captions at the .5, .8, .9, .95 and 1 quantile of teacher@m's endpoint error; of
+      students with unlike steps also ladder.png and ladder.gif; teacher.safetensors, the teacher's
+      latents, which the next evaluation reads.
 Cost: `count` × 2 trajectories of the teacher and a few decodes: a minute for the small world.
 
 Everyone starts from the same noise on the same captions. teacher@m walks the student's own key
@@ -17,22 +20,22 @@ timesteps. The columns, N videos, x latents, all in float64:
              samples of the same captions, with other noise. teacher@n's own value is its zero.
   sliced W   Wasserstein-1 distance to y along fixed random unit directions, their mean
   HF         high-frequency energy (clips.high_frequency) of the videos over that of teacher@n's
+  spread     variance of the latents over videos, summed over elements, over that of teacher@n's
+  C2ST       accuracy of a small classifier, trained for it, that tells x from y; 0.5: it cannot
   first frame  PSNR of the first frame against the image it was given (image-to-video only)
   oracle     part of the videos that show what their caption says (small world only)
-± is a standard error over videos, by jackknife for energy, sliced W and HF; for the two distances
-that of the difference from teacher@n's value, since noise and y are shared (in teacher@n's own
-row: of the value). In the row of several students' mean it is over students.
+± is a standard error over videos, by jackknife for energy, sliced W, HF and spread; for the two
+distances that of the difference from teacher@n's value, since noise and y are shared (in
+teacher@n's own row: of the value); for C2ST over three initialisations of the classifier. In the
+row of several students' mean it is over students.
 """
 
 import dataclasses
-import html
+import json
 import shlex
-import string
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,14 +48,18 @@ from tqdm import tqdm
 
 from common.config import (
     Shared, announce, field, load_config, names_config, read_yaml, settings_to_compare)
-from common.files import ROOT, replace_file, write_json, write_text
+from common.files import ROOT, write_json, write_text
 from common.ranks import (
-    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, generator, prefer_attention,
+    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, prefer_attention,
     setup_distributed)
 from common.video import (
-    Prompt, centre_crop, comparison_sheet, data_uri, digest_texts, heldout_prompts, read_image,
-    read_prompts, side_by_side, thumbnail, video_wall, write_video)
-from common.weights import fingerprint, fingerprint_files
+    Prompt, centre_crop, comparison_sheet, digest_texts, heldout_prompts, read_image, read_prompts,
+    side_by_side, thumbnail, video_wall, write_video)
+from common.weights import (
+    fingerprint, fingerprint_files, open_safetensors, safetensors_metadata, save_tensors)
+from evaluation.measures import Samples, endpoint_error, gates, mean_row, measure
+from evaluation.page import (
+    LOOP_SECONDS, Example, draw_table, markdown, write_ladder, write_page)
 from frozen.load import encode_prompts, load_vae
 from model import check_model, latent_shape, load_dit, time_grid
 from sample import load_student, sample_batch, student_facts
@@ -68,91 +75,18 @@ class Config(Shared):
     count: int = field(96, "videos of each model, and of the independent teacher samples")
     batch: int = field(32, "videos denoised at once")
     directions: int = field(128, "random directions of sliced W")
+    c2st_steps: int = field(100, "training iterations of the classifier of C2ST")
+    teacher_samples: str | None = field(None, "file that keeps teacher@n's latents for the next "
+                                        "evaluation; none: <run>/evaluate/teacher.safetensors")
 
 
+# Of `Shared`: what teacher@n's latents depend on, beside weights, prompts and device.
+SAMPLE_SETTINGS = ("family", "preset", "height", "width", "frames", "n", "shift", "cfg_scale",
+                   "embedded_guidance", "negative_prompt", "seed", "count", "attention")
 SHOWN_QUANTILES = (0.5, 0.8, 0.9, 0.95, 1.0)  # of teacher@m's endpoint error
-LOOP_SECONDS = 4  # that an mp4 lasts at least: players stop at its end
-
-
-# ----------------------------------------------------------------------------------- metrics
-
-Statistic = Callable[[Tensor], float]  # of the videos whose indices it is given
-
-
-def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
-    """‖x − x50‖² / ‖x50‖² of each video, float64 [N], for latents [N, …] from the same noise."""
-    x, x50 = x.double().flatten(1), x50.double().flatten(1)
-    return (x - x50).square().sum(1) / x50.square().sum(1)
-
-
-def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Root mean square difference of each x [N, …] to each y [M, …], float64 [N, M]."""
-    x, y = x.double().flatten(1), y.double().flatten(1)
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
-
-
-def energy_distance(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
-    """2 E|x − y| − E|x − x'| − E|y − y'| from the distance matrices of N videos each.
-
-    x_i and y_i share caption i, so the diagonal of xy is left out like those of xx and yy: all
-    three means are over the same pairs of captions, and equal distributions give 0 on average.
-    Source: Székely and Rizzo, 2013 (U-statistic).
-    """
-    off = 1 - torch.eye(len(xx), dtype=xx.dtype)
-    return float(((2 * xy - xx - yy) * off).sum() / off.sum())
-
-
-def projections(x: Tensor, count: int) -> Tensor:
-    """x [N, …] along `count` fixed random unit directions, float64 [N, count]."""
-    x, g = x.double().flatten(1), generator("sliced Wasserstein")
-    out = []
-    for _ in range(count):  # one by one: large latents have millions of elements
-        u = torch.randn(x.shape[1], generator=g, dtype=torch.float64)
-        out.append(x @ (u / u.norm()))
-    return torch.stack(out, 1)
-
-
-def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
-    """Mean over directions of the Wasserstein-1 distance of projections x, y [N, directions]."""
-    return float((x.sort(0).values - y.sort(0).values).abs().mean())
-
-
-def set_distances(x: Tensor, y: Tensor, directions: int) -> dict[str, Statistic]:
-    """Energy and sliced Wasserstein distance of latents x, y [N, …] as functions of indices."""
-    xx, yy, xy = distances(x, x), distances(y, y), distances(x, y)
-    p, q = projections(x, directions), projections(y, directions)
-    return {"energy": lambda i: energy_distance(xx[i][:, i], yy[i][:, i], xy[i][:, i]),
-            "sliced": lambda i: sliced_wasserstein(p[i], q[i])}
-
-
-def mean_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error, of values [N]."""
-    values = values.double()
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
-
-
-def jackknife(statistic: Statistic, n: int) -> tuple[float, float]:
-    """A statistic of n videos, given their indices, and its leave-one-out standard error."""
-    every = torch.arange(n)
-    left = torch.tensor([statistic(every[every != i]) for i in range(n)], dtype=torch.float64)
-    return statistic(every), float(((n - 1) * left.var(correction=0)).sqrt())
 
 
 # ---------------------------------------------------------------------------------- sampling
-
-@dataclass
-class Samples:
-    """A model's latents [N,C,T,H,W], and after measure_videos what its videos showed."""
-    label: str
-    latents: Tensor
-    evaluations: int
-    seconds: float                                # of the DiT, a video
-    hf: Tensor | None = None                      # [N]
-    first: Tensor | None = None                   # [N], dB, if the videos start from images
-    hits: dict[str, Tensor] | None = None         # [N] bool for each attribute, and "all"
-    shown: dict[int, Tensor] | None = None        # by index, small
-    decode_seconds: float = 0.0                   # a video
-
 
 def sample_model(label: str, dit: nn.Module, times: list[float], noise: Tensor, conds: list[dict],
                  unconds: list[dict] | None, cfg: Config, device: torch.device) -> Samples:
@@ -255,190 +189,6 @@ def first_frames(prompts: list[Prompt], cfg: Config) -> list[Tensor]:
 
 # ------------------------------------------------------------------------------------- table
 
-COLUMNS = {"endpoint": "endpoint error ↓", "energy": "energy distance", "sliced": "sliced W ↓",
-           "hf": "HF, 1 = teacher's"}
-
-
-def measure(samples: Samples, best: Samples, reference: Tensor, cfg: Config) -> dict:
-    """One row of the table: {"label", "evaluations", "seconds", column: (value, standard error)}.
-
-    Args: best, teacher@n from the same noise; reference, independent teacher@n latents [N,…].
-    """
-    n = len(samples.latents)
-    row = {"label": samples.label, "evaluations": samples.evaluations, "seconds": samples.seconds,
-           "decode_seconds": samples.decode_seconds,
-           "endpoint": mean_error(endpoint_error(samples.latents, best.latents)),
-           "hf": jackknife(lambda i: float(samples.hf[i].sum() / best.hf[i].sum()), n)}
-    zero = set_distances(best.latents, reference, cfg.directions)
-    for name, distance in set_distances(samples.latents, reference, cfg.directions).items():
-        row[name] = jackknife(distance, n)
-        if samples is not best:
-            gap = jackknife(lambda i, d=distance, z=zero[name]: d(i) - z(i), n)
-            row[name] = (row[name][0], gap[1])
-    if samples.first is not None:
-        row["first"] = mean_error(samples.first)
-    for name, hits in (samples.hits or {}).items():
-        row[name] = mean_error(hits)
-    return row
-
-
-def mean_row(rows: list[dict]) -> dict:
-    """The mean of several students' rows, ± the standard error over students."""
-    out = {"label": f"{rows[0]['label'].split(' ')[0]}, mean of {len(rows)}",
-           "evaluations": rows[0]["evaluations"]}
-    for name in rows[0].keys() - out.keys():
-        if isinstance(rows[0][name], tuple):
-            out[name] = mean_error(torch.tensor([row[name][0] for row in rows]))
-        else:
-            out[name] = sum(row[name] for row in rows) / len(rows)
-    return out
-
-
-def gates(best: dict, few: dict, student: dict) -> list[dict]:
-    """The small world's gates, from the rows of teacher@n, teacher@m and the (mean) student."""
-    near, far = (abs(row["energy"][0] - best["energy"][0]) for row in (student, few))
-    if "first" in student:  # the image settles what few steps would blur
-        second = world.gate("student's first frame against its image, dB", student["first"][0], 30)
-    else:
-        second = world.gate(f"{few['label']}: high-frequency energy", few["hf"][0], most=0.85)
-    return [
-        world.gate(f"{best['label']}: all attributes right", best["all"][0], 0.9), second,
-        world.gate(f"student's endpoint error / {few['label']}'s",
-                   student["endpoint"][0] / few["endpoint"][0], most=0.5),
-        world.gate("student's high-frequency energy", student["hf"][0], 0.95, 1.05),
-        world.gate(f"student's energy distance from {best['label']}'s, at most {few['label']}'s",
-                   near, most=far)]
-
-
-def cells(row: dict, columns: dict[str, str]) -> list[str]:
-    """A row's table cells as text."""
-    def number(name: str) -> str:
-        if name not in row:
-            return ""
-        digits = 2 if name in (*world.ATTRIBUTES, "all", "first") else 4
-        return f"{row[name][0]:.{digits}f} ± {row[name][1]:.{digits}f}"
-
-    return [row["label"], *(number(name) for name in columns), str(row["evaluations"]),
-            f"{row['seconds']:.3f}"]
-
-
-def columns_of(rows: list[dict]) -> dict[str, str]:
-    """Table columns: key to heading; the oracle's only where it was asked."""
-    first = {"first": "first frame, dB"} if "first" in rows[0] else {}
-    oracle = {name: f"oracle: {name}" for name in (*world.ATTRIBUTES, "all") if name in rows[0]}
-    return COLUMNS | first | oracle
-
-
-def markdown(rows: list[dict], passed: list[dict], cfg: Config, facts: dict) -> str:
-    """The table and the gates as Markdown."""
-    columns = columns_of(rows)
-    head = ["model", *columns.values(), "evaluations", "DiT s a video"]
-    lines = [f"{cfg.count} videos of held-out captions, the same noise for every model, "
-             f"{cfg.width}×{cfg.height}×{cfg.frames}, teacher guidance {cfg.cfg_scale}, "
-             f"{facts['device']}; ± standard error. Columns: `python evaluate.py --help`.", "",
-             "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in rows]
-    decode = sum(row["decode_seconds"] for row in rows) / len(rows)
-    lines += ["", f"Decoding takes {decode:.3f} s a video on top, for every row."]
-    if passed:
-        lines += ["", "| gate | got | wanted | |", "|---|---|---|---|"]
-        lines += [f"| {g['gate']} | {g['got']:.4f} | {g['wanted']} | "
-                  f"{'pass' if g['pass'] else '**FAIL**'} |" for g in passed]
-    return "\n".join(lines) + "\n"
-
-
-def draw_table(path: Path, rows: list[dict], title: str) -> None:
-    """Write the table with a bar chart of each main column as a PNG."""
-    from matplotlib.figure import Figure  # half a second that only those who draw should pay
-
-    columns = columns_of(rows)
-    figure = Figure(figsize=(14, 4.6 + 0.3 * len(rows)), dpi=120, layout="constrained")
-    top, bottom = figure.subfigures(2, height_ratios=[1.0 + 0.3 * len(rows), 3.6])
-    axes = top.subplots()
-    axes.set_axis_off()
-    axes.set_title(title, fontsize=11, weight="bold", parse_math=False)
-    head = ["model", *(name.replace(": ", ":\n") for name in columns.values()), "evalu-\nations",
-            "DiT s\na video"]
-    table = axes.table([cells(row, columns) for row in rows], colLabels=head, loc="center",
-                       cellLoc="center", edges="horizontal")
-    table.auto_set_font_size(False)
-    table.set_fontsize(8.5)
-    table.auto_set_column_width(list(range(len(head))))
-    table.scale(1, 1.5)
-    for column in range(len(head)):
-        table[0, column].set_height(0.5 / (1.0 + 0.3 * len(rows)))
-    panels = bottom.subplots(1, len(COLUMNS))
-    labels = [row["label"].replace(", ", ",\n") for row in rows]
-    for axes, (name, heading) in zip(panels, COLUMNS.items(), strict=True):
-        shade = ["#8a8f98", "#d98032", *["#2f6db3"] * (len(rows) - 2)]
-        values, errors = zip(*(row[name] for row in rows), strict=True)
-        axes.bar(range(len(rows)), values, yerr=errors, color=shade, capsize=3)
-        axes.set_xticks(range(len(rows)), labels, fontsize=8, rotation=0 if len(rows) < 4 else 40)
-        axes.set_title(heading, fontsize=10)
-        axes.axhline(values[0], color="#8a8f98", lw=0.8, ls="--")
-        axes.spines[["top", "right"]].set_visible(False)
-    replace_file(path, lambda aside: figure.savefig(aside, format="png"))
-
-
-# -------------------------------------------------------------------------------------- page
-
-@dataclass
-class Example:
-    """A caption that is shown, with the videos of teacher@n, teacher@m and the first student."""
-    caption: str                                  # and its quantile
-    videos: list[Tensor]
-    notes: list[str]                              # of each video: its endpoint error
-
-
-def html_of(text: str) -> str:
-    """Paragraphs and tables of Markdown as HTML: no more than `markdown` writes, escaped."""
-    blocks, text = [], html.escape(text.replace("`", "")).replace("**FAIL**", "<mark>FAIL</mark>")
-    for block in text.strip().split("\n\n"):
-        head, *lines = [line[1:-1].replace("|", "<td>") for line in block.split("\n")]
-        rows = "".join(f"<tr><td>{line}" for line in (head, *lines[1:]))
-        blocks.append(f'<div class="wide"><table>{rows}</table></div>' if block.startswith("|")
-                      else f"<p>{block}</p>")
-    return "\n".join(blocks)
-
-
-def html_example(example: Example, labels: list[str], fps: float) -> str:
-    """One video of all models, under their names."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "video.mp4"
-        write_video(path, side_by_side(example.videos), fps, LOOP_SECONDS)
-        source = data_uri(path)
-    heads = "".join(f"<div><b>{html.escape(label)}</b><br>{note}</div>"
-                    for label, note in zip(labels, example.notes, strict=True))
-    return (f"<figure><figcaption>{html.escape(example.caption)}</figcaption>"
-            f'<div class="three">{heads}</div>'
-            f'<video autoplay loop muted playsinline src="{source}"></video></figure>')
-
-
-def write_page(out: Path, examples: list[Example], labels: list[str], rows: list[dict],
-               table: str, cfg: Config, facts: dict) -> None:
-    """Fill in assets/report.html, which then needs no other file; table as `markdown` has it."""
-    texts = {**facts, "n": labels[0].partition("@")[2], "m": labels[1].partition("@")[2],
-             "count": cfg.count}
-    longest = max(row["endpoint"][0] for row in rows) or 1.0
-    for name, row in {"best": rows[0], "few": rows[1], "student": rows[-1]}.items():
-        texts |= {f"{name}_label": row["label"], f"{name}_error": f"{row['endpoint'][0]:.3f}",
-                  f"{name}_bar": f"{100 * row['endpoint'][0] / longest:.1f}%",
-                  f"{name}_cost": f"{row['evaluations']} evaluations, {row['seconds']:.3f} s"}
-    curves = Path(cfg.run) / "distill/curves.png"
-    words = [f"<li>{name}: {', '.join(values)}" for name, values in world.ATTRIBUTES.items()]
-    parts = {
-        "videos": "\n".join(html_example(e, labels, cfg.fps) for e in examples),
-        "stills": data_uri(out / "videos.png"), "table": html_of(table),
-        "curves": curves.is_file() and "<h2>How the student learned</h2><img alt=\"Losses, heads' "
-        f'accuracy, gradients, held-out error" src="{data_uri(curves)}">',
-        "words": "all" in rows[0] and "<p>The small world knows these words:</p>"
-        f"<ul>{''.join(words)}</ul>"}
-    template = string.Template((ROOT / "assets/report.html").read_text(encoding="utf-8"))
-    write_text(out / "report.html", template.substitute(
-        {name: html.escape(str(text)) for name, text in texts.items()},
-        **{name: part or "" for name, part in parts.items()}))
-
-
 def next_command(cfg: Config, argv: list[str], prompt: Prompt) -> str:
     """The command that samples the student, with the evaluation's config and shared overrides."""
     config = argv[0] if names_config(argv) else "configs/tiny.yaml"
@@ -459,53 +209,96 @@ def next_command(cfg: Config, argv: list[str], prompt: Prompt) -> str:
 
 def check_config(cfg: Config) -> None:
     """Raise ValueError for settings that cannot be evaluated."""
-    for key, least in (("count", 3), ("batch", 1), ("directions", 1)):
+    for key, least in (("count", 3), ("batch", 1), ("directions", 1), ("c2st_steps", 1)):
         if getattr(cfg, key) < least:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {least} or more")
 
 
 def students_of(cfg: Config) -> list[tuple[Path, dict]]:
-    """The students' files and facts; ValueError if their teacher or key times are not all alike."""
+    """The students' files and facts, those of the same key times together; ValueError if one has
+    another teacher or another grid than the config."""
     names = (cfg.students or str(Path(cfg.run) / "student.safetensors")).split(",")
     found = [(path, student_facts(path, cfg, foreign=cfg.students is not None))
              for path in (Path(name.strip()) for name in names)]
     for path, facts in found:
-        wanted = {"n": cfg.n, "shift": cfg.shift, "cfg_scale": cfg.cfg_scale,
-                  "t_key": found[0][1]["t_key"]}
-        for key, value in wanted.items():
-            if facts[key] != value:
-                raise ValueError(f"{path}: the student has {key} {facts[key]}, wanted {value}, as "
-                                 f"{'the first student' if key == 't_key' else 'the config'} has: "
-                                 "evaluate it with the config that it was distilled with")
-    return found
+        for key in ("n", "shift", "cfg_scale"):
+            if facts[key] != getattr(cfg, key):
+                raise ValueError(f"{path}: the student has {key} {facts[key]}, wanted "
+                                 f"{getattr(cfg, key)}, as the config has: evaluate it with the "
+                                 "config that it was distilled with")
+    grids = list(dict.fromkeys(tuple(facts["t_key"]) for _, facts in found))
+    return sorted(found, key=lambda pair: grids.index(tuple(pair[1]["t_key"])))
 
 
-def sample_all(cfg: Config, mine: range, prompts: list[Prompt],
-               students: list[tuple[Path, dict]],
-               device: torch.device) -> tuple[list[Samples], Samples]:
-    """Samples of teacher@n, teacher@m and every student from one noise, and those of teacher@n from
-    another noise; of the videos `mine` only."""
-    prompts = [prompts[i] for i in mine]
+def sample_teacher(cfg: Config, mine: range, dit: nn.Module, noises: list[Tensor],
+                   conds: list[dict], unconds: list[dict] | None, ranks: Ranks,
+                   about: dict) -> list[Samples]:
+    """Samples of teacher@n from each of two noises [N,C,T,H,W]; of the videos `mine` only.
+
+    They are kept in a file; those that an earlier evaluation with the same `about` left there are
+    read instead.
+    """
+    path = Path(cfg.teacher_samples or Path(cfg.run) / "evaluate/teacher.safetensors")
+    grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
+    labels = [f"teacher@{cfg.n}", f"teacher@{cfg.n}, other noise"]
+    about = {**about, "labels": labels, "batch": cfg.batch, "device": ranks.device.type,
+             **{name: getattr(cfg, name) for name in SAMPLE_SETTINGS}}
+
+    def stored() -> dict | None:
+        known = json.loads(safetensors_metadata(path)["accvideo"]) if path.exists() else {}
+        return known if known.get("about") == json.loads(json.dumps(about)) else None
+
+    known = on_first_rank(stored)
+    if known:
+        latents = [open_safetensors(path)[label].read()[mine.start::mine.step] for label in labels]
+        evaluations = cfg.n * (1 if unconds is None else 2)
+        return [Samples(label, x, evaluations, seconds) for label, x, seconds
+                in zip(labels, latents, known["seconds"], strict=True)]
+    made = [sample_model(label, dit, grid, noise, conds, unconds, cfg, ranks.device)
+            for label, noise in zip(labels, noises, strict=True)]
+    whole = [gathered(samples, ranks) for samples in made]
+    if ranks.rank == 0:
+        about = {"about": about, "seconds": [samples.seconds for samples in whole]}
+        save_tensors(path, {samples.label: samples.latents for samples in whole},
+                     {"accvideo": json.dumps(about)})
+    return made
+
+
+def sample_all(cfg: Config, mine: range, prompts: list[Prompt], students: list[tuple[Path, dict]],
+               ranks: Ranks, about: dict) -> tuple[list[Samples], Samples]:
+    """Samples of teacher@n; of teacher@m and its students, for each set of key times; and those of
+    teacher@n from another noise. Of the videos `mine` only."""
+    prompts, device = [prompts[i] for i in mine], ranks.device
     sizes = [(cfg.height, cfg.width)] * len(prompts)
     conds, unconds = encode_prompts(cfg, prompts, sizes, True, device, Timer(device))
     shape = latent_shape(cfg.frames, cfg.height, cfg.width)
-    noise, other = (draw_noise(shape, [(name, cfg.seed, i, prompt.text)
-                                       for i, prompt in zip(mine, prompts, strict=True)])
-                    for name in ("evaluate", "evaluate, reference"))
-    grid, t_key = time_grid(cfg.family, cfg.n, cfg.shift).tolist(), students[0][1]["t_key"]
-    n, m = len(grid) - 1, len(t_key) - 1
+    noises = [draw_noise(shape, [(name, cfg.seed, i, prompt.text)
+                                 for i, prompt in zip(mine, prompts, strict=True)])
+              for name in ("evaluate", "evaluate, reference")]
     dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device)
     dit.requires_grad_(False)
-    models = [sample_model(f"teacher@{n}", dit, grid, noise, conds, unconds, cfg, device),
-              sample_model(f"teacher@{m}", dit, t_key, noise, conds, unconds, cfg, device)]
-    reference = sample_model(f"teacher@{n}, other noise", dit, grid, other, conds, unconds, cfg,
-                             device)
+    best, reference = sample_teacher(cfg, mine, dit, noises, conds, unconds, ranks, about)
+    by_grid = {t_key: [sample_model(f"teacher{name}", dit, list(t_key), noises[0], conds, unconds,
+                                    cfg, device)]
+               for t_key, name in grid_names(students).items()}
     del dit
-    for number, (path, _) in enumerate(students, 1):
-        label = f"student@{m}" + (f" #{number}" if len(students) > 1 else "")
-        student = load_student(cfg, path, device)
-        models.append(sample_model(label, student, t_key, noise, conds, None, cfg, device))
-    return models, reference
+    for t_key, name in grid_names(students).items():
+        files = [path for path, facts in students if tuple(facts["t_key"]) == t_key]
+        for number, path in enumerate(files, 1):
+            label = f"student{name}" + (f" #{number}" if len(files) > 1 else "")
+            student = load_student(cfg, path, device)
+            by_grid[t_key].append(sample_model(label, student, list(t_key), noises[0], conds, None,
+                                               cfg, device))
+    return [best, *(model for models in by_grid.values() for model in models)], reference
+
+
+def grid_names(students: list[tuple[Path, dict]]) -> dict[tuple[float, ...], str]:
+    """Each set of key times and its name: @5, or with the times where two have as many steps."""
+    grids = dict.fromkeys(tuple(facts["t_key"]) for _, facts in students)
+    lengths = [len(t_key) for t_key in grids]
+    return {t_key: f"@{len(t_key) - 1}" + (
+        "" if lengths.count(len(t_key)) == 1 else
+        f" at {', '.join(f'{t:.2g}' for t in t_key)}") for t_key in grids}
 
 
 def commit() -> str | None:
@@ -528,9 +321,10 @@ def main(argv: list[str] | None = None) -> None:
                             sizes.takes_image)
     every = max(1, len(held_out) // cfg.count)  # few videos: captions from all over the list
     prompts = [held_out[i * every % len(held_out)] for i in range(cfg.count)]
+    about = {"teacher": fingerprint(cfg.weights), "encoders": fingerprint_files(cfg.weights),
+             "prompts": digest_texts(prompts)}
     ranks = setup_distributed(cfg.device, same=settings_to_compare(
-        cfg, teacher=fingerprint(cfg.weights), encoders=fingerprint_files(cfg.weights),
-        prompts=digest_texts(prompts), students=[fingerprint(path) for path, _ in students]))
+        cfg, **about, students=[fingerprint(path) for path, _ in students]))
     prefer_attention(cfg.attention, ranks.device)
     if cfg.count < ranks.world:
         raise ValueError(f"count: got {cfg.count}; wanted at least one for each of {ranks.world} "
@@ -538,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     mine, device = range(ranks.rank, cfg.count, ranks.world), ranks.device
     out = announce(cfg, "evaluate", ranks.rank)
 
-    models, reference = sample_all(cfg, mine, prompts, students, device)
+    models, reference = sample_all(cfg, mine, prompts, students, ranks, about)
     captions, errors = [prompt.text for prompt in prompts], [None] * ranks.world
     dist.all_gather_object(errors, endpoint_error(models[1].latents, models[0].latents))
     shown = videos_to_show(interleaved(errors), captions)
@@ -554,16 +348,22 @@ def main(argv: list[str] | None = None) -> None:
             "command": shlex.join([*start, "evaluate.py", *given]), "commit": commit(),
             "next": next_command(cfg, given, prompts[next(iter(shown))]),
             "device": device_name(device), "torch": torch.__version__,
-            "seconds": round(time.perf_counter() - started, 1)})
+            "seconds": round(time.perf_counter() - started, 1)}, device)
     dist.barrier()
 
 
 def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, captions: list[str],
-           shown: dict[int, float], students: list[tuple[Path, dict]], facts: dict) -> None:
+           shown: dict[int, float], students: list[tuple[Path, dict]], facts: dict,
+           device: torch.device) -> None:
     """Measure the models, write table, videos and page; reference as in `measure`."""
-    best, few, *rest = (measure(model, models[0], reference, cfg) for model in models)
-    rows = [best, few, *rest] + ([mean_row(rest)] if len(rest) > 1 else [])
-    passed = gates(best, few, rows[-1]) if "all" in best else []
+    best, *rest = [measure(model, models[0], reference, cfg.directions, cfg.c2st_steps, device)
+                   for model in models]
+    names, blocks = grid_names(students).values(), []
+    for name in names:
+        few, *own = [row for row in rest if row["label"].split(" #")[0].endswith(name)]
+        blocks.append([few, *own] + ([mean_row(own)] if len(own) > 1 else []))
+    rows = [best, *(row for block in blocks for row in block)]
+    passed = gates(best, blocks[0][0], blocks[0][-1]) if "all" in best else []
     text = markdown(rows, passed, cfg, facts)
     write_text(out / "table.md", text)
     write_json(out / "table.json", {
@@ -571,21 +371,28 @@ def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, cap
         "students": [{"file": str(path), **known} for path, known in students]})
     draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
 
-    labels = [model.label for model in models[:3]]
-    errors = [endpoint_error(model.latents, models[0].latents) for model in models[1:3]]
+    by_label = {model.label.removesuffix(" #1"): model for model in models}
+    picked = [models[0], *(by_label[f"{who}{name}"] for name in names
+                           for who in ("teacher", "student"))]
+    labels = [model.label.removesuffix(" #1") for model in picked]
     quantiles = [f"{quantile:g}".lstrip("0") for quantile in shown.values()]
-    examples = [Example(f"{captions[i]} ({quantile} quantile)", [m.shown[i] for m in models[:3]],
+    errors = [endpoint_error(model.latents, models[0].latents) for model in picked[1:]]
+    examples = [Example(f"{captions[i]} ({quantile} quantile)", [m.shown[i] for m in picked],
                         ["the target", *(f"error {float(error[i]):.3f}" for error in errors)])
                 for i, quantile in zip(shown, quantiles, strict=True)]
     facts |= {"shown": f"captions at the {', '.join(quantiles)} quantile of {labels[1]}'s "
                        "endpoint error"}
-    wall = video_wall([(e.caption, side_by_side(e.videos, labels)) for e in examples])
+    if len(names) > 1:
+        write_ladder(out, examples, labels, facts["shown"], cfg.fps)
+    for example in examples:
+        example.videos, example.notes = example.videos[:3], example.notes[:3]
+    wall = video_wall([(e.caption, side_by_side(e.videos, labels[:3])) for e in examples])
     write_video(out / "videos.gif", wall, cfg.fps)
     write_video(out / "videos.mp4", wall, cfg.fps, LOOP_SECONDS)
     sheet = [(e.caption, list(zip(e.videos, e.notes, strict=True))) for e in examples]
-    comparison_sheet(out / "videos.png", labels, sheet,
+    comparison_sheet(out / "videos.png", labels[:3], sheet,
                      f"{facts['shown']}: first, middle and last frame")
-    write_page(out, examples, labels, rows, text, cfg, facts)
+    write_page(out, examples, labels[:3], [best, *blocks[0]], rows, text, cfg, facts)
     print(f"\n{text}\nlook at {out / 'report.html'} in a browser: the videos and these numbers\n"
           f"        {out / 'videos.mp4'} (or .gif), videos.png, table.png, table.md, table.json\n"
           f"next:   source .venv/bin/activate\n        {facts['next']}")

@@ -105,8 +105,8 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
 
 
 def data_uri(path: Path) -> str:
-    """A .png or .mp4 as an address that holds the whole file."""
-    kind = {".png": "image/png", ".mp4": "video/mp4"}[path.suffix]
+    """A .png, .gif or .mp4 as an address that holds the whole file."""
+    kind = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}[path.suffix]
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 

@@ -16,9 +16,10 @@ import sample
 from common.config import load_config
 from common.ranks import generator
 from common.video import Prompt, data_uri, read_video, write_image
-from evaluate import (
-    distances, endpoint_error, energy_distance, gates, jackknife, mean_error, mean_row, projections,
-    set_distances, sliced_wasserstein)
+from evaluation.measures import (
+    c2st, distances, endpoint_error, energy_distance, gates, jackknife, mean_error, mean_row,
+    projections, set_distances, sliced_wasserstein, spread)
+from evaluation.page import html_of
 from small_world import clips as world
 
 
@@ -117,6 +118,22 @@ def test_high_frequency_energy_falls_with_blur_and_scales_with_the_square():
     assert world.high_frequency(torch.ones(1, 3, 1, 16, 16)) < 1e-10
 
 
+def test_spread_is_the_ratio_of_variances_over_videos():
+    x, i = normal(40, 3, 2), torch.arange(40)
+    assert spread(0.5 * x + 7, x)(i) == pytest.approx(0.25)
+    want = x[:9].var(0).sum() / normal(40, 3, 2, key="y")[:9].var(0).sum()
+    assert spread(x, normal(40, 3, 2, key="y"))(i[:9]) == pytest.approx(float(want))
+
+
+def test_c2st_is_half_for_one_distribution_and_near_one_for_a_pattern():
+    x, y, cpu = normal(48, 4, 2, 6, 6), normal(48, 4, 2, 6, 6, key="y"), torch.device("cpu")
+    same, error = c2st(x, y, 40, cpu)
+    assert abs(same - 0.5) < 0.15 and error < 0.08
+    accuracy, error = c2st(x + torch.tensor([1.0, -1.0]).repeat(3), y, 40, cpu)
+    assert accuracy > 0.9 and error < 0.05
+    assert c2st(x, y, 40, cpu) == (same, c2st(x, y, 40, cpu)[1])  # by its seeds alone
+
+
 # ------------------------------------------------------------------------- the oracle and gates
 
 def test_the_oracle_is_asked_for_small_world_captions_only():
@@ -190,7 +207,7 @@ def run(tiny_weights, tmp_path, make_config, ranks):
     captions = tmp_path / "captions.txt"
     captions.write_text("\n".join(world.make_captions(0, 0, 3, held_out=True)))
     config = make_config(n=N, key=KEY, evaluate={
-        "prompts": str(captions), "count": 4, "batch": 3, "directions": 8})
+        "prompts": str(captions), "count": 4, "batch": 3, "directions": 8, "c2st_steps": 2})
 
     def main(*options: str) -> dict:
         evaluate.main([str(config), *options])
@@ -210,7 +227,8 @@ def test_the_table_of_a_student_that_is_its_teacher(run, capsys):
     for name in ("endpoint", "energy", "sliced", "hf", "all"):
         assert student[name] == few[name]
     assert len(table["gates"]) == 5 and table["command"].startswith("python evaluate.py ")
-    names = {"config.yaml", "report.html", "table.json", "table.md", "table.png"}
+    names = {"config.yaml", "report.html", "table.json", "table.md", "table.png",
+             "teacher.safetensors"}
     assert {p.name for p in out.iterdir()} == names | {f"videos.{s}" for s in ("gif", "mp4", "png")}
     frames = [read_video(out / f"videos.{suffix}").shape[1] for suffix in ("gif", "mp4")]
     assert frames == [5, 5 * 6]  # the mp4 shows it six times: four seconds
@@ -273,9 +291,51 @@ def test_the_next_command_has_the_config_and_what_it_was_overridden_with(run):
 
 def test_a_gate_that_fails_is_marked_in_the_page():
     text = "a `b` < c\n\n| gate | got | |\n|---|---|---|\n| x | 1 | **FAIL** |\n"
-    assert evaluate.html_of(text) == (
+    assert html_of(text) == (
         '<p>a b &lt; c</p>\n<div class="wide"><table><tr><td> gate <td> got <td> '
         "<tr><td> x <td> 1 <td> <mark>FAIL</mark> </table></div>")
+
+
+def test_students_with_unlike_steps_stand_by_their_own_teacher_and_on_a_ladder(run):
+    files = {name: write_student(run.folder / f"{name}.safetensors", run.weights, 0, t_key=t_key)
+             for name, t_key in (("a", [1.0, 0.0]), ("b", [1.0, 0.5, 0.0]), ("c", [1.0, 0.0]))}
+    rows = run("--students", ",".join(str(files[name]) for name in "abc"))["rows"]
+    assert [r["label"] for r in rows] == [
+        "teacher@4", "teacher@1", "student@1 #1", "student@1 #2", "student@1, mean of 2",
+        "teacher@2", "student@2"]
+    for name in ("endpoint", "energy", "hf", "spread"):  # students that are their teacher
+        assert rows[1][name] == rows[2][name] == rows[3][name] != rows[5][name] == rows[6][name]
+    page = (run.folder / "run/evaluate/report.html").read_text()
+    assert data_uri(run.folder / "run/evaluate/ladder.gif") in page
+    rows = run("--students", f"{files['b']},"
+               f"{write_student(run.folder / 'd.safetensors', run.weights, t_key=[1, .25, 0])}")
+    assert [r["label"] for r in rows["rows"][1:]] == [
+        "teacher@2 at 1, 0.5, 0", "student@2 at 1, 0.5, 0", "teacher@2 at 1, 0.25, 0",
+        "student@2 at 1, 0.25, 0"]
+
+
+def test_the_teacher_s_latents_are_read_again_where_nothing_that_made_them_has_changed(
+        run, no_pictures, monkeypatch):
+    write_student(run.folder / "run/student.safetensors", run.weights, 0)
+    plain, sampled = evaluate.sample_model, []
+
+    def counted(label, *args):
+        sampled.append(label)
+        return plain(label, *args)
+
+    monkeypatch.setattr(evaluate, "sample_model", counted)
+    first = run()
+    whole = ["teacher@4", "teacher@4, other noise", "teacher@2", "student@2"]
+    assert sampled == whole
+    sampled.clear()
+    again = run("--directions", "8")
+    assert sampled == whole[2:]
+    for row, before in zip(again["rows"], first["rows"], strict=True):
+        assert all(row[name] == before[name] for name in row if "seconds" not in name)
+    for option in ("seed=1", "count=5", f"prompts={run.weights / 'prompts.txt'}", "batch=2"):
+        sampled.clear()
+        run(option)
+        assert sampled == whole, option
 
 
 @pytest.fixture
@@ -307,7 +367,6 @@ def test_captions_of_the_world_at_large_have_no_oracle_and_no_gates(run, no_pict
     ({"cfg_scale": 3.0}, "cfg_scale 3.0, wanted 1.0, as the config has"),
     ({"n": 50}, "n 50, wanted 4, as the config has"),
     ({"teacher": "0123abcd"}, "distilled from teacher 0123abcd"),
-    ({"t_key": [1.0, 0.9, 0.0]}, "t_key .* wanted .* as the first student has"),
 ])
 def test_students_that_cannot_be_compared_are_refused(run, facts, message):
     good = write_student(run.folder / "good.safetensors", run.weights, 0)

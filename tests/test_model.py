@@ -898,8 +898,9 @@ ARROWS = {"common": {"common"}, "model": {"model", "common"},
           "synvid": {"model", "frozen", "common"},
           "distill": {"model", "synvid", "training", "common"},
           "sample": {"model", "frozen", "common"}, "toy1d": set(),
+          "evaluation": {"evaluation", "model", "small_world", "common"},
           "evaluate": {"model", "frozen", "common", "synvid", "distill", "sample", "training",
-                       "small_world"}}
+                       "small_world", "evaluation"}}
 
 
 def test_imports_run_one_way_from_stages_to_what_they_stand_on():

@@ -1,0 +1,1 @@
+"""What evaluate.py leans on: measures, the page, and the paper's tables and figures as runs."""

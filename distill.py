@@ -102,14 +102,15 @@ class Config(Shared):
     offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
     export: Literal["official", "diffusers"] = field("official", "names in student.safetensors")
+    export_every: int | None = field(None, "iterations between student_000100.safetensors, or none")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
 
 
 def check_config(cfg: Config, replicas: int) -> None:
     """Raise ValueError for settings that cannot work together; replicas, Ranks.dp_size."""
     for key in ("iterations", "batch", "micro_batch", "held_out", "eval_every", "save_every",
-                "keep"):
-        if getattr(cfg, key) < 1:
+                "keep", "export_every"):
+        if getattr(cfg, key) is not None and getattr(cfg, key) < 1:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
     size = min(cfg.micro_batch, max(cfg.batch // replicas, 1))
     if cfg.batch % (size * replicas):
@@ -423,13 +424,14 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
                 [deque() for _ in range(m + 1)])
 
 
-def export_student(cfg: Config, state: TrainState, ranks: Ranks, meta: dict) -> Path:
-    """Write <run>/student.safetensors with the key timesteps and the teacher's identity.
+def export_student(cfg: Config, state: TrainState, ranks: Ranks, meta: dict,
+                   name: str = "student") -> Path:
+    """Write <run>/<name>.safetensors with the key timesteps and the teacher's identity.
 
     Its tensors are gathered one by one; nowhere is all of the student. A write that fails is tried
     once more. Raises ValueError after that.
     """
-    path, error = Path(cfg.run) / "student.safetensors", None
+    path, error = Path(cfg.run) / f"{name}.safetensors", None
     tensors = {name: full_tensor(p, path) for name, p in state.student.named_parameters()}
     tensors = official_names(tensors, "transformer", reverse=cfg.export == "diffusers")
     keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance")
@@ -536,6 +538,8 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
                     append_log(folder / "log.jsonl", line)
             if state.step % cfg.save_every == 0 or last or flags["stop"] or flags["retry"]:
                 save()
+            if cfg.export_every and state.step % cfg.export_every == 0 and not last:
+                export_student(cfg, state, ranks, meta, f"student_{state.step:06d}")
             if first and "endpoint" in line:
                 draw_curves(folder / "curves.png", lines, m)
             bar.set_postfix_str(" ".join(f"{name}={line[name]:.3g}" for name in

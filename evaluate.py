@@ -46,20 +46,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import baselines
+import distill
 from common.config import (
     Shared, announce, field, load_config, names_config, read_yaml, settings_to_compare)
-from common.files import ROOT, write_json, write_text
+from common.files import ROOT, own_folder, write_json, write_text
 from common.ranks import (
-    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, prefer_attention,
-    setup_distributed)
+    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, pick_device,
+    prefer_attention, setup_distributed)
 from common.video import (
     Prompt, centre_crop, comparison_sheet, digest_texts, heldout_prompts, read_image, read_prompts,
     side_by_side, thumbnail, video_wall, write_video)
 from common.weights import (
     fingerprint, fingerprint_files, open_safetensors, safetensors_metadata, save_tensors)
-from evaluation.measures import Samples, endpoint_error, gates, mean_row, measure
+from evaluation import tables
+from evaluation.measures import (
+    Samples, distances, endpoint_error, gates, mean_error, mean_row, measure)
 from evaluation.page import (
     LOOP_SECONDS, Example, draw_table, markdown, write_ladder, write_page)
+from evaluation.paper import Job, Plan, command_job, evaluate_job, run_jobs, script, train_job
 from frozen.load import encode_prompts, load_vae
 from model import check_model, latent_shape, load_dit, time_grid
 from sample import load_student, sample_batch, student_facts
@@ -72,10 +77,23 @@ class Config(Shared):
     prompts: str | None = field(None, "held-out captions (.jsonl with images for I2V); none: "
                                 "<weights>/prompts_heldout.txt or .jsonl")
     students: str | None = field(None, "files, comma between; none: <run>/student.safetensors")
+    names: str | None = field(None, "names of the students, comma between; all of them are shown")
     count: int = field(96, "videos of each model, and of the independent teacher samples")
     batch: int = field(32, "videos denoised at once")
     directions: int = field(128, "random directions of sliced W")
     c2st_steps: int = field(100, "training iterations of the classifier of C2ST")
+    pictures: bool = field(True, "videos, pictures and the page beside the table")
+    paper: str | None = field(None, "the paper's tables and figures instead: all, or of table3, "
+                              "table4, fig5, fig6, fig8, fig9, ladder, comma between")
+    paper_m: int | None = field(None, "steps of table3, fig6, fig8 and fig9; none: the config's")
+    steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder")
+    seeds: int = field(5, "runs of each arm of a table")
+    baseline_seeds: int = field(3, "runs of each other method, on each set of data")
+    jobs: int = field(1, "runs at once; then each process has one CPU thread")
+    launch: str = field("python", "starts a run, as `torchrun --nproc-per-node 8`")
+    options: str = field("", "options of every run, as `lr=1e-5 iterations=600`")
+    synvid: str | None = field(None, "trajectories for the runs, made with --keep all; none: made "
+                               "in <run>/paper/synvid")
     teacher_samples: str | None = field(None, "file that keeps teacher@n's latents for the next "
                                         "evaluation; none: <run>/evaluate/teacher.safetensors")
 
@@ -187,22 +205,133 @@ def first_frames(prompts: list[Prompt], cfg: Config) -> list[Tensor]:
             for prompt in prompts if prompt.image is not None]
 
 
-# ------------------------------------------------------------------------------------- table
+# ------------------------------------------------------------------------------ the next command
+
+def shared_overrides(cfg: Config) -> dict:
+    """The shared settings in which an evaluation differs from its config file."""
+    values, shared = dataclasses.asdict(cfg), dataclasses.asdict(Shared())
+    plain = shared | read_yaml(cfg.path, "evaluate", values)
+    return {name: values[name] for name in shared if values[name] != plain[name]}
+
+
+def options_of(values: dict) -> list[str]:
+    """Settings as words of a command line; those that are None are left out."""
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}", ",".join(map(str, value)) if name == "key" else str(value)]
+    return words
+
 
 def next_command(cfg: Config, argv: list[str], prompt: Prompt) -> str:
     """The command that samples the student, with the evaluation's config and shared overrides."""
     config = argv[0] if names_config(argv) else "configs/tiny.yaml"
-    values, shared = dataclasses.asdict(cfg), dataclasses.asdict(Shared())
-    path = Path(config) if names_config(argv) else ROOT / config
-    plain = shared | read_yaml(path, "evaluate", values)
-    options = {name: values[name] for name in shared if values[name] != plain[name]}
-    options |= {"student": cfg.students and cfg.students.split(",")[0].strip(),
-                "image": prompt.image, "prompt": prompt.text}
-    words = ["python", "sample.py", config]
-    for name, value in options.items():
-        if value is not None:
-            words += [f"--{name}", ",".join(map(str, value)) if name == "key" else str(value)]
-    return shlex.join(words)
+    options = shared_overrides(cfg) | {
+        "student": cfg.students and cfg.students.split(",")[0].strip(), "image": prompt.image,
+        "prompt": prompt.text}
+    return shlex.join(["python", "sample.py", config, *options_of(options)])
+
+
+# ------------------------------------------------------------------- the paper, table by table
+
+def paper_settings(cfg: Config) -> tables.Settings:
+    """What the tables' arms depend on; ValueError for what cannot be run."""
+    times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
+    for key in ("seeds", "baseline_seeds", "jobs"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
+    m_config = len(cfg.key) - 1
+    for m in (cfg.paper_m or m_config, *cfg.steps):
+        if not 1 <= m <= cfg.n:
+            raise ValueError(f"paper_m, steps: got {m}; wanted 1 … {cfg.n}, the teacher's steps")
+    run = load_config(distill.Config, "distill", [str(cfg.path), *shlex.split(cfg.options)])
+    return tables.Settings(cfg.n, times, cfg.paper_m or m_config, m_config, cfg.steps, cfg.seeds,
+                           cfg.baseline_seeds, run.iterations, clips=cfg.preset == "tiny")
+
+
+def paper(cfg: Config, argv: list[str]) -> None:
+    """Run what the wanted tables and figures need, unless it is there; then write their page."""
+    started = time.perf_counter()
+    wanted = tables.TABLES if cfg.paper == "all" else tuple(cfg.paper.split(","))
+    unknown = [name for name in wanted if name not in tables.TABLES]
+    if unknown:
+        raise ValueError(f"paper: got '{unknown[0]}'; wanted all, or of {', '.join(tables.TABLES)}")
+    s, out = paper_settings(cfg), Path(cfg.run) / "paper"
+    store = Path(cfg.synvid or out / "synvid")
+    words = options_of(shared_overrides(cfg) | {"run": None, "seed": None, "key": None})
+    shared = [f"{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]
+    measured = {name: getattr(cfg, name) for name in (
+        "seed", "count", "batch", "directions", "c2st_steps", "prompts")}
+    plan = Plan(str(cfg.path), out, (f"--synvid={store}", *shared, *shlex.split(cfg.options)),
+                (*shared, *(f"--{name}={value}" for name, value in measured.items()
+                            if value is not None)),
+                tuple(shlex.split(cfg.launch)), cfg.jobs, 1 if cfg.jobs > 1 else None)
+    with own_folder(out):
+        if cfg.synvid is None and (wanted != ("fig5",) or cfg.prompts is None):
+            together = plan.launch if cfg.jobs == 1 else (
+                "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
+            run_jobs([Job("SynVid", (*together, script("synvid.py"), plan.config, f"--run={out}",
+                                     "--keep=all", *shared), store, plan.config)], plan, "SynVid")
+        runs = {(arm.name, seed): train_job(plan, arm, seed) for name in wanted
+                for arm in tables.arms_of(name, s) for seed in range(arm.seeds)}
+        run_jobs(runs.values(), plan, "runs")
+        looks = {name: evaluate_job(plan, name, *what) for table in wanted
+                 for name, what in tables.evaluations_of(table, s, plan).items()}
+        first, *others = looks.values() or [None]
+        run_jobs([first] if first else [], plan, "the teacher's samples, and the first evaluation")
+        run_jobs(others, plan, "evaluations")
+        if "fig6" in wanted:
+            run_jobs([command_job(plan, "fig6", "features", "taps.py", *plan.options,
+                                  tables.key_option(tables.even_key(s.n, s.m)))], plan, "fig6")
+        sections = {name: paper_section(cfg, name, plan, s, store) for name in wanted}
+        page = tables.write_report(plan, sections, {
+            "command": shlex.join(["python", "evaluate.py", *argv]), "commit": commit(),
+            "device": device_name(pick_device(cfg.device)), "torch": torch.__version__,
+            "seconds": round(time.perf_counter() - started, 1)})
+    print(f"look at {page}; numbers of every seed: {page.parent / 'paper.json'}")
+
+
+def paper_section(cfg: Config, name: str, plan: Plan, s: tables.Settings,
+                  store: Path) -> tables.Section:
+    """One table or figure, from what was measured."""
+    if name == "fig5":
+        if cfg.prompts is not None and not (store / "manifest.json").exists():
+            return tables.fig5(plan, [prompt.text for prompt in read_prompts(cfg.prompts)])
+        return tables.fig5(plan, [json.loads(safetensors_metadata(file)["synvid"])["prompt"]
+                                  for file in sorted(store.glob("*/*.safetensors"))])
+    if name == "fig6":
+        return tables.fig6(plan)
+    section = getattr(tables, name)(plan, s)
+    if name == "table3" and s.clips:
+        section.numbers["mismatch"] = mismatches(cfg, plan, store)
+        section.lines += ["", *mismatch_lines(section.numbers["mismatch"])]
+    return section
+
+
+CLIPS_OF_TEACHER, CLIPS_ASKED = 2048, 256
+
+
+def mismatches(cfg: Config, plan: Plan, store: Path) -> dict[str, tuple[float, float]]:
+    """M of Eq. 4 for each set that a method learned from: mean and standard error over videos."""
+    clips = plan.folder / "clips"
+    baselines.keep_clips(cfg, clips / "training.safetensors", world.RADIUS, 0, CLIPS_OF_TEACHER,
+                         pick_device(cfg.device))
+    known = open_safetensors(clips / "training.safetensors")["latents"].read()
+    files = sorted(store.glob("*/*.safetensors"))[:CLIPS_ASKED]
+    sets = {name: open_safetensors(clips / f"{name}.safetensors")["latents"].read()[:CLIPS_ASKED]
+            for name in ("matched", "mismatched")}
+    sets["samples"] = torch.stack([open_safetensors(file)["x"].read()[-1] for file in files])
+    return {name: mean_error(distances(x, known).min(1).values) for name, x in sets.items()}
+
+
+def mismatch_lines(found: dict[str, tuple[float, float]]) -> list[str]:
+    """M as Markdown."""
+    return ["M (Eq. 4, a video's root mean square distance to the nearest of "
+            f"{CLIPS_OF_TEACHER} of the teacher's training clips, in latents; fresh clips of the "
+            "same kind show what so few of them leave):", "",
+            "| set | M |", "|---|---|",
+            *(f"| {tables.DATA[name]} | {mean:.4f} ± {error:.4f} |"
+              for name, (mean, error) in found.items())]
 
 
 # -------------------------------------------------------------------------------------- main
@@ -217,10 +346,14 @@ def check_config(cfg: Config) -> None:
 def students_of(cfg: Config) -> list[tuple[Path, dict]]:
     """The students' files and facts, those of the same key times together; ValueError if one has
     another teacher or another grid than the config."""
-    names = (cfg.students or str(Path(cfg.run) / "student.safetensors")).split(",")
+    files = (cfg.students or str(Path(cfg.run) / "student.safetensors")).split(",")
     found = [(path, student_facts(path, cfg, foreign=cfg.students is not None))
-             for path in (Path(name.strip()) for name in names)]
-    for path, facts in found:
+             for path in (Path(name.strip()) for name in files)]
+    names = [None] * len(found) if cfg.names is None else cfg.names.split(",")
+    if len(names) != len(found):
+        raise ValueError(f"names: got {len(names)}; wanted {len(found)}, one for each student")
+    for (path, facts), name in zip(found, names, strict=True):
+        facts["name"] = name
         for key in ("n", "shift", "cfg_scale"):
             if facts[key] != getattr(cfg, key):
                 raise ValueError(f"{path}: the student has {key} {facts[key]}, wanted "
@@ -283,9 +416,11 @@ def sample_all(cfg: Config, mine: range, prompts: list[Prompt], students: list[t
                for t_key, name in grid_names(students).items()}
     del dit
     for t_key, name in grid_names(students).items():
-        files = [path for path, facts in students if tuple(facts["t_key"]) == t_key]
-        for number, path in enumerate(files, 1):
+        files = [(path, facts["name"]) for path, facts in students
+                 if tuple(facts["t_key"]) == t_key]
+        for number, (path, own) in enumerate(files, 1):
             label = f"student{name}" + (f" #{number}" if len(files) > 1 else "")
+            label = label if own is None else f"{own}{name}"
             student = load_student(cfg, path, device)
             by_grid[t_key].append(sample_model(label, student, list(t_key), noises[0], conds, None,
                                                cfg, device))
@@ -316,6 +451,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "evaluate", argv, __doc__)
     sizes = check_model(cfg)
     check_config(cfg)
+    if cfg.paper is not None:
+        return paper(cfg, sys.argv[1:] if argv is None else argv)
     students = students_of(cfg)
     held_out = read_prompts(cfg.prompts or heldout_prompts(cfg.weights, sizes.takes_image),
                             sizes.takes_image)
@@ -361,7 +498,8 @@ def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, cap
     names, blocks = grid_names(students).values(), []
     for name in names:
         few, *own = [row for row in rest if row["label"].split(" #")[0].endswith(name)]
-        blocks.append([few, *own] + ([mean_row(own)] if len(own) > 1 else []))
+        blocks.append([few, *own] + ([mean_row(own)] if len(own) > 1 and cfg.names is None
+                                   else []))
     rows = [best, *(row for block in blocks for row in block)]
     passed = gates(best, blocks[0][0], blocks[0][-1]) if "all" in best else []
     text = markdown(rows, passed, cfg, facts)
@@ -369,11 +507,20 @@ def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, cap
     write_json(out / "table.json", {
         **facts, "config": dataclasses.asdict(cfg), "rows": rows, "gates": passed,
         "students": [{"file": str(path), **known} for path, known in students]})
-    draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
+    if cfg.pictures:
+        write_pictures(cfg, out, models, [best, *blocks[0]], rows, captions, shown, text, facts)
+    else:
+        print(f"\n{text}\ntable.md and table.json are in {out}")
 
-    by_label = {model.label.removesuffix(" #1"): model for model in models}
-    picked = [models[0], *(by_label[f"{who}{name}"] for name in names
-                           for who in ("teacher", "student"))]
+
+def write_pictures(cfg: Config, out: Path, models: list[Samples], first: list[dict],
+                   rows: list[dict], captions: list[str], shown: dict[int, float], text: str,
+                   facts: dict) -> None:
+    """Table as a picture, videos side by side, sheet and page; first, the rows of the first set of
+    key times and teacher@n's; rows, all; text, the table as Markdown."""
+    draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
+    picked = [model for model in models
+              if cfg.names is not None or " #" not in model.label or model.label.endswith(" #1")]
     labels = [model.label.removesuffix(" #1") for model in picked]
     quantiles = [f"{quantile:g}".lstrip("0") for quantile in shown.values()]
     errors = [endpoint_error(model.latents, models[0].latents) for model in picked[1:]]
@@ -382,8 +529,8 @@ def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, cap
                 for i, quantile in zip(shown, quantiles, strict=True)]
     facts |= {"shown": f"captions at the {', '.join(quantiles)} quantile of {labels[1]}'s "
                        "endpoint error"}
-    if len(names) > 1:
-        write_ladder(out, examples, labels, facts["shown"], cfg.fps)
+    ladder = None if len(picked) <= 3 else write_ladder(out, examples, labels, facts["shown"],
+                                                        cfg.fps)
     for example in examples:
         example.videos, example.notes = example.videos[:3], example.notes[:3]
     wall = video_wall([(e.caption, side_by_side(e.videos, labels[:3])) for e in examples])
@@ -392,7 +539,7 @@ def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, cap
     sheet = [(e.caption, list(zip(e.videos, e.notes, strict=True))) for e in examples]
     comparison_sheet(out / "videos.png", labels[:3], sheet,
                      f"{facts['shown']}: first, middle and last frame")
-    write_page(out, examples, labels[:3], [best, *blocks[0]], rows, text, cfg, facts)
+    write_page(out, examples, labels[:3], first, rows, ladder, text, cfg, facts)
     print(f"\n{text}\nlook at {out / 'report.html'} in a browser: the videos and these numbers\n"
           f"        {out / 'videos.mp4'} (or .gif), videos.png, table.png, table.md, table.json\n"
           f"next:   source .venv/bin/activate\n        {facts['next']}")

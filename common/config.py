@@ -123,9 +123,8 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
     return {**{k: v for k, v in data.items() if k in shared}, **own}
 
 
-def print_help(cfg: Any, stage: str, doc: str) -> None:
+def print_help(cfg: Any, script: str, doc: str) -> None:
     """Print a stage's docstring and each field with its value and meaning."""
-    script = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
     print(f"{doc.strip()}\n\nusage: python {script} [CONFIG] [--field value | field=value]\n"
           f"in brackets: the values of {cfg.origin}\n")
     for f in dataclasses.fields(cfg):
@@ -140,13 +139,15 @@ def names_config(args: list[str]) -> bool:
     return bool(args) and not args[0].startswith("-") and "=" not in args[0]
 
 
-def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str = "") -> Any:
+def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str = "",
+                script: str | None = None) -> Any:
     """A stage's Config from a YAML file (default configs/tiny.yaml) and overrides of its fields.
 
     Args: cls, the stage's dataclass (a Shared); stage, its section's name; argv without program
-    name; doc, shown by --help. An override is `--field value`, `--field=value` or `field=value`
-    (the one that torchrun's own parser leaves alone); a bare --flag sets a bool field. Relative
-    paths are the user's. Raises ValueError naming the key, what was got and the nearest known key.
+    name; doc, shown by --help with the name of the script (none: the stage's). An override is
+    `--field value`, `--field=value` or `field=value` (the one that torchrun's own parser leaves
+    alone); a bare --flag sets a bool field. Relative paths are the user's. Raises ValueError
+    naming the key, what was got and the nearest known key.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
@@ -176,7 +177,8 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     start = str(path) if values else cfg.origin
     cfg.origin = "  ".join([start, *(f"{name}={getattr(cfg, name)}" for name in given)])
     if wants_help:
-        print_help(cfg, stage, doc)
+        own = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
+        print_help(cfg, script or own, doc)
         raise SystemExit(0)
     own = Path(cfg.run) / "teacher/weights"  # where stage 0 of the same config writes
     if stage != "teacher" and Path(cfg.weights) == own and not own.exists():

@@ -122,21 +122,22 @@ def html_example(example: Example, labels: list[str], fps: float) -> str:
 
 
 def write_ladder(out: Path, examples: list[Example], labels: list[str], title: str,
-                 fps: float) -> None:
-    """ladder.png and ladder.gif: a row for each model, a column for each caption."""
+                 fps: float) -> Path:
+    """ladder.png and ladder.gif, which it returns: a row a model, a column a caption."""
     rows = [(label, [(e.videos[i], e.notes[i]) for e in examples])
             for i, label in enumerate(labels)]
     comparison_sheet(out / "ladder.png", [e.caption for e in examples], rows, title)
     strips = [(label, side_by_side([video for video, _ in cells])) for label, cells in rows]
     write_video(out / "ladder.gif", video_wall(strips, strips[0][1].shape[2] + 24), fps)
+    return out / "ladder.gif"
 
 
 def write_page(out: Path, examples: list[Example], labels: list[str], shown: list[dict],
-               rows: list[dict], table: str, cfg: Any, facts: dict) -> None:
+               rows: list[dict], ladder: Path | None, table: str, cfg: Any, facts: dict) -> None:
     """Fill in assets/report.html, which then needs no other file.
 
-    Args: shown, the rows of teacher@n, teacher@m and its students; rows, all; table as `markdown`
-    has it.
+    Args: shown, the rows of teacher@n, teacher@m and its students; rows, all; ladder as
+    write_ladder has it; table as `markdown` has it.
     """
     texts = {**facts, "n": labels[0].partition("@")[2], "m": labels[1].partition("@")[2],
              "count": cfg.count}
@@ -149,8 +150,8 @@ def write_page(out: Path, examples: list[Example], labels: list[str], shown: lis
     words = [f"<li>{name}: {', '.join(values)}" for name, values in world.ATTRIBUTES.items()]
     parts = {
         "videos": "\n".join(html_example(e, labels, cfg.fps) for e in examples),
-        "ladder": len(rows) > len(shown) and "<h2>Fewer and fewer steps</h2><img alt=\"A row for "
-        f'each model, a column for each caption" src="{data_uri(out / "ladder.gif")}">',
+        "ladder": ladder and "<h2>All models</h2><img alt=\"A row for "
+        f'each model, a column for each caption" src="{data_uri(ladder)}">',
         "stills": data_uri(out / "videos.png"), "table": html_of(table),
         "curves": curves.is_file() and "<h2>How the student learned</h2><img alt=\"Losses, heads' "
         f'accuracy, gradients, held-out error" src="{data_uri(curves)}">',

@@ -30,6 +30,7 @@ ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "direction": tuple(DIRE
 WORDINGS = ("a {colour} {shape} moves {direction}", "{colour} {shape} moving {direction}",
             "a {shape}, {colour}, goes {direction}", "the {colour} {shape} drifts {direction}")
 COMBINATIONS = tuple(itertools.product(*(range(len(v)) for v in ATTRIBUTES.values())))
+RADIUS = (0.15, 0.21)  # least and largest, of a disc of an object's area, in sides
 BAR = 2.5  # long side of a bar, in short sides
 PALETTE = torch.tensor(tuple(COLOURS.values()))  # [colours, 3] in [0, 1]
 HEADINGS = torch.tensor(tuple(DIRECTIONS.values()))  # [directions, 2] as (x right, y down)
@@ -60,18 +61,20 @@ def make_captions(seed: int, start: int, count: int, held_out: bool = False) -> 
 
 
 def make_clips(seed: int, start: int, count: int, size: int = 48, frames: int = 9,
-               held_out: bool = False) -> tuple[Tensor, list[str], dict[str, Tensor]]:
+               held_out: bool = False, radius: tuple[float, float] = RADIUS,
+               ) -> tuple[Tensor, list[str], dict[str, Tensor]]:
     """Draw clips by signed distance; clip i depends on (seed, i, held_out) alone.
 
     Returns video [N, 3, T, size, size] fp32 in [-1, 1], N captions, and for each of "colour",
-    "shape", "direction" the indices [N] into ATTRIBUTES. `held_out` draws the held-out wordings.
+    "shape", "direction" the indices [N] into ATTRIBUTES. `held_out` draws the held-out wordings;
+    radius is the range of sizes.
     """
     drawn = [draw(seed, i, held_out) for i in range(start, start + count)]
     captions = [caption(combination, wording) for combination, wording, _ in drawn]
     chosen = torch.tensor([COMBINATIONS[combination] for combination, _, _ in drawn]).view(-1, 3)
     attributes = dict(zip(ATTRIBUTES, chosen.unbind(1), strict=True))
     u = torch.stack([u for _, _, u in drawn]).float()  # [N, 7]
-    radius = 0.15 + 0.06 * u[:, 0]  # of a disc of the same area, in sides
+    radius = radius[0] + (radius[1] - radius[0]) * u[:, 0]  # of a disc of the same area, in sides
     travel = 0.20 + 0.14 * u[:, 1]  # way of the centre in the whole clip, in sides
     slope = 0.25 * (2 * u[:, 2] - 1)  # sideways per forward
     forward = HEADINGS[attributes["direction"]]

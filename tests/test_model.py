@@ -897,10 +897,13 @@ ARROWS = {"common": {"common"}, "model": {"model", "common"},
           "small_world": {"small_world", "frozen", "model", "common"},
           "synvid": {"model", "frozen", "common"},
           "distill": {"model", "synvid", "training", "common"},
+          "baselines": {"model", "frozen", "common", "synvid", "distill", "training",
+                        "small_world"},
+          "taps": {"model", "common", "synvid", "distill", "sample"},
           "sample": {"model", "frozen", "common"}, "toy1d": set(),
           "evaluation": {"evaluation", "model", "small_world", "common"},
           "evaluate": {"model", "frozen", "common", "synvid", "distill", "sample", "training",
-                       "small_world", "evaluation"}}
+                       "small_world", "evaluation", "baselines"}}
 
 
 def test_imports_run_one_way_from_stages_to_what_they_stand_on():

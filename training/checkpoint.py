@@ -370,8 +370,8 @@ def save_state(saver: Saver, state: Any, loader: Any, meta: dict) -> None:
 
 CHANGEABLE_ON_RESUME = {
     "run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep", "synvid",
-    "checkpointing", "compile", "export", "peak_tflops", "weights", "fps", "sp", "offload",
-    "attention"}
+    "export_every", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps", "sp",
+    "offload", "attention"}
 
 
 def check_same_run(path: Path, saved: dict, meta: dict) -> None:

@@ -1,0 +1,238 @@
+"""Which of the teacher's features tell generated latents from real ones: Fig. 6, and D7's choice.
+
+    python taps.py [CONFIG] [--student FILE] [--videos 128]
+    torchrun --nproc-per-node 8 taps.py CONFIG         # the teacher is sharded over the ranks
+
+Input: <run>/synvid (or --synvid) and the teacher's folder. Generated latents are of the teacher
+itself in as few steps as `key` has, or of a student.
+Output: <run>/taps/taps.json and taps.png: for each key timestep t'_k and each block of the teacher,
+how often a linear probe and a head (that of distill.py) are right, and what its features look like.
+Cost: 2 forwards of the teacher for each video, block and key timestep: a minute for the small
+world.
+
+A block where both are right tells a head what to repair: take it for `tap` (t'_k > 0) or `tap_data`
+(t'_0). Where neither is, there is nothing left to repair, or the block does not see it. Half of the
+videos train, the other half asks. Settings are those of distill.py's section.
+
+Legend: N videos, F frames kept of each, D channels, h w the grid of features.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import distill
+from common.config import announce, field, load_config, settings_to_compare
+from common.files import replace_file, write_json
+from common.ranks import (
+    Ranks, cli, compute_dtype, draw_noise, generator, owned, prefer_attention, setup_distributed)
+from common.weights import fingerprint
+from distill import features, head_loss, make_heads, tap_blocks
+from model import check_model, collate, load_dit, sample_euler
+from sample import load_student, student_facts
+from synvid import SynVid
+
+
+@dataclass
+class Config(distill.Config):
+    """Settings of distill.py and what is looked at."""
+    student: str | None = field(None, "file of a student that generates; none: the teacher")
+    videos: int = field(128, "trajectories looked at, the last ones")
+    blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; none: at most 8 of all")
+    frames_kept: int = field(2, "latent frames of each video whose features are kept")
+    updates: int = field(64, "updates of a head, with lr_heads")
+
+
+# ----------------------------------------------------------------------------------- readers
+
+def standardised(x: Tensor, like: Tensor) -> Tensor:
+    """x [N, D] minus the mean, over the deviation, of `like`."""
+    return (x - like.mean(0)) / like.std(0).clamp(min=1e-6)
+
+
+def probe_accuracy(real: Tensor, fake: Tensor) -> float:
+    """How often a logistic regression on mean features [N, D] tells fake from real, on the half
+    that it was not trained on."""
+    half = len(real) // 2
+    known, asked = torch.cat((real[:half], fake[:half])), torch.cat((real[half:], fake[half:]))
+    known, asked = standardised(known, known), standardised(asked, known)
+    signs = torch.cat((torch.ones(half), -torch.ones(half))).to(real)
+    weights = torch.zeros(known.shape[1] + 1, device=real.device, requires_grad=True)
+    opt = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        opt.zero_grad()
+        logits = known @ weights[:-1] + weights[-1]
+        out = F.softplus(-signs * logits).mean() + 0.01 * weights[:-1].square().sum()
+        out.backward()
+        return out
+
+    opt.step(loss)
+    with torch.no_grad():
+        logits = asked @ weights[:-1] + weights[-1]
+    rest = len(real) - half
+    return float(torch.cat((logits[:rest] > 0, logits[rest:] < 0)).float().mean())
+
+
+def head_accuracy(cfg: Config, real: Tensor, fake: Tensor, key: tuple) -> float:
+    """How often a head, trained for `updates`, tells fake from real by its mean verdict over the
+    patches of a video, on the half that it was not trained on. real, fake [N,F,D,h,w]."""
+    half, g = len(real) // 2, generator("taps", *key)
+    head = make_heads(cfg, real.shape[2])[0].to(real.device)
+    lr = cfg.lr if cfg.lr_heads is None else cfg.lr_heads
+    opt = torch.optim.AdamW(head.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=0.0)
+    for _ in range(cfg.updates):
+        pick = torch.randint(half, (min(cfg.batch, half),), generator=g)
+        loss = head_loss(head(real[pick].float().flatten(0, 1)),
+                         head(fake[pick].float().flatten(0, 1)), cfg.adv_form)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    with torch.no_grad():
+        verdicts = [torch.stack([head(x.float()).mean() for x in kind[half:]])
+                    for kind in (real, fake)]
+    return float(torch.cat((verdicts[0] > 0, verdicts[1] < 0)).float().mean())
+
+
+def first_component(x: Tensor) -> Tensor:
+    """First principal component of features [F,D,h,w] over their places: [F,h,w], unit range."""
+    rows = x.float().permute(0, 2, 3, 1).flatten(0, 2)
+    rows = rows - rows.mean(0)
+    _, _, v = torch.linalg.svd(rows, full_matrices=False)
+    values = (rows @ v[0]).view(x.shape[0], *x.shape[2:])
+    return (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
+
+
+# ---------------------------------------------------------------------------------- features
+
+@torch.no_grad()
+def kept_features(cfg: Config, teacher: nn.Module, x: Tensor, t: float, cond: dict,
+                  block: int) -> Tensor:
+    """Features of latents x [B,C,T,H,W], of a few frames evenly spread: [B,F,D,h,w] on the CPU."""
+    f = features(teacher, x, t, cond, block).unflatten(0, (len(x), -1))
+    frames = torch.linspace(0, f.shape[1] - 1, min(cfg.frames_kept, f.shape[1])).round().long()
+    return f[:, frames].to("cpu", compute_dtype(f.device))
+
+
+def batches(cfg: Config, data: SynVid, device: torch.device) -> list[tuple]:
+    """The videos in batches of micro_batch: (x_key on the host, cond, fresh noise)."""
+    first, out = len(data) - cfg.videos, []
+    for start in range(first, len(data), cfg.micro_batch):
+        rows = range(start, min(start + cfg.micro_batch, len(data)))
+        items = [data.read(i) for i in rows]
+        cond = {name: c.to(device) for name, c in collate([c for _, c, _ in items]).items()}
+        x_key = torch.stack([x for x, _, _ in items], 1)                     # m+1 B C T H W
+        out.append((x_key, cond, draw_noise(x_key.shape[2:], [("taps", cfg.seed, i)
+                                                              for i in rows])))
+    return out
+
+
+def look(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[dict]:
+    """For each block and k: accuracies of probe and head, and the picture of one video."""
+    device = ranks.device
+    teacher = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks)
+    teacher.requires_grad_(False)
+    dit = teacher if cfg.student is None else load_student(cfg, Path(cfg.student), device, ranks)
+    t_key, m, found = data.t_key, len(data.t_key) - 1, []
+    videos = batches(cfg, data, device)
+    walks = [[z, *(x.cpu() for x in sample_euler(dit, z.to(device), t_key[::-1], cond))][::-1]
+             for _, cond, z in tqdm(videos, "generate", disable=ranks.rank > 0 or None)]
+    bar = tqdm([(k, block) for k in range(m) for block in blocks], "blocks",
+               disable=ranks.rank > 0 or None)
+    for k, block in bar:
+        real, fake = (torch.cat([kept_features(cfg, teacher, x.to(device), t_key[k], cond, block)
+                                 for x, cond in kind])
+                      for kind in ([(x_key[k], cond) for x_key, cond, _ in videos],
+                                   [(w[k], cond) for w, (_, cond, _) in zip(walks, videos,
+                                                                            strict=True)]))
+        means = [x.float().mean((1, 3, 4)).to(device) for x in (real, fake)]
+        found.append({"k": k, "t": t_key[k], "block": block, "probe": probe_accuracy(*means),
+                      "head": head_accuracy(cfg, real.to(device), fake.to(device), (k, block)),
+                      "picture": first_component(real[0])[-1].tolist()})
+    return found
+
+
+def draw(path: Path, found: list[dict], taps: list[int], title: str) -> None:
+    """Accuracies by block and k, D7's blocks framed; and the pictures."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    ks = sorted({entry["k"] for entry in found}, reverse=True)
+    blocks = sorted({entry["block"] for entry in found})
+    entries = {(entry["k"], entry["block"]): entry for entry in found}
+    figure = Figure((3 + 1.1 * len(ks) * 3, 1.6 + 0.62 * len(blocks)), dpi=120,
+                    layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[2, 1.2])
+    for axes, name in zip(left.subplots(1, 2, sharey=True), ("probe", "head"), strict=True):
+        values = [[entries[k, block][name] for k in ks] for block in blocks]
+        axes.imshow(values, vmin=0.5, vmax=1.0, cmap="viridis", aspect="auto")
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center",
+                          color="white" if value < 0.8 else "black", fontsize=9)
+        for j, k in enumerate(ks):
+            if taps[k] in blocks:
+                axes.add_patch(Rectangle((j - 0.48, blocks.index(taps[k]) - 0.48), 0.96, 0.96,
+                                         fill=False, ec="#d0342c", lw=2))
+        axes.set_xticks(range(len(ks)), [f"t'{k}" for k in ks])
+        axes.set_yticks(range(len(blocks)), [f"block {block}" for block in blocks])
+        axes.set_title({"probe": "linear probe", "head": "head"}[name])
+    grid = right.subplots(len(blocks), len(ks), squeeze=False)
+    for line, block in zip(grid, blocks, strict=True):
+        for axes, k in zip(line, ks, strict=True):
+            axes.imshow(entries[k, block]["picture"], cmap="magma")
+            axes.set(xticks=[], yticks=[])
+    right.suptitle("first principal component", fontsize=10)
+    figure.suptitle(f"{title}: part of videos told right; red: D7", fontsize=10)
+    replace_file(path, lambda aside: figure.savefig(aside, format="png"))
+
+
+def check_config(cfg: Config, data: SynVid, depth: int) -> None:
+    """Raise ValueError for settings that cannot be looked at."""
+    if not 8 <= cfg.videos <= len(data):
+        raise ValueError(f"videos: got {cfg.videos}; wanted 8 … {len(data)}, as many as SynVid has")
+    if cfg.blocks is not None and not (cfg.blocks and set(cfg.blocks) <= set(range(depth))):
+        raise ValueError(f"blocks: got {cfg.blocks}; wanted some of 0 … {depth - 1}")
+    for key in ("frames_kept", "updates"):
+        if getattr(cfg, key) < 1:
+            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = load_config(Config, "distill", argv, __doc__, "taps.py")
+    sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
+    ranks = setup_distributed(cfg.device, same=settings_to_compare(cfg, teacher=teacher))
+    prefer_attention(cfg.attention, ranks.device)
+    distill.check_config(cfg, 1)
+    if cfg.student is not None:
+        student_facts(Path(cfg.student), cfg)
+    data = SynVid(cfg.synvid or Path(cfg.run) / "synvid", cfg)
+    check_config(cfg, data, sizes.num_layers)
+    few = min(8, sizes.num_layers)
+    blocks = cfg.blocks or [round((i + 1) * sizes.num_layers / few) - 1 for i in range(few)]
+    with owned(Path(cfg.run) / "taps"):
+        out = announce(cfg, "taps", ranks.rank)
+        found, taps = look(cfg, data, ranks, blocks), tap_blocks(cfg, sizes.num_layers)
+        if ranks.rank == 0:
+            who = "teacher" if cfg.student is None else "student"
+            write_json(out / "taps.json", {"config": asdict(cfg), "D7": taps, "found": found})
+            draw(out / "taps.png", found, taps, f"{who}@{len(cfg.key) - 1} against teacher@{cfg.n}")
+            for k in range(len(taps)):
+                best = max((entry for entry in found if entry["k"] == k), key=lambda e: e["head"])
+                own = [entry["head"] for entry in found if (entry["k"], entry["block"])
+                       == (k, taps[k])]
+                at = f", D7's block {taps[k]} {own[0]:.2f}" if own else ""
+                print(f"t'_{k} = {data.t_key[k]:.3g}: a head is best at block {best['block']}: "
+                      f"{best['head']:.2f}{at}")
+            print(f"look at {out / 'taps.png'}")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,202 @@
+"""baselines.py: each loss against a case whose answer is known, and students that sample."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import baselines
+import evaluate
+import toy1d
+from baselines import (
+    add_noise, dmd_loss, dmd_student_x0, flow_matching_loss, pcm_loss, perflow_loss, same_time,
+    to_window_end, walk)
+from common.ranks import generator
+from common.weights import open_tensors, safetensors_metadata
+from small_world import clips as world
+
+GRID = [1.0, 0.8, 0.6, 0.4]
+
+
+def normal(*shape: int, key: str = "x") -> Tensor:
+    return torch.randn(shape, generator=generator(key), dtype=torch.float64)
+
+
+def constant(value: Tensor):
+    return lambda x, t: value.expand_as(x)
+
+
+# ------------------------------------------------------------------------------------ PeRFlow
+
+def test_perflow_s_target_on_a_straight_path_is_its_velocity():
+    x0, z, u = normal(5, 3), normal(5, 3, key="z"), torch.rand(5, generator=generator("u"))
+    slope, wrong = normal(1, 3, key="v"), normal(1, 3, key="w")
+    assert perflow_loss(constant(slope), constant(slope), x0, z, GRID, u) < 1e-25
+    got = perflow_loss(constant(wrong), constant(slope), x0, z, GRID, u)
+    assert float(got) == pytest.approx(float((wrong - slope).square().mean()))
+
+
+def test_perflow_asks_the_student_on_the_chord_at_the_part_u_of_the_window():
+    x0, z, u, seen = normal(4, 2), normal(4, 2, key="z"), torch.tensor([0.0, 0.25, 0.5, 1.0]), []
+
+    def student(x, t):
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    def teacher(x, t):
+        return x * t[:, None]
+
+    loss = perflow_loss(student, teacher, x0, z, GRID, u)
+    high = x0 + 1.0 * (z - x0)
+    low = high
+    for t, t_next in ((1.0, 0.8), (0.8, 0.6), (0.6, 0.4)):
+        low = low + (t_next - t) * low * t
+    [(x, t)] = seen
+    assert torch.allclose(t, 1 - 0.6 * u.double())
+    assert torch.allclose(x, torch.lerp(high, low, u.double()[:, None]))
+    assert torch.allclose(loss, ((low - high) / 0.6).square().mean())
+
+
+def test_perflow_agrees_with_the_toy_s_on_the_toy_s_data():
+    p, n, K = torch.tensor([-1.0, 1.0]), 20, 4
+    x0, z = p[torch.randint(2, (64,), generator=generator("p"))], normal(64, key="z").float()
+    window = torch.full((64,), 1)  # the toy counts windows from noise
+
+    def field(x, t):
+        return toy1d.exact_velocity(x, t.float(), p)
+
+    start = toy1d.forward_diffusion(x0, z, 1 - window / K)
+    pairs = toy1d.perflow_pairs(field, start, window, K, n)
+    target = toy1d.segment_velocity(*pairs)
+    times = [1 - j / n for j in range(5, 11)]
+    got = perflow_loss(lambda x, t: torch.zeros_like(x), field, x0, z, times, torch.zeros(64))
+    assert float(got) == pytest.approx(float(target.square().mean()), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- PCM
+
+def test_pcm_s_function_is_the_identity_at_the_window_s_end():
+    x, v = normal(4, 3), normal(4, 3, key="v")
+    assert torch.equal(to_window_end(constant(v), x, 0.4, 0.4), x)
+    assert torch.allclose(to_window_end(constant(v), x, 1.0, 0.4), x - 0.6 * v)
+
+
+@pytest.mark.parametrize("j", [0, 1, 2])
+def test_pcm_is_0_for_a_student_that_steps_to_the_teacher_s_end_and_not_for_another(j):
+    x0, z = normal(6, 2), normal(6, 2, key="z")
+
+    def teacher(x, t):
+        return x * t[:, None]
+
+    def student(x, t):  # to where the teacher's own steps lead
+        first = GRID.index(float(t[0]))
+        return (walk(teacher, x, GRID[first:]) - x) / (GRID[-1] - GRID[first])
+
+    assert pcm_loss(student, teacher, x0, z, GRID, j) < 1e-25
+    wrong = pcm_loss(lambda x, t: torch.zeros_like(x), teacher, x0, z, GRID, j)
+    x = add_noise(x0, z, same_time(GRID[j], x0))
+    step = (GRID[j + 1] - GRID[j]) * teacher(x, same_time(GRID[j], x))
+    assert float(wrong) == pytest.approx(float(step.square().mean()))
+
+
+# ---------------------------------------------------------------------------------------- DMD
+
+def gaussian(mean: float):
+    """The velocity of data ~ N(mean, 1): (z - x0) on average, given x_t."""
+    def v(x, t):
+        t = t[:, None]
+        keep = (1 - t) / ((1 - t) ** 2 + t ** 2)
+        x0 = mean + keep * (x - (1 - t) * mean)
+        return (x - x0) / t
+    return v
+
+
+def test_dmd_s_gradient_on_gaussians_is_the_closed_form():
+    guess = normal(7, 5).requires_grad_()
+    t, noise = torch.linspace(0.1, 0.9, 7).double(), normal(7, 5, key="n")
+    dmd_loss(guess, gaussian(2.0), gaussian(-1.0), noise, t).backward()
+    x = add_noise(guess.detach(), noise, t)
+    real = x - t[:, None] * gaussian(2.0)(x, t)
+    gap = (-1.0 - 2.0) * t ** 2 / ((1 - t) ** 2 + t ** 2)  # of the two posterior means
+    want = gap[:, None] / (guess.detach() - real).abs().mean(1, keepdim=True) / guess.numel()
+    assert torch.allclose(guess.grad, want)
+
+
+def test_dmd_moves_a_gaussian_s_mean_to_the_teacher_s():
+    mean = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    opt = torch.optim.Adam([mean], 0.05)
+    for i in range(200):
+        guess = mean + normal(64, 1, key=f"z{i}")
+        t = torch.rand(64, generator=generator("t", i)).double() * 0.9 + 0.05
+        dmd_loss(guess, gaussian(2.0), gaussian(mean.item()), normal(64, 1, key=f"n{i}"),
+                 t).backward()
+        opt.step()
+        opt.zero_grad()
+    assert mean.item() == pytest.approx(2.0, abs=0.1)
+
+
+def test_dmd_s_student_guesses_data_from_noised_data():
+    x0, z = normal(4, 3), normal(4, 3, key="z")
+    assert torch.allclose(dmd_student_x0(constant(z - x0), x0, z, 0.7), x0)
+
+
+def test_the_flow_matching_loss_of_the_exact_velocity_is_the_variance_that_is_left():
+    t, x0, z = torch.full((4000,), 0.5), normal(4000, 1), normal(4000, 1, key="z")
+    assert float(flow_matching_loss(gaussian(0.0), x0, z, t)) == pytest.approx(2.0, abs=0.15)
+    assert float(flow_matching_loss(constant(torch.zeros(1)), x0, z, t)) == pytest.approx(
+        float((z - x0).square().mean()))
+
+
+# --------------------------------------------------------------------------------- end to end
+
+def test_mismatched_clips_are_of_smaller_objects_and_still_say_what_they_show():
+    matched = world.make_clips(1, 0, 32)[0]
+    small, captions, _ = world.make_clips(1, 0, 32, radius=baselines.SMALLER)
+    assert world.agreement(small, captions)["all"] > 0.9
+
+    def area(video):
+        return ((video.amax(1) - video.amin(1)) > 0.5).float().mean((1, 2, 3))
+
+    assert area(small).max() < area(matched).min()
+
+
+@pytest.fixture
+def config(make_config):
+    return make_config(n=4, key=[0, 2, 4], distill={
+        "iterations": 4, "batch": 4, "micro_batch": 2, "held_out": 2, "lr": 1e-3, "head_dim": 8},
+        synvid={"count": 6}, evaluate={"count": 3, "directions": 4, "c2st_steps": 1})
+
+
+@pytest.mark.parametrize("method", ["perflow", "pcm", "dmd"])
+def test_a_method_s_student_is_one_that_evaluate_reads(method, config, tiny_weights, tmp_path,
+                                                       ranks, monkeypatch):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(world.make_captions(0, 0, 3, held_out=True)))
+    argv = [str(config), "--method", method, "--data_count", "6"]
+    baselines.main(argv)
+    path = tmp_path / "run/student.safetensors"
+    facts = json.loads(safetensors_metadata(path)["accvideo"])
+    assert facts["key"] == [0, 2, 4] and facts["iterations"] == 4
+    first = {name: t.read() for name, t in open_tensors(path).items()}
+    teacher = open_tensors(tiny_weights / "diffusion_pytorch_model.safetensors")
+    moved = [float((first[name] - teacher[name].read()).abs().max()) for name in first]
+    assert all(map(math.isfinite, moved)) and max(moved) > 0
+    baselines.main(argv)  # by its seeds alone; the clips are read again
+    again = open_tensors(path)
+    assert all(torch.equal(first[name], again[name].read()) for name in first)
+    for name in ("draw_table", "comparison_sheet", "write_video", "write_page"):
+        monkeypatch.setattr(evaluate, name, lambda *_, **__: None)
+    evaluate.main([str(config), "--prompts", str(captions)])
+    table = json.loads((tmp_path / "run/evaluate/table.json").read_text())
+    assert [row["label"] for row in table["rows"]] == ["teacher@4", "teacher@2", "student@2"]
+
+
+def test_bad_settings_of_a_method_are_refused_by_name(config, ranks):
+    for option, message in (("fake_updates=0", "fake_updates: got 0; wanted 1 or more"),
+                            ("method=cd", "method: got 'cd'; wanted perflow | pcm | dmd"),
+                            ("batch=3", "batch: got 3; wanted a multiple"),
+                            ("synvid=nowhere data=samples", "nowhere.*: no SynVid|nowhere")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            baselines.main([str(config), *option.split()])

@@ -259,19 +259,19 @@ def paper(cfg: Config, argv: list[str]) -> None:
     s, out = paper_settings(cfg), Path(cfg.run) / "paper"
     store = Path(cfg.synvid or out / "synvid")
     words = options_of(shared_overrides(cfg) | {"run": None, "seed": None, "key": None})
-    shared = [f"{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]
+    shared = [f"{name[2:]}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]
     measured = {name: getattr(cfg, name) for name in (
         "seed", "count", "batch", "directions", "c2st_steps", "prompts")}
-    plan = Plan(str(cfg.path), out, (f"--synvid={store}", *shared, *shlex.split(cfg.options)),
-                (*shared, *(f"--{name}={value}" for name, value in measured.items()
+    plan = Plan(str(cfg.path), out, (f"synvid={store}", *shared, *shlex.split(cfg.options)),
+                (*shared, *(f"{name}={value}" for name, value in measured.items()
                             if value is not None)),
                 tuple(shlex.split(cfg.launch)), cfg.jobs, 1 if cfg.jobs > 1 else None)
     with own_folder(out):
         if cfg.synvid is None and (wanted != ("fig5",) or cfg.prompts is None):
             together = plan.launch if cfg.jobs == 1 else (
                 "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
-            run_jobs([Job("SynVid", (*together, script("synvid.py"), plan.config, f"--run={out}",
-                                     "--keep=all", *shared), store, plan.config)], plan, "SynVid")
+            run_jobs([Job("SynVid", (*together, script("synvid.py"), plan.config, f"run={out}",
+                                     "keep=all", *shared), store, plan.config)], plan, "SynVid")
         runs = {(arm.name, seed): train_job(plan, arm, seed) for name in wanted
                 for arm in tables.arms_of(name, s) for seed in range(arm.seeds)}
         run_jobs(runs.values(), plan, "runs")
@@ -297,8 +297,9 @@ def paper_section(cfg: Config, name: str, plan: Plan, s: tables.Settings,
     if name == "fig5":
         if cfg.prompts is not None and not (store / "manifest.json").exists():
             return tables.fig5(plan, [prompt.text for prompt in read_prompts(cfg.prompts)])
-        return tables.fig5(plan, [json.loads(safetensors_metadata(file)["synvid"])["prompt"]
-                                  for file in sorted(store.glob("*/*.safetensors"))])
+        return tables.fig5(plan, [
+            json.loads(safetensors_metadata(file)["synvid"])["trajectory"]["prompt"]
+            for file in sorted(store.glob("*/*.safetensors"))])
     if name == "fig6":
         return tables.fig6(plan)
     section = getattr(tables, name)(plan, s)

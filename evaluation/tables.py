@@ -40,7 +40,7 @@ def full_arm(s: Settings, m: int, seeds: int) -> Arm:
     """The whole method with m steps. Its export over iterations serves fig9."""
     options = [key_option(even_key(s.n, m))]
     if m == s.m:
-        options.append(f"--export_every={fig9_every(s)}")
+        options.append(f"export_every={fig9_every(s)}")
     return Arm(f"full-m{m}", "L_traj + L_adv, a head per timestep", m, tuple(options), seeds)
 
 
@@ -59,18 +59,18 @@ def baseline_arms(s: Settings) -> list[Arm]:
     """Other families of methods on data: on clips where there are any, on samples everywhere."""
     key = key_option(even_key(s.n, s.m))
     return [Arm(f"{method}-{data}", f"{METHODS[method]} on {DATA[data]}", s.m,
-                (key, f"--method={method}", f"--data={data}"), s.baseline_seeds, "baselines.py")
+                (key, f"method={method}", f"data={data}"), s.baseline_seeds, "baselines.py")
             for method in METHODS for data in (DATA if s.clips else ("samples",))]
 
 
 def arms_of(table: str, s: Settings) -> list[Arm]:
     """The runs that a table or figure needs."""
     key = key_option(even_key(s.n, s.m))
-    traj = Arm(f"traj-m{s.m}", "L_traj alone", s.m, (key, "--adv=false"), s.seeds)
-    shared = Arm(f"shared-m{s.m}", "L_traj + L_adv, one shared head", s.m, (key, "--heads=shared"),
+    traj = Arm(f"traj-m{s.m}", "L_traj alone", s.m, (key, "adv=false"), s.seeds)
+    shared = Arm(f"shared-m{s.m}", "L_traj + L_adv, one shared head", s.m, (key, "heads=shared"),
                  s.seeds)
     adv = Arm(f"adv-m{s.m}", "L_adv alone", s.m,
-              (key, "--traj=false", f"--export_every={fig9_every(s)}"), s.seeds)
+              (key, "traj=false", f"export_every={fig9_every(s)}"), s.seeds)
     full = full_arm(s, s.m, s.seeds)
     if table == "table3":
         return [traj, shared, full, *baseline_arms(s)]

@@ -367,12 +367,13 @@ def test_captions_of_the_world_at_large_have_no_oracle_and_no_gates(run, no_pict
     ({"cfg_scale": 3.0}, "cfg_scale 3.0, wanted 1.0, as the config has"),
     ({"n": 50}, "n 50, wanted 4, as the config has"),
     ({"teacher": "0123abcd"}, "distilled from teacher 0123abcd"),
+    ({}, "names: got 3; wanted 2, one for each student"),
 ])
 def test_students_that_cannot_be_compared_are_refused(run, facts, message):
     good = write_student(run.folder / "good.safetensors", run.weights, 0)
     bad = write_student(run.folder / "bad.safetensors", run.weights, 0, **facts)
     with pytest.raises(ValueError, match=message):
-        run("--students", f"{good},{bad}")
+        run("--students", f"{good},{bad}", *(() if facts else ("--names=a,b,c",)))
 
 
 def test_two_ranks_make_the_table_and_the_videos_of_one(run, run_stage):

@@ -52,7 +52,7 @@ from frozen.load import encode_prompts, load_conditioner, load_vae
 from model import check_model, collate, key_times, load_dit, time_grid
 from small_world.clips import RADIUS, make_clips
 from synvid import SynVid
-from training.checkpoint import adamw
+from training.optimizer import adamw
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 

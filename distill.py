@@ -52,7 +52,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from tqdm import tqdm
 
@@ -65,9 +64,10 @@ from common.ranks import (
 from common.weights import fingerprint, full_tensor, official_names, stream_safetensors
 from model import (
     check_model, collate, euler_step, frozen_copy, load_dit, sizes_of, velocity)
-from training.checkpoint import Saver, adamw, check_disk, resume, save_state, step_from_host
+from training.checkpoint import Saver, check_disk, resume, save_state
 from training.memory import print_plans
 from training.monitor import Log, draw_curves, held_out_errors, log_line, print_result
+from training.optimizer import adamw, clip, norm_of, own_rows, step as step_adamw
 
 
 @dataclass
@@ -356,23 +356,15 @@ def learning_rate(cfg: Config, step: int, base: float) -> float:
     return base * (1 + (cfg.lr_final - 1) * step / max(cfg.iterations - 1, 1))
 
 
-def norm_of(gradients: list[Tensor]) -> Tensor:
-    """Gradient norm over all ranks."""
-    norm = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 def apply_update(cfg: Config, opt: torch.optim.Optimizer, params: list, lr: float) -> Tensor:
     """Clip, step and clear the gradients; returns the gradient norm before clipping."""
-    norm = norm_of([p.grad for p in params])
+    gradients = [p.grad for p in params]
+    norm = norm_of(gradients)
     if cfg.clip is not None:
-        nn.utils.clip_grads_with_norm_(params, cfg.clip, norm)
+        clip(gradients, cfg.clip, norm)
     for group in opt.param_groups:
         group["lr"] = lr
-    if cfg.offload and isinstance(params[0], DTensor):
-        step_from_host(opt)
-    else:
-        opt.step()
+    step_adamw(opt)
     opt.zero_grad()
     return norm
 
@@ -387,7 +379,7 @@ def update_student(cfg: Config, state: TrainState, loss: str, step: int, log: Lo
         norms = norm_of(state.traj_grads), norm_of([p.grad for p in params])
         log.add(grad_traj=norms[0], grad_adv=norms[1])
         for p, grad in zip(params, state.traj_grads, strict=True):
-            p.grad.add_(grad)
+            own_rows(p.grad).add_(own_rows(grad))
         state.traj_grads, loss = [], "sum"
     opt = state.opts[loss if loss in state.opts else "traj"]
     log.add(**{f"grad_{loss}": apply_update(cfg, opt, params, learning_rate(cfg, step, cfg.lr))})

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from common.config import read_settings
@@ -28,45 +27,6 @@ from common.files import (
     crc32_of_file, crc32_of_json, read_json, read_log, short_reason, sync_to_disk, write_json)
 from common.ranks import Ranks, local_rows, on_first_rank, raise_together
 from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
-
-# ---------------------------------------------------------------------------- AdamW's state
-
-def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.AdamW:
-    """AdamW with its state laid out at once, so that a checkpoint is read in place.
-
-    Args: offload, whether the moments of a sharded module stay in host memory.
-    """
-    def zeros(p: nn.Parameter) -> Tensor:
-        if not offload:
-            return torch.zeros_like(p.detach())
-        local = torch.zeros(p.to_local().shape)  # pinned, it would take up to twice the memory
-        return DTensor.from_local(local, hosts, p.placements, shape=p.shape, stride=p.stride())
-
-    hosts = init_device_mesh("cpu", (dist.get_world_size(),)) if offload else None
-    opt = torch.optim.AdamW(module.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
-                            weight_decay=cfg.weight_decay)
-    for p in module.parameters():
-        opt.state[p] = {"step": torch.zeros(()), "exp_avg": zeros(p), "exp_avg_sq": zeros(p)}
-    return opt
-
-
-def step_from_host(opt: torch.optim.AdamW) -> None:
-    """opt.step(), a parameter at a time, its moments brought to its device and back."""
-    (group,) = opt.param_groups
-    params = group["params"]
-    for p in params:
-        group["params"], state = [p], opt.state[p]
-        on_host = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
-        for name, value in on_host.items():
-            local = value.to_local().to(p.to_local().device)
-            state[name] = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape,
-                                             stride=p.stride())
-        opt.step()
-        for name, value in on_host.items():
-            value.to_local().copy_(state[name].to_local())
-            state[name] = value
-    group["params"] = params
-
 
 # ------------------------------------------------------------------------------------ saving
 

@@ -1,0 +1,75 @@
+"""AdamW on sharded weights. It acts on each element alone, so that every rank steps its own rows as
+plain tensors: for many small ones DTensor's dispatch takes longer than the step."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw as adamw_step
+
+
+def own_rows(x: Tensor) -> Tensor:
+    """This rank's rows of a tensor, or all of one that is not sharded."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.AdamW:
+    """AdamW with its state laid out at once, so that a checkpoint is read in place.
+
+    Args: offload, whether the moments of a sharded module stay in host memory.
+    """
+    def zeros(p: nn.Parameter) -> Tensor:
+        if not offload:
+            return torch.zeros_like(p.detach())
+        local = torch.zeros(p.to_local().shape)  # pinned, it would take up to twice the memory
+        return DTensor.from_local(local, hosts, p.placements, shape=p.shape, stride=p.stride())
+
+    hosts = init_device_mesh("cpu", (dist.get_world_size(),)) if offload else None
+    opt = torch.optim.AdamW(module.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
+                            weight_decay=cfg.weight_decay)
+    for p in module.parameters():
+        opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": zeros(p),
+                        "exp_avg_sq": zeros(p)}
+    return opt
+
+
+@torch.no_grad()
+def step(opt: torch.optim.AdamW) -> None:
+    """opt.step(), by torch's fused kernel; moments in host memory come and go one by one."""
+    (group,) = opt.param_groups
+    params = [p for p in group["params"] if p.grad is not None]
+    offloaded = [opt.state[p]["exp_avg"].device != p.device for p in params]
+    parts = [[p] for p in params] if any(offloaded) else [params]
+    for part in parts:
+        rows = [own_rows(p) for p in part]
+        states = [opt.state[p] for p in part]
+        moments = [[own_rows(state[name]) for state in states]
+                   for name in ("exp_avg", "exp_avg_sq")]
+        here = [[x.to(row.device) for x, row in zip(kind, rows, strict=True)] for kind in moments]
+        adamw_step(rows, [own_rows(p.grad) for p in part], *here, [],
+                   [state["step"] for state in states], foreach=False, fused=True, amsgrad=False,
+                   beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                   weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+        for kind, moved in zip(moments, here, strict=True):
+            for x, value in zip(kind, moved, strict=True):
+                if x.device != value.device:
+                    x.copy_(value)
+
+
+def norm_of(gradients: list[Tensor]) -> Tensor:
+    """Gradient norm over all ranks."""
+    square = nn.utils.get_total_norm([own_rows(g) for g in gradients]).square()
+    if isinstance(gradients[0], DTensor):
+        dist.all_reduce(square)
+    return square.sqrt()
+
+
+@torch.no_grad()
+def clip(gradients: list[Tensor], most: float, norm: Tensor) -> None:
+    """Scale gradients of a norm so that it is no more than `most`."""
+    scale = (most / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        own_rows(gradient).mul_(scale)

@@ -271,7 +271,8 @@ def paper(cfg: Config, argv: list[str]) -> None:
             together = plan.launch if cfg.jobs == 1 else (
                 "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
             run_jobs([Job("SynVid", (*together, script("synvid.py"), plan.config, f"run={out}",
-                                     "keep=all", *shared), store, plan.config)], plan, "SynVid")
+                                     "keep=all", *shared), store, plan.config, "manifest.json")],
+                     plan, "SynVid")
         runs = {(arm.name, seed): train_job(plan, arm, seed) for name in wanted
                 for arm in tables.arms_of(name, s) for seed in range(arm.seeds)}
         run_jobs(runs.values(), plan, "runs")
@@ -281,7 +282,8 @@ def paper(cfg: Config, argv: list[str]) -> None:
         run_jobs([first] if first else [], plan, "the teacher's samples, and the first evaluation")
         run_jobs(others, plan, "evaluations")
         if "fig6" in wanted:
-            run_jobs([command_job(plan, "fig6", "features", "taps.py", *plan.options,
+            run_jobs([command_job(plan, "fig6", "features", "taps.py",
+                                  "taps/taps.json", *plan.options,
                                   tables.key_option(tables.even_key(s.n, s.m)))], plan, "fig6")
         sections = {name: paper_section(cfg, name, plan, s, store) for name in wanted}
         page = tables.write_report(plan, sections, {

@@ -8,6 +8,7 @@ command a folder was made. A claim compares two arms over the seeds that both ha
 
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -95,6 +97,7 @@ class Job:
     command: tuple[str, ...]
     folder: Path
     config: str
+    makes: str                                    # a file in the folder that it ends with
 
     def todo(self) -> bool:
         return not is_done(self.folder, list(self.command), self.config)
@@ -123,6 +126,11 @@ def run_jobs(jobs: Iterable[Job], plan: Plan, label: str) -> None:
     if plan.threads is not None:
         environment["OMP_NUM_THREADS"] = str(plan.threads)
     bar = tqdm(total=len(waiting), desc=label, unit="run", disable=not waiting or None)
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         while waiting or running:
             while waiting and len(running) < plan.at_once:
@@ -136,10 +144,11 @@ def run_jobs(jobs: Iterable[Job], plan: Plan, label: str) -> None:
                 if process.poll() is None:
                     continue
                 del running[job]
-                if process.returncode:
+                if process.returncode or not (job.folder / job.makes).exists():
                     tail = (job.folder / "log.txt").read_text(encoding="utf-8")[-2000:]
                     raise ValueError(f"{job.label}: `{shlex.join(job.command)}` ended with "
-                                     f"{process.returncode}; the end of {job.folder / 'log.txt'}:\n"
+                                     f"{process.returncode}, wanted 0 and {job.makes}; the end of "
+                                     f"{job.folder / 'log.txt'}:\n"
                                      f"{tail.strip()}")
                 write_json(job.folder / "done.json", {"command": list(job.command),
                                                       "settings": settings_of(job.config)})
@@ -151,13 +160,15 @@ def run_jobs(jobs: Iterable[Job], plan: Plan, label: str) -> None:
             process.terminate()
         for process in running.values():
             process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def command_job(plan: Plan, name: str, label: str, file: str, *options: str) -> Job:
-    """A script that runs once, in <paper>/<name>."""
+def command_job(plan: Plan, name: str, label: str, file: str, makes: str, *options: str) -> Job:
+    """A script that runs once, in <paper>/<name>, and ends with the file `makes` there."""
     folder = plan.folder / name
     return Job(label, (*plan.launch, script(file), plan.config, f"run={folder}", *options),
-               folder, plan.config)
+               folder, plan.config, makes)
 
 
 def train_job(plan: Plan, arm: Arm, seed: int) -> Job:
@@ -165,7 +176,7 @@ def train_job(plan: Plan, arm: Arm, seed: int) -> Job:
     folder = plan.folder / arm.name / f"seed{seed}"
     return Job(f"{arm.label}, seed {seed}",
                (*plan.launch, script(arm.script), plan.config, f"run={folder}", f"seed={seed}",
-                *plan.options, *arm.options), folder, plan.config)
+                *plan.options, *arm.options), folder, plan.config, "student.safetensors")
 
 
 def evaluate_job(plan: Plan, name: str, label: str, students: list[Path],
@@ -177,7 +188,7 @@ def evaluate_job(plan: Plan, name: str, label: str, students: list[Path],
                (*plan.launch, script("evaluate.py"), plan.config, f"run={folder}",
                 f"students={','.join(map(str, students))}",
                 f"teacher_samples={plan.folder / 'teacher.safetensors'}", *plan.evaluate,
-                *options), folder / "evaluate", plan.config)
+                *options), folder / "evaluate", plan.config, "table.json")
 
 
 def student_file(plan: Plan, arm: Arm, seed: int, iteration: int | None = None) -> Path:

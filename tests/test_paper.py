@@ -2,7 +2,12 @@
 what a teacher's features tell."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +17,7 @@ import torch
 import evaluate
 import synvid
 import taps
-from common.files import write_json
+from common.files import ROOT, write_json
 from common.ranks import generator
 from evaluation import paper, tables
 from evaluation.paper import Job, Plan, compare, even_key, is_done, run_jobs, uniform_key
@@ -86,8 +91,8 @@ def plan_of(tmp_path: Path, at_once: int = 2) -> Plan:
     return Plan(str(config), tmp_path / "paper", (), (), ("python",), at_once, 1)
 
 
-def job_of(plan: Plan, name: str, code: str) -> Job:
-    return Job(name, ("python", "-c", code), plan.folder / name, plan.config)
+def job_of(plan: Plan, name: str, code: str, makes: str = "log.txt") -> Job:
+    return Job(name, ("python", "-c", code), plan.folder / name, plan.config, makes)
 
 
 def test_a_finished_run_is_not_done_again_and_another_command_is_refused(tmp_path):
@@ -111,9 +116,31 @@ def test_a_run_that_fails_is_named_with_its_log_and_the_others_are_stopped(tmp_p
     plan = plan_of(tmp_path)
     slow = job_of(plan, "slow", "import time; time.sleep(600)")
     bad = job_of(plan, "bad", "raise SystemExit('no such teacher')")
-    with pytest.raises(ValueError, match="bad: `python -c .* ended with 1; .*\n.*no such teacher"):
+    with pytest.raises(ValueError, match="bad: `python -c .* ended with 1, .*\n.*no such teacher"):
         run_jobs([slow, bad], plan, "runs")
     assert not (slow.folder / "done.json").exists()
+    with pytest.raises(ValueError, match="mute: .* ended with 0, wanted 0 and student.safetensors"):
+        run_jobs([job_of(plan, "mute", "1", "student.safetensors")], plan, "runs")
+
+
+def test_runs_end_with_the_command_that_started_them(tmp_path):
+    started = tmp_path / "started"
+    code = f"""
+from pathlib import Path
+from evaluation.paper import Job, Plan, run_jobs
+line = "import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+folder = Path({str(tmp_path)!r}) / "slow"
+job = Job("slow", ("python", "-c", line), folder, "configs/tiny.yaml", "x")
+run_jobs([job], Plan("", Path("."), (), (), (), 1, None), "runs")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not (started.exists() and started.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 # ------------------------------------------------------------------------------------- tables

@@ -58,10 +58,12 @@ from tqdm import tqdm
 import synvid
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import append_log, crc32_of_json, read_log, replace_file, write_text
+from common.folders import fingerprint
+from common.names import official_names
 from common.ranks import (
     AgreedError, Ranks, cli, compile_blocks, compute_dtype, draw_noise, generator,
     on_first_rank, owned, prefer_attention, raise_together, require_same, setup_distributed)
-from common.weights import fingerprint, full_tensor, official_names, stream_safetensors
+from common.weights import full_tensor, stream_safetensors
 from model import (
     check_model, collate, euler_step, frozen_copy, load_dit, sizes_of, velocity)
 from training.checkpoint import Saver, check_disk, resume, save_state

@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from common.config import Shared, nearest
+from common.folders import check_sizes, dit_tensors
 from common.ranks import (
     Ranks, SequenceShard, compute_dtype, gather_sequence, heads_to_tokens, local_rows, shard,
     shard_sequence, tokens_to_heads)
-from common.weights import check_sizes, dit_tensors, load_module
+from common.weights import load_module
 
 # ------------------------------------------------------------------ schedule and Euler step
 

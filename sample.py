@@ -38,15 +38,15 @@ from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import write_json
+from common.folders import fingerprint, fingerprint_files
+from common.names import official_names
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, generator,
     local_rows, peak_bytes, prefer_attention, setup_distributed)
 from common.video import (
     Prompt, contact_sheet, decode_image, digest_texts, heldout_prompts, image_size, read_prompts,
     read_video, thumbnail, write_video)
-from common.weights import (
-    fingerprint, fingerprint_files, load_module, official_names, open_tensors,
-    safetensors_metadata)
+from common.weights import load_module, open_tensors, safetensors_metadata
 from frozen.image import CLIPVision, fit_size, image_cond
 from frozen.load import encode_prompts, load_vae
 from frozen.text import CLIPText, Llama, UMT5Encoder

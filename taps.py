@@ -30,9 +30,9 @@ from tqdm import tqdm
 import distill
 from common.config import announce, field, load_config, settings_to_compare
 from common.files import replace_file, write_json
+from common.folders import fingerprint
 from common.ranks import (
     Ranks, cli, compute_dtype, draw_noise, generator, owned, prefer_attention, setup_distributed)
-from common.weights import fingerprint
 from distill import features, head_loss, make_heads, tap_blocks
 from model import check_model, collate, load_dit, sample_euler
 from sample import load_student, student_facts

@@ -1,16 +1,12 @@
-"""Tensors in files: safetensors and .pt, read lazily; names of other programs; the DiT's folder.
+"""Tensors in files: safetensors and torch's, told by their content, read lazily, written in order.
 
 Every tensor is read when it is asked for, and each rank reads only the rows that it keeps.
 """
 
-import dataclasses
-import functools
-import hashlib
 import itertools
 import json
 import os
 import pickle
-import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -25,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from common.files import ROOT, read_json, replace_file, short_reason
+from common.files import read_json, replace_file, short_reason
 from common.ranks import local_rows
 
 
@@ -41,6 +37,43 @@ class LazyTensor:
     read: Callable[..., Tensor]
 
 
+def kind_of(path: Path) -> str:
+    """What a weight file is by its first bytes: safetensors, torch, old torch or index.
+
+    Raises ValueError saying what it is if it holds no weights that can be read.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        start = f.read(256)
+    text = start.lstrip().lower()
+    for is_it, what, remedy in (
+            (not start, "is empty", "copy or download it again"),
+            (start.startswith(b"version https://git-lfs"), "is a Git LFS pointer, not the weights",
+             "fetch them by `git lfs pull`"),
+            (text.startswith((b"<!doctype", b"<html", b"<?xml")), "is a web page, not weights",
+             "the download failed, perhaps for want of a login: download it again"),
+            (path.suffix == ".safetensors" and start.startswith((b"PK\x03\x04", b"\x80\x02")),
+             "is a file of torch.save, whatever its name says", "let its name end in .pt"),
+            (start.startswith(b"GGUF"), "is a GGUF file, whose weights are quantised",
+             "wanted bf16, fp16 or fp32 weights as .safetensors")):
+        if is_it:
+            raise ValueError(f"{path}: {what}: {remedy}")
+    if start.startswith(b"PK\x03\x04"):
+        return "torch"
+    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "old torch"
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
+    if start[8:9] == b"{" and length <= size - 8:
+        return "safetensors"
+    if text.startswith(b"{") and path.suffix == ".json":
+        return "index"
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        raise ValueError(f"{path}: not a whole safetensors file (its header does not fit into its "
+                         f"{size} bytes): copy or make it anew")
+    raise ValueError(f"{path}: is no weight file that is known here (it begins with "
+                     f"{start[:8]!r}): wanted .safetensors, or torch's .pt, .pth or .bin")
+
+
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Names and lazy tensors of one safetensors file. Raises ValueError if it is none or cut."""
     def lazy(name: str) -> LazyTensor:
@@ -49,35 +82,42 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         dtype = (view[:0] if shape else f.get_tensor(name)).dtype
 
         def read(rows: slice | None = None) -> Tensor:  # mapped anew: else all that was ever read
-            with safe_open(path, "pt") as again:        # stays in this process's memory
+            with whole(path) as again:                  # stays in this process's memory
                 return again.get_slice(name)[rows] if rows and shape else again.get_tensor(name)
 
         return LazyTensor(shape, dtype, path, read)
 
+    with whole(path) as f:
+        try:
+            return {name: lazy(name) for name in f.keys()}
+        except (SafetensorError, OSError, ValueError) as e:
+            raise ValueError(f"{path}: not a whole safetensors file ({e}): copy or make it "
+                             "anew") from e
+
+
+def whole(path: Path) -> Any:
+    """A safetensors file, open. Raises ValueError if it is none or cut."""
     try:
-        f = safe_open(path, "pt")
-        return {name: lazy(name) for name in f.keys()}
+        return safe_open(path, "pt")
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{path}: not a whole safetensors file ({e}): copy or make it anew") from e
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
     """A safetensors file's own strings. Raises ValueError if it is none."""
-    try:
-        with safe_open(path, "pt") as f:
-            return f.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: not a whole safetensors file ({e}): copy or make it anew") from e
+    with whole(path) as f:
+        return f.metadata() or {}
 
 
-def open_pth(path: Path) -> dict[str, LazyTensor]:
-    """Names and memory-mapped tensors of a .pt/.pth file; only tensors are ever read from it.
+def open_torch(path: Path, old: bool) -> dict[str, LazyTensor]:
+    """Names and tensors of a file of torch.save; only tensors are ever read from it.
 
-    The wrappers {"module": …}, {"ema": …} and {"state_dict": …} are taken off.
+    They are memory-mapped, but for those of the format before torch 1.6 (old). The wrappers
+    {"module": …}, {"ema": …} and {"state_dict": …} are taken off.
     Raises ValueError for a damaged file or one that holds code.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
         raise ValueError(f"{path}: cannot be read as weights ({short_reason(e)}): it is "
                          "damaged, or holds code, which is never read: copy it again, or as "
@@ -96,125 +136,88 @@ def open_pth(path: Path) -> dict[str, LazyTensor]:
     return {name: lazy(value) for name, value in state.items()}
 
 
+def only_weights(folder: Path) -> Path:
+    """The index of shards, or the one weight file, of a folder; a full one goes before a variant
+    such as fp16. Raises FileNotFoundError if there is none, or more than one."""
+    for pattern in ("*.safetensors.index.json", "*.safetensors.index.*.json", "*.bin.index.json"):
+        if found := sorted(folder.glob(pattern)):
+            break
+    else:
+        files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHT_SUFFIXES[:-1]]
+        safe = [p for p in files if p.suffix == ".safetensors"] or files
+        found = [p for p in safe if "." not in p.stem] or safe
+    if len(found) != 1:
+        got = ", ".join(p.name for p in found[:6]) or "no weight file"
+        raise FileNotFoundError(f"{folder}: got {got}; wanted one .safetensors file, or shards "
+                                "with their .index.json: name the file you mean")
+    return found[0]
+
+
 def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
     """Every tensor of a checkpoint by name, none of them read yet.
 
-    Args: path, a .safetensors, .pt, .pth or .bin file, an *.index.json, or a folder that holds one
-    index or one weight file. Raises FileNotFoundError, ValueError naming the file and the remedy.
+    Args: path, a weight file of any suffix, an index of shards, or a folder that holds one of
+    them. Raises FileNotFoundError, ValueError naming the file and the remedy.
     """
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-        found = found or sorted(p for p in path.iterdir() if p.suffix in (".pt", ".pth", ".bin"))
-        if len(found) != 1:
-            got = ", ".join(p.name for p in found) or "no weight file"
-            raise FileNotFoundError(f"{path}: got {got}; wanted one .safetensors file, or shards "
-                                    "with their .index.json")
-        path = found[0]
-    if not path.exists():
+    path = only_weights(Path(path)) if Path(path).is_dir() else Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file; point `weights` at an official or "
                                 "diffusers folder (or make the file that is missing)")
-    if path.suffix == ".json":
-        shards = read_json(path).get("weight_map", {})
+    kind = kind_of(path)
+    if kind == "index":
+        shards = read_index(path)
         files = {name: open_tensors(path.parent / name) for name in sorted(set(shards.values()))}
         absent = [n for n, shard in shards.items() if n not in files[shard]]
         if absent:
             raise ValueError(f"{path}: {absent[0]} should be in {shards[absent[0]]} and is not: "
                              "shards and index are of different downloads")
         return {name: files[shard][name] for name, shard in shards.items()}
-    return open_safetensors(path) if path.suffix == ".safetensors" else open_pth(path)
+    return open_safetensors(path) if kind == "safetensors" else open_torch(path, kind != "torch")
 
 
-@functools.lru_cache
-def name_rules(family: str, component: str, reverse: bool) -> list[tuple[re.Pattern, str]]:
-    """Rules (pattern, template) from diffusers to official names of a component, or back."""
-    rules = []
-    for diffusers, official, note in read_json(ROOT / f"assets/{family}_diffusers_map.json"):
-        if not re.match(rf"{component}\b", note) or (reverse and "alias" in note):
-            continue
-        source, target = (official, diffusers) if reverse else (diffusers, official)
-        pattern = re.escape(source).replace(r"\{i\}", "(?P<i>[0-9]+)")
-        pattern = pattern.replace(r"\{p\}", "(?P<p>weight|bias)")
-        target = target.replace("{i}", r"\g<i>").replace("{p}", r"\g<p>")
-        rules.append((re.compile(pattern), target))
-    return rules
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor names and the shard of each, of an index. ValueError if it is none, or names a file
+    outside its folder."""
+    index = read_json(path)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not (isinstance(shards, dict) and shards
+            and all(isinstance(shard, str) for shard in shards.values())):
+        raise ValueError(f"{path}: is no index of shards: wanted a \"weight_map\" of tensor names "
+                         "and files: copy it again")
+    outside = [shard for shard in shards.values() if shard != Path(shard).name or shard == ".."]
+    if outside:
+        raise ValueError(f"{path}: names {outside[0]:.80}; wanted files of its own folder only: "
+                         "copy index and shards into one folder")
+    return shards
 
 
-def joined(parts: list[LazyTensor]) -> LazyTensor:
-    """Several tensors one after the other along their first dimension, as one; read lazily."""
-    ends = list(itertools.accumulate(part.shape[0] for part in parts))
-
-    def read(rows: slice | None = None) -> Tensor:
-        a, b = (rows.start, rows.stop) if rows else (0, ends[-1])
-        inside = [part.read(slice(max(a - end + part.shape[0], 0), min(b - end, 0) + part.shape[0]))
-                  for part, end in zip(parts, ends, strict=True)
-                  if a < end and b > end - part.shape[0]]
-        return torch.cat(inside)
-
-    first = parts[0]
-    return LazyTensor((ends[-1], *first.shape[1:]), first.dtype, first.file, read)
-
-
-def rows_of(tensor: LazyTensor | Tensor, start: int, stop: int) -> LazyTensor | Tensor:
-    """Rows start … stop - 1 of a tensor; of a lazy one, lazily."""
-    if isinstance(tensor, Tensor):
-        return tensor[start:stop]
-
-    def read(rows: slice | None = None) -> Tensor:
-        rows = rows or slice(0, stop - start)
-        return tensor.read(slice(start + rows.start, start + rows.stop))
-
-    return LazyTensor((stop - start, *tensor.shape[1:]), tensor.dtype, tensor.file, read)
+# Models by a tensor that they have, and its shape as far as it tells them apart.
+MODELS = (
+    ("patch_embedding.weight", (1536, 16), "Wan 2.1 T2V 1.3B"),
+    ("patch_embedding.weight", (5120, 16), "Wan 2.1 T2V 14B"),
+    ("patch_embedding.weight", (5120, 36), "Wan 2.1 I2V 14B"),
+    ("patch_embedding.weight", (3072, 48), "Wan 2.2 TI2V 5B"),
+    ("patch_embedding.weight", (), "a Wan DiT"),
+    ("img_in.proj.weight", (3072, 16), "HunyuanVideo"),
+    ("img_in.proj.weight", (3072, 33), "HunyuanVideo I2V"),
+    ("img_in.proj.weight", (), "a HunyuanVideo DiT"),
+    ("encoder.conv_in.conv.weight", (), "HunyuanVideo's VAE"),
+    ("encoder.conv1.weight", (), "Wan's VAE"),
+    ("token_embedding.weight", (), "umT5"), ("shared.weight", (), "umT5"),
+    ("model.embed_tokens.weight", (), "a LLaMA"), ("embed_tokens.weight", (), "a LLaMA"),
+    ("text_model.embeddings.token_embedding.weight", (), "CLIP's text half"),
+    ("visual.cls_embedding", (), "CLIP's image half"),
+    ("double_blocks.0.img_attn.qkv.weight", (), "Flux or another model with its names"),
+    ("input_blocks.0.0.weight", (), "Stable Diffusion"))
 
 
-def swap_halves(tensor: LazyTensor | Tensor) -> LazyTensor | Tensor:
-    """A tensor with the second half of its rows first."""
-    rows = tensor.shape[0]
-    halves = [rows_of(tensor, rows // 2, rows), rows_of(tensor, 0, rows // 2)]
-    return torch.cat(halves) if isinstance(tensor, Tensor) else joined(halves)
-
-
-def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """A small tensor in another shape; it is read whole."""
-    def read(rows: slice | None = None) -> Tensor:
-        value = tensor.read().reshape(shape)
-        return value[rows] if rows else value
-
-    return LazyTensor(shape, tensor.dtype, tensor.file, read)
-
-
-HUNYUAN_MARKS = {"context_embedder.proj_in.weight", "txt_in.input_embedder.weight"}
-
-
-def official_names(tensors: dict, component: str, reverse: bool = False) -> dict:
-    """Rename diffusers or transformers tensors to official names (reverse: the other way).
-
-    Args: component, "transformer", "vae", "text_encoder" or "image_encoder". A name without a rule
-    is kept, as official names are, so that strict loading can name it. Some diffusers layouts have
-    q, k, v (and the MLP's input) apart, in the order of its rules, and [scale, shift] for [shift,
-    scale] in the last layer: forward takes lazy tensors, reverse takes plain ones too.
-    """
-    hunyuan = component == "transformer" and bool(HUNYUAN_MARKS & tensors.keys())
-    fused = hunyuan or component == "image_encoder"
-    rules, found = name_rules("hunyuan" if hunyuan else "wan", component, reverse), {}
-    for name, value in tensors.items():
-        hits = [(i, match.expand(template)) for i, (pattern, template) in enumerate(rules)
-                if (match := pattern.fullmatch(name))]
-        if fused and reverse and hits:  # one official tensor, or the parts of it
-            parts, D = [value], tensors["img_in.proj.bias"].shape[0]
-            if len(hits) > 1:
-                ends = [*(D, 2 * D, 3 * D)[:len(hits) - 1], value.shape[0]]
-                parts = [rows_of(value, a, b) for a, b in itertools.pairwise([0, *ends])]
-            elif name.startswith("final_layer.adaLN"):
-                parts = [swap_halves(value)]
-            found |= {target: [(i, part)] for (i, target), part in zip(hits, parts, strict=True)}
-            continue
-        i, target = hits[0] if hits else (0, name)
-        if fused and hits and target.startswith("final_layer.adaLN"):
-            value = swap_halves(value)
-        found.setdefault(target, []).append((i, value))
-    return {name: joined([v for _, v in sorted(parts, key=lambda part: part[0])])
-            if fused and len(parts) > 1 else parts[-1][1] for name, parts in found.items()}
+def looks_like(tensors: dict[str, LazyTensor]) -> str:
+    """"; it looks like …": what model some tensors are of, told by names and shapes, or nothing."""
+    for name, shape, model in MODELS:
+        if name in tensors and tensors[name].shape[:len(shape)] == shape:
+            width = tensors[name].shape[0]
+            return f"; it looks like {model}" + ("" if shape else f", width {width}")
+    return ""
 
 
 def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
@@ -231,12 +234,13 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
         if names:
             shown = ", ".join(sorted(names)[:4]) + (" …" if len(names) > 4 else "")
             raise ValueError(f"{what}: the checkpoint {problem} {len(names)} tensor(s): {shown}; "
-                             "it is of another model or size than the config's preset")
+                             "it is of another model or size than the config's preset"
+                             f"{looks_like(tensors)}")
     for name, p in wanted.items():
         if tuple(p.shape) != tensors[name].shape:
             raise ValueError(f"{what}: {name} in {tensors[name].file} has shape "
                              f"{list(tensors[name].shape)}, wanted {list(p.shape)}: it is of "
-                             "another size than the config's preset")
+                             f"another size than the config's preset{looks_like(tensors)}")
     if dtype is not None:
         module.to(dtype)
     if any(p.is_meta for p in module.parameters()):
@@ -255,76 +259,6 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
                 raise ValueError(f"{what}: {name} in {tensors[name].file} holds NaN or infinity "
                                  f"as {local.dtype}: the weights are damaged")
     return module
-
-
-# Where official folders keep a DiT: HunyuanVideo's ckpts, AccVideo's release.
-OFFICIAL_DITS = ("hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt",
-                 "accvideo-t2v-5-steps/diffusion_pytorch_model.pt",
-                 "accvideo-t2v-5-steps/diffusion_pytorch_model.safetensors")
-
-
-def find_dit(weights: str | Path) -> Path:
-    """The weight file (or index of shards) of the DiT in an official or diffusers folder."""
-    weights = Path(weights)
-    for name in OFFICIAL_DITS:
-        if (weights / name).is_file():
-            return weights / name
-    if (weights / "transformer").is_dir():
-        weights = weights / "transformer"
-    if not weights.is_dir():
-        return weights
-    file = weights / "diffusion_pytorch_model.safetensors"
-    index = Path(f"{file}.index.json")
-    return index if index.exists() else file
-
-
-def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
-    """Raise ValueError if a folder's config.json tells other sizes than `sizes` of `what`."""
-    config = find_dit(weights).with_name("config.json")
-    if not (Path(weights).is_dir() and config.exists()):
-        return
-    own = dataclasses.asdict(sizes)
-    for key, got in read_json(config).items():
-        name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
-        if name in own and got is not None and got != own[name]:
-            raise ValueError(f"{config}: {key} is {got}, {what} has {own[name]}: choose the "
-                             "preset that belongs to these weights, or add one")
-
-
-def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
-    """The DiT tensors of an official or diffusers folder, or of one file, under official names."""
-    return official_names(open_tensors(find_dit(weights)), "transformer")
-
-
-def fingerprint(weights: str | Path) -> str:
-    """Identity of a DiT's weights: a hash over each tensor's name, shape and first row.
-
-    The same for official, diffusers, sharded and single files of one dtype. It tells models apart;
-    it is no proof against damage.
-    """
-    tensors, digest = dit_tensors(weights), hashlib.sha256()
-    for name in sorted(tensors):
-        row = tensors[name].read(slice(0, 1)).float().contiguous()
-        digest.update(f"{name}{list(tensors[name].shape)}".encode())
-        digest.update(row.numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def fingerprint_files(weights: str | Path) -> str:
-    """Identity of all weight files of a folder: names, sizes, first and last bytes of each.
-
-    It tells whether two hosts have the same encoders, as far as a look at 128 KB of each can.
-    """
-    digest, weights = hashlib.sha256(), Path(weights)
-    for path in sorted(p for p in weights.rglob("*")
-                       if p.suffix in WEIGHT_SUFFIXES and p.is_file()):
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            ends = f.read(1 << 16)
-            f.seek(max(0, size - (1 << 16)))
-            ends += f.read()
-        digest.update(f"{path.relative_to(weights)} {size} ".encode() + ends)
-    return digest.hexdigest()[:32]
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

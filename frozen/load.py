@@ -12,9 +12,11 @@ from torch import nn
 
 from common.config import Shared
 from common.files import read_json
+from common.folders import is_list, role_file
+from common.names import official_names, plain_names, reshaped
 from common.ranks import Timer, compute_dtype
 from common.video import Prompt
-from common.weights import load_module, official_names, open_tensors, reshaped
+from common.weights import load_module, open_tensors
 from frozen.image import CLIPVision, Conditioner
 from frozen.text import CLIPText, HunyuanText, Llama, TextEncoder, Tokenizer, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
@@ -34,9 +36,14 @@ def find(folder: Path, patterns: list[str]) -> Path | None:
     return None
 
 
-def component(weights: str | Path, what: str, official: list[str], subfolder: str) -> Path:
-    """The official file, or the diffusers subfolder, that holds one network of a weight folder."""
+def component(weights: str | Path, what: str, official: list[str], subfolder: str,
+              role: str | None = None, family: str = "wan") -> Path:
+    """The official file, or the diffusers subfolder, that holds one network of a weight folder;
+    role, its name in a list of files (none: that of the subfolder)."""
     weights = Path(weights)
+    own = role_file(weights, role or subfolder, family)
+    if own is not None:
+        return own
     if not weights.is_dir():
         raise FileNotFoundError(f"weights: no folder {weights}: want an official or diffusers one")
     path = find(weights, official) or weights / subfolder
@@ -76,6 +83,13 @@ def config_arguments(path: Path, names: dict[str, str], fixed: dict) -> dict:
     return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
 
 
+def sizes_in(path: Path, names: dict[str, str], fixed: dict) -> dict:
+    """Constructor arguments of a folder's config.json, or those that a single file names."""
+    if path.is_file():
+        return official_config(path)
+    return config_arguments(path / "config.json", names, fixed)
+
+
 def strip_prefix(tensors: dict, prefixes: tuple[str, ...], known: str) -> dict:
     """What is below the first prefix that has a tensor `known`, named without it; else all."""
     prefix = next((prefix for prefix in prefixes if prefix + known in tensors), "")
@@ -107,7 +121,7 @@ def load_vae(weights: str | Path, device="cpu", dtype=torch.float32,
     if family != "wan":
         raise ValueError(f"family: got {family!r}; want wan or hunyuan")
     path = component(weights, "VAE", ["Wan2.1_VAE.safetensors", "Wan2.1_VAE.pth"], "vae")
-    tensors = open_tensors(path)
+    tensors = official_names(open_tensors(path), "vae")
     if path.is_file():
         return build_module(WanVAE, official_config(path), path, tensors, dtype, device)
     names = {"dim": "base_dim", "temporal_down": "temperal_downsample"}  # their spelling
@@ -115,20 +129,20 @@ def load_vae(weights: str | Path, device="cpu", dtype=torch.float32,
     fixed = {"decoder_base_dim": None, "attn_scales": [], "is_residual": False,
              "num_res_blocks": 2, "in_channels": 3, "out_channels": 3, "patch_size": None}
     arguments = config_arguments(path / "config.json", names, fixed)
-    return build_module(WanVAE, arguments, path, official_names(tensors, "vae"), dtype, device)
+    return build_module(WanVAE, arguments, path, tensors, dtype, device)
 
 
 def load_hunyuan_vae(weights: str | Path, device, dtype) -> HunyuanVAE:
     """HunyuanVideo's VAE, as load_vae; the official and the diffusers file have the same names."""
-    path = component(weights, "VAE", ["hunyuan-video-t2v-720p/vae"], "vae")
+    path = component(weights, "VAE", ["hunyuan-video-t2v-720p/vae"], "vae", family="hunyuan")
     names = {"dims": "block_out_channels", "z_dim": "latent_channels", "groups": "norm_num_groups",
              "num_res_blocks": "layers_per_block", "scaling": "scaling_factor",
              "sample_size": "sample_size", "sample_tsize": "sample_tsize"}
     fixed = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True,
              "spatial_compression_ratio": 8, "time_compression_ratio": 4,
              "temporal_compression_ratio": 4}
-    arguments = config_arguments(path / "config.json", names, fixed)
-    tensors = strip_prefix(open_tensors(path), ("vae.", ""), "encoder.conv_in.conv.weight")
+    arguments = sizes_in(path, names, fixed)
+    tensors = plain_names(open_tensors(path), "vae")
     return build_module(HunyuanVAE, arguments, path, tensors, dtype, device)
 
 
@@ -148,9 +162,14 @@ def load_text(weights: str | Path, device="cpu", dtype=torch.bfloat16, text_len:
         raise ValueError(f"family: got {family!r}; want wan or hunyuan")
     path = component(weights, "text encoder", ["models_t5*.safetensors", "models_t5*.pth"],
                      "text_encoder")
-    tokenizer = Tokenizer(Path(weights) / ("google/umt5-xxl" if path.is_file() else "tokenizer"),
-                          text_len or 512)
     tensors = open_tensors(path)
+    if "spiece_model" in tensors:  # ComfyUI's files bring their tokenizer
+        tokens = bytes(tensors.pop("spiece_model").read().numpy())
+    elif is_list(Path(weights)):
+        tokens = role_file(weights, "tokenizer")
+    else:
+        tokens = Path(weights) / ("google/umt5-xxl" if path.is_file() else "tokenizer")
+    tokenizer, tensors = Tokenizer(tokens, text_len or 512), official_names(tensors, "text_encoder")
     if path.is_file():
         arguments = official_config(path)
     else:
@@ -163,7 +182,6 @@ def load_text(weights: str | Path, device="cpu", dtype=torch.bfloat16, text_len:
         arguments = config_arguments(path / "config.json", names, fixed)
         if "dim_attn" in arguments and "num_heads" in arguments:
             arguments["dim_attn"] *= arguments["num_heads"]  # d_kv is the width of one head
-        tensors = official_names(tensors, "text_encoder")
     encoder = build_module(UMT5Encoder, arguments, path, tensors, dtype, device)
     return TextEncoder(encoder, tokenizer)
 
@@ -172,11 +190,11 @@ def load_hunyuan_text(weights, device, dtype, text_len, image, guidance) -> Huny
     """The LLM, without what HunyuanVideo does not run of it, and CLIP's text half, as load_text."""
     names = {"vocab_size": "vocab_size", "dim": "hidden_size", "dim_ffn": "intermediate_size",
              "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
-    path = component(weights, "LLM", ["text_encoder"], "text_encoder")
+    path = component(weights, "LLM", ["text_encoder"], "text_encoder", family="hunyuan")
     more = {"num_kv_heads": "num_key_value_heads", "theta": "rope_theta", "eps": "rms_norm_eps"}
     fixed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
              "mlp_bias": False, "rope_scaling": None, "rope_type": "default"}
-    sizes = config_arguments(path / "config.json", names | more, fixed)
+    sizes = sizes_in(path, names | more, fixed)
     layers = sizes.get("num_layers", 32)
     sizes["num_layers"] = layers - 2  # the states are taken before the last two
     prefixes = ("model.", "language_model.model.", "model.language_model.", "")
@@ -185,10 +203,10 @@ def load_hunyuan_text(weights, device, dtype, text_len, image, guidance) -> Huny
     tensors = {name: t for name, t in tensors.items() if not unread.fullmatch(name)}
     llm = build_module(Llama, sizes, path, tensors, dtype, device)
 
-    path = component(weights, "CLIP", ["text_encoder_2"], "text_encoder_2")
+    path = component(weights, "CLIP", ["text_encoder_2"], "text_encoder_2", family="hunyuan")
     fixed = {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     more = {"max_len": "max_position_embeddings"}
-    sizes = config_arguments(path / "config.json", names | more, fixed)
+    sizes = sizes_in(path, names | more, fixed)
     tensors = strip_prefix(open_tensors(path), ("text_model.", ""),
                            "embeddings.token_embedding.weight")
     tensors.pop("embeddings.position_ids", None)  # a buffer of older files
@@ -196,6 +214,8 @@ def load_hunyuan_text(weights, device, dtype, text_len, image, guidance) -> Huny
     # diffusers keeps tokenizers in folders of their own, the official tree with the weights.
     folders = [folder if folder.is_dir() else folder.with_name(f"text_encoder{number}")
                for number in ("", "_2") for folder in [Path(weights) / f"tokenizer{number}"]]
+    if is_list(Path(weights)):
+        folders = [role_file(weights, role) for role in ("tokenizer", "tokenizer_2")]
     return HunyuanText(llm, clip, *folders, text_len, image, guidance)
 
 
@@ -206,14 +226,13 @@ def load_image_encoder(weights: str | Path, device="cpu", dtype=torch.float32) -
     """
     path = component(weights, "image encoder", ["models_clip*.safetensors", "models_clip*.pth"],
                      "image_encoder")
-    tensors = open_tensors(path)
-    if path.is_file():
-        arguments = official_config(path)
-    else:
+    tensors = plain_names(open_tensors(path), "image_encoder")
+    arguments = official_config(path) if path.is_file() else {}
+    if path.is_dir() or "visual.cls_embedding" not in tensors:
         names = {"dim": "hidden_size", "dim_ffn": "intermediate_size", "patch": "patch_size",
                  "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
                  "size": "image_size"}
-        arguments = config_arguments(path / "config.json", names, {
+        arguments = arguments or sizes_in(path, names, {
             "model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5})
         known = ("vision_model.", "visual_projection.")  # newer files leave the first away
         tensors = {n if n.startswith(known) else f"vision_model.{n}": t for n, t in tensors.items()}

@@ -204,7 +204,8 @@ class Tokenizer:
     """Text to umT5 ids, at most `max_len` with the final </s>, like Wan's.
 
     Args:
-        path: tokenizer.json, spiece.model, or a folder that holds one; of both, the first.
+        path: tokenizer.json, spiece.model, or a folder that holds one; of both, the first. Or the
+            bytes of a spiece.model.
         max_len: the longest row, in tokens.
 
     The two files give equal ids but for literal special tokens in a text: `</s>` typed by a user
@@ -214,11 +215,12 @@ class Tokenizer:
 
     PAD, END, UNKNOWN = 0, 1, 3  # umT5's ids
 
-    def __init__(self, path: str | Path, max_len: int = 512):
-        path = Path(path)
-        names = ("tokenizer.json", "spiece.model")
+    def __init__(self, path: str | Path | bytes, max_len: int = 512):
+        model = path if isinstance(path, bytes) else None
+        inside, names = model is not None, ("tokenizer.json", "spiece.model")
+        path = Path("spiece_model in the text encoder's file" if inside else path)
         files = [path / name for name in names] if path.is_dir() else [path]
-        self.file = next((file for file in files if file.is_file()), None)
+        self.file = path if inside else next((file for file in files if file.is_file()), None)
         if self.file is None:
             raise FileNotFoundError(f"no tokenizer at {path}: want {' or '.join(names)} there; "
                                     f"copy it from the checkpoint's google/umt5-xxl or tokenizer")
@@ -232,7 +234,8 @@ class Tokenizer:
                 end = self.fast.token_to_id("</s>")
             else:
                 self.fast = None
-                self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
+                self.sp = sentencepiece.SentencePieceProcessor(
+                    **{"model_proto": model} if inside else {"model_file": str(self.file)})
                 self.size, end = self.sp.vocab_size(), self.sp.eos_id()
         except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
             raise ValueError(f"{self.file} is not a tokenizer that can be read ({error}): "

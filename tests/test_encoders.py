@@ -20,10 +20,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import frozen.load
+from common.names import official_names
 from common.video import (
     comparison_sheet, contact_sheet, read_prompts, read_video, side_by_side, still_strip, to_uint8,
     write_video)
-from common.weights import official_names, save_tensors
+from common.weights import save_tensors
 from frozen.load import load_text, load_vae
 from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text
 from frozen.vae import WanVAE
@@ -540,7 +541,8 @@ def test_missing_files_of_a_weight_folder_are_named(folders, tmp_path):
         load_vae(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"holds no text encoder: want models_t5"):
         load_text(tmp_path)
-    (tmp_path / "models_t5_a.safetensors").touch()
+    save_tensors(tmp_path / "models_t5_a.safetensors", {"token_embedding.weight": torch.ones(2, 2)},
+                 {})
     with pytest.raises(FileNotFoundError, match="no tokenizer at .*google/umt5-xxl"):
         load_text(tmp_path)
     (tmp_path / "models_t5_b.safetensors").touch()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 import model
 from common.config import Shared, load_config
+from common.folders import OFFICIAL_DITS, fingerprint
+from common.names import joined, official_names
 from common.ranks import generator
-from common.weights import (
-    OFFICIAL_DITS, LazyTensor, fingerprint, joined, load_module, official_names, open_tensors)
+from common.weights import LazyTensor, load_module, open_tensors
 from model import PRESETS, HunyuanConfig, build_dit, check_model, load_dit
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -16,9 +16,10 @@ from transformers import LlamaForCausalLM
 
 import model
 from common.config import load_config
+from common.folders import OFFICIAL_DITS
+from common.names import official_names
 from common.ranks import generator
 from common.video import read_video
-from common.weights import OFFICIAL_DITS, official_names
 from frozen.load import load_text
 
 PROMPTS = ["a red circle moves left", "the children run on the beach", "a circle"]

@@ -20,10 +20,12 @@ import sample
 from common import video
 from common.config import Shared
 from common.files import write_json
+from common.folders import fingerprint
+from common.names import official_names
 from common.ranks import generator
 from common.video import (
     Prompt, centre_crop, image_size, read_image, read_prompts, read_video, write_image)
-from common.weights import fingerprint, official_names, save_tensors
+from common.weights import save_tensors
 from frozen.load import load_conditioner
 from frozen.vae import WanVAE
 from model import PRESETS

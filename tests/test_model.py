@@ -25,10 +25,11 @@ from torch.nn.attention import SDPBackend
 import model
 from common.config import STAGES, Shared, announce, field, load_config
 from common.files import ROOT, read_json, replace_file, write_json, write_text
+from common.folders import dit_tensors, fingerprint
+from common.names import official_names
 from common.ranks import (
     SDPA_ORDER, Ranks, cli, generator, local_rows, pick_device, prefer_attention, seed_of, shard)
-from common.weights import (
-    dit_tensors, fingerprint, load_module, official_names, open_tensors, save_tensors)
+from common.weights import load_module, open_tensors, save_tensors
 from model import WanConfig, build_dit, load_dit
 from training.checkpoint import Saver, latest_checkpoint, load_checkpoint
 

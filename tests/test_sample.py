@@ -10,9 +10,11 @@ from tqdm import tqdm
 
 import sample
 from common.config import Shared
+from common.folders import dit_tensors, fingerprint
+from common.names import official_names
 from common.ranks import Ranks, Timer, generator
 from common.video import read_video
-from common.weights import dit_tensors, fingerprint, official_names, save_tensors
+from common.weights import save_tensors
 from model import build_dit, key_times, load_dit, time_grid
 
 N, KEY = 4, [0, 1, 4]  # a short grid, with uneven key timesteps

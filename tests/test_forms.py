@@ -1,0 +1,355 @@
+"""The forms in which weights lie on people's disks: each is read right, or refused in one line that
+says what it is."""
+
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.files import write_json
+from common.folders import dit_tensors, find_dit, fingerprint, fingerprint_files, role_file
+from common.names import COMFY, comfy_to_official, official_names, plain_names
+from common.ranks import generator
+from common.weights import LazyTensor, looks_like, open_tensors
+from frozen.load import load_text, load_vae
+from model import PRESETS, build_dit, load_dit
+
+KEYS = Path(__file__).parent / "fixtures/keys"
+FULL = "diffusion_pytorch_model.safetensors"
+
+
+def state_of(preset: str = "tiny") -> dict[str, Tensor]:
+    """Random weights of a preset under official names."""
+    dit = build_dit(preset)
+    dit.init_weights(generator("forms", preset))
+    return {name: p.detach().clone() for name, p in dit.state_dict().items()}
+
+
+def loaded(path: Path, preset: str = "tiny") -> dict[str, Tensor]:
+    return dict(load_dit(path, preset).state_dict())
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], atol: float = 0.0) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.allclose(got[name], want[name].float(), rtol=0, atol=atol), name
+
+
+# ------------------------------------------------------------------------ prefixes and wrappers
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "transformer.",
+            "net.", "generator.model.", "model.model.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("preset", ["tiny", "hunyuan-tiny"])
+def test_a_prefix_before_every_name_is_taken_off(prefix, preset, tmp_path):
+    state = state_of(preset)
+    save_file({prefix + name: t for name, t in state.items()}, tmp_path / "a.safetensors")
+    assert_same(loaded(tmp_path / "a.safetensors", preset), state)
+
+
+def test_wrappers_inside_names_and_other_networks_beside_are_taken_off(tmp_path):
+    state = state_of()
+    wrapped = {re.sub(r"blocks\.(\d+)\.", r"blocks.\1._checkpoint_wrapped_module._orig_mod.",
+                      f"_fsdp_wrapped_module.{name}"): t for name, t in state.items()}
+    others = {"first_stage_model.encoder.weight": torch.ones(3), "logvar": torch.ones(1)}
+    save_file({f"model.{name}": t for name, t in wrapped.items()} | others,
+              tmp_path / "a.safetensors")
+    assert_same(loaded(tmp_path / "a.safetensors"), state)
+
+
+def test_two_networks_of_a_kind_in_one_file_are_refused_by_their_prefixes(tmp_path):
+    state = state_of()
+    both = {f"{prefix}.{name}": t.clone() for prefix in ("generator", "generator_ema")
+            for name, t in state.items()}
+    save_file(both, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="several networks .*'generator.', 'generator_ema.': save"):
+        loaded(tmp_path / "a.safetensors")
+
+
+# -------------------------------------------------------------------------------------- ComfyUI
+
+# ComfyUI's names of HunyuanVideo's tensors, from the official ones; written from its own rules.
+TO_COMFY = (("txt_in.t_embedder.mlp.0.", "txt_in.t_embedder.in_layer."),
+            ("txt_in.t_embedder.mlp.2.", "txt_in.t_embedder.out_layer."),
+            ("txt_in.c_embedder.linear_1.", "txt_in.c_embedder.in_layer."),
+            ("txt_in.c_embedder.linear_2.", "txt_in.c_embedder.out_layer."),
+            ("_mod.linear.", "_mod.lin."), ("_attn_qkv.", "_attn.qkv."), ("mlp.fc1.", "mlp.0."),
+            ("mlp.fc2.", "mlp.2."), ("_attn_q_norm.weight", "_attn.norm.query_norm.scale"),
+            ("_attn_k_norm.weight", "_attn.norm.key_norm.scale"),
+            (".q_norm.weight", ".norm.query_norm.scale"),
+            (".k_norm.weight", ".norm.key_norm.scale"), ("_attn_proj.", "_attn.proj."),
+            (".modulation.linear.", ".modulation.lin."), ("_in.mlp.2.", "_in.out_layer."),
+            ("_in.mlp.0.", "_in.in_layer."))
+
+
+def to_comfy(name: str) -> str:
+    for ours, theirs in TO_COMFY:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def test_comfyui_s_names_of_every_hunyuan_tensor_lead_back_to_the_official_ones():
+    names = json.loads((KEYS / "hunyuan_dit.json").read_text())["keys"]
+    comfy = [to_comfy(name) for name in names]
+    assert "double_blocks.3.img_attn.qkv.weight" in comfy and len(set(comfy)) == len(names)
+    assert [comfy_to_official(name) for name in comfy] == list(names)
+    assert all(any(pattern.search(name) for name in comfy) for pattern, _ in COMFY[:-2])
+
+
+def test_a_hunyuan_dit_as_comfyui_saves_it_is_read(tmp_path):
+    state = state_of("hunyuan-tiny")
+    save_file({f"model.model.{to_comfy(name)}": t for name, t in state.items()},
+              tmp_path / "a.safetensors")
+    assert_same(loaded(tmp_path / "a.safetensors", "hunyuan-tiny"), state)
+
+
+@pytest.fixture
+def comfy(tmp_path):
+    """ComfyUI's folder of models with a small Wan in it, and the official folder it was made of."""
+    official = write_weights(tmp_path / "official")
+    models = tmp_path / "ComfyUI/models"
+    for folder in ("diffusion_models", "vae", "text_encoders", "loras"):
+        (models / folder).mkdir(parents=True)
+    shutil.copy(official / FULL, models / "diffusion_models/wan2.1_t2v_fp32.safetensors")
+    shutil.copy(official / "Wan2.1_VAE.safetensors", models / "vae/wan_2.1_vae.safetensors")
+    [t5] = official.glob("models_t5*")
+    from safetensors import safe_open
+    with safe_open(t5, "pt") as f:
+        tensors, about = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()  # noqa: SIM118
+    names = official_names(tensors, "text_encoder", reverse=True)
+    tokens = (official / "google/umt5-xxl/spiece.model").read_bytes()
+    names["spiece_model"] = torch.frombuffer(bytearray(tokens), dtype=torch.uint8)
+    save_file(names, models / "text_encoders/umt5_xxl_fp16.safetensors", about)
+    return models, official
+
+
+def same_folders(weights: Path, official: Path) -> None:
+    assert fingerprint(weights) == fingerprint(official)
+    z = torch.randn(1, 16, 2, 2, 2, generator=generator("z"))
+    with torch.no_grad():
+        assert torch.equal(load_vae(weights).decode(z), load_vae(official).decode(z))
+    texts = ["a red disc moves left", "a green ring moves up"]
+    ours, theirs = (load_text(folder, dtype=torch.float32, text_len=16).encode_prompts(texts)
+                    for folder in (weights, official))
+    assert torch.equal(ours["text"], theirs["text"])
+
+
+def test_comfyui_s_folder_of_models_is_a_weight_folder(comfy):
+    models, official = comfy
+    same_folders(models, official)
+    (models / "diffusion_models/sub").mkdir()
+    shutil.copy(official / FULL, models / "diffusion_models/sub/wan2.1_i2v.safetensors")
+    with pytest.raises(ValueError, match=r"dit: got .*sub/wan2.1_i2v.safetensors, .*name the one"):
+        find_dit(models)
+    (models / "vae/wan_2.1_vae.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="vae: got no such file; wanted one file"):
+        load_vae(models)
+
+
+def test_a_list_of_files_is_a_weight_folder(comfy, tmp_path):
+    models, official = comfy
+    path = tmp_path / "mine.yaml"
+    path.write_text("dit: ComfyUI/models/diffusion_models/wan2.1_t2v_fp32.safetensors\n"
+                    "vae: official/Wan2.1_VAE.safetensors\n"
+                    "text_encoder: ComfyUI/models/text_encoders/umt5_xxl_fp16.safetensors\n")
+    same_folders(path, official)
+    before = fingerprint_files(path)
+    (official / "Wan2.1_VAE.safetensors").write_bytes(
+        (official / "Wan2.1_VAE.safetensors").read_bytes() + b" ")
+    assert fingerprint_files(path) != before
+    for text, message in (("diT: a\n", "unknown key 'diT'; did you mean 'dit'"),
+                          ("- a\n", "wanted lines such as `dit: file.safetensors`"),
+                          ("dit: [\n", "is not valid YAML"),
+                          ("vae: nowhere\n", "vae: got .*nowhere; wanted the file or folder")):
+        path.write_text(text)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            role_file(path, "vae")
+
+
+# ------------------------------------------------------------------------------ dtypes and scales
+
+@pytest.mark.parametrize("dtype, atol", [
+    (torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float64, 1e-7),
+    (torch.float8_e4m3fn, 0.07), (torch.float8_e5m2, 0.13)])
+def test_floats_of_every_width_are_read_as_what_they_are(dtype, atol, tmp_path, capsys):
+    state = {name: t.clamp(-0.5, 0.5) for name, t in state_of().items()}
+    save_file({name: t.to(dtype) for name, t in state.items()}, tmp_path / "a.safetensors")
+    assert_same(loaded(tmp_path / "a.safetensors"), state, atol)
+    said = capsys.readouterr().out
+    assert ("fp8 weights: on the small world they cost velocities" in said) == (dtype.itemsize == 1)
+
+
+@pytest.mark.parametrize("end", [".scale_weight", ".weight_scale"])
+@pytest.mark.parametrize("rows", [False, True])
+def test_scaled_fp8_is_read_by_its_scales(end, rows, tmp_path, capsys):
+    state, stored = state_of(), {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    for name, t in state.items():
+        if name.endswith(".weight") and t.ndim == 2:
+            state[name] = t = 1e-3 * t  # beneath fp8's own range
+            top = t.abs().amax(1) if rows else t.abs().amax()
+            scale = (top / 448).clamp(min=1e-12)
+            stored[name.removesuffix(".weight") + end] = scale
+            stored[name] = (t / (scale[:, None] if rows else scale)).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + "scale_input"] = torch.ones(())
+        else:
+            stored[name] = t
+    save_file({f"model.diffusion_model.{name}": t for name, t in stored.items()},
+              tmp_path / "a.safetensors")
+    got = loaded(tmp_path / "a.safetensors")
+    for name, t in state.items():
+        assert (got[name] - t).abs().max() <= 0.07 * t.abs().max() + 1e-9, name
+    assert "scaled fp8 weights" in capsys.readouterr().out
+    one = dit_tensors(tmp_path / "a.safetensors")["blocks.1.ffn.0.weight"]
+    assert torch.equal(one.read(slice(3, 7)), one.read()[3:7])  # each rank its rows
+
+
+# ------------------------------------------------------------------- variants, shards, old files
+
+def write_form(folder: Path, form: str, state: dict[str, Tensor]) -> Path:
+    """The weights in one of the forms that are read; returns what `weights` is then."""
+    names = sorted(state)
+    halves = {"0": names[::2], "1": names[1::2]}
+    if form in ("fp16 variant", "bin"):
+        diffusers = official_names(state, "transformer", reverse=True)
+        (folder / "transformer").mkdir()
+        if form == "bin":
+            torch.save(diffusers, folder / "transformer/diffusion_pytorch_model.bin")
+        else:
+            save_file(diffusers, folder / "transformer/diffusion_pytorch_model.fp16.safetensors")
+    elif form in ("bin shards", "fp16 shards"):
+        end = "bin" if form == "bin shards" else "safetensors"
+        index = {}
+        for i, half in halves.items():
+            file = f"diffusion_pytorch_model-0000{i}-of-00002.{end}"
+            part = {name: state[name] for name in half}
+            (torch.save if end == "bin" else save_file)(part, folder / file)
+            index |= dict.fromkeys(half, file)
+        middle = "" if end == "bin" else "fp16."
+        write_json(folder / f"diffusion_pytorch_model.{end}.index.{middle}json",
+                   {"weight_map": index})
+    elif form == "old torch":
+        torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
+        return folder / "old.pt"
+    elif form == "another suffix":
+        save_file(state, folder / "weights.bin")
+        return folder / "weights.bin"
+    elif form == "hub cache":
+        (folder / "blobs").mkdir()
+        save_file(state, folder / "blobs/0a1b2c")
+        (folder / "snapshots/abc").mkdir(parents=True)
+        (folder / "snapshots/abc" / FULL).symlink_to("../../blobs/0a1b2c")
+        return folder / "snapshots/abc"
+    elif form == "full beside variant":
+        save_file({name: t + 1 for name, t in state.items()},
+                  folder / "diffusion_pytorch_model.fp16.safetensors")
+        save_file(state, folder / FULL)
+    else:
+        torch.save({form: state}, folder / "wrapped.pth")
+        return folder / "wrapped.pth"
+    return folder
+
+
+@pytest.mark.parametrize("form", [
+    "fp16 variant", "bin", "bin shards", "fp16 shards", "old torch", "another suffix",
+    "hub cache", "full beside variant", "module", "state_dict", "ema"])
+def test_a_form_on_people_s_disks_is_read_right(form, tmp_path):
+    state = state_of()
+    weights = write_form(tmp_path, form, state)
+    assert_same(loaded(weights), state)
+    save_file(state, tmp_path / "plain.safetensors")
+    assert fingerprint(weights) == fingerprint(tmp_path / "plain.safetensors")
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+def torch_with_code() -> bytes:
+    out = io.BytesIO()
+    torch.save({"a": Path("code")}, out)
+    return out.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134\n"
+REFUSED = {
+    "an LFS pointer": (LFS, "is a Git LFS pointer, not the weights: fetch them by `git lfs pull`"),
+    "an empty file": (b"", "is empty: copy or download it again"),
+    "a web page": (b"<!DOCTYPE html><html>login</html>", "is a web page, not weights"),
+    "GGUF": (b"GGUF\x03\0\0\0", "is a GGUF file, whose weights are quantised: wanted bf16"),
+    "a cut file": (b"\xff\xff\xff\0\0\0\0\0{\"a\"", "not a whole safetensors file"),
+    "noise": (b"\x12\x34" * 40, "not a whole safetensors file"),
+    "torch's": (torch_with_code(), "is a file of torch.save, whatever its name says: let its name")}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_file_of_another_kind_is_refused_by_what_it_is(kind, tmp_path):
+    content, message = REFUSED[kind]
+    path = tmp_path / FULL
+    path.write_bytes(content)
+    for read in (open_tensors, fingerprint):
+        with pytest.raises(ValueError, match=re.escape(message)) as told:
+            read(path)
+        assert str(path) in str(told.value) and "\n" not in str(told.value)
+    (tmp_path / "code.pt").write_bytes(torch_with_code())
+    with pytest.raises(ValueError, match="damaged, or holds code, which is never read"):
+        open_tensors(tmp_path / "code.pt")
+    (tmp_path / "noise.bin").write_bytes(b"\x12\x34" * 40)
+    with pytest.raises(ValueError, match="is no weight file that is known here .*wanted .safeten"):
+        open_tensors(tmp_path / "noise.bin")
+
+
+@pytest.mark.parametrize("tensors, message", [
+    ({"blocks.0.ffn.0.lora_A.weight": torch.ones(4, 8)}, "is a LoRA .* as --lora"),
+    ({"diffusion_model.blocks.0.ffn.0.lora_up.weight": torch.ones(4, 8)}, "is a LoRA"),
+    ({"lora_unet_blocks_0.hada_w1_a": torch.ones(4, 8)}, "is a LoRA"),
+    ({"patch_embedding.weight": torch.ones(4, 8, dtype=torch.int8)}, "holds int8: .*quantised"),
+    ({"a.weight": torch.ones(4, 1, dtype=torch.uint8)}, "holds uint8: .*quantised to whole")])
+def test_tensors_that_are_no_model_s_are_refused_before_a_network_is_built(tensors, message,
+                                                                           tmp_path):
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=message):
+        dit_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("index, message", [
+    ({"weight_map": {"a": "../b.safetensors"}}, "names ../b.safetensors; wanted files of its own"),
+    ({"weight_map": {"a": "/etc/b.safetensors"}}, "names /etc/b.safetensors; wanted files of its"),
+    ({"weight_map": {}}, "is no index of shards"), ({"weight_map": {"a": 3}}, "is no index"),
+    ([1], "is no weight file that is known here|is no index"), ({"other": 1}, "is no index")])
+def test_an_index_that_is_none_or_points_outside_is_refused(index, message, tmp_path):
+    write_json(tmp_path / f"{FULL}.index.json", index)
+    with pytest.raises(ValueError, match=message):
+        dit_tensors(tmp_path)
+
+
+def test_a_student_beside_its_teacher_s_shards_is_not_taken_for_it(tmp_path):
+    save_file(state_of(), tmp_path / FULL)
+    write_json(tmp_path / f"{FULL}.index.json", {"weight_map": {"a": FULL}})
+    with pytest.raises(ValueError, match="holds both .* which may be a student and its teacher"):
+        find_dit(tmp_path)
+
+
+@pytest.mark.parametrize("keys, model", [
+    ("wan_t2v_1_3b", "Wan 2.1 T2V 1.3B"), ("wan_t2v_14b", "Wan 2.1 T2V 14B"),
+    ("wan_i2v_14b", "Wan 2.1 I2V 14B"), ("hunyuan_dit", "HunyuanVideo"),
+    ("wan_vae", "Wan's VAE"), ("wan_umt5_xxl", "umT5"), ("hunyuan_vae", "HunyuanVideo's VAE"),
+    ("hunyuan_llm", "a LLaMA"), ("hunyuan_clip", "CLIP's text half")])
+def test_a_released_checkpoint_is_told_by_its_names_and_shapes(keys, model):
+    shapes = json.loads((KEYS / f"{keys}.json").read_text())["keys"]
+    tensors = {name: LazyTensor(tuple(shape), torch.bfloat16, Path("a"), lambda rows=None: None)
+               for name, shape in shapes.items()}
+    assert looks_like(plain_names(tensors, "transformer")).startswith(f"; it looks like {model}")
+
+
+def test_the_wrong_model_is_named(tmp_path):
+    save_file(state_of("hunyuan-tiny"), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="it looks like a HunyuanVideo DiT, width 48"):
+        load_dit(tmp_path / "a.safetensors", "tiny")
+    assert PRESETS["tiny"].dim == 128

@@ -350,7 +350,7 @@ def students_of(cfg: Config) -> list[tuple[Path, dict]]:
     """The students' files and facts, those of the same key times together; ValueError if one has
     another teacher or another grid than the config."""
     files = (cfg.students or str(Path(cfg.run) / "student.safetensors")).split(",")
-    found = [(path, student_facts(path, cfg, foreign=cfg.students is not None))
+    found = [(path, student_facts(path, cfg, cfg.students is not None, same_teacher=True))
              for path in (Path(name.strip()) for name in files)]
     names = [None] * len(found) if cfg.names is None else cfg.names.split(",")
     if len(names) != len(found):

@@ -25,6 +25,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import write_json
-from common.folders import fingerprint, fingerprint_files
+from common.folders import dit_tensors, fingerprint, fingerprint_files
 from common.names import official_names
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, generator,
@@ -46,7 +47,8 @@ from common.ranks import (
 from common.video import (
     Prompt, contact_sheet, decode_image, digest_texts, heldout_prompts, image_size, read_prompts,
     read_video, thumbnail, write_video)
-from common.weights import load_module, open_tensors, safetensors_metadata
+from common.weights import (
+    LazyTensor, kind_of, load_module, open_tensors, safetensors_metadata)
 from frozen.image import CLIPVision, fit_size, image_cond
 from frozen.load import encode_prompts, load_vae
 from frozen.text import CLIPText, Llama, UMT5Encoder
@@ -141,21 +143,23 @@ def make_jobs(cfg: Config) -> list[Job]:
 FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
 
 
-def student_facts(path: Path, cfg: Shared, foreign: bool = False) -> dict:
-    """What a student's file says about itself, checked against the config's teacher.
+def student_facts(path: Path, cfg: Shared, foreign: bool = False,
+                  same_teacher: bool = False) -> dict:
+    """What a student says about itself, checked against the config.
 
-    Args: foreign, whether the file may be of another project and say nothing, as AccVideo's own
-    release does: then the config's key timesteps are taken, and teacher is None.
+    Args: path, a file, an index of shards or a folder of them; foreign, whether it may be of
+    another project and say nothing, as AccVideo's own release does: then the config's key timesteps
+    are taken, and teacher is None; same_teacher, whether `weights` must hold the DiT that it was
+    distilled from: to sample it none is needed.
     Returns FACTS and more: teacher is its weights' fingerprint, t_key are the times from 1 (noise)
     to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not fit.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no student yet; make it by `python distill.py "
                                 "CONFIG`, or sample the teacher with --teacher")
-    open_tensors(path)  # names a damaged file
-    facts = {}
-    if path.suffix == ".safetensors":
-        facts = json.loads(safetensors_metadata(path).get("accvideo", "{}"))
+    tensors = open_tensors(path)  # names a damaged file
+    facts = next((facts for file in dict.fromkeys(t.file for t in tensors.values())
+                  if (facts := facts_in(file))), {})
     if foreign and not facts:
         print(f"{path} does not say what it is: it walks the config's key timesteps", flush=True)
         return {**{name: getattr(cfg, name, None) for name in FACTS},
@@ -169,15 +173,41 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False) -> dict:
         if facts[name] != getattr(cfg, name):
             raise ValueError(f"{path}: the student's {name} is '{facts[name]}', the config's "
                              f"'{getattr(cfg, name)}': use the config that it was distilled with")
-    teacher = fingerprint(cfg.weights)
-    if facts["teacher"] != teacher:
+    if same_teacher and facts["teacher"] != (teacher := fingerprint(cfg.weights)):
         raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, the "
                          f"weights in {cfg.weights} are {teacher}: point `weights` at its teacher, "
                          "or distill again with `python distill.py CONFIG`")
+    warn_of_another_model(path, tensors, cfg)
     t = facts["t_key"]
     if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
         raise ValueError(f"{path}: t_key is {t}; wanted times falling from 1 (noise) to 0 (data)")
     return facts
+
+
+def facts_in(file: Path) -> dict:
+    """What a student's file says about itself; {} if it says nothing. ValueError if it is damaged.
+    """
+    if kind_of(file) != "safetensors":
+        return {}
+    text = safetensors_metadata(file).get("accvideo", "{}")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{file}: its 'accvideo' metadata is no JSON object: {text:.80}: distill "
+                         "it again, or remove the metadata") from e
+
+
+def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], cfg: Shared) -> None:
+    """Say so if `weights` has a DiT, and it is of other sizes than the student: its text encoder
+    and VAE may be another model's, too."""
+    try:
+        teacher = {name: t.shape for name, t in dit_tensors(cfg.weights).items()}
+    except (FileNotFoundError, ValueError):  # it is not needed
+        return
+    own = {name: t.shape for name, t in official_names(tensors, "transformer").items()}
+    if own != teacher and os.environ.get("RANK", "0") == "0":
+        print(f"{path} is of another model than the DiT in {cfg.weights}: are its text encoder and "
+              "VAE the right ones?", flush=True)
 
 
 def student_path(cfg: Config) -> Path:

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     prefer_attention(cfg.attention, ranks.device)
     distill.check_config(cfg, 1)
     if cfg.student is not None:
-        student_facts(Path(cfg.student), cfg)
+        student_facts(Path(cfg.student), cfg, same_teacher=True)
     data = SynVid(cfg.synvid or Path(cfg.run) / "synvid", cfg)
     check_config(cfg, data, sizes.num_layers)
     few = min(8, sizes.num_layers)

@@ -9,13 +9,15 @@ import torch
 from tqdm import tqdm
 
 import sample
-from common.config import Shared
+from common.config import Shared, load_config
+from common.files import write_json
 from common.folders import dit_tensors, fingerprint
 from common.names import official_names
 from common.ranks import Ranks, Timer, generator
 from common.video import read_video
-from common.weights import save_tensors
+from common.weights import open_tensors, safetensors_metadata, save_tensors
 from model import build_dit, key_times, load_dit, time_grid
+from sample import student_facts
 
 N, KEY = 4, [0, 1, 4]  # a short grid, with uneven key timesteps
 
@@ -245,8 +247,51 @@ def test_a_missing_student_names_the_command_that_makes_it(run):
         run("--prompt", "a red disc")
 
 
+def test_a_student_is_sampled_without_its_teacher_s_dit(run, student, tmp_path, capsys):
+    with_it = read_video(next(run("--prompt", "a red disc").glob("*.mp4")))
+    own = tmp_path / "no DiT"
+    shutil.copytree(run.weights, own, ignore=shutil.ignore_patterns("diffusion_*", "config.json"))
+    out = run("--prompt", "a red disc", "--weights", str(own), "--out", str(tmp_path / "b"))
+    assert out and torch.equal(read_video(next((tmp_path / "b").glob("*.mp4"))), with_it)
+    assert "another model" not in capsys.readouterr().out
+    tensors = {name: t.read().half() for name, t in dit_tensors(run.weights).items()}
+    save_tensors(own / "diffusion_pytorch_model.safetensors", tensors, {})  # the same, in 16 bits
+    run("--prompt", "a red disc", "--weights", str(own))
+    assert "another model" not in capsys.readouterr().out
+    del tensors["blocks.5.norm3.weight"]
+    save_tensors(own / "diffusion_pytorch_model.safetensors", tensors, {})
+    run("--prompt", "a red disc", "--weights", str(own))
+    assert "is of another model than the DiT in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["folder", "shards", "diffusers shards"])
+def test_a_student_tells_its_key_times_from_a_folder_and_from_shards_too(form, run, student,
+                                                                         tmp_path):
+    tensors = {name: t.read() for name, t in open_tensors(student).items()}
+    if form.startswith("diffusers"):
+        tensors = official_names(tensors, "transformer", reverse=True)
+    folder, about = tmp_path / "student", safetensors_metadata(student)
+    folder.mkdir()
+    names = sorted(tensors)
+    parts = [names] if form == "folder" else [names[::2], names[1::2]]
+    index = {}
+    for i, part in enumerate(parts):
+        file = f"diffusion_pytorch_model-{i}.safetensors"
+        save_tensors(folder / file, {name: tensors[name] for name in part}, about)
+        index |= dict.fromkeys(part, file)
+    if len(parts) > 1:
+        write_json(folder / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": index})
+    plain = student_facts(student, load_config(sample.Config, "sample", [str(run.config)]))
+    cfg = load_config(sample.Config, "sample", [str(run.config)])
+    assert student_facts(folder, cfg) == plain
+    ours, theirs = (sample.load_student(cfg, path, torch.device("cpu")).state_dict()
+                    for path in (folder, student))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+
+
 @pytest.mark.parametrize("facts, message", [
-    ({"teacher": "0123abcd"}, "distilled from teacher 0123abcd, the weights in .* are [0-9a-f]+"),
     ({"preset": "wan-t2v-14b"}, "preset is 'wan-t2v-14b', the config's 'tiny'"),
     ({"family": "hunyuan"}, "family is 'hunyuan', the config's 'wan'"),
     ({"t_key": [0.0, 0.5, 1.0]}, r"t_key is \[0.0, 0.5, 1.0\]; wanted times falling"),

@@ -7,7 +7,8 @@
 In:   the weight folder `weights` (text encoder, VAE, and the DiT with --teacher), and the student
       that distill.py wrote, <run>/student.safetensors.
 Out:  <run>/samples (or --out): an .mp4 for each prompt and seed, a contact sheet and a .json with
-      prompts, seeds, files and seconds; names begin with who and steps: student5_, teacher50_.
+      prompts, seeds, files and seconds; names begin with who and steps: student5_, teacher50_,
+      and teacher50_unipc_ by that solver.
 Cost: small world: 1 s and 10 ms a student's video; the table it prints says it for any model.
 
 The student walks its own key timesteps, stored in its file, without guidance: that is built in.
@@ -16,6 +17,9 @@ compares at the student's key timesteps instead). Noise is a function of (seed, 
 prompt), so the same seed gives student and teacher the same noise. Under torchrun every rank takes
 its part of the videos; with --sp N, N ranks share each video's tokens, the DiT's weights and the
 tiles of HunyuanVideo's VAE.
+
+--solver unipc, for Wan, walks another grid: it asks teacher and student at whole thousandths, a
+student of m steps not at its key timesteps but at the m times of AccVideo's published command.
 
 An image-to-video model starts from --image, or from the images that a prompt file pairs with its
 prompts. A video then has about the config's area in the shape of its image.
@@ -29,7 +33,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,6 +56,7 @@ from common.weights import (
 from frozen.image import CLIPVision, fit_size, image_cond
 from frozen.load import encode_prompts, load_vae
 from frozen.text import CLIPText, Llama, UMT5Encoder
+from frozen.unipc import sample_unipc, unipc_grid
 from frozen.vae import HunyuanVAE, WanVAE
 from model import (
     build_dit, check_model, collate, empty_dit, key_times, latent_shape, load_dit, sample_euler,
@@ -66,8 +71,11 @@ class Config(Shared):
                                     'like {"prompt": "…", "image": "photo.jpg"}')
     image: str | None = field(None, "first frame of an image-to-video model, beside --prompt")
     teacher: bool = field(False, "sample the teacher instead of the student")
-    student: str | None = field(None, "the student's file; none: <run>/student.safetensors")
+    student: str | None = field(None, "the student's file or folder; none: "
+                               "<run>/student.safetensors")
     steps: int | None = field(None, "the teacher's steps, on its grid of so many; none: n")
+    solver: Literal["euler", "unipc"] = field("euler", "unipc, for Wan, walks other times "
+                                              "than a student's key timesteps; see above")
     count: int = field(1, "videos a prompt, with seeds seed, seed + 1, …")
     batch: int = field(1, "videos denoised at once")
     random_weights: bool = field(False, "networks of the preset's sizes, of noise: for their speed")
@@ -89,6 +97,9 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"got both --teacher and --student {cfg.student}: give one of them")
     if cfg.random_weights and cfg.student is not None:
         raise ValueError(f"got both --random_weights and --student {cfg.student}: give one of them")
+    if cfg.solver == "unipc" and cfg.family != "wan":
+        raise ValueError(f"solver: got unipc; family {cfg.family} has no grid for it, wan has: "
+                         "leave --solver out")
     if cfg.peak_tflops is not None and cfg.peak_tflops <= 0:
         raise ValueError(f"peak_tflops: got {cfg.peak_tflops}; wanted more than 0")
 
@@ -216,17 +227,27 @@ def student_path(cfg: Config) -> Path:
 
 
 def sampling_times(cfg: Config) -> list[float]:
-    """The times to walk, from 1 to 0; checks the student's file, so that errors come first."""
+    """The times to walk, falling to 0; checks the student's file, so that errors come first.
+
+    Euler walks the teacher's grid or a student's key timesteps. UniPC walks a grid of its own of as
+    many steps: the teacher Wan's, a student that of AccVideo's script for such a model.
+    """
+    unipc, n = cfg.solver == "unipc", cfg.steps or cfg.n
     if cfg.teacher:
-        return time_grid(cfg.family, cfg.steps or cfg.n, cfg.shift).tolist()
-    if cfg.random_weights:
-        return key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
-    times = student_facts(student_path(cfg), cfg, foreign=cfg.student is not None)["t_key"]
-    m = len(times) - 1
-    if cfg.steps not in (None, m):
-        raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for {m} "
-                         "steps: leave --steps out, or distill with another `key`")
-    return times
+        grid = unipc_grid(n, cfg.shift) if unipc else time_grid(cfg.family, n, cfg.shift)
+        return grid.tolist()
+    times, shift = key_times(cfg.family, cfg.n, cfg.shift, cfg.key), cfg.shift
+    if not cfg.random_weights:
+        facts = student_facts(student_path(cfg), cfg, foreign=cfg.student is not None)
+        times, shift = facts["t_key"], facts["shift"]
+        if cfg.steps not in (None, len(times) - 1):
+            raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
+                             f"{len(times) - 1} steps: leave --steps out, or distill with another "
+                             "`key`")
+    if not unipc:
+        return times
+    text_to_video = not sizes_of(cfg.preset).takes_image
+    return unipc_grid(len(times) - 1, shift, twice=text_to_video).tolist()
 
 
 def load_student(cfg: Shared, path: Path, device: torch.device,
@@ -302,18 +323,20 @@ def random_cond(cfg: Shared, device: torch.device, timer: Timer) -> dict:
 # ---------------------------------------------------------------------------------- sampling
 
 def sample_batch(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict],
-                 unconds: list[dict] | None, cfg_scale: float, timer: Timer, bar: tqdm) -> Tensor:
+                 unconds: list[dict] | None, cfg_scale: float, timer: Timer, bar: tqdm,
+                 solver: str = "euler") -> Tensor:
     """Denoise a batch from noise to data; returns latents [B,C,T,H,W]; each step is a lap.
 
-    Args: noise [B,C,T,H,W]; times from 1 to 0; conds and unconds, one a video (no guidance: None).
-    Source: Eq. 5.
+    Args: noise [B,C,T,H,W]; times to 0 and the solver that walks them; conds and unconds, one a
+    video (no guidance: None). Source: Eq. 5.
     """
     def batch(of: list[dict]) -> dict:
         return {name: c.to(timer.device) for name, c in collate(of).items()}
 
     x = noise.to(timer.device)
     uncond = None if unconds is None else batch(unconds)
-    for latents in sample_euler(dit, x, times, batch(conds), uncond, cfg_scale):
+    walk = sample_unipc if solver == "unipc" else sample_euler
+    for latents in walk(dit, x, times, batch(conds), uncond, cfg_scale):
         x = latents
         timer.lap("steps")
         bar.update(len(conds))
@@ -360,11 +383,11 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
         timer.lap("noise")
         if cfg.compile and first == 0:  # beside the steps' time; another shape compiles again
             sample_batch(dit, noise, times[:2], conds[:last], None, 1.0, Timer(device),
-                         tqdm(disable=True))
+                         tqdm(disable=True), cfg.solver)
             timer.lap("compile")
         timer.laps()
         x = sample_batch(dit, noise, times, conds[first:last], unconds and unconds[first:last],
-                         cfg.cfg_scale, timer, bar)
+                         cfg.cfg_scale, timer, bar, cfg.solver)
         steps = timer.laps()
         for job, latents in zip(jobs[first:last], x, strict=True):
             if not (ranks.is_writer or vae.tiled):
@@ -457,6 +480,7 @@ def main(argv: list[str] | None = None) -> None:
     times = sampling_times(cfg)
     who = f"{'teacher' if cfg.teacher else 'student'}{len(times) - 1}"
     who = f"random_{who}" if cfg.random_weights else who
+    who = who if cfg.solver == "euler" else f"{who}_{cfg.solver}"
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads,
                               same=settings_to_compare(cfg, **contents(cfg, jobs)))
     prefer_attention(cfg.attention, ranks.device)

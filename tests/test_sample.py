@@ -105,9 +105,9 @@ def test_guidance_is_uncond_plus_scale_times_the_difference():
 def record_denoise(monkeypatch) -> list[tuple]:
     calls, real = [], sample.sample_batch
 
-    def spy(dit, noise, times, conds, uncond, cfg_scale, timer, bar):
+    def spy(dit, noise, times, conds, uncond, *rest):
         calls.append((noise, times, uncond))
-        return real(dit, noise, times, conds, uncond, cfg_scale, timer, bar)
+        return real(dit, noise, times, conds, uncond, *rest)
 
     monkeypatch.setattr(sample, "sample_batch", spy)
     monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)  # a second a sheet

@@ -9,10 +9,17 @@ RANKS ?= 2
 
 .PHONY: demo i2v test toy clean
 
+# two students side by side, of 5 and of 2 steps: one thread a process, processes for cores
+demo: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) synvid.py configs/tiny.yaml
-	$(BIN)/python distill.py configs/tiny.yaml
-	$(BIN)/python evaluate.py configs/tiny.yaml
+	mkdir -p runs/tiny-2
+	$(BIN)/python distill.py configs/tiny.yaml --run runs/tiny-2 --key 0,25,50 \
+	  --synvid runs/tiny/synvid > runs/tiny-2/log.txt 2>&1 & two=$$!; \
+	$(BIN)/python distill.py configs/tiny.yaml || { kill $$two; exit 1; }; \
+	wait $$two || { tail -3 runs/tiny-2/log.txt; exit 1; }
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) evaluate.py configs/tiny.yaml \
+	  students=runs/tiny/student.safetensors,runs/tiny-2/student.safetensors
 
 i2v: .venv/installed
 	$(BIN)/python -m small_world.teacher configs/tiny-i2v.yaml

@@ -30,7 +30,7 @@ from frozen.vae import WanVAE
 from model import PRESETS, WanConfig, WanDiT
 
 SLOW_FIRST = ("test_resume.py", "test_ranks.py", "test_distill.py", "test_parallel.py",
-              "test_i2v_stages.py")
+              "test_i2v_stages.py", "test_paper.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

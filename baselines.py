@@ -64,9 +64,10 @@ class Config(distill.Config):
     method: Literal["perflow", "pcm", "dmd"] = field("perflow", "see above")
     data: Literal["matched", "mismatched", "samples"] = field(
         "matched", "clips as the teacher's own, clips of smaller objects, or SynVid's l_0")
-    data_count: int = field(1024, "videos to learn from")
+    data_count: int = field(1024, "videos to learn from", "[1, inf)")
     clips: str | None = field(None, "folder that keeps encoded clips; none: <run>/clips")
-    fake_updates: int = field(2, "dmd: updates of the fake score for one of the student")
+    fake_updates: int = field(2, "dmd: updates of the fake score for one of the student",
+                              "[1, inf)")
 
 
 # ------------------------------------------------------------------------------------ losses
@@ -212,9 +213,6 @@ def check_config(cfg: Config, ranks: Ranks) -> None:
     if cfg.data != "samples" and cfg.preset != "tiny":
         raise ValueError(f"data: got {cfg.data} with preset {cfg.preset}; clips are there for the "
                          "small world only: choose --data samples")
-    for key in ("data_count", "fake_updates"):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
 
 
 def velocities(cfg: Config, state: distill.TrainState, fake: nn.Module | None, data: Data,

@@ -76,44 +76,48 @@ from training.optimizer import adamw, clip, norm_of, own_rows, step as step_adam
 class Config(Shared):
     """Settings of a distillation; the paper's where it states them."""
     synvid: str | None = field(None, "folder of trajectories; none: <run>/synvid")
-    iterations: int = field(1200, "k-steps (D2); the paper's 1200")
-    batch: int = field(32, "samples an iteration over all ranks; the paper's 32")
-    micro_batch: int = field(1, "samples a forward at most; the rest is gradient accumulation")
-    lr: float = field(5e-6, "AdamW learning rate of the student; the paper's 5e-6")
-    lr_final: float = field(1.0, "share of lr left at the last iteration, reached linearly")
-    lr_heads: float | None = field(None, "learning rate of the heads; none: lr")
-    beta1: float = field(0.9, "AdamW first moment decay (not stated in the paper)")
-    beta2: float = field(0.999, "AdamW second moment decay (not stated)")
-    weight_decay: float = field(0.0, "AdamW weight decay (not stated)")
-    clip: float | None = field(1.0, "largest gradient norm of an update (not stated), or none")
-    lambda_adv: float = field(0.1, "weight of L_adv; the paper's 0.1")
+    iterations: int = field(1200, "k-steps (D2); the paper's 1200", "[1, inf)")
+    batch: int = field(32, "samples an iteration over all ranks; the paper's 32", "[1, inf)")
+    micro_batch: int = field(1, "samples a forward at most; the rest is gradient accumulation",
+                             "[1, inf)")
+    lr: float = field(5e-6, "AdamW learning rate of the student; the paper's 5e-6", "(0, inf)")
+    lr_final: float = field(1.0, "share of lr left at the last iteration, reached linearly",
+                            "[0, inf)")
+    lr_heads: float | None = field(None, "learning rate of the heads; none: lr", "(0, inf)")
+    beta1: float = field(0.9, "AdamW first moment decay (not stated in the paper)", "[0, 1)")
+    beta2: float = field(0.999, "AdamW second moment decay (not stated)", "[0, 1)")
+    weight_decay: float = field(0.0, "AdamW weight decay (not stated)", "[0, inf)")
+    clip: float | None = field(1.0, "largest gradient norm of an update (not stated), or none",
+                               "(0, inf)")
+    lambda_adv: float = field(0.1, "weight of L_adv; the paper's 0.1", "[0, inf)")
     traj: bool = field(True, "train on L_traj, Eq. 6")
     adv: bool = field(True, "train on L_adv, Eq. 7")
     heads: Literal["per_timestep", "shared"] = field("per_timestep", "or one for all k (Table 3)")
-    head_dim: int = field(128, "channels inside a head")
+    head_dim: int = field(128, "channels inside a head", "[1, inf)")
     adv_form: Literal["nonsaturating", "printed", "hinge"] = field("nonsaturating", "see D5")
     updates: Literal["literal", "separate", "combined"] = field("combined", "see D6")
-    tap: int | None = field(None, "feature block for t'_k > 0, 0-based; none: the last (D7)")
-    tap_data: int | None = field(None, "feature block for t'_0; none: at 2/3 of the depth (D7)")
-    held_out: int = field(32, "last trajectories kept from training, for evaluation")
-    eval_every: int = field(100, "iterations between evaluations")
-    save_every: int = field(50, "iterations between checkpoints")
-    keep: int = field(2, "checkpoints kept")
+    tap: int | None = field(None, "feature block for t'_k > 0, 0-based; none: the last (D7)",
+                            "[0, inf)")
+    tap_data: int | None = field(None, "feature block for t'_0; none: at 2/3 of the depth (D7)",
+                                 "[0, inf)")
+    held_out: int = field(32, "last trajectories kept from training, for evaluation", "[1, inf)")
+    eval_every: int = field(100, "iterations between evaluations", "[1, inf)")
+    save_every: int = field(50, "iterations between checkpoints", "[1, inf)")
+    keep: int = field(2, "checkpoints kept", "[1, inf)")
     checkpointing: bool = field(True, "recompute each block's activations in backward")
     compile: bool = field(False, "torch.compile every block")
     offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
-    sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)",
+                    "[1, inf)")
     export: Literal["official", "diffusers"] = field("official", "names in student.safetensors")
-    export_every: int | None = field(None, "iterations between student_000100.safetensors, or none")
-    peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
+    export_every: int | None = field(None, "iterations between student_000100.safetensors, or none",
+                                     "[1, inf)")
+    peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU",
+                                      "(0, inf)")
 
 
 def check_config(cfg: Config, replicas: int) -> None:
     """Raise ValueError for settings that cannot work together; replicas, Ranks.dp_size."""
-    for key in ("iterations", "batch", "micro_batch", "held_out", "eval_every", "save_every",
-                "keep", "export_every"):
-        if getattr(cfg, key) is not None and getattr(cfg, key) < 1:
-            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
     size = min(cfg.micro_batch, max(cfg.batch // replicas, 1))
     if cfg.batch % (size * replicas):
         raise ValueError(f"batch: got {cfg.batch}; wanted a multiple of micro_batch {size} × "
@@ -122,12 +126,9 @@ def check_config(cfg: Config, replicas: int) -> None:
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
     depth, width = sizes_of(cfg.preset).num_layers, cfg.head_dim
     for key, good, wanted in (
-            ("lr", cfg.lr > 0, "more than 0"), ("beta1", 0 <= cfg.beta1 < 1, "0 ≤ beta1 < 1"),
-            ("beta2", 0 <= cfg.beta2 < 1, "0 ≤ beta2 < 1"),
-            ("head_dim", width > 0 and width % min(8, width) == 0, "a multiple of 8, or fewer"),
-            ("tap", cfg.tap is None or 0 <= cfg.tap < depth, f"a block 0 … {depth - 1}"),
-            ("tap_data", cfg.tap_data is None or 0 <= cfg.tap_data < depth, f"0 … {depth - 1}"),
-            ("peak_tflops", cfg.peak_tflops is None or cfg.peak_tflops > 0, "more than 0")):
+            ("head_dim", width % min(8, width) == 0, "a multiple of 8, or fewer"),
+            ("tap", cfg.tap is None or cfg.tap < depth, f"a block 0 … {depth - 1}"),
+            ("tap_data", cfg.tap_data is None or cfg.tap_data < depth, f"0 … {depth - 1}")):
         if not good:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {wanted}")
 

@@ -73,16 +73,19 @@ class Config(Shared):
     teacher: bool = field(False, "sample the teacher instead of the student")
     student: str | None = field(None, "the student's file or folder; none: "
                                "<run>/student.safetensors")
-    steps: int | None = field(None, "the teacher's steps, on its grid of so many; none: n")
+    steps: int | None = field(None, "the teacher's steps, on its grid of so many; none: n",
+                              "[1, 10000]")
     solver: Literal["euler", "unipc"] = field("euler", "unipc, for Wan, walks other times "
                                               "than a student's key timesteps; see above")
-    count: int = field(1, "videos a prompt, with seeds seed, seed + 1, …")
-    batch: int = field(1, "videos denoised at once")
+    count: int = field(1, "videos a prompt, with seeds seed, seed + 1, …", "[1, inf)")
+    batch: int = field(1, "videos denoised at once", "[1, inf)")
     random_weights: bool = field(False, "networks of the preset's sizes, of noise: for their speed")
-    peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU")
+    peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU",
+                                      "(0, inf)")
     compile: bool = field(False, "torch.compile every block; minutes, counted apart")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
-    sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights",
+                    "[1, inf)")
 
 
 SHEET_ROWS = 12  # videos shown on the contact sheet, the first ones
@@ -90,9 +93,6 @@ SHEET_ROWS = 12  # videos shown on the contact sheet, the first ones
 
 def check_config(cfg: Config) -> None:
     """Raise ValueError for settings that cannot be sampled."""
-    for key in ("count", "batch", "steps", "sp"):
-        if getattr(cfg, key) is not None and getattr(cfg, key) < 1:
-            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
     if cfg.teacher and cfg.student is not None:
         raise ValueError(f"got both --teacher and --student {cfg.student}: give one of them")
     if cfg.random_weights and cfg.student is not None:
@@ -100,8 +100,6 @@ def check_config(cfg: Config) -> None:
     if cfg.solver == "unipc" and cfg.family != "wan":
         raise ValueError(f"solver: got unipc; family {cfg.family} has no grid for it, wan has: "
                          "leave --solver out")
-    if cfg.peak_tflops is not None and cfg.peak_tflops <= 0:
-        raise ValueError(f"peak_tflops: got {cfg.peak_tflops}; wanted more than 0")
 
 
 def wanted_prompts(cfg: Config) -> list[Prompt]:

@@ -64,18 +64,22 @@ class Config(Shared):
     """Settings of a job of generation."""
     prompts: str = field("assets/tiny/prompts.txt",
                          "UTF-8 text, a prompt a line; .jsonl of prompt and image for I2V")
-    start: int = field(0, "first trajectory of this job")
-    count: int | None = field(None, "trajectories of this job; none: as far as one for each prompt")
+    start: int = field(0, "first trajectory of this job", "[0, inf)")
+    count: int | None = field(None, "trajectories of this job; none: as far as one for each prompt",
+                              "[1, inf)")
     keep: Literal["key", "all"] = field("key", "latents stored")
     dtype: Literal["fp16", "fp32"] = field("fp16", "of stored latents; bf16 would put 5% noise on "
                                            "Eq. 6")
-    batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)")
-    sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights")
+    batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)",
+                       "[1, inf)")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights",
+                    "[1, inf)")
     cfg_parallel: bool = field(False, "the two evaluations of guidance on two groups of ranks")
     compile: bool = field(False, "torch.compile every block")
     verify: bool = field(False, "only read this job's trajectories again and list what is wrong")
     repair: bool = field(False, "verify, then make what is missing or damaged anew, and only that")
-    videos: int = field(8, "how many of the first trajectories are also decoded to .mp4")
+    videos: int = field(8, "how many of the first trajectories are also decoded to .mp4",
+                        "[0, inf)")
 
 
 VERSION = 1  # of the format on disk
@@ -84,9 +88,6 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 def check_config(cfg: Config, prompts: list[Prompt]) -> range:
     """The indices of this job's trajectories. Raises ValueError for settings that cannot work."""
-    for key, least in (("start", 0), ("count", 1), ("batch", 1), ("videos", 0), ("sp", 1)):
-        if getattr(cfg, key) is not None and getattr(cfg, key) < least:
-            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {least} or more")
     if cfg.count is None and cfg.start >= len(prompts):
         raise ValueError(f"start: got {cfg.start} with no count; {cfg.prompts} has {len(prompts)} "
                          "prompts: say with --count how many more trajectories you want")

@@ -43,10 +43,10 @@ from synvid import SynVid
 class Config(distill.Config):
     """Settings of distill.py and what is looked at."""
     student: str | None = field(None, "file of a student that generates; none: the teacher")
-    videos: int = field(128, "trajectories looked at, the last ones")
+    videos: int = field(128, "trajectories looked at, the last ones", "[8, inf)")
     blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; none: at most 8 of all")
-    frames_kept: int = field(2, "latent frames of each video whose features are kept")
-    updates: int = field(64, "updates of a head, with lr_heads")
+    frames_kept: int = field(2, "latent frames of each video whose features are kept", "[1, inf)")
+    updates: int = field(64, "updates of a head, with lr_heads", "[1, inf)")
 
 
 # ----------------------------------------------------------------------------------- readers
@@ -195,13 +195,10 @@ def draw(path: Path, found: list[dict], taps: list[int], title: str) -> None:
 
 def check_config(cfg: Config, data: SynVid, depth: int) -> None:
     """Raise ValueError for settings that cannot be looked at."""
-    if not 8 <= cfg.videos <= len(data):
+    if cfg.videos > len(data):
         raise ValueError(f"videos: got {cfg.videos}; wanted 8 … {len(data)}, as many as SynVid has")
     if cfg.blocks is not None and not (cfg.blocks and set(cfg.blocks) <= set(range(depth))):
         raise ValueError(f"blocks: got {cfg.blocks}; wanted some of 0 … {depth - 1}")
-    for key in ("frames_kept", "updates"):
-        if getattr(cfg, key) < 1:
-            raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted 1 or more")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,8 @@ command line decide a value; every key is known, typed and explained by --help.
 import dataclasses
 import difflib
 import math
+import os
+import re
 import sys
 import types
 import typing
@@ -22,11 +24,15 @@ from common.files import ROOT, write_text
 STAGES = ("teacher", "synvid", "distill", "sample", "evaluate")
 
 
-def field(default: Any, help: str) -> Any:
-    """A dataclass field with its help text (meaning and unit); lists are copied."""
+def field(default: Any, help: str, within: str | None = None) -> Any:
+    """A dataclass field with its help text (meaning and unit); lists are copied.
+
+    within: the interval of its numbers, as "[1, inf)" or "(0, 1]", which load_config checks.
+    """
+    about = {"help": help, "within": within}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass
@@ -36,14 +42,16 @@ class Shared:
     preset: str = field("tiny", "sizes of the DiT, a name of model.PRESETS")
     weights: str = field("assets/tiny", "teacher: an official or a diffusers folder")
     run: str = field("runs/tiny", "folder for everything this run makes")
-    height: int = field(48, "pixels, a multiple of 16")
-    width: int = field(48, "pixels, a multiple of 16")
-    frames: int = field(9, "video frames, 4n + 1")
-    fps: int = field(8, "frames per second of the videos written")
-    n: int = field(50, "steps of the teacher's grid")
-    shift: float = field(7.0, "time shift of the teacher's grid")
-    cfg_scale: float = field(1.0, "teacher's classifier-free guidance; 1 = one evaluation a step")
-    embedded_guidance: float = field(6.016, "HunyuanVideo's; its release's 6 acts as 6.016")
+    height: int = field(48, "pixels, a multiple of 16", "[16, 16384]")
+    width: int = field(48, "pixels, a multiple of 16", "[16, 16384]")
+    frames: int = field(9, "video frames, 4n + 1", "[1, 100000]")
+    fps: float = field(8, "frames per second of the videos written", "(0, 1000]")
+    n: int = field(50, "steps of the teacher's grid", "[1, 10000]")
+    shift: float = field(7.0, "time shift of the teacher's grid", "(0, 1000]")
+    cfg_scale: float = field(1.0, "teacher's classifier-free guidance; 1 = one evaluation a step",
+                             "[0, 1000]")
+    embedded_guidance: float = field(6.016, "HunyuanVideo's; its release's 6 acts as 6.016",
+                                     "[0, 1000]")
     negative_prompt: str = field("", "text of the teacher's unconditional branch")
     key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
     seed: int = field(0, "base seed of everything drawn")
@@ -62,10 +70,31 @@ def nearest(name: str, names: Any) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def check_within(value: Any, interval: str | None, key: str, where: str) -> None:
+    """Raise ValueError for a number, or one of a list, that is outside of its field's interval."""
+    if interval is None or value is None:
+        return
+    low, high = map(float, interval[1:-1].split(","))
+    for number in value if isinstance(value, list) else [value]:
+        above = number >= low if interval[0] == "[" else number > low
+        below = number <= high if interval[-1] == "]" else number < high
+        if not (above and below):
+            raise ValueError(f"{where}: {key}: got {number}; wanted {words_of(interval, key)}")
+
+
+def words_of(interval: str, key: str) -> str:
+    """An interval in words: 1 or more, more than 0, 0 ≤ beta1 < 1."""
+    low, high = (end.strip() for end in interval[1:-1].split(","))
+    if high == "inf":
+        return f"{low} or more" if interval[0] == "[" else f"more than {low}"
+    signs = {"[": "≤", "]": "≤", "(": "<", ")": "<"}
+    return f"{low} {signs[interval[0]]} {key} {signs[interval[-1]]} {high}"
+
+
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
     """A value of YAML or the command line as its field's type. Raises ValueError naming the key."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        if value is None or value in ("none", "null"):
+        if value is None or value in ("none", "null", "~", ""):
             return None
         kind = next(k for k in typing.get_args(kind) if k is not type(None))
     choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
@@ -87,6 +116,11 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
         if value is None or isinstance(value, (dict, list)) or isinstance(value, bool):
             raise ValueError
         if kind is int:
+            if len(str(value)) > 40 or re.match(r"[+-]?0\d", str(value)):  # 010 is 8 to some
+                raise ValueError
+            mantissa, _, power = str(value).lower().partition("e")
+            if power and abs(int(power)) > 30:  # Fraction would write it out
+                raise ValueError
             number = Fraction(str(value))  # reads 1e3 too, and any size exactly
             if number.denominator != 1:
                 raise ValueError
@@ -96,7 +130,30 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             raise ValueError
         return out
     except (ValueError, TypeError, OverflowError) as e:
-        raise ValueError(f"{where}: {key}: got {value!r}; wanted {wanted}") from e
+        got = repr(value) if len(repr(value)) <= 80 else f"{value!r:.80}…"
+        raise ValueError(f"{where}: {key}: got {got}; wanted {wanted}") from e
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML as people mean it: whole and decimal numbers, true, false and null; all else stays text,
+    where YAML itself reads 010 as 8, 1:30 as 90 and 2026-01-01 as a date. No key twice."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key '{twice}' is given twice: keep one", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+for tag, pattern in (
+        ("bool", "true|True|TRUE|false|False|FALSE|yes|no|on|off"), ("null", "~|null|Null|NULL|"),
+        ("int", "[-+]?(0|[1-9][0-9]*)"), ("float", r"[-+]?\.inf|\.nan"),
+        ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?")):
+    PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({pattern})$"),
+                                      None)
 
 
 def read_yaml(path: Path, stage: str, fields: dict) -> dict:
@@ -105,8 +162,8 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
         near = nearest(path.name, [p.name for p in (ROOT / "configs").glob("*.yaml")])
         raise FileNotFoundError(f"{path}: no such config{near}; the shipped ones are in configs/")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        data = yaml.load(path.read_text(encoding="utf-8"), PlainLoader) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # also what is not UTF-8
         raise ValueError(f"{path}: is not valid YAML: {e}") from e
     if not isinstance(data, dict):
         raise ValueError(f"{path}: got {type(data).__name__}; wanted keys with values")
@@ -130,7 +187,8 @@ def print_help(cfg: Any, script: str, doc: str) -> None:
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         choices = " | ".join(typing.get_args(f.type)) if "Literal" in str(f.type) else ""
-        print(f"  --{f.name:<18} {choices}{': ' if choices else ''}{f.metadata['help']} "
+        limits = f"; {words_of(within, f.name)}" if (within := f.metadata["within"]) else ""
+        print(f"  --{f.name:<18} {choices}{': ' if choices else ''}{f.metadata['help']}{limits} "
               f"[{'none' if value is None else value}]")
 
 
@@ -172,9 +230,13 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
                 raise ValueError(f"command line: {arg}: got nothing; wanted a value")
             value = args.pop(0)
         given[name], where[name] = value, "command line"
-    cfg = cls(**{k: coerce(v, fields[k], k, where[k]) for k, v in {**values, **given}.items()})
+    values = {k: coerce(v, fields[k], k, where[k]) for k, v in {**values, **given}.items()}
+    for f in dataclasses.fields(cls):
+        if f.name in values:
+            check_within(values[f.name], f.metadata["within"], f.name, where[f.name])
+    cfg = cls(**{k: os.path.expanduser(v) if k in PATHS and v else v for k, v in values.items()})
     cfg.path = path
-    start = str(path) if values else cfg.origin
+    start = str(path) if named or not wants_help else cfg.origin
     cfg.origin = "  ".join([start, *(f"{name}={getattr(cfg, name)}" for name in given)])
     if wants_help:
         own = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
@@ -209,8 +271,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 # Where things lie may differ from rank to rank; what they hold may not.
-LOCAL = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
-         "out", "base", "device"}
+PATHS = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
+         "out", "base", "teacher_samples", "clips"}
+LOCAL = PATHS | {"device"}
 
 
 def settings_to_compare(cfg: Any, **contents: Any) -> dict[str, Any]:

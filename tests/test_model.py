@@ -772,6 +772,13 @@ def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     ("key: [0, 20]", r"key: got \[0, 20\]; wanted indices rising from 0 to n=50"),
     ("frames: 8", "frames: got 8; wanted 4n"), ("height: 50", "height: got 50"),
     ("distill: {form: hinges}", r"form: got 'hinges'; wanted hinge \| printed"),
+    ("n: 010", "n: got '010'; wanted int"), ("n: 1:30", "n: got '1:30'; wanted int"),
+    ("n: 2026-01-01", "n: got '2026-01-01'; wanted int"), ("n: 1e999999999", "wanted int"),
+    ("n: 4\nn: 5", "key 'n' is given twice: keep one"), ("n: 0", "n: got 0; wanted 1 ≤ n ≤ 10000"),
+    ("n: " + "9" * 5000, "is not valid YAML"), ("fps: 0", "fps: got 0.0; wanted 0 < fps ≤ 1000"),
+    ("distill: {adv: true, adv: false}", "key 'adv' is given twice"),
+    ("run: " + "[" * 5000, "is not valid YAML"),
+    ("n: [" + "7," * 9999 + "7]", "n: got .{80}…; wanted int"),
     ("a: b: c", "is not valid YAML"), ("family: wam", "family: got 'wam'")])
 def test_a_wrong_config_is_an_error_that_names_file_key_and_value(tmp_path, yaml, says):
     with pytest.raises(ValueError, match=says):

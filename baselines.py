@@ -42,10 +42,10 @@ from tqdm import tqdm
 import distill
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.folders import fingerprint
+from common.prompts import Prompt
 from common.ranks import (
     Ranks, Timer, cli, compute_dtype, generator, on_first_rank, owned, prefer_attention,
     setup_distributed)
-from common.video import Prompt
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from distill import (
     COLLECTIVE_TIMEOUT, apply_update, build, epoch_order, export_student, learning_rate)

@@ -52,12 +52,12 @@ from common.config import (
     Shared, announce, field, load_config, names_config, read_yaml, settings_to_compare)
 from common.files import ROOT, own_folder, write_json, write_text
 from common.folders import fingerprint, fingerprint_files
+from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, pick_device,
     prefer_attention, setup_distributed)
 from common.video import (
-    Prompt, centre_crop, comparison_sheet, digest_texts, heldout_prompts, read_image, read_prompts,
-    side_by_side, thumbnail, video_wall, write_video)
+    centre_crop, comparison_sheet, read_image, side_by_side, thumbnail, video_wall, write_video)
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from evaluation import tables
 from evaluation.measures import (

@@ -45,12 +45,11 @@ from common.config import Shared, announce, field, load_config, settings_to_comp
 from common.files import write_json
 from common.folders import dit_tensors, fingerprint, fingerprint_files
 from common.names import official_names
+from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, generator,
     local_rows, peak_bytes, prefer_attention, setup_distributed)
-from common.video import (
-    Prompt, contact_sheet, decode_image, digest_texts, heldout_prompts, image_size, read_prompts,
-    read_video, thumbnail, write_video)
+from common.video import contact_sheet, decode_image, image_size, read_video, thumbnail, write_video
 from common.weights import (
     LazyTensor, kind_of, load_module, open_tensors, safetensors_metadata)
 from frozen.image import CLIPVision, fit_size, image_cond
@@ -67,8 +66,9 @@ from model import (
 class Config(Shared):
     """Settings of a sampling run."""
     prompt: str = field("", "one prompt; it goes before prompt_file")
-    prompt_file: str | None = field(None, "UTF-8 text, a prompt a line; .jsonl for I2V, lines "
-                                    'like {"prompt": "…", "image": "photo.jpg"}')
+    prompt_file: str | None = field(None, "text, a prompt a line, or any form of "
+                                    'common/prompts.py; for I2V with images, as .jsonl of lines '
+                                    '{"prompt": "…", "image": "photo.jpg"}')
     image: str | None = field(None, "first frame of an image-to-video model, beside --prompt")
     teacher: bool = field(False, "sample the teacher instead of the student")
     student: str | None = field(None, "the student's file or folder; none: "

@@ -48,10 +48,11 @@ from tqdm import tqdm
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import crc32_of_json, read_json, replace_file, write_json
 from common.folders import fingerprint, fingerprint_files
+from common.prompts import Prompt, digest_texts, read_prompts
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, draw_noise, on_first_rank, owned, prefer_attention,
     setup_distributed)
-from common.video import Prompt, digest_texts, read_prompts, write_video
+from common.video import write_video
 from model import (
     build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler, sizes_of,
     time_grid)

@@ -1,19 +1,15 @@
-"""Files that people look at or write: videos, pictures of videos, images, prompts.
+"""Files that people look at or write: videos, pictures of videos, images.
 
 Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image [3, H, W].
 """
 
 import base64
-import hashlib
-import json
-import os
 import re
 import subprocess
 import textwrap
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import imageio.v3 as imageio
 import imageio_ffmpeg
@@ -357,95 +353,3 @@ def centre_crop(image: Tensor, height: int, width: int) -> Tensor:
     columns = min(w, max(1, round(h * width / height)))
     top, left = (h - rows) // 2, (w - columns) // 2
     return image[:, top:top + rows, left:left + columns]
-
-
-# ---------------------------------------------------------------------------------------------
-# Prompt files
-# ---------------------------------------------------------------------------------------------
-
-class Prompt(NamedTuple):
-    """What a video is made from: a text and, for an image-to-video model, its first frame."""
-    text: str
-    image: Path | None = None
-
-
-def digest_texts(prompts: list[Prompt]) -> str:
-    """SHA-256 over the texts of prompts and the sizes of their images."""
-    lines = [[text, image.stat().st_size if image is not None and image.exists() else None]
-             for text, image in prompts]
-    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
-
-
-def heldout_prompts(weights: str | Path, images: bool) -> Path:
-    """Where a weight folder of the small world keeps its held-out captions."""
-    return Path(weights) / f"prompts_heldout.{'jsonl' if images else 'txt'}"
-
-
-def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
-    """The prompts of a UTF-8 file; blank lines are ignored.
-
-    A text file has one a line, outer spaces ignored; a .jsonl file has one JSON object a line,
-    {"prompt": "…", "image": "…"}, its images relative to its folder, other keys ignored. Only line
-    feeds end a line, so that a prompt may hold any other character.
-    images: whether the model starts from an image; then all of them are decoded, to be sure (by
-    the first of several ranks).
-    Raises FileNotFoundError if there is no such file, ValueError naming the line if it is not
-    UTF-8, or its image is missing, broken or not wanted; ValueError if it holds no prompt.
-    """
-    path = Path(path)
-    table = path.suffix == ".jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file; want one prompt a line, in UTF-8")
-    if images and not table:
-        raise ValueError(f"{path}: the model starts from images; wanted a .jsonl file with lines "
-                         '{"prompt": "…", "image": "photo.jpg"}')
-    prompts: dict[int, Prompt] = {}
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not UTF-8 ({error.reason} at its byte "
-                             f"{error.start + 1}): save the file as UTF-8") from error
-        if text:
-            where = f"{path}: line {number}"
-            prompts[number] = parse_prompt(text, where, path.parent) if table else Prompt(text)
-            if (prompts[number].image is not None) != images:
-                have, want = ("no", "starts from one") if images else ("an", "takes none")
-                raise ValueError(f"{where} has {have} \"image\"; the preset's model {want}")
-    if not prompts:
-        raise ValueError(f"{path}: got an empty prompt file; want one prompt a line")
-    if images and os.environ.get("RANK", "0") == "0":
-        check_images(path, prompts)
-    return list(prompts.values())
-
-
-def parse_prompt(line: str, where: str, folder: Path) -> Prompt:
-    """The prompt in one line of a .jsonl file. Raises ValueError beginning with `where`."""
-    try:
-        entry = json.loads(line)
-        json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error})") from error
-    entry = entry if isinstance(entry, dict) else {}
-    text, image = entry.get("prompt"), entry.get("image")
-    if not isinstance(text, str) or not isinstance(image, str | None):
-        raise ValueError(f'{where}: got {line:.80}; wanted {{"prompt": "…", "image": "photo.jpg"}}')
-    return Prompt(text.strip(), None if image is None else folder / image)
-
-
-def check_images(path: Path, prompts: dict[int, Prompt]) -> None:
-    """Decode the image of each line's prompt. Raises ValueError naming the first line in fault."""
-    def fault(image: Path) -> Exception | None:
-        try:
-            decode_image(image)
-        except (FileNotFoundError, ValueError) as error:
-            return error
-        return None
-
-    lines = {prompt.image: number for number, prompt in reversed(prompts.items())}
-    with ThreadPoolExecutor(8) as pool:  # PIL lets other threads run
-        ordered = sorted(lines, key=lines.__getitem__)
-        for image, error in zip(ordered, pool.map(fault, ordered), strict=True):
-            if error is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise ValueError(f"{path}: line {lines[image]}: {error}") from error

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.video import Prompt, centre_crop, read_image
+from common.prompts import Prompt
+from common.video import centre_crop, read_image
 from frozen.text import HunyuanText, TextEncoder
 from frozen.vae import WanVAE
 

@@ -14,8 +14,8 @@ from common.config import Shared
 from common.files import read_json
 from common.folders import is_list, role_file
 from common.names import official_names, plain_names, reshaped
+from common.prompts import Prompt
 from common.ranks import Timer, compute_dtype
-from common.video import Prompt
 from common.weights import load_module, open_tensors
 from frozen.image import CLIPVision, Conditioner
 from frozen.text import CLIPText, HunyuanText, Llama, TextEncoder, Tokenizer, UMT5Encoder

@@ -40,9 +40,10 @@ from tqdm import tqdm
 from common.config import Shared, announce, field, load_config
 from common.files import own_folder, replace_file, write_json, write_text
 from common.folders import dit_tensors, fingerprint
+from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
     check_compiler, cli, draw_noise, generator, pick_device, prefer_attention, seed_of)
-from common.video import Prompt, draw_panels, heldout_prompts, read_prompts, write_image
+from common.video import draw_panels, write_image
 from common.weights import save_tensors
 from frozen.image import CLIPVision
 from frozen.load import Conditioner, load_conditioner, load_vae

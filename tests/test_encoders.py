@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import frozen.load
 from common.names import official_names
+from common.prompts import read_prompts
 from common.video import (
-    comparison_sheet, contact_sheet, read_prompts, read_video, side_by_side, still_strip, to_uint8,
-    write_video)
+    comparison_sheet, contact_sheet, read_video, side_by_side, still_strip, to_uint8, write_video)
 from common.weights import save_tensors
 from frozen.load import load_text, load_vae
 from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 
 import model
 import sample
-from common import video
+from common import prompts
 from common.config import Shared
 from common.files import write_json
 from common.folders import fingerprint
 from common.names import official_names
+from common.prompts import Prompt, read_prompts
 from common.ranks import generator
-from common.video import (
-    Prompt, centre_crop, image_size, read_image, read_prompts, read_video, write_image)
+from common.video import centre_crop, image_size, read_image, read_video, write_image
 from common.weights import save_tensors
 from frozen.load import load_conditioner
 from frozen.vae import WanVAE
@@ -388,10 +388,10 @@ def test_text_files_for_image_models_and_images_for_text_models_are_errors(tmp_p
 
 
 def test_an_image_that_many_lines_name_is_decoded_once(world, tmp_path, monkeypatch):
-    path, calls, real = picture(tmp_path / "a.png", 16, 16), [], video.decode_image
+    path, calls, real = picture(tmp_path / "a.png", 16, 16), [], prompts.decode_image
     table = tmp_path / "prompts.jsonl"
     table.write_text('{"prompt": "a", "image": "a.png"}\n{"prompt": "b", "image": "a.png"}\n' * 4)
-    monkeypatch.setattr(video, "decode_image", lambda path: (calls.append(path), real(path))[1])
+    monkeypatch.setattr(prompts, "decode_image", lambda path: (calls.append(path), real(path))[1])
     assert len(read_prompts(table, images=True)) == 8 and calls == [path]
     cfg = sample.Config(preset="tiny-i2v", prompt_file=str(table), count=3)
     assert len(sample.make_jobs(cfg)) == 24 and len(calls) == 2  # the check of this call

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import model
-from common import config, files, video
+from common import config, files
+from common.prompts import read_prompts
 from common.ranks import generator
+from common.video import read_image
 from frozen.load import load_text, load_vae
 from small_world import clips as world
 from small_world import fit, teacher
@@ -156,11 +158,11 @@ def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its
     assert torch.equal(got["Wan2.1_VAE.safetensors:conv1.weight"],
                        load_file(base / "Wan2.1_VAE.safetensors")["conv1.weight"])
     for name, count, held_out in (("prompts", 4, False), ("prompts_heldout", 2, True)):
-        prompts = video.read_prompts(out / f"{name}.jsonl", images=True)
+        prompts = read_prompts(out / f"{name}.jsonl", images=True)
         clips, captions, _ = world.make_clips(0, 0, count, 32, 5, held_out)
         assert [prompt.text for prompt in prompts] == captions
         for prompt, clip in zip(prompts, clips, strict=True):
-            assert (video.read_image(prompt.image) - clip[:, 0]).abs().max() < 1 / 127
+            assert (read_image(prompt.image) - clip[:, 0]).abs().max() < 1 / 127
     gates = json.loads((out / "training.json").read_text())["gates"]
     assert {"teacher_oracle", "first_frame_psnr"} < set(gates)
     (tmp_path / "i2v/teacher/image_state.safetensors").unlink()

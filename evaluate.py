@@ -65,6 +65,7 @@ from evaluation.measures import (
 from evaluation.page import (
     LOOP_SECONDS, Example, draw_table, markdown, write_ladder, write_page)
 from evaluation.paper import Job, Plan, command_job, evaluate_job, run_jobs, script, train_job
+from evaluation.vbench import report_vbench
 from frozen.load import encode_prompts, load_vae
 from model import check_model, latent_shape, load_dit, time_grid
 from sample import load_student, sample_batch, student_facts
@@ -96,6 +97,8 @@ class Config(Shared):
     options: str = field("", "options of every run, as `lr=1e-5 iterations=600`")
     synvid: str | None = field(None, "trajectories for the runs, made with --keep all; none: made "
                                "in <run>/paper/synvid")
+    vbench_scores: str | None = field(None, "VBench's results instead: its folder of "
+                                      "…_eval_results.json files, as Table 1")
     teacher_samples: str | None = field(None, "file that keeps teacher@n's latents for the next "
                                         "evaluation; none: <run>/evaluate/teacher.safetensors")
 
@@ -444,6 +447,8 @@ def commit() -> str | None:
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     cfg = load_config(Config, "evaluate", argv, __doc__)
+    if cfg.vbench_scores is not None:
+        return report_vbench(Path(cfg.vbench_scores), Path(cfg.run) / "evaluate")
     sizes = check_model(cfg)
     if cfg.paper is not None:
         return paper(cfg, sys.argv[1:] if argv is None else argv)

@@ -3,6 +3,7 @@
     python sample.py [CONFIG] --prompt "…" [--image photo.jpg] [--count 4] [--seed 7] [--teacher]
     torchrun --nproc-per-node 8 sample.py CONFIG --prompt_file prompts.txt
     python sample.py CONFIG --random_weights [--teacher]       # how fast is it here? needs no files
+    torchrun … sample.py CONFIG --vbench all_dimension.txt     # VBench's videos; resumes
 
 In:   the weight folder `weights` (text encoder, VAE, and the DiT with --teacher), and the student
       that distill.py wrote, <run>/student.safetensors.
@@ -23,6 +24,10 @@ student of m steps not at its key timesteps but at the m times of AccVideo's pub
 
 An image-to-video model starts from --image, or from the images that a prompt file pairs with its
 prompts. A video then has about the config's area in the shape of its image.
+
+--vbench writes <run>/vbench/<who>, a flat folder as VBench reads it (common/vbench.py), and beside
+it <who>.record: videos.json with prompt and seed of each, sheet.png. A finished video is not made
+again. The videos score by `vbench evaluate` and `python evaluate.py --vbench_scores`.
 """
 
 import dataclasses
@@ -48,7 +53,8 @@ from common.names import official_names
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, generator,
-    local_rows, peak_bytes, prefer_attention, setup_distributed)
+    local_rows, on_first_rank, owned, peak_bytes, prefer_attention, setup_distributed)
+from common.vbench import VIDEOS, Video, open_record, record_folder, wanted_videos
 from common.video import contact_sheet, decode_image, image_size, read_video, thumbnail, write_video
 from common.weights import (
     LazyTensor, kind_of, load_module, open_tensors, safetensors_metadata)
@@ -78,12 +84,15 @@ class Config(Shared):
     solver: Literal["euler", "unipc"] = field("euler", "unipc, for Wan, walks other times "
                                               "than a student's key timesteps; see above")
     count: int = field(1, "videos a prompt, with seeds seed, seed + 1, …", "[1, inf)")
+    vbench: str | None = field(None, "VBench's all_dimension.txt: its videos instead, 5 a prompt")
+    vbench_prompts: str | None = field(None, "augmented prompts for them, line by line; names stay")
+    vbench_flickering: str | None = field(None, "VBench's temporal_flickering.txt: 25 videos each")
     batch: int = field(1, "videos denoised at once", "[1, inf)")
     random_weights: bool = field(False, "networks of the preset's sizes, of noise: for their speed")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU",
                                       "(0, inf)")
     compile: bool = field(False, "torch.compile every block; minutes, counted apart")
-    out: str | None = field(None, "folder for the videos; none: <run>/samples")
+    out: str | None = field(None, "folder for the videos; none: <run>/samples, <run>/vbench/<who>")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights",
                     "[1, inf)")
 
@@ -100,6 +109,15 @@ def check_config(cfg: Config) -> None:
     if cfg.solver == "unipc" and cfg.family != "wan":
         raise ValueError(f"solver: got unipc; family {cfg.family} has no grid for it, wan has: "
                          "leave --solver out")
+    for key in ("vbench_prompts", "vbench_flickering"):
+        if cfg.vbench is None and getattr(cfg, key) is not None:
+            raise ValueError(f"{key}: got {getattr(cfg, key)} without --vbench all_dimension.txt")
+    if cfg.vbench is not None and (cfg.prompt.strip() or cfg.random_weights or cfg.count != 1):
+        raise ValueError("vbench: got --prompt, --count or --random_weights beside it; wanted none "
+                         "of them: VBench says which prompts and how many videos")
+    if cfg.vbench is not None and sizes_of(cfg.preset).takes_image:
+        raise ValueError(f"vbench: got preset {cfg.preset}, which starts from images; wanted a "
+                         "text-to-video model, for which VBench's prompts are")
 
 
 def wanted_prompts(cfg: Config) -> list[Prompt]:
@@ -134,10 +152,14 @@ class Job(NamedTuple):
     seed: int
     height: int                                   # pixels
     width: int
+    file: str | None = None                       # its name; none: who, index and seed
 
 
 def make_jobs(cfg: Config) -> list[Job]:
     """All videos of a run; one with an image has about the config's area in the image's shape."""
+    if cfg.vbench is not None:
+        return [Job(0, Prompt(video.made_from), video.seed, cfg.height, cfg.width, video.file)
+                for video in vbench_videos(cfg)]
     jobs = []
     for i, prompt in enumerate(wanted_prompts(cfg)):
         size = cfg.height, cfg.width
@@ -390,7 +412,8 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
         for job, latents in zip(jobs[first:last], x, strict=True):
             if not (ranks.is_writer or vae.tiled):
                 continue
-            video, file = vae.decode(latents[None])[0], f"{who}_{job.index:04d}_seed{job.seed}.mp4"
+            video = vae.decode(latents[None])[0]
+            file = job.file or f"{who}_{job.index:04d}_seed{job.seed}.mp4"
             if not ranks.is_writer:
                 continue
             timer.lap("decode")
@@ -469,6 +492,42 @@ def write_report(cfg: Config, who: str, facts: dict, out: Path, results: list[di
           f"and the videos {out}/{shown}")
 
 
+# ------------------------------------------------------------------------------------ VBench
+
+# What does not change a video, or is told of each in the record.
+FREE = ("batch", "sp", "compile", "attention", "peak_tflops", "prompts", "files")
+
+
+def vbench_videos(cfg: Config) -> list[Video]:
+    """The videos that VBench wants, with their names, prompts and seeds."""
+    return wanted_videos(cfg.vbench, cfg.vbench_prompts, cfg.vbench_flickering, cfg.seed)
+
+
+def sample_vbench(cfg: Config, jobs: list[Job], times: list[float], who: str,
+                  ranks: Ranks) -> None:
+    """Sample this rank's part of the videos that VBench's folder lacks, and report."""
+    announce(cfg, "vbench", ranks.rank)
+    out = Path(cfg.out or Path(cfg.run) / "vbench" / who)
+    about = {"who": who, "times": times, **settings_to_compare(cfg, **contents(cfg, jobs))}
+    about = {name: value for name, value in about.items() if name not in FREE}
+    results = [None] * ranks.world
+    with owned(record_folder(out)):
+        lacking = on_first_rank(lambda: open_record(out, vbench_videos(cfg), about))
+        mine = [jobs[i] for i in lacking][ranks.dp_rank::ranks.dp_size]
+        own = sample(cfg, mine, times, who, out, ranks) if mine else None
+        dist.all_gather_object(results, own if ranks.is_writer else None)
+    if ranks.rank == 0:
+        done = [result for result in results if result is not None]
+        if done:
+            made = [video for result in done for video in result["videos"]]
+            print(timing_table(done, work(cfg, made, ranks)))
+        rows = [(job.file.removesuffix(".mp4"), thumbnail(read_video(out / job.file)))
+                for job in jobs[::VIDEOS][:SHEET_ROWS]]
+        contact_sheet(record_folder(out) / "sheet.png", rows, title=f"{who}, for VBench")
+        print(f"{len(jobs)} videos for VBench are in {out}, {len(lacking)} of them made now; their "
+              f"record: {record_folder(out)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Check settings and files, sample each rank's videos, report."""
     cfg = load_config(Config, "sample", argv, __doc__)
@@ -482,6 +541,8 @@ def main(argv: list[str] | None = None) -> None:
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads,
                               same=settings_to_compare(cfg, **contents(cfg, jobs)))
     prefer_attention(cfg.attention, ranks.device)
+    if cfg.vbench is not None:
+        return sample_vbench(cfg, jobs, times, who, ranks)
     announce(cfg, "samples", ranks.rank)
     out = Path(cfg.out or Path(cfg.run) / "samples")
     mine = jobs[ranks.dp_rank::ranks.dp_size]
@@ -501,7 +562,8 @@ def contents(cfg: Config, jobs: list[Job]) -> dict[str, str]:
         return {}
     dit = cfg.weights if cfg.teacher else student_path(cfg)
     return {"dit": fingerprint(dit), "encoders": fingerprint_files(cfg.weights),
-            "prompts": digest_texts([job.prompt for job in jobs])}
+            "prompts": digest_texts([job.prompt for job in jobs]),
+            "files": digest_texts([Prompt(job.file or "") for job in jobs])}
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
     where = pick_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
+    elif "OMP_NUM_THREADS" not in os.environ:  # the count changes last bits; and processes are a
+        torch.set_num_threads(1)               # better use of cores than threads are
     if not dist.is_initialized():
         join_processes("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()

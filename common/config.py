@@ -158,7 +158,7 @@ for tag, pattern in (
 
 def read_yaml(path: Path, stage: str, fields: dict) -> dict:
     """A config file's shared keys and those of one stage. Raises ValueError naming a wrong key."""
-    if not path.exists():
+    if not path.is_file():
         near = nearest(path.name, [p.name for p in (ROOT / "configs").glob("*.yaml")])
         raise FileNotFoundError(f"{path}: no such config{near}; the shipped ones are in configs/")
     try:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -82,14 +83,19 @@ def pick_device(device: str) -> torch.device:
     """"auto" is this process's GPU if there is one, else the CPU. Raises ValueError for others."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got '{device}', but torch sees no GPU; use --device cpu")
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    try:
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device):
+        raise ValueError(f"device: got '{device}'; wanted cpu, cuda, cuda:0, … or auto")
+    if device == "cpu":
         return torch.device(device)
-    except RuntimeError as e:
-        raise ValueError(f"device: got '{device}'; wanted cpu, cuda, cuda:0, … or auto") from e
+    if not torch.cuda.is_available():
+        raise ValueError(f"device: got '{device}', but torch sees no GPU; use --device cpu")
+    count = torch.cuda.device_count()
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
+    if int(device[5:]) >= count:
+        raise ValueError(f"device: got '{device}'; torch sees {count} GPU(s): wanted cuda:0 … "
+                         f"cuda:{count - 1}")
+    return torch.device(device)
 
 
 def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
@@ -284,7 +290,7 @@ def on_first_rank(work: Callable[[], Any]) -> Any:
     if dist.get_rank() == 0:
         try:
             result = [work(), None]
-        except (ValueError, FileNotFoundError) as e:
+        except (ValueError, OSError) as e:
             result = [None, e]
     dist.broadcast_object_list(result)
     if result[1] is not None:
@@ -352,15 +358,26 @@ def cli(main: Callable[[], None]) -> None:
     sees it and stops them.
     """
     status = 1
+    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it can
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
             exit_process(0)
         return
-    except (ValueError, FileNotFoundError) as e:
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename and e.strerror else ""
+        print(f"error: {where}{e.strerror if where else e}", file=sys.stderr, flush=True)
+    except ValueError as e:
         if str(e):
             print(f"error: {e}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+        status = 130
     except SystemExit as e:
         if not dist.is_initialized():
             raise

@@ -7,6 +7,9 @@ import importlib
 import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -838,6 +841,33 @@ def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
     with pytest.raises(SystemExit) as e:
         cli(main)
     assert e.value.code == 1 and capsys.readouterr().err == "error: runs/x: wrong\n"
+
+
+@pytest.mark.parametrize("raised, code, told", [
+    (PermissionError(13, "Permission denied", "runs/x"), 1, "error: runs/x: Permission denied\n"),
+    (IsADirectoryError(21, "Is a directory", "a.txt"), 1, "error: a.txt: Is a directory\n"),
+    (OSError("no space"), 1, "error: no space\n"),
+    (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n")])
+def test_what_the_system_refuses_and_ctrl_c_end_in_one_line(raised, code, told, capsys):
+    def main():
+        raise raised
+    with pytest.raises(SystemExit) as e:
+        cli(main)
+    assert e.value.code == code and capsys.readouterr().err == told
+
+
+def test_a_reader_that_has_gone_and_a_terminal_without_utf_8_are_no_tracebacks(tmp_path):
+    command = [sys.executable, str(ROOT / "evaluate.py"), "--help"]
+    for run in (f"{shlex.join(command)} | head -1", f"LC_ALL=C PYTHONIOENCODING=ascii "
+                f"{shlex.join(command)} | grep C2ST"):
+        done = subprocess.run(run, shell=True, capture_output=True, text=True, check=True)
+        assert done.stdout and done.stderr == "", run
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:-1", "cuda:x", "gpu", "cpu:0:0", ""])
+def test_devices_that_are_none_are_refused(device):
+    with pytest.raises(ValueError, match=f"device: got '{device}'; wanted cpu, cuda, cuda:0, … or"):
+        pick_device(device)
 
 
 STAGES = {**{stage: stage for stage in STAGES}, "teacher": "small_world.teacher"}

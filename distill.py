@@ -109,6 +109,7 @@ class Config(Shared):
     offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)",
                     "[1, inf)")
+    force_plan: bool = field(False, "start although the memory plan does not fit the GPU")
     export: Literal["official", "diffusers"] = field("official", "names in student.safetensors")
     export_every: int | None = field(None, "iterations between student_000100.safetensors, or none",
                                      "[1, inf)")

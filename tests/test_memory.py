@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from memory_worker import FEW, MANY
 
 import distill
 import model
+from common.config import load_config
+from common.files import ROOT
 from common.ranks import Ranks, generator
 from common.weights import open_tensors, save_tensors
-from training.memory import host_plan, memory_parts, memory_plan
+from training.memory import host_plan, memory_parts, memory_plan, print_plans
 
 WORKER = Path(__file__).parent / "memory_worker.py"
 PEAK = 80 * 2 ** 30
@@ -126,3 +129,19 @@ def test_moments_in_host_memory_change_no_bit(tiny_weights, tmp_path, run_stage,
     plain, home, two = students
     assert all(torch.equal(home[name], plain[name]) for name in plain)
     assert max((two[name] - plain[name]).abs().max() for name in plain) < 1e-5
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/[hw]*.yaml")), ids=lambda p: p.stem)
+def test_the_first_line_of_each_large_config_is_a_run_that_fits_8_gpus_of_80_gib(path, many_ranks,
+                                                                               capsys):
+    line = path.read_text().splitlines()[0].partition("   (")[0].split()
+    at = line.index("distill.py")
+    assert line[at + 1] == f"configs/{path.name}" and line[3] == "8"
+    cfg = load_config(distill.Config, "distill", [str(path), *line[at + 2:]])
+    shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
+    print_plans(cfg, shape, many_ranks(8, cfg.sp), PEAK)
+    assert "fits in 80 GiB" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="memory plan: in 8 GiB: .* --force_plan true"):
+        print_plans(cfg, shape, many_ranks(8, cfg.sp), 2 ** 33)
+    print_plans(replace(cfg, force_plan=True), shape, many_ranks(8, cfg.sp), 2 ** 33)
+    assert "DOES NOT FIT in 8 GiB" in capsys.readouterr().out

@@ -331,7 +331,7 @@ def save_state(saver: Saver, state: Any, loader: Any, meta: dict) -> None:
 CHANGEABLE_ON_RESUME = {
     "run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep", "synvid",
     "export_every", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps", "sp",
-    "offload", "attention"}
+    "offload", "attention", "force_plan"}
 
 
 def check_same_run(path: Path, saved: dict, meta: dict) -> None:

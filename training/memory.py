@@ -98,18 +98,21 @@ def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None
                   and cfg.batch % (ranks.world // sp) == 0)
         good = (f"--sp {sp}{' --offload true' if offload else ''} needs {size / 2 ** 30:.0f} GiB"
                 for sp, offload, size in others if size < USABLE_MEMORY * have)
-        lines.append(f"  DOES NOT FIT in {have / 2 ** 30:.0f} GiB: " + next(
+        lines.append(f"  {NO_FIT} in {have / 2 ** 30:.0f} GiB: " + next(
             good, "nor with --sp and --offload; use more GPUs"))
     return "memory plan\n" + "\n".join(lines)
 
 
+NO_FIT = "DOES NOT FIT"
 USABLE_MEMORY = 0.92  # of a GPU's memory; the rest is the framework's
 
 
-def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> tuple[int, int]:
-    """Print both plans, in one line if they are small.
+def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
+                have: int | None = None) -> tuple[int, int]:
+    """Print both plans, in one line if they are small; have, as in memory_plan.
 
-    Returns the student's parameters and AdamW's moments of each.
+    Returns the student's parameters and AdamW's moments of each. Raises ValueError if the run does
+    not fit the GPU, unless force_plan.
     """
     with torch.device("meta"):
         count = sum(p.numel() for p in build_dit(cfg.preset).parameters())
@@ -118,6 +121,10 @@ def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> tuple[int, in
     if need < 2 ** 30:
         print(f"memory plan: {need / 2 ** 20:.0f} MiB a rank", flush=True)
     else:
-        print(memory_plan(cfg, shape, ranks), flush=True)
+        plan = memory_plan(cfg, shape, ranks, have)
+        print(plan, flush=True)
         print(host_plan(cfg, count, moments, shape, ranks), flush=True)
+        if NO_FIT in plan and not cfg.force_plan:
+            raise ValueError(f"memory plan: {plan.partition(NO_FIT)[2].strip()}: wanted a run that "
+                             "fits; if you know better, --force_plan true")
     return count, moments

@@ -158,7 +158,8 @@ def table_section(title: str, plan: Plan, s: Settings, table: str,
         own = [arm for arm in arms.values() if arm.m == m]
         fews = {str(arm.few["endpoint"]): arm for arm in own}  # one for each set of key timesteps
         few_rows = [arm.few if len(fews) == 1 else
-                    arm.few | {"label": f"{arm.few['label']}, {arm.label}"} for arm in fews.values()]
+                    arm.few | {"label": f"{arm.few['label']}, {arm.label}"}
+                    for arm in fews.values()]
         lines += [*table_lines([own[0].best, *few_rows], own), ""]
         pictures.append(plan.folder / f"{table}-m{m}.png")
         draw_bars(pictures[-1], own, own[0].few | {"zero": own[0].best}, title)

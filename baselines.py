@@ -47,12 +47,12 @@ from common.ranks import (
     Ranks, Timer, cli, compute_dtype, generator, on_first_rank, owned, prefer_attention,
     setup_distributed)
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
-from distill import (
-    COLLECTIVE_TIMEOUT, apply_update, build, epoch_order, export_student, learning_rate)
+from distill import COLLECTIVE_TIMEOUT, apply_update, build, epoch_order, learning_rate
 from frozen.load import encode_prompts, load_conditioner, load_vae
 from model import check_model, collate, key_times, load_dit, time_grid
 from small_world.clips import RADIUS, make_clips
 from synvid import SynVid
+from training.export import export_student
 from training.optimizer import adamw
 
 Velocity = Callable[[Tensor, Tensor], Tensor]

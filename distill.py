@@ -3,7 +3,8 @@
     python distill.py [CONFIG]        torchrun --nproc-per-node 8 distill.py CONFIG
 
 Input: <run>/synvid (made first if the config is the small world's), the teacher's weights.
-Output: <run>/student.safetensors; <run>/distill/ with log.jsonl, curves.png and checkpoints.
+Output: <run>/student.safetensors, and student.md that says how other programs run it;
+<run>/distill/ with log.jsonl, curves.png and checkpoints.
 The same command resumes. Cost: per sample and iteration about 9 forwards of the teacher's size
 without recomputation (two forwards and backwards of the student, 3 forwards' worth of the teacher).
 
@@ -57,16 +58,15 @@ from tqdm import tqdm
 
 import synvid
 from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.files import append_log, crc32_of_json, read_log, replace_file, write_text
+from common.files import append_log, crc32_of_json, read_log, write_text
 from common.folders import fingerprint
-from common.names import official_names
 from common.ranks import (
     AgreedError, Ranks, cli, compile_blocks, compute_dtype, draw_noise, generator,
     on_first_rank, owned, prefer_attention, raise_together, require_same, setup_distributed)
-from common.weights import full_tensor, stream_safetensors
 from model import (
     check_model, collate, euler_step, frozen_copy, load_dit, sizes_of, velocity)
 from training.checkpoint import Saver, check_disk, resume, save_state
+from training.export import bytes_a_parameter, export_student
 from training.memory import print_plans
 from training.monitor import Log, draw_curves, held_out_errors, log_line, print_result
 from training.optimizer import adamw, clip, norm_of, own_rows, step as step_adamw
@@ -110,7 +110,9 @@ class Config(Shared):
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)",
                     "[1, inf)")
     force_plan: bool = field(False, "start although the memory plan does not fit the GPU")
-    export: Literal["official", "diffusers"] = field("official", "names in student.safetensors")
+    export: Literal["official", "diffusers"] = field("official", "diffusers: beside "
+                                                     "student.safetensors a folder for it")
+    export_dtype: Literal["bf16", "fp16", "fp32"] = field("bf16", "of the student's file")
     export_every: int | None = field(None, "iterations between student_000100.safetensors, or none",
                                      "[1, inf)")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU",
@@ -401,7 +403,7 @@ def update_heads(cfg: Config, state: TrainState, step: int, log: Log) -> None:
     log.lap("optimizer")
 
 
-# ------------------------------------------------------------------- build, train, export
+# --------------------------------------------------------------------------- build, train
 
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3; D13."""
@@ -418,42 +420,6 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
         opts["adv"] = adamw(cfg, student, cfg.offload)
     return TrainState(student, teacher, heads, opts, t_key, tap_blocks(cfg, len(teacher.blocks)),
                 [deque() for _ in range(m + 1)])
-
-
-def export_student(cfg: Config, state: TrainState, ranks: Ranks, meta: dict,
-                   name: str = "student") -> Path:
-    """Write <run>/<name>.safetensors with the key timesteps and the teacher's identity.
-
-    Its tensors are gathered one by one; nowhere is all of the student. A write that fails is tried
-    once more. Raises ValueError after that.
-    """
-    path, error = Path(cfg.run) / f"{name}.safetensors", None
-    tensors = {name: full_tensor(p, path) for name, p in state.student.named_parameters()}
-    tensors = official_names(tensors, "transformer", reverse=cfg.export == "diffusers")
-    keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance")
-    about = {key: getattr(cfg, key) for key in keys}
-    about |= {"t_key": state.t_key[::-1], "teacher": meta["teacher"], "iterations": state.step}
-    about = {"format": "pt", "accvideo": json.dumps(about)}
-    for retry in (True, False):
-        error = None
-        try:
-            if ranks.rank == 0:
-                for left in path.parent.glob(f".{path.name}.*.part*"):  # by one that was killed
-                    left.unlink(missing_ok=True)
-                replace_file(path, lambda aside: stream_safetensors(aside, tensors, about))
-            else:
-                stream_safetensors(path, tensors, about, write=False)
-        except ValueError as e:
-            error = e
-        try:
-            raise_together(error)
-            break
-        except AgreedError as e:
-            if not retry:
-                raise
-            if e.args[0]:
-                print(f"{e}; trying once more", flush=True)
-    return path
 
 
 def open_synvid(cfg: Config) -> "synvid.SynVid":
@@ -579,7 +545,7 @@ def check_finite(line: dict, saver: Saver, folder: Path) -> None:
 def check_resources(cfg: Config, shape: tuple[int, ...], ranks: Ranks) -> None:
     """Print the memory plan; ValueError if the run will not fit on the disk."""
     parameters, moments = print_plans(cfg, shape, ranks)
-    check_disk(Path(cfg.run) / "distill", parameters, moments, cfg.keep)
+    check_disk(Path(cfg.run) / "distill", parameters, moments, cfg.keep, bytes_a_parameter(cfg))
 
 
 def teacher_errors(cfg: Config, teacher: nn.Module, loader: Loader, ranks: Ranks,

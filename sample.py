@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 sample.py CONFIG --prompt_file prompts.txt
     python sample.py CONFIG --random_weights [--teacher]       # how fast is it here? needs no files
     torchrun … sample.py CONFIG --vbench all_dimension.txt     # VBench's videos; resumes
+    python sample.py --how student.safetensors                 # its settings in other programs
 
 In:   the weight folder `weights` (text encoder, VAE, and the DiT with --teacher), and the student
       that distill.py wrote, <run>/student.safetensors.
@@ -54,6 +55,7 @@ from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, generator,
     local_rows, on_first_rank, owned, peak_bytes, prefer_attention, setup_distributed)
+from common.readme import student_readme
 from common.vbench import VIDEOS, Video, open_record, record_folder, wanted_videos
 from common.video import contact_sheet, decode_image, image_size, read_video, thumbnail, write_video
 from common.weights import (
@@ -79,6 +81,7 @@ class Config(Shared):
     teacher: bool = field(False, "sample the teacher instead of the student")
     student: str | None = field(None, "the student's file or folder; none: "
                                "<run>/student.safetensors")
+    how: str | None = field(None, "a student's file: print how other programs run it, and end")
     steps: int | None = field(None, "the teacher's steps, on its grid of so many; none: n",
                               "[1, 10000]")
     solver: Literal["euler", "unipc"] = field("euler", "unipc, for Wan, walks other times "
@@ -189,17 +192,12 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
         raise FileNotFoundError(f"{path}: there is no student yet; make it by `python distill.py "
                                 "CONFIG`, or sample the teacher with --teacher")
     tensors = open_tensors(path)  # names a damaged file
-    facts = next((facts for file in dict.fromkeys(t.file for t in tensors.values())
-                  if (facts := facts_in(file))), {})
+    facts = facts_of(tensors)
     if foreign and not facts:
         print(f"{path} does not say what it is: it walks the config's key timesteps", flush=True)
         return {**{name: getattr(cfg, name, None) for name in FACTS},
                 "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
-    absent = [name for name in FACTS if name not in facts]
-    if absent:
-        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}; wanted a "
-                         "student written by distill.py (to sample another DiT, point `weights` "
-                         "at it and add --teacher)")
+    check_facts(path, facts)
     for name in ("family", "preset", "embedded_guidance"):
         if facts[name] != getattr(cfg, name):
             raise ValueError(f"{path}: the student's {name} is '{facts[name]}', the config's "
@@ -209,10 +207,26 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
                          f"weights in {cfg.weights} are {teacher}: point `weights` at its teacher, "
                          "or distill again with `python distill.py CONFIG`")
     warn_of_another_model(path, tensors, cfg)
+    return facts
+
+
+def check_facts(path: Path, facts: dict, wanted: tuple[str, ...] = FACTS) -> None:
+    """Raise ValueError if a student says too little about itself, or no times that can be walked.
+    """
+    absent = [name for name in wanted if name not in facts]
+    if absent:
+        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}; wanted a "
+                         "student written by distill.py (to sample another DiT, point `weights` "
+                         "at it and add --teacher)")
     t = facts["t_key"]
     if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
         raise ValueError(f"{path}: t_key is {t}; wanted times falling from 1 (noise) to 0 (data)")
-    return facts
+
+
+def facts_of(tensors: dict[str, LazyTensor]) -> dict:
+    """What a student says about itself, in whichever of its files; {} if in none."""
+    files = dict.fromkeys(t.file for t in tensors.values())
+    return next((facts for file in files if (facts := facts_in(file))), {})
 
 
 def facts_in(file: Path) -> dict:
@@ -226,6 +240,17 @@ def facts_in(file: Path) -> dict:
     except (ValueError, TypeError) as e:
         raise ValueError(f"{file}: its 'accvideo' metadata is no JSON object: {text:.80}: distill "
                          "it again, or remove the metadata") from e
+
+
+def how_to_use(path: Path) -> str:
+    """The text of a student's student.md, from what its file says about itself.
+
+    Raises FileNotFoundError if there is none, ValueError if it says too little.
+    """
+    facts = facts_of(open_tensors(path))
+    check_facts(path, facts, (*FACTS, "key"))
+    name = path.name if path.suffix == ".safetensors" else "student.safetensors"
+    return student_readme(facts, sizes_of(facts["preset"]).takes_image, name)
 
 
 def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], cfg: Shared) -> None:
@@ -531,6 +556,8 @@ def sample_vbench(cfg: Config, jobs: list[Job], times: list[float], who: str,
 def main(argv: list[str] | None = None) -> None:
     """Check settings and files, sample each rank's videos, report."""
     cfg = load_config(Config, "sample", argv, __doc__)
+    if cfg.how is not None:
+        return print(how_to_use(Path(cfg.how)))
     sizes = check_model(cfg)
     check_config(cfg)
     jobs = make_jobs(cfg)

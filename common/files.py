@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import threading
 import time
@@ -42,6 +43,23 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def replace_folder(path: Path, aside: Path) -> None:
+    """Give a folder that was filled aside its name; what had that name before goes.
+
+    Raises ValueError naming the path if that cannot be done.
+    """
+    old = path.with_name(f".{path.name}.old")
+    try:
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(aside, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be replaced by {aside} ({e}): choose another run folder "
+                         "(`--run`)") from e
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -318,13 +318,13 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     return [size, f"{crc:08x}"] if write else None
 
 
-def full_tensor(p: DTensor, path: Path) -> LazyTensor:
-    """A sharded parameter, gathered on all ranks when it is read."""
+def full_tensor(p: DTensor, path: Path, dtype: torch.dtype) -> LazyTensor:
+    """A sharded parameter in another dtype, gathered on all ranks when it is read."""
     def read(rows: slice | None = None) -> Tensor:
-        value = p.detach().full_tensor()
+        value = p.detach().to(dtype).full_tensor()
         return value[rows] if rows else value
 
-    return LazyTensor(tuple(p.shape), p.dtype, path, read)
+    return LazyTensor(tuple(p.shape), dtype, path, read)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

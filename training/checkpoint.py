@@ -184,17 +184,17 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(path.name[5:]), path) for path in found))
 
 
-def check_disk(folder: Path, parameters: int, moments: int, keep: int) -> None:
+def check_disk(folder: Path, parameters: int, moments: int, keep: int, export: int) -> None:
     """Raise ValueError if a run's checkpoints and its student will not fit on the disk.
 
     Args: parameters of the student, fp32; moments, AdamW's of each; keep, as in Saver; one more is
-    there while it is written.
+    there while it is written; export, bytes that its files take for a parameter.
     """
     one = 4 * parameters * (1 + moments)
     here = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
     while not folder.exists():
         folder = folder.parent
-    need, free = one * (keep + 1) + 4 * parameters - here, shutil.disk_usage(folder).free
+    need, free = one * (keep + 1) + export * parameters - here, shutil.disk_usage(folder).free
     if need > free:
         raise ValueError(f"{folder}: {keep + 1} checkpoints of {one / 1e9:.3g} GB and the student "
                          f"need {need / 1e9:.3g} GB more, got {free / 1e9:.3g} GB: free some "
@@ -330,8 +330,8 @@ def save_state(saver: Saver, state: Any, loader: Any, meta: dict) -> None:
 
 CHANGEABLE_ON_RESUME = {
     "run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep", "synvid",
-    "export_every", "checkpointing", "compile", "export", "peak_tflops", "weights", "fps", "sp",
-    "offload", "attention", "force_plan"}
+    "export_every", "checkpointing", "compile", "export", "export_dtype", "peak_tflops", "weights",
+    "fps", "sp", "offload", "attention", "force_plan"}
 
 
 def check_same_run(path: Path, saved: dict, meta: dict) -> None:

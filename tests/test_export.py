@@ -1,0 +1,279 @@
+"""A student in other programs: its file, its diffusers folder, and the code that student.md says."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import distill
+import model
+import sample
+from common.names import official_names
+from common.ranks import AgreedError, generator
+from common.readme import lightx2v_part, stock_scheduler, student_readme
+from common.weights import save_tensors
+from model import PRESETS
+from training import export
+
+GRIDS = {"wan": (7.0, [0, 2, 4, 5, 7]), "hunyuan": (7.0, [0, 1, 4, 7])}   # uneven: no stock one
+EVEN = {"wan": (5.0, [0, 2, 4, 6, 7]), "hunyuan": (7.0, [0, 2, 4, 6])}
+
+
+@pytest.fixture
+def make_student(tmp_path, ranks):
+    """make_student(preset, n, shift, key, **settings) exports a random student: file and DiT."""
+    def make(preset: str, n: int, shift: float, key: list[int], scale: float = 1.0,
+             **settings) -> tuple[Path, torch.nn.Module]:
+        dit, draw = model.build_dit(preset), generator("export")
+        with torch.no_grad():
+            for name, p in dit.named_parameters():
+                p.copy_(torch.randn(p.shape, generator=draw) * 0.5 * p.shape[-1] ** -0.5)
+                if "norm" in name and name.endswith("weight"):
+                    p.add_(1)
+            next(dit.parameters()).mul_(scale)
+        save_tensors(tmp_path / "teacher.safetensors", dit.state_dict(), {})
+        cfg = distill.Config(
+            family=PRESETS[preset].family, preset=preset, n=n, shift=shift, key=key, device="cpu",
+            weights=str(tmp_path / "teacher.safetensors"), run=str(tmp_path / "run"), **settings)
+        state = distill.build(cfg, model.key_times(cfg.family, n, shift, key)[::-1], ranks)
+        return export.export_student(cfg, state, ranks, {"teacher": "abc"}), state.student
+    return make
+
+
+def blocks_of(file: Path) -> list[str]:
+    """The Python code in a student.md, block by block."""
+    return re.findall(r"```python\n(.*?)```", file.with_suffix(".md").read_text(), re.DOTALL)
+
+
+def pasted(file: Path, monkeypatch, folder: bool) -> dict:
+    """What student.md's code gives up to its last block, which makes a video on a GPU; beside it
+    lies a pipeline. folder: load the network from the folder, not the file."""
+    monkeypatch.chdir(file.parent)
+    names, blocks = {}, blocks_of(file)
+    for block in (blocks[0], blocks[2 if folder else 1], blocks[3]):
+        exec(block, names)
+    assert 'pipe.to("cuda")' in blocks[4]
+    return names
+
+
+def save_pipeline(folder: Path, pipeline: type, preset: str, **parts) -> None:
+    """A pipeline as diffusers saves it, with another DiT and the scheduler of the teacher."""
+    import diffusers
+    config = export.transformer_config(PRESETS[preset])
+    network = getattr(diffusers, config.pop("_class_name"))
+    pipeline(transformer=network(**config), **parts).save_pretrained(folder)
+
+
+def walked(student: torch.nn.Module, noise: torch.Tensor, times: list[float],
+           cond: dict) -> torch.Tensor:
+    """Our latents at the end of the times."""
+    return list(model.sample_euler(student, noise, times, cond))[-1]
+
+
+def t_key_of(file: Path) -> list[float]:
+    with safe_open(file, "pt") as f:
+        return json.loads(f.metadata()["accvideo"])["t_key"]
+
+
+def near(a: torch.Tensor, b: torch.Tensor, most: float) -> None:
+    error = ((a - b).abs().max() / b.abs().max()).item()
+    print(f"largest difference {error:.1e}")
+    assert error < most
+
+
+# -------------------------------------------------------------- what student.md's code samples
+
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize("even", [True, False])
+def test_wan_in_diffusers_by_student_md_ends_where_ours_does(make_student, monkeypatch, folder,
+                                                            even):
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    shift, key = (EVEN if even else GRIDS)["wan"]
+    file, student = make_student("tiny", key[-1], shift, key, export="diffusers",
+                                 export_dtype="fp32")
+    save_pipeline(file.parent / "teacher-diffusers", WanPipeline, "tiny", tokenizer=None,
+                  text_encoder=None, vae=AutoencoderKLWan(base_dim=4),
+                  scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0))
+    names, draw = pasted(file, monkeypatch, folder), generator("noise")
+    assert (stock_scheduler("wan", t_key_of(file)) is not None) == even
+    text = torch.randn(1, 16, 64, generator=draw)
+    noise = torch.randn(1, 16, 2, 4, 6, generator=draw)
+    latents = names["pipe"](
+        prompt_embeds=text, latents=noise, height=32, width=48, num_frames=5,
+        output_type="latent", **names["settings"]).frames
+    near(latents, walked(student, noise, t_key_of(file), {"text": text}), 1e-5)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_wan_i2v_in_diffusers_by_student_md_ends_where_ours_does(make_student, monkeypatch,
+                                                                folder):
+    from diffusers import (
+        AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline)
+    sizes = replace(PRESETS["tiny-i2v"], text_len=512)  # diffusers tells image rows apart by 512
+    monkeypatch.setitem(PRESETS, "tiny-i2v", sizes)
+    shift, key = EVEN["wan"]
+    file, student = make_student("tiny-i2v", key[-1], shift, key, export="diffusers",
+                                 export_dtype="fp32")
+    save_pipeline(file.parent / "teacher-diffusers", WanImageToVideoPipeline, "tiny-i2v",
+                  tokenizer=None, text_encoder=None, vae=AutoencoderKLWan(base_dim=4),
+                  scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0))
+    names, draw = pasted(file, monkeypatch, folder), generator("noise")
+    text, image = (torch.randn(1, n, c, generator=draw) for n, c in ((512, 64), (37, 32)))
+    noise, picture = torch.randn(1, 16, 2, 4, 6, generator=draw), Image.new("RGB", (48, 32), "red")
+    pipe = names["pipe"]
+    # diffusers takes a picture or its features: the features are given by the place of the encoder
+    monkeypatch.setattr(pipe, "encode_image", lambda *_: image)
+    latents = pipe(picture, prompt_embeds=text, latents=noise, height=32, width=48, num_frames=5,
+                   output_type="latent", **names["settings"]).frames
+    pixels = pipe.video_processor.preprocess(picture, height=32, width=48).float()
+    _, frames = pipe.prepare_latents(pixels, 1, 16, 32, 48, 5, torch.float32, "cpu", None, noise)
+    cond = {"text": text, "image": image, "frames": frames}
+    near(latents, walked(student, noise, t_key_of(file), cond), 1e-5)
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_hunyuan_in_diffusers_by_student_md_ends_where_ours_does(make_student, monkeypatch, even):
+    from diffusers import (
+        AutoencoderKLHunyuanVideo, FlowMatchEulerDiscreteScheduler, HunyuanVideoPipeline)
+    shift, key = (EVEN if even else GRIDS)["hunyuan"]
+    file, student = make_student("hunyuan-tiny", key[-1], shift, key, export="diffusers",
+                                 export_dtype="fp32")
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=(4, 4, 4, 4), norm_num_groups=2,
+                                    layers_per_block=1)
+    save_pipeline(file.parent / "teacher-diffusers", HunyuanVideoPipeline, "hunyuan-tiny",
+                  tokenizer=None, text_encoder=None, tokenizer_2=None, text_encoder_2=None,
+                  vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0))
+    # from_single_file takes every HunyuanVideo to be 3072 wide: only the folder is small
+    names, draw = pasted(file, monkeypatch, folder=True), generator("noise")
+    assert (stock_scheduler("hunyuan", t_key_of(file)) is not None) == even
+    text, pooled = torch.randn(1, 24, 32, generator=draw), torch.randn(1, 24, generator=draw)
+    noise = torch.randn(1, 16, 2, 4, 6, generator=draw)
+    latents = names["pipe"](
+        prompt_embeds=text, pooled_prompt_embeds=pooled, latents=noise, height=32, width=48,
+        prompt_attention_mask=torch.ones(1, 24, dtype=torch.long), num_frames=5,
+        output_type="latent", **names["settings"]).frames
+    cond = {"text": text, "pooled": pooled, "guidance": torch.tensor([6.016])}
+    near(latents, walked(student, noise, t_key_of(file), cond), 1e-5)
+
+
+@pytest.mark.parametrize("config", [
+    "tiny", "tiny-i2v", "wan-t2v-14b-480p", "wan-t2v-1.3b-480p", "wan-i2v-14b-480p",
+    "hunyuan-t2v-544p", "hunyuan-t2v-720p"])
+def test_the_exported_scheduler_walks_the_key_timesteps_of_every_shipped_config(config, tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    cfg = distill.load_config(distill.Config, "distill", [f"configs/{config}.yaml"])
+    t_key = model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
+    about = export.scheduler_config(PRESETS[cfg.preset], t_key)
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(about))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
+    m = len(t_key) - 1
+    own = {"sigmas": [1 - k / m for k in range(m)]} if cfg.family == "hunyuan" else {}
+    scheduler.set_timesteps(m, device="cpu", **own)  # as the two pipelines call it
+    assert scheduler.sigmas.tolist() == pytest.approx(t_key, abs=2e-7)
+    assert scheduler.timesteps.tolist() == pytest.approx([1000 * t for t in t_key[:-1]], abs=2e-4)
+
+
+@pytest.mark.parametrize("config,steps", [
+    ("wan-t2v-14b-480p", [1000, 978, 952, 919, 880, 829, 762, 671, 536, 321]),
+    ("wan-i2v-14b-480p", [1000, 963, 921, 871, 813, 741, 654, 544, 400, 206]),
+    ("wan-t2v-1.3b-480p", [1000, 986, 969, 948, 922, 886, 838, 767, 653, 438])])
+def test_lightx2v_s_step_list_is_the_known_one(config, steps):
+    cfg = distill.load_config(distill.Config, "distill", [f"configs/{config}.yaml"])
+    text = lightx2v_part({"t_key": model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)})
+    settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    assert settings == {"infer_steps": 10, "denoising_step_list": steps, "sample_shift": 1,
+                        "enable_cfg": False}
+
+
+# ------------------------------------------------------------------------------- files, dtypes
+
+def test_a_student_is_bf16_under_official_names_half_the_size_and_says_its_dtype(make_student):
+    file, student = make_student("tiny", 6, 5.0, [0, 2, 4, 6])
+    half, rounded = file.stat().st_size, load_file(file)
+    exact = dict(student.named_parameters())
+    assert rounded.keys() == exact.keys()
+    assert all(p.dtype == torch.bfloat16 for p in rounded.values())
+    assert all(torch.equal(p, exact[name].full_tensor().bfloat16())
+               for name, p in rounded.items())
+    with safe_open(file, "pt") as f:
+        facts = json.loads(f.metadata()["accvideo"])
+    assert facts["dtype"] == "bf16" and facts["teacher"] == "abc" and facts["key"] == [0, 2, 4, 6]
+    full, _ = make_student("tiny", 6, 5.0, [0, 2, 4, 6], export_dtype="fp32")
+    assert half / full.stat().st_size == pytest.approx(0.5, abs=0.01)
+    assert all(torch.equal(p, exact[name].full_tensor()) for name, p in load_file(full).items())
+    assert not list(file.parent.glob("*diffusers*"))
+
+
+def test_a_weight_that_fp16_cannot_hold_is_named_and_nothing_is_written(make_student):
+    file, _ = make_student("tiny", 6, 5.0, [0, 2, 4, 6], export_dtype="fp16")
+    assert {p.dtype for p in load_file(file).values()} == {torch.float16}
+    file.unlink()
+    with pytest.raises(AgreedError, match="fp16; patch_embedding.weight holds .*--export_dtype bf"):
+        make_student("tiny", 6, 5.0, [0, 2, 4, 6], scale=1e6, export_dtype="fp16")
+    assert not file.exists()
+    make_student("tiny", 6, 5.0, [0, 2, 4, 6], scale=1e6)
+    assert torch.isfinite(load_file(file)["patch_embedding.weight"]).all()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-i2v", "hunyuan-tiny"])
+def test_a_diffusers_folder_in_shards_holds_the_student_and_loads_in_both_programs(
+        make_student, monkeypatch, preset):
+    import diffusers
+    monkeypatch.setattr(export, "SHARD", 300_000)
+    file, student = make_student(preset, 6, 5.0, [0, 2, 4, 6], export="diffusers")
+    make_student(preset, 6, 5.0, [0, 2, 4, 6], export="diffusers")  # once more, over it
+    folder = file.with_name("student_diffusers")
+    shards = sorted((folder / "transformer").glob("*.safetensors"))
+    assert len(shards) > 2 and max(p.stat().st_size for p in shards) < 700_000  # a tensor alone
+    network = getattr(diffusers, export.transformer_config(PRESETS[preset])["_class_name"])
+    theirs, info = network.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16,
+                                           output_loading_info=True)
+    assert not any(info.values())
+    want = official_names(load_file(file), "transformer", reverse=True)
+    got = dict(theirs.named_parameters())
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name].bfloat16(), p) for name, p in want.items())
+    cfg = sample.Config(family=PRESETS[preset].family, preset=preset)
+    index = next((folder / "transformer").glob("*.index.json"))
+    ours, single = (sample.load_student(cfg, p, torch.device("cpu")) for p in (index, file))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), single.parameters(),
+                                                 strict=True))
+    assert sample.student_facts(index, cfg)["t_key"] == t_key_of(file)
+    assert [p.name for p in file.parent.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-i2v", "hunyuan-tiny"])
+def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, preset):
+    file, _ = make_student(preset, 6, 5.0, [0, 2, 4, 6])
+    (file.parents[1] / "teacher.safetensors").unlink()
+    capsys.readouterr()
+    sample.main(["--how", str(file)])
+    text = file.with_suffix(".md").read_text()
+    assert capsys.readouterr().out == text + "\n"
+    assert all(f"{t:.7f}" in text for t in t_key_of(file)[1:-1])
+    assert ("LightX2V" in text) == (preset != "hunyuan-tiny")
+
+
+def test_how_of_a_missing_file_or_of_no_student_is_one_line(tmp_path, run_stage, tiny_weights):
+    for path, fault in ((tmp_path / "none.safetensors", "no such weight file"),
+                        (tiny_weights / "diffusion_pytorch_model.safetensors", "metadata lacks")):
+        done = run_stage("sample", "--how", path, check=False)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert f"error: {path}: " in done.stderr and fault in done.stderr
+
+
+def test_the_official_code_s_own_key_timesteps_are_told_apart_from_others():
+    cfg = distill.load_config(distill.Config, "distill", ["configs/wan-i2v-14b-480p.yaml"])
+    facts = {name: getattr(cfg, name) for name in ("family", "preset", "key", "n", "shift",
+                                                   "cfg_scale", "embedded_guidance")}
+    facts["t_key"] = model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
+    text = student_readme(facts, True, "student.safetensors")
+    assert "`--sample_solver euler --sample_steps 40 --sample_shift 3`" in text
+    facts |= {"key": cfg.key[::2]}
+    assert "No official script" in student_readme(facts, True, "student.safetensors")

@@ -115,6 +115,8 @@ def diffusers_part(about: dict[str, Any]) -> str:
     fps = 24 if hunyuan else 16
     return f"""## diffusers
 
+Needs `pip install diffusers accelerate`.
+
 ```python
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}, {network}

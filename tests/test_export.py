@@ -1,4 +1,4 @@
-"""A student in other programs: its file, its diffusers folder, and the code that student.md says."""
+"""A student in other programs: its file, its diffusers folder, the code that student.md says."""
 
 import json
 import re
@@ -63,11 +63,26 @@ def pasted(file: Path, monkeypatch, folder: bool) -> dict:
 
 
 def save_pipeline(folder: Path, pipeline: type, preset: str, **parts) -> None:
-    """A pipeline as diffusers saves it, with another DiT and the scheduler of the teacher."""
+    """A pipeline as diffusers saves it, with another DiT, small text encoders and the scheduler of
+    the teacher."""
     import diffusers
+    import transformers
+    from tokenizers import Tokenizer, models
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    small = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8,
+             "intermediate_size": 8}
+    if PRESETS[preset].family == "wan":
+        text = transformers.UMT5EncoderModel(transformers.UMT5Config(
+            vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    else:
+        text = transformers.LlamaModel(transformers.LlamaConfig(**small))
+        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(**small))}
     config = export.transformer_config(PRESETS[preset])
     network = getattr(diffusers, config.pop("_class_name"))
-    pipeline(transformer=network(**config), **parts).save_pretrained(folder)
+    pipeline(transformer=network(**config), tokenizer=tokenizer, text_encoder=text,
+             **parts).save_pretrained(folder)
 
 
 def walked(student: torch.nn.Module, noise: torch.Tensor, times: list[float],
@@ -97,8 +112,8 @@ def test_wan_in_diffusers_by_student_md_ends_where_ours_does(make_student, monke
     shift, key = (EVEN if even else GRIDS)["wan"]
     file, student = make_student("tiny", key[-1], shift, key, export="diffusers",
                                  export_dtype="fp32")
-    save_pipeline(file.parent / "teacher-diffusers", WanPipeline, "tiny", tokenizer=None,
-                  text_encoder=None, vae=AutoencoderKLWan(base_dim=4),
+    save_pipeline(file.parent / "teacher-diffusers", WanPipeline, "tiny",
+                  vae=AutoencoderKLWan(base_dim=4),
                   scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0))
     names, draw = pasted(file, monkeypatch, folder), generator("noise")
     assert (stock_scheduler("wan", t_key_of(file)) is not None) == even
@@ -121,7 +136,7 @@ def test_wan_i2v_in_diffusers_by_student_md_ends_where_ours_does(make_student, m
     file, student = make_student("tiny-i2v", key[-1], shift, key, export="diffusers",
                                  export_dtype="fp32")
     save_pipeline(file.parent / "teacher-diffusers", WanImageToVideoPipeline, "tiny-i2v",
-                  tokenizer=None, text_encoder=None, vae=AutoencoderKLWan(base_dim=4),
+                  vae=AutoencoderKLWan(base_dim=4),
                   scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0))
     names, draw = pasted(file, monkeypatch, folder), generator("noise")
     text, image = (torch.randn(1, n, c, generator=draw) for n, c in ((512, 64), (37, 32)))
@@ -147,7 +162,6 @@ def test_hunyuan_in_diffusers_by_student_md_ends_where_ours_does(make_student, m
     vae = AutoencoderKLHunyuanVideo(block_out_channels=(4, 4, 4, 4), norm_num_groups=2,
                                     layers_per_block=1)
     save_pipeline(file.parent / "teacher-diffusers", HunyuanVideoPipeline, "hunyuan-tiny",
-                  tokenizer=None, text_encoder=None, tokenizer_2=None, text_encoder_2=None,
                   vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0))
     # from_single_file takes every HunyuanVideo to be 3072 wide: only the folder is small
     names, draw = pasted(file, monkeypatch, folder=True), generator("noise")
@@ -167,7 +181,8 @@ def test_hunyuan_in_diffusers_by_student_md_ends_where_ours_does(make_student, m
     "hunyuan-t2v-544p", "hunyuan-t2v-720p"])
 def test_the_exported_scheduler_walks_the_key_timesteps_of_every_shipped_config(config, tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler
-    cfg = distill.load_config(distill.Config, "distill", [f"configs/{config}.yaml"])
+    cfg = distill.load_config(distill.Config, "distill", [f"configs/{config}.yaml",
+                                                               "weights=assets/tiny"])
     t_key = model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     about = export.scheduler_config(PRESETS[cfg.preset], t_key)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(about))

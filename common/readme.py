@@ -111,6 +111,9 @@ def diffusers_part(about: dict[str, Any]) -> str:
     teacher = TEACHERS.get(about["preset"], ("teacher-diffusers", ""))[0]
     scheduler, settings = scheduler_code(about)
     settings = ", ".join([f'"num_inference_steps": {steps}', *settings])
+    holds = (f"`{about['stem']}_diffusers/scheduler`\nholds the same." if stock_scheduler(
+        about["family"], about["t_key"]) else "No stock\nscheduler walks these times by itself: "
+        "the sigmas are handed to it.")
     given = '"…", image=load_image("photo.jpg")' if image else '"…"'
     fps = 24 if hunyuan else 16
     return f"""## diffusers
@@ -140,7 +143,7 @@ transformer = {network}.from_pretrained(
     "{about["stem"]}_diffusers/transformer", torch_dtype=dtype)
 ```
 
-The pipeline. The scheduler a pipeline comes with walks other times: it must be replaced.
+The pipeline. The scheduler that it comes with walks other times: it must be replaced. {holds}
 
 ```python
 pipe = {pipeline}.from_pretrained(teacher, transformer=transformer, torch_dtype=dtype)
@@ -185,14 +188,14 @@ Put `{about["file"]}` into `models/diffusion_models` and load it by Load Diffusi
 """
     if about["family"] == "hunyuan":
         text += f"FluxGuidance: {about['embedded_guidance']}. cfg 1.\n"
-        if stock is not None:
+        if stock is not None and 1000 % (len(t_key) - 1) == 0:  # simple picks from 1000 times
             return text + (f"ModelSamplingSD3: shift {stock['shift']:g}. KSampler or "
                            f"BasicScheduler: sampler euler, scheduler simple, {len(t_key) - 1} "
                            "steps.\nThat gives the times above.\n")
     return text + f"""ModelSamplingSD3: shift 1. SamplerCustom: cfg 1, KSamplerSelect: euler. \
 None of the schedulers to choose from gives
-these times: paste them into ManualSigmas (older versions: CustomSigmas of KJNodes, \
-{len(t_key) - 1} steps):
+these times: paste them into ManualSigmas (older versions: CustomSigmas of KJNodes with \
+interpolate_to_steps {len(t_key)}):
 
 ```
 {numbers(t_key)}
@@ -249,14 +252,16 @@ there it loads the teacher and says nothing. Then put `{about["file"]}` there as
 `diffusion_pytorch_model.safetensors`,
 beside the `config.json` that stays.
 
-{times} Wan's own script has no Euler: `--sample_solver unipc
---sample_steps {steps} --sample_shift {shift:g} --sample_guide_scale 1` walks times near them.
+{times}
+
+Wan's own script has no Euler. `--sample_solver unipc --sample_steps {steps} --sample_shift \
+{shift:g} --sample_guide_scale 1` walks
+times near them.
 """
 
 
 def own_part(about: dict[str, Any]) -> str:
     """This project's command."""
-    config = "CONFIG, the one that it was distilled with"
     image = " --image photo.jpg" if about["takes_image"] else ""
     return f"""## This project
 
@@ -264,6 +269,7 @@ def own_part(about: dict[str, Any]) -> str:
 python sample.py CONFIG --prompt "…"{image} --student {about["file"]}
 ```
 
-{config}. It reads the times from the file. `python sample.py --how {about["file"]}` prints this \
-page.
+CONFIG is the one that it was distilled with. The times are read from the file. This page is \
+printed by
+`python sample.py --how {about["file"]}`.
 """

@@ -165,8 +165,9 @@ def test_mismatched_clips_are_of_smaller_objects_and_still_say_what_they_show():
 @pytest.fixture
 def config(make_config):
     return make_config(n=4, key=[0, 2, 4], distill={
-        "iterations": 4, "batch": 4, "micro_batch": 2, "held_out": 2, "lr": 1e-3, "head_dim": 8},
-        synvid={"count": 6}, evaluate={"count": 3, "directions": 4, "c2st_steps": 1})
+        "iterations": 4, "batch": 4, "micro_batch": 2, "held_out": 2, "lr": 1e-3, "head_dim": 8,
+        "export_dtype": "fp32"}, synvid={"count": 6},
+        evaluate={"count": 3, "directions": 4, "c2st_steps": 1})
 
 
 @pytest.mark.parametrize("method", ["perflow", "pcm", "dmd"])

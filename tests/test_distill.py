@@ -399,7 +399,8 @@ def test_holding_out_everything_is_an_error(weights, tmp_path, ranks):
 # ---------------------------------------------------------------------- as a user runs it
 
 QUICK = {"iterations": 8, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 1,
-         "eval_every": 4, "lr": 1e-3, "head_dim": 8, "keep": 2, "checkpointing": False}
+         "eval_every": 4, "lr": 1e-3, "head_dim": 8, "keep": 2, "checkpointing": False,
+         "export_dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_wan_i2v_in_diffusers_by_student_md_ends_where_ours_does(make_student, m
     text, image = (torch.randn(1, n, c, generator=draw) for n, c in ((512, 64), (37, 32)))
     noise, picture = torch.randn(1, 16, 2, 4, 6, generator=draw), Image.new("RGB", (48, 32), "red")
     pipe = names["pipe"]
-    # diffusers takes a picture or its features: the features are given by the place of the encoder
+    # the pipeline wants the picture itself; what its image encoder would say of it is put in here
     monkeypatch.setattr(pipe, "encode_image", lambda *_: image)
     latents = pipe(picture, prompt_embeds=text, latents=noise, height=32, width=48, num_frames=5,
                    output_type="latent", **names["settings"]).frames

@@ -49,7 +49,7 @@ def config(tmp_path_factory):
               "shift": 7.0, "key": [0, 2, 4, 6], "device": "cpu",
               "synvid": {"prompts": str(root / "prompts.txt"), "count": 6, "batch": 3, "videos": 1},
               "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
-                          "lr": 1e-3, "head_dim": 8, "eval_every": 1}}
+                          "lr": 1e-3, "head_dim": 8, "eval_every": 1, "export_dtype": "fp32"}}
     path = root / "hunyuan.yaml"
     path.write_text(json.dumps(values))  # YAML holds JSON
     return path, root
@@ -117,18 +117,20 @@ def test_the_student_and_the_teacher_sample_videos(distilled, run_stage):
         assert report["tokens"] == 2 * 2 * 3
 
 
-def test_a_student_under_diffusers_names_has_the_same_weights_and_samples_the_same(
+def test_a_student_in_a_diffusers_folder_has_the_same_weights_and_samples_the_same(
         distilled, run_stage, tmp_path):
     path, root = distilled
     shutil.copytree(root / "run", tmp_path / "run")
     run_stage("distill", path, f"run={tmp_path / 'run'}", "export=diffusers")
     ours = load_file(root / "run/student.safetensors")
-    theirs = load_file(tmp_path / "run/student.safetensors")
+    folder = tmp_path / "run/student_diffusers/transformer"
+    theirs = load_file(folder / "diffusion_pytorch_model.safetensors")
     want = official_names(ours, "transformer", reverse=True)
     assert len(theirs) > len(ours) and theirs.keys() == want.keys()
     assert all(torch.equal(theirs[name], want[name]) for name in want)
-    for run in (root / "run", tmp_path / "run"):
-        run_stage("sample", path, "--prompt", PROMPTS[2], "--run", run, "--out", run / "named")
+    for run, student in ((root / "run", "student.safetensors"), (tmp_path / "run", folder)):
+        run_stage("sample", path, "--prompt", PROMPTS[2], "--student", run / student, "--out",
+                  run / "named")
     one, two = (run / "named/student3_0000_seed0.mp4" for run in (root / "run", tmp_path / "run"))
     assert one.read_bytes() == two.read_bytes()
 
@@ -166,7 +168,8 @@ def test_two_ranks_that_share_tokens_and_tiles_sample_the_video_of_one(distilled
 def test_every_stage_runs_in_bf16_as_it_does_on_a_gpu(config, make_config, family, tmp_path):
     path = config[0] if family == "hunyuan" else make_config(
         synvid={"count": 6, "batch": 3}, distill={"iterations": 3, "batch": 2, "micro_batch": 2,
-                                                  "held_out": 2, "lr": 1e-3})
+                                                  "held_out": 2, "lr": 1e-3,
+                                                  "export_dtype": "fp32"})
     worker = Path(__file__).with_name("bf16_stage.py")
     run = tmp_path / "bf16"
     for stage, *options in (("synvid",), ("distill",), ("sample", "--prompt", PROMPTS[0])):

@@ -120,7 +120,8 @@ def test_sequence_parallelism_shrinks_activations_and_offload_the_moments():
 def test_moments_in_host_memory_change_no_bit(tiny_weights, tmp_path, run_stage, make_config):
     students = []
     config = make_config(distill={"iterations": 3, "batch": 4, "micro_batch": 2, "held_out": 2,
-                                  "lr": 1e-3, "head_dim": 8}, synvid={"count": 8})
+                                  "lr": 1e-3, "head_dim": 8, "export_dtype": "fp32"},
+                         synvid={"count": 8})
     for ranks, offload in ((1, False), (1, True), (2, True)):
         run_stage("distill", config, f"offload={offload}", f"run={tmp_path}/{ranks}{offload}",
                   *([f"synvid={tmp_path}/1False/synvid"] if students else []), ranks=ranks)

@@ -25,7 +25,8 @@ from synvid import trajectory_path
 
 DIFFERING = Path(__file__).parent / "differing_stage.py"
 QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 100,
-         "eval_every": 3, "lr": 1e-3, "head_dim": 8}
+         "eval_every": 3, "lr": 1e-3, "head_dim": 8,
+         "export_dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from common.files import ROOT
 
 KILLED = Path(__file__).parent / "killed_stage.py"
 QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 2,
-         "eval_every": 3, "lr": 1e-3, "head_dim": 8, "keep": 2}
+         "eval_every": 3, "lr": 1e-3, "head_dim": 8, "keep": 2,
+         "export_dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")

@@ -263,6 +263,21 @@ def test_a_diffusers_folder_in_shards_holds_the_student_and_loads_in_both_progra
     assert [p.name for p in file.parent.iterdir() if p.name.startswith(".")] == []
 
 
+def test_two_ranks_write_one_student_and_a_finished_run_is_exported_in_another_form(
+        make_config, run_stage, tmp_path):
+    config = make_config(synvid={"count": 4}, distill={
+        "iterations": 2, "batch": 2, "micro_batch": 1, "held_out": 2, "head_dim": 8})
+    run_stage("distill", config, "export=diffusers", ranks=2)
+    file, folder = tmp_path / "run/student.safetensors", tmp_path / "run/student_diffusers"
+    before = load_file(file)
+    theirs = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    want = official_names(before, "transformer", reverse=True)
+    assert theirs.keys() == want.keys() and all(torch.equal(theirs[n], want[n]) for n in want)
+    run_stage("distill", config, "--export_dtype", "fp32")
+    assert all(torch.equal(p.bfloat16(), before[name]) for name, p in load_file(file).items())
+    assert "official names, fp32" in file.with_suffix(".md").read_text()
+
+
 @pytest.mark.parametrize("preset", ["tiny", "tiny-i2v", "hunyuan-tiny"])
 def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, preset):
     file, _ = make_student(preset, 6, 5.0, [0, 2, 4, 6])

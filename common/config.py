@@ -273,7 +273,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 # Where things lie may differ from rank to rank; what they hold may not.
 PATHS = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
          "out", "base", "teacher_samples", "clips", "vbench", "vbench_prompts",
-         "vbench_flickering", "vbench_scores"}
+         "vbench_flickering", "vbench_scores", "how"}
 LOCAL = PATHS | {"device"}
 
 

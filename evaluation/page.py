@@ -1,6 +1,7 @@
 """The page, the table and the pictures of an evaluation."""
 
 import html
+import re
 import string
 import tempfile
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ class Example:
 def html_of(text: str) -> str:
     """Paragraphs and tables of Markdown as HTML: no more than `markdown` writes, escaped."""
     blocks, text = [], html.escape(text.replace("`", "")).replace("**FAIL**", "<mark>FAIL</mark>")
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     for block in text.strip().split("\n\n"):
         head, *lines = [line[1:-1].replace("|", "<td>") for line in block.split("\n")]
         rows = "".join(f"<tr><td>{line}" for line in (head, *lines[1:]))

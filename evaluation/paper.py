@@ -207,8 +207,8 @@ SHORTFALLS = {
     "endpoint error": lambda row, best: row["endpoint"][0],
     "energy": lambda row, best: row["energy"][0] - best["energy"][0],
     "sliced W": lambda row, best: row["sliced"][0] - best["sliced"][0],
-    "|1 − HF|": lambda row, best: abs(1 - row["hf"][0]),
-    "|1 − spread|": lambda row, best: abs(1 - row["spread"][0]),
+    "HF from 1": lambda row, best: abs(1 - row["hf"][0]),
+    "spread from 1": lambda row, best: abs(1 - row["spread"][0]),
     "C2ST": lambda row, best: row["c2st"][0]}
 
 
@@ -289,14 +289,16 @@ def table_lines(teachers: Iterable[dict], arms: Iterable[Measured]) -> list[str]
 
 def claim_lines(claims: list[dict]) -> list[str]:
     """Claims with the paired difference of each shortfall, its 95% interval and the verdict."""
-    lines = ["| claim: nearer to the teacher | " + " | ".join(SHORTFALLS) + " |",
+    lines = ["| claim: … nearer to the teacher than … | " + " | ".join(SHORTFALLS) + " |",
              "|---" * (len(SHORTFALLS) + 1) + "|"]
     for entry in claims:
         cells = []
         for name in SHORTFALLS:
             found = entry[name]
             half = "" if found["half"] is None else f" ± {found['half']:.4f}"
-            cells.append(f"{found['difference']:+.4f}{half}: {found['verdict']}")
+            verdict = found["verdict"]
+            verdict = verdict if verdict == "cannot be told" else f"**{verdict}**"
+            cells.append(f"{found['difference']:+.4f}{half}: {verdict}")
         lines.append(f"| {entry['claim']} | " + " | ".join(cells) + " |")
     return lines
 

@@ -170,13 +170,13 @@ def table3(plan: Plan, s: Settings) -> Section:
     """The parts of the method, and other families of methods on data."""
     def claims_of(arms: dict[str, Measured]) -> list[dict]:
         traj, shared, full = (arms[f"{name}-m{s.m}"] for name in ("traj", "shared", "full"))
-        claims = [claim("one shared head, than L_traj alone", shared, traj),
-                  claim("a head per timestep, than L_traj alone", full, traj),
-                  claim("a head per timestep, than one shared head", full, shared)]
+        claims = [claim("one shared head nearer than L_traj alone", shared, traj),
+                  claim("a head per timestep nearer than L_traj alone", full, traj),
+                  claim("a head per timestep nearer than one shared head", full, shared)]
         for arm in baseline_arms(s):
-            claims.append(claim(f"full, than {arm.label}", full, arms[arm.name]))
+            claims.append(claim(f"full nearer than {arm.label}", full, arms[arm.name]))
         for method, label in METHODS.items() if s.clips else ():
-            claims.append(claim(f"{label} on matched clips, than on mismatched ones",
+            claims.append(claim(f"{label} on matched clips nearer than on mismatched",
                                 arms[f"{method}-matched"], arms[f"{method}-mismatched"]))
         return claims
 
@@ -187,7 +187,7 @@ def table3(plan: Plan, s: Settings) -> Section:
 def table4(plan: Plan, s: Settings) -> Section:
     """The chosen key timesteps against uniform ones."""
     def claims_of(arms: dict[str, Measured]) -> list[dict]:
-        return [claim(f"chosen key timesteps, than uniform ones, m = {m}", arms[f"full-m{m}"],
+        return [claim(f"chosen key timesteps nearer than uniform ones, m = {m}", arms[f"full-m{m}"],
                       arms[f"uniform-m{m}"]) for m in dict.fromkeys((s.m_config, s.m))]
 
     return table_section("Table 4: which key timesteps", plan, s, "table4", claims_of)
@@ -212,7 +212,7 @@ def fig9(plan: Plan, s: Settings) -> Section:
             arms[f"{arm.name}-at-{it}"] = read_measured(
                 plan, f"{arm.name}-at-{it}", f"{arm.label}, iteration {it}")
     adv, full = (arms[f"{arm.name}-at-{s.iterations}"] for arm in arms_of("fig9", s))
-    claims = [claim("with L_traj, than L_adv alone, at the end", full, adv)]
+    claims = [claim("with L_traj nearer than L_adv alone, at the end", full, adv)]
     panels = {"endpoint": "endpoint error", "hf": "HF", "spread": "spread", "c2st": "C2ST"}
     figure = Figure((3.4 * len(panels), 3.2), dpi=120, layout="constrained")
     for axes, (name, heading) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
@@ -301,7 +301,7 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root {{ color-scheme: light dark; }}
 body {{ margin: 0 auto; padding: 1rem; max-width: 80rem; font: 16px/1.5 system-ui, sans-serif; }}
-img {{ max-width: 100%; background: #fff; padding: 6px; }} .wide {{ overflow-x: auto; }}
+img {{ max-width: 100%; background: #fff; padding: 6px; box-sizing: border-box; }} .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }}
 td {{ padding: .3rem .5rem; border-bottom: 1px solid #8886; vertical-align: top; }}
 td:first-child {{ font-weight: 600; }} h2 {{ margin-top: 2.2rem; }}

@@ -62,8 +62,8 @@ def test_shortfalls_are_0_for_the_teacher_and_grow_on_both_sides_of_1():
         assert shortfall(best, best) == (0.5 if name == "C2ST" else 0), name
         assert shortfall(row("a", 0.2), best) > shortfall(row("b", 0.1), best), name
     wide = row("a", 0.0) | {"hf": (1.3, 0.0), "spread": (0.8, 0.0)}
-    assert paper.SHORTFALLS["|1 − HF|"](wide, best) == pytest.approx(0.3)
-    assert paper.SHORTFALLS["|1 − spread|"](wide, best) == pytest.approx(0.2)
+    assert paper.SHORTFALLS["HF from 1"](wide, best) == pytest.approx(0.3)
+    assert paper.SHORTFALLS["spread from 1"](wide, best) == pytest.approx(0.2)
 
 
 # ------------------------------------------------------------------------------ key timesteps
@@ -168,7 +168,7 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
     assert len(claims) == 3 + 9 + 3
     for entry in claims.values():
         assert all(entry[name]["verdict"] == "holds" for name in paper.SHORTFALLS), entry
-    assert claims["full, than phased consistency on clips of smaller objects"]["C2ST"]["pairs"] == 2
+    assert claims["full nearer than phased consistency on clips of smaller objects"]["C2ST"]["pairs"] == 2
     assert all(len(arm["seeds"]) == (2 if "-" in name and "m2" not in name else 3)
                for name, arm in section.numbers["arms"].items())
     text = "\n".join(section.lines)

@@ -301,7 +301,8 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root {{ color-scheme: light dark; }}
 body {{ margin: 0 auto; padding: 1rem; max-width: 80rem; font: 16px/1.5 system-ui, sans-serif; }}
-img {{ max-width: 100%; background: #fff; padding: 6px; box-sizing: border-box; }} .wide {{ overflow-x: auto; }}
+img {{ max-width: 100%; background: #fff; padding: 6px; box-sizing: border-box; }}
+.wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }}
 td {{ padding: .3rem .5rem; border-bottom: 1px solid #8886; vertical-align: top; }}
 td:first-child {{ font-weight: 600; }} h2 {{ margin-top: 2.2rem; }}

@@ -2,6 +2,7 @@
 
     python sample.py [CONFIG] --prompt "…" [--image photo.jpg] [--count 4] [--seed 7] [--teacher]
     torchrun --nproc-per-node 8 sample.py CONFIG --prompt_file prompts.txt
+    python sample.py [CONFIG] --prompt "…" --lora FILE [--lora_scale 1.0]
     python sample.py CONFIG --random_weights [--teacher]       # how fast is it here? needs no files
     torchrun … sample.py CONFIG --vbench all_dimension.txt     # VBench's videos; resumes
     python sample.py --how student.safetensors                 # its settings in other programs
@@ -10,7 +11,7 @@ In:   the weight folder `weights` (text encoder, VAE, and the DiT with --teacher
       that distill.py wrote, <run>/student.safetensors.
 Out:  <run>/samples (or --out): an .mp4 for each prompt and seed, a contact sheet and a .json with
       prompts, seeds, files and seconds; names begin with who and steps: student5_, teacher50_,
-      and teacher50_unipc_ by that solver.
+      teacher50_unipc_ by that solver, and lora5_ with --lora.
 Cost: small world: 1 s and 10 ms a student's video; the table it prints says it for any model.
 
 The student walks its own key timesteps, stored in its file, without guidance: that is built in.
@@ -19,6 +20,9 @@ compares at the student's key timesteps instead). Noise is a function of (seed, 
 prompt), so the same seed gives student and teacher the same noise. Under torchrun every rank takes
 its part of the videos; with --sp N, N ranks share each video's tokens, the DiT's weights and the
 tiles of HunyuanVideo's VAE.
+
+--lora FILE puts a LoRA, ours or another program's, on the DiT of `weights` and walks it as a
+student: the key timesteps that its file tells, or else the config's, without guidance.
 
 --solver unipc, for Wan, walks another grid: it asks teacher and student at whole thousandths, a
 student of m steps not at its key timesteps but at the m times of AccVideo's published command.
@@ -50,6 +54,7 @@ from tqdm import tqdm
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import write_json
 from common.folders import dit_tensors, fingerprint, fingerprint_files
+from common.lora import changes, is_lora, with_lora
 from common.names import official_names
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
@@ -81,6 +86,8 @@ class Config(Shared):
     teacher: bool = field(False, "sample the teacher instead of the student")
     student: str | None = field(None, "the student's file or folder; none: "
                                "<run>/student.safetensors")
+    lora: str | None = field(None, "file of a LoRA that makes the DiT of `weights` a student")
+    lora_scale: float = field(1.0, "what all of it is multiplied by")
     how: str | None = field(None, "a student's file: print how other programs run it, and end")
     steps: int | None = field(None, "the teacher's steps, on its grid of so many; none: n",
                               "[1, 10000]")
@@ -109,6 +116,12 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"got both --teacher and --student {cfg.student}: give one of them")
     if cfg.random_weights and cfg.student is not None:
         raise ValueError(f"got both --random_weights and --student {cfg.student}: give one of them")
+    if cfg.lora is not None and (cfg.teacher or cfg.student is not None or cfg.random_weights):
+        raise ValueError(f"lora: got {cfg.lora} beside --teacher, --student or --random_weights; "
+                         "it goes on the DiT of `weights` alone: leave the other out")
+    if cfg.lora is not None and not Path(cfg.lora).is_file():
+        raise FileNotFoundError(f"lora: {cfg.lora}: no such file; make one of a student by `python "
+                                "lora.py CONFIG`, or give another program's")
     if cfg.solver == "unipc" and cfg.family != "wan":
         raise ValueError(f"solver: got unipc; family {cfg.family} has no grid for it, wan has: "
                          "leave --solver out")
@@ -206,7 +219,8 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
         raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, the "
                          f"weights in {cfg.weights} are {teacher}: point `weights` at its teacher, "
                          "or distill again with `python distill.py CONFIG`")
-    warn_of_another_model(path, tensors, cfg)
+    if not is_lora(tensors):
+        warn_of_another_model(path, tensors, cfg)
     return facts
 
 
@@ -267,8 +281,8 @@ def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], cfg: Share
 
 
 def student_path(cfg: Config) -> Path:
-    """The student's file that the config means."""
-    return Path(cfg.student or Path(cfg.run) / "student.safetensors")
+    """The file that the config means as its student: a DiT, or a LoRA on the one of `weights`."""
+    return Path(cfg.lora or cfg.student or Path(cfg.run) / "student.safetensors")
 
 
 def sampling_times(cfg: Config) -> list[float]:
@@ -283,7 +297,9 @@ def sampling_times(cfg: Config) -> list[float]:
         return grid.tolist()
     times, shift = key_times(cfg.family, cfg.n, cfg.shift, cfg.key), cfg.shift
     if not cfg.random_weights:
-        facts = student_facts(student_path(cfg), cfg, foreign=cfg.student is not None)
+        facts = student_facts(student_path(cfg), cfg, foreign=bool(cfg.student or cfg.lora))
+        if cfg.lora is not None:
+            check_lora(cfg, facts)
         times, shift = facts["t_key"], facts["shift"]
         if cfg.steps not in (None, len(times) - 1):
             raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
@@ -295,12 +311,41 @@ def sampling_times(cfg: Config) -> list[float]:
     return unipc_grid(len(times) - 1, shift, twice=text_to_video).tolist()
 
 
+def check_lora(cfg: Config, facts: dict) -> None:
+    """Raise ValueError if a LoRA does not fit the DiT of `weights`; say so if it was made on
+    another one, or on the same one in another dtype."""
+    changes(Path(cfg.lora), {name: t.shape for name, t in dit_tensors(cfg.weights).items()})
+    base = facts["teacher"]
+    if base and base != (own := fingerprint(cfg.weights)) and os.environ.get("RANK", "0") == "0":
+        print(f"{cfg.lora} was made on the DiT {base}; {cfg.weights} has {own}: the same in "
+              "another dtype is as good, another model is not", flush=True)
+
+
 def load_student(cfg: Shared, path: Path, device: torch.device,
                  ranks: Ranks | None = None) -> nn.Module:
     """A student's DiT, frozen, sharded if `ranks` is given; official or diffusers names."""
     dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
     tensors = official_names(open_tensors(path), "transformer")
     return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
+
+
+def load_with_lora(cfg: Config, device: torch.device, ranks: Ranks | None = None) -> nn.Module:
+    """The DiT of `weights` with a LoRA merged in fp32 and rounded once to what it computes in,
+    frozen, sharded if `ranks` is given. Raises ValueError as common.lora.changes."""
+    dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
+    tensors = with_lora(dit_tensors(cfg.weights), Path(cfg.lora), cfg.lora_scale)
+    return load_module(dit, tensors, f"DiT from {cfg.weights} with {cfg.lora}",
+                       device=device).requires_grad_(False)
+
+
+def make_dit(cfg: Config, device: torch.device, ranks: Ranks | None) -> nn.Module:
+    """The DiT that is sampled, frozen: the teacher, the teacher with a LoRA, or the student."""
+    if cfg.teacher:
+        return load_dit(cfg.weights, cfg.preset, compute_dtype(device), device,
+                        ranks).requires_grad_(False)
+    if cfg.lora is not None:
+        return load_with_lora(cfg, device, ranks)
+    return load_student(cfg, student_path(cfg), device, ranks)
 
 
 def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Module:
@@ -407,9 +452,7 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
         conds, unconds = encode_prompts(cfg, [job.prompt for job in jobs],
                                         [(job.height, job.width) for job in jobs], False, device,
                                         timer)
-        dit = (load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks.sp_ranks)
-               .requires_grad_(False) if cfg.teacher else
-               load_student(cfg, student_path(cfg), device, ranks.sp_ranks))
+        dit = make_dit(cfg, device, ranks.sp_ranks)
         vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     unconds = unconds if cfg.teacher else None  # guidance is built into a student
     if cfg.compile:
@@ -562,7 +605,8 @@ def main(argv: list[str] | None = None) -> None:
     check_config(cfg)
     jobs = make_jobs(cfg)
     times = sampling_times(cfg)
-    who = f"{'teacher' if cfg.teacher else 'student'}{len(times) - 1}"
+    who = "teacher" if cfg.teacher else "student" if cfg.lora is None else "lora"
+    who = f"{who}{len(times) - 1}"
     who = f"random_{who}" if cfg.random_weights else who
     who = who if cfg.solver == "euler" else f"{who}_{cfg.solver}"
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads,
@@ -587,8 +631,9 @@ def contents(cfg: Config, jobs: list[Job]) -> dict[str, str]:
     """Identities of the files that a run reads, which are the same on all ranks."""
     if cfg.random_weights:
         return {}
-    dit = cfg.weights if cfg.teacher else student_path(cfg)
-    return {"dit": fingerprint(dit), "encoders": fingerprint_files(cfg.weights),
+    dit = student_path(cfg) if not cfg.teacher and cfg.lora is None else cfg.weights
+    own = {} if cfg.lora is None else {"lora": fingerprint_files(cfg.lora)}
+    return {"dit": fingerprint(dit), "encoders": fingerprint_files(cfg.weights), **own,
             "prompts": digest_texts([job.prompt for job in jobs]),
             "files": digest_texts([Prompt(job.file or "") for job in jobs])}
 

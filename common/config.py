@@ -21,7 +21,7 @@ import yaml
 
 from common.files import ROOT, write_text
 
-STAGES = ("teacher", "synvid", "distill", "sample", "evaluate")
+STAGES = ("teacher", "synvid", "distill", "sample", "evaluate", "lora")
 
 
 def field(default: Any, help: str, within: str | None = None) -> Any:

@@ -899,6 +899,7 @@ ARROWS = {"common": {"common"}, "model": {"model", "common"},
                         "small_world"},
           "taps": {"model", "common", "synvid", "distill", "sample"},
           "sample": {"model", "frozen", "common"}, "toy1d": set(),
+          "lora": {"model", "common", "sample"},
           "evaluation": {"evaluation", "model", "small_world", "common"},
           "evaluate": {"model", "frozen", "common", "synvid", "distill", "sample", "training",
                        "small_world", "evaluation", "baselines"}}

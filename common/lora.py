@@ -1,0 +1,198 @@
+"""LoRA files: differences to a DiT's weights, read from every program that writes them; our form.
+
+A matrix [out, in] changes by B·A, "up" [out, r] times "down" [r, in]; other parameters change by a
+tensor of their own shape, "diff". Ours are under the official names with `diffusion_model.` before
+them, which ComfyUI, diffusers and LightX2V take.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.names import comfy_to_official, official_names
+from common.weights import LazyTensor, kind_of, looks_like, open_tensors, safetensors_metadata
+
+# ------------------------------------------------------------------------------ files of others
+
+PREFIXES = re.compile(r"^((base_model|model|diffusion_model|transformer|pipe\.dit)\.|"
+                      r"lora_unet_|lora_transformer_)+")
+PARTS = tuple((part, re.compile(rf"(.+?)(?:{end})")) for part, end in (
+    ("down", r"\.lora_A(\.default)?(\.weight)?|\.lora_down\.weight|[._]lora\.down\.weight"),
+    ("up", r"\.lora_B(\.default)?(\.weight)?|\.lora_up\.weight|[._]lora\.up\.weight"),
+    ("bias", r"\.diff_b|\.lora_B(\.default)?\.bias"), ("alpha", r"\.alpha"),
+    ("weight", r"\.diff"), ("modulation", r"\.diff_m")))
+# Models by the names in a LoRA, as far as they tell.
+LOOKS = ((r"double_blocks.*img_attn", "HunyuanVideo or Flux"),
+         (r"(single_)?transformer_blocks", "HunyuanVideo, Flux or another, with diffusers' names"),
+         (r"(down|up|input|output)_blocks", "Stable Diffusion"),
+         (r"(^|\.)blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)", "Wan"),
+         (r"lora_te|text_model", "a text encoder"))
+
+
+def is_lora(tensors: Iterable[str]) -> bool:
+    """Whether names are a LoRA's: some are the halves of a matrix."""
+    return any(part_of(name)[0] in ("down", "up") for name in tensors)
+
+
+def part_of(name: str) -> tuple[str | None, str]:
+    """Which part of a change a tensor of a LoRA is, and of which module; None: it is no part."""
+    for part, pattern in PARTS:
+        if match := pattern.fullmatch(name):
+            return part, PREFIXES.sub("", match[1])
+    return None, name
+
+
+def module_names(tensors: Iterable[str]) -> dict[str, str]:
+    """Official module names of a DiT by the names that LoRAs have for them: official, Wan's in
+    diffusers, and both with underscores for dots (kohya)."""
+    names = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in tensors}
+    names |= {name: name for name in tensors if name.endswith("modulation")}
+    if "patch_embedding.weight" in tensors:
+        theirs = official_names({name: name for name in tensors}, "transformer", reverse=True)
+        for name, official in theirs.items():
+            names.setdefault(name.rpartition(".")[0], official.rpartition(".")[0])
+    return {name.replace(".", "_"): official for name, official in names.items()} | names
+
+
+def product(up: LazyTensor, down: LazyTensor, scale: float, shape: tuple[int, ...]) -> LazyTensor:
+    """scale · up · down in fp32, in the shape of the weight that it changes, by rows if asked."""
+    def read(rows: slice | None = None) -> Tensor:
+        change = up.read(rows).float().flatten(1) @ down.read().float().flatten(1)
+        return scale * change.unflatten(1, shape[1:])
+
+    return LazyTensor(shape, torch.float32, up.file, read)
+
+
+def scaled(diff: LazyTensor, scale: float) -> LazyTensor:
+    """scale · diff in fp32."""
+    return LazyTensor(diff.shape, torch.float32, diff.file,
+                      lambda rows=None: scale * diff.read(rows).float())
+
+
+def summed(parts: list[LazyTensor]) -> LazyTensor:
+    """The sum of tensors of one shape, in fp32."""
+    def read(rows: slice | None = None) -> Tensor:
+        first, *others = (part.read(rows) for part in parts)
+        return sum(others, first.float())
+
+    return LazyTensor(parts[0].shape, torch.float32, parts[0].file, read)
+
+
+def changes(path: Path, shapes: dict[str, tuple[int, ...]],
+            scale: float = 1.0) -> tuple[dict[str, list[LazyTensor]], list[str]]:
+    """What a LoRA file adds to each parameter of a DiT, and the names of what cannot be added.
+
+    Args: shapes, of the DiT's parameters by official name; scale, what all of it is multiplied by.
+    Raises ValueError for a file of which nothing fits, saying what it looks like, for matrices of
+    another size, and for other kinds of change than a LoRA's.
+    """
+    tensors, modules = open_tensors(path), module_names(shapes)
+    odd = next((n for n in tensors if n.endswith("dora_scale") or re.search(r"hada_|lokr_", n)), "")
+    if odd:
+        raise ValueError(f"{path}: {odd}: is a DoRA, LoHa or LoKr, which are not read here: wanted "
+                         "a LoRA (lora_A and lora_B, or lora_down and lora_up)")
+    found: dict[str, dict[str, tuple[str, LazyTensor]]] = {}
+    unused = []
+    for name, t in tensors.items():
+        part, theirs = part_of(name)
+        module = modules.get(theirs) or modules.get(
+            comfy_to_official(f"{theirs}.weight").removesuffix(".weight"))
+        if part is None or module is None:
+            unused.append(name)
+        else:
+            found.setdefault(module, {})[part] = name, t
+    out: dict[str, list[LazyTensor]] = {}
+    for module, parts in found.items():
+        weight = f"{module}.weight"
+        if {"up", "down"} <= parts.keys() and weight in shapes:
+            (_, up), (name, down) = parts.pop("up"), parts.pop("down")
+            check_sizes(path, name, up, down, shapes[weight])
+            alpha = float(parts.pop("alpha")[1].read()) / down.shape[0] if "alpha" in parts else (
+                adapter_scale(path))
+            out.setdefault(weight, []).append(product(up, down, scale * alpha, shapes[weight]))
+        for part, (name, t) in parts.items():
+            target = module if module in shapes else f"{module}.{part}"
+            if shapes.get(target) == t.shape and part not in ("up", "down", "alpha"):
+                out.setdefault(target, []).append(scaled(t, scale))
+            else:
+                unused.append(name)
+    if not out:
+        raise ValueError(f"{path}: none of its {len(tensors)} tensors (as "
+                         f"{next(iter(tensors), 'none')}) changes one of this DiT's"
+                         f"{lora_looks_like(tensors)}: wanted a LoRA for the DiT of `weights`")
+    return out, unused
+
+
+def check_sizes(path: Path, name: str, up: LazyTensor, down: LazyTensor,
+                shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless up · down is of the shape of the weight that it changes."""
+    got = [up.shape[0], math.prod(down.shape[1:])]
+    wanted = [shape[0], math.prod(shape[1:])]
+    if got != wanted or math.prod(up.shape[1:]) != down.shape[0]:
+        raise ValueError(f"{path}: {name} and its other half, {list(up.shape)} times "
+                         f"{list(down.shape)}, change a matrix of {got}; this DiT's is {wanted}: "
+                         "it is a LoRA for another size of the model than `preset`")
+
+
+def adapter_scale(path: Path) -> float:
+    """alpha / rank of a file that diffusers saved, which has it in its metadata; 1 for others."""
+    if kind_of(path) != "safetensors":
+        return 1.0
+    about = json.loads(safetensors_metadata(path).get("lora_adapter_metadata", "{}"))
+    alpha, rank = about.get("transformer.lora_alpha"), about.get("transformer.r")
+    return alpha / rank if alpha and rank else 1.0
+
+
+def lora_looks_like(tensors: dict[str, LazyTensor]) -> str:
+    """"; it looks like …": what a file that does not fit is, or nothing."""
+    if not is_lora(tensors):
+        return f"{looks_like(tensors)}; it is no LoRA"
+    return next((f"; it looks like a LoRA for {model}" for pattern, model in LOOKS
+                 if any(re.search(pattern, name) for name in tensors)), "")
+
+
+def with_lora(tensors: dict[str, LazyTensor], path: Path,
+              scale: float = 1.0) -> dict[str, LazyTensor]:
+    """A DiT's tensors with a LoRA added in fp32, lazily and by rows, so that sharded loading reads
+    and computes only what a rank keeps. Says what of the file is not applied. Raises as changes."""
+    added, unused = changes(path, {name: t.shape for name, t in tensors.items()}, scale)
+    if unused and os.environ.get("RANK", "0") == "0":
+        shown = ", ".join(unused[:4]) + (" …" if len(unused) > 4 else "")
+        print(f"{path}: {len(unused)} tensor(s) are not applied, for this DiT has none of that "
+              f"name and shape: {shown}", flush=True)
+    return {name: summed([t, *added[name]]) if name in added else t for name, t in tensors.items()}
+
+
+# ---------------------------------------------------------------------------------------- ours
+
+PREFIX = "diffusion_model."
+
+
+def lora_form(family: str, name: str, shape: tuple[int, ...]) -> str | None:
+    """How a parameter's change goes into our files: "matrix" for B·A, or the ending of its name
+    there; None if it is left out.
+
+    Of HunyuanVideo only the blocks' matrices: diffusers refuses a file with more. Of Wan all of it;
+    ComfyUI passes over modulation (LightX2V reads it), diffusers over modulation, norms and patches
+    too.
+    """
+    if family == "hunyuan":
+        blocks = name.startswith(("double_blocks.", "single_blocks."))
+        return "matrix" if blocks and len(shape) == 2 else None
+    if len(shape) == 2:
+        return "matrix"
+    return {"bias": "diff_b", "modulation": "diff_m"}.get(name.rpartition(".")[2], "diff")
+
+
+def lora_names(name: str, form: str) -> tuple[str, ...]:
+    """A parameter's names in our files: of A and B, or of its diff."""
+    module = PREFIX + name.rpartition(".")[0]
+    if form == "matrix":
+        return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+    return (f"{module}.{form}",)

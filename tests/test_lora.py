@@ -1,0 +1,415 @@
+"""LoRA: what is extracted, what other programs read of it, what is read of theirs, and training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import in_processes
+from test_sample import write_student
+
+import lora
+import model
+import sample
+from common.config import load_config
+from common.folders import dit_tensors, fingerprint
+from common.lora import changes, is_lora, with_lora
+from common.names import official_names
+from common.ranks import generator
+from common.video import read_video
+from common.weights import open_tensors, safetensors_metadata, save_tensors
+from model import HunyuanConfig, WanConfig, build_dit, key_times
+
+WAN = WanConfig(dim=24, ffn_dim=64, num_heads=2, num_layers=3, text_dim=12, text_len=6,
+                freq_dim=16)
+I2V = WanConfig(dim=24, ffn_dim=64, num_heads=2, num_layers=2, text_dim=12, text_len=6,
+                freq_dim=16, model_type="i2v", in_dim=36, image_dim=6, image_len=5)
+HUNYUAN = HunyuanConfig(dim=24, ffn_dim=96, num_heads=2, num_double=2, num_single=2, text_dim=12,
+                        text_len=6, pooled_dim=10, rope_dims=(4, 4, 4))
+SIZES = {"wan": WAN, "i2v": I2V, "hunyuan": HUNYUAN}
+HALF = 2 ** -10  # of a number, at most so much is lost in fp16: half of it a factor, two factors
+
+
+def draw(name, shape, scale=1.0):
+    return scale * torch.randn(shape, generator=generator("lora test", name))
+
+
+def write_pair(folder: Path, sizes, rank: int | None = None, moved: float = 0.05) -> tuple:
+    """A random teacher and its student, whose matrices differ in so many ranks (None: in all)."""
+    teacher = {name: draw(name, p.shape, p.shape[-1] ** -0.5)
+               for name, p in build_dit(sizes).named_parameters()}
+    student = {}
+    for name, w in teacher.items():
+        delta = draw(f"{name} student", w.shape, moved)
+        if rank is not None and w.ndim == 2:
+            delta = draw(f"{name} B", (w.shape[0], rank), moved) @ draw(f"{name} A",
+                                                                        (rank, w.shape[1]))
+        student[name] = w + delta
+    paths = folder / "teacher.safetensors", folder / "plain_student.safetensors"
+    for path, tensors in zip(paths, (teacher, student), strict=True):
+        save_tensors(path, tensors, {})
+    return *paths, teacher, student
+
+
+@pytest.fixture(params=["wan", "i2v", "hunyuan"])
+def pair(request, tmp_path, monkeypatch):
+    """extract(rank) of a pair of a family -> merged tensors, and the pair's own."""
+    sizes = SIZES[request.param]
+    monkeypatch.setitem(model.PRESETS, "small", sizes)
+
+    def extract(rank, of=None):
+        teacher, student, w_teacher, w_student = write_pair(tmp_path, sizes, of)
+        cfg = lora.Config(family=sizes.family, preset="small", weights=str(teacher), rank=rank,
+                          student=str(student), run=str(tmp_path), device="cpu")
+        extract.rows = lora.extract(cfg, student, tmp_path / "lora.safetensors")
+        merged = with_lora(dit_tensors(teacher), tmp_path / "lora.safetensors")
+        return {name: t.read() for name, t in merged.items()}, w_teacher, w_student
+
+    extract.sizes, extract.folder = sizes, tmp_path
+    return extract
+
+
+def rounding(delta):
+    """How far a difference may be after its factors are fp16: their numbers lose 2^-11 each, and a
+    product of r of them adds up like the norms of its rows and columns."""
+    return HALF * delta.norm() if delta.ndim == 2 else HALF * delta.abs().max() + 1e-7
+
+
+# --------------------------------------------------------------------------------- extraction
+
+def test_a_lora_of_full_rank_is_the_student(pair):
+    merged, teacher, student = pair(1000)
+    for name, w in student.items():
+        form = lora.lora_form(pair.sizes.family, name, w.shape)
+        want = teacher[name] if form is None else w
+        assert (merged[name] - want).abs().max() <= rounding(student[name] - teacher[name]), name
+    left = {row["name"] for row in pair.rows if row["form"] == "none"}
+    assert bool(left) == (pair.sizes.family == "hunyuan")
+    assert left.isdisjoint(n for n in student if "blocks" in n and student[n].ndim == 2
+                           and not n.startswith("txt_in"))
+    for name, w in student.items():  # and before they are rounded, to fp32's accuracy
+        if w.ndim == 2:
+            A, B = lora.factors(w - teacher[name], min(w.shape), name)
+            assert (B @ A - (w - teacher[name])).abs().max() < 1e-5
+
+
+def test_a_difference_of_rank_r_is_exact_at_rank_r_and_not_below(pair):
+    merged, teacher, student = pair(3, of=3)
+    matrices = [row for row in pair.rows if row["form"] == "matrix"]
+    assert min(row["energy"] for row in matrices) > 1 - 1e-5
+    assert {row["rank"] for row in matrices} == {3}
+    for row in matrices:
+        delta = student[row["name"]] - teacher[row["name"]]
+        assert (merged[row["name"]] - student[row["name"]]).abs().max() <= rounding(delta)
+    pair(2, of=3)
+    assert max(row["energy"] for row in pair.rows if row["form"] == "matrix") < 0.999
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_energy_kept_is_that_of_the_singular_values(pair, exact, monkeypatch):
+    if not exact:  # small matrices by the randomised decomposition too, with few columns
+        monkeypatch.setattr(lora, "EXACT", 0)
+        monkeypatch.setattr(lora, "OVERSAMPLE", 4)
+    _, teacher, student = pair(5)
+    for row in pair.rows:
+        if row["form"] != "matrix":
+            continue
+        S = torch.linalg.svdvals(student[row["name"]] - teacher[row["name"]]).square()
+        want = (S[:5].sum() / S.sum()).item()
+        assert row["energy"] == pytest.approx(want, abs=1e-5 if exact else 2e-3)
+        assert row["square"] == pytest.approx(S.sum().item(), rel=1e-5)
+
+
+def test_a_large_matrix_s_randomised_decomposition_is_near_the_exact_one():
+    delta = draw("large", (1300, 1100)) * torch.linspace(1, 0.01, 1100) ** 2
+    A, B = lora.factors(delta, 24, "large")
+    S = torch.linalg.svdvals(delta).square()
+    kept = 1 - ((delta - B @ A).square().sum() / S.sum()).item()
+    assert kept == pytest.approx((S[:24].sum() / S.sum()).item(), rel=2e-3)
+    again, _ = lora.factors(delta, 24, "large")
+    assert torch.equal(A, again)
+
+
+def test_the_command_writes_file_table_and_plot_and_sample_walks_it(tiny_weights, make_config,
+                                                                    tmp_path, capsys):
+    config = make_config(n=4, key=[0, 1, 4], lora={"rank": 8})
+    write_student(tmp_path / "run/student.safetensors", tiny_weights, moved=0.002)
+    lora.main([str(config), "--rank", "128"])
+    assert "energy kept: 1.0000 of all" in capsys.readouterr().out
+    out = tmp_path / "run/student_lora_rank128.safetensors"
+    about = json.loads(safetensors_metadata(out)["accvideo"])
+    assert about["t_key"] == key_times("wan", 4, 7.0, [0, 1, 4]) and about["lora_rank"] == 128
+    assert about["teacher"] == fingerprint(tiny_weights)
+    tensors = open_tensors(out)
+    assert {t.dtype for t in tensors.values()} == {torch.float16} and is_lora(tensors)
+    assert not any(name.endswith("alpha") for name in tensors)
+    table = json.loads(out.with_suffix(".json").read_text())
+    names = dict(build_dit("tiny").named_parameters())
+    assert {row["name"] for row in table["rows"]} == names.keys()
+    text = out.with_suffix(".md").read_text()
+    assert text.count("\n| ") == 1 + len(names) and out.with_suffix(".png").stat().st_size > 1000
+    videos = {}
+    for who, options in {"student": [], "lora": ["--lora", out],
+                         "none": ["--lora", out, "--lora_scale", "0"]}.items():
+        sample.main([str(config), "--prompt", "a red disc", *map(str, options),
+                     "--out", str(tmp_path / who)])
+        videos[who] = read_video(next((tmp_path / who).glob("*.mp4"))).float()
+    assert next((tmp_path / "lora").glob("*.mp4")).name == "lora2_0000_seed0.mp4"
+    apart, moved = ((videos[who] - videos["student"]).abs().mean() for who in ("lora", "none"))
+    assert apart < 0.1 * moved
+    assert json.loads((tmp_path / "lora/lora2.json").read_text())["times"] == about["t_key"]
+
+
+# ----------------------------------------------------------------------------- other programs
+
+def diffusers_model(sizes):
+    """diffusers' own DiT of these sizes."""
+    from diffusers import HunyuanVideoTransformer3DModel, WanTransformer3DModel
+    common = dict(in_channels=sizes.in_dim, out_channels=16, num_attention_heads=2,
+                  attention_head_dim=12, text_dim=12)
+    if sizes.family == "wan":
+        image = dict(image_dim=6, added_kv_proj_dim=24) if sizes.takes_image else {}
+        return WanTransformer3DModel(
+            **common, freq_dim=16, ffn_dim=64, num_layers=sizes.num_layers, cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads", eps=1e-6, **image)
+    common["text_embed_dim"] = common.pop("text_dim")
+    return HunyuanVideoTransformer3DModel(
+        **common, num_layers=2, num_single_layers=2, num_refiner_layers=2, mlp_ratio=4.0,
+        patch_size=2, patch_size_t=1, qk_norm="rms_norm", guidance_embeds=True,
+        pooled_projection_dim=10, rope_theta=256.0, rope_axes_dim=(4, 4, 4))
+
+
+def covered(merged, teacher, family):
+    """What diffusers applies: of Wan matrices and their biases, of HunyuanVideo what the file has.
+    """
+    if family == "hunyuan":
+        return merged
+    return {name: w if w.ndim == 2 or (name.endswith("bias") and f"{name[:-4]}weight" in merged
+                                       and merged[f"{name[:-4]}weight"].ndim == 2)
+            else teacher[name] for name, w in merged.items()}
+
+
+def hunyuan_width(monkeypatch):
+    """diffusers' loader has HunyuanVideo's width built in; here its code gets the small one's."""
+    from diffusers.loaders import lora_conversion_utils as utils
+    code = utils._convert_hunyuan_video_lora_to_diffusers.__code__
+    inner = [c.replace(co_consts=tuple(24 if x == 3072 else x for x in c.co_consts))
+             if hasattr(c, "co_consts") else c for c in code.co_consts]
+    monkeypatch.setattr(utils._convert_hunyuan_video_lora_to_diffusers, "__code__",
+                        code.replace(co_consts=tuple(inner)))
+    return utils
+
+
+def test_diffusers_own_conversion_makes_of_the_file_what_we_merge(pair, monkeypatch):
+    utils = hunyuan_width(monkeypatch)
+    merged, teacher, _ = pair(4)
+    tensors = {name: t.read() for name, t in open_tensors(pair.folder / "lora.safetensors").items()}
+    family = pair.sizes.family
+    convert = (utils._convert_non_diffusers_wan_lora_to_diffusers if family == "wan" else
+               utils._convert_hunyuan_video_lora_to_diffusers)
+    theirs = {name.removeprefix("transformer."): t.float() for name, t in convert(tensors).items()}
+    assert all("lora_" in name for name in theirs)
+    want = official_names(covered(merged, teacher, family), "transformer", reverse=True)
+    got = {name: w.clone() for name, w in official_names(teacher, "transformer",
+                                                         reverse=True).items()}
+    for name in [n for n in theirs if n.endswith("lora_A.weight")]:
+        module = name.removesuffix(".lora_A.weight")
+        got[f"{module}.weight"] += theirs[f"{module}.lora_B.weight"] @ theirs[name]
+        if f"{module}.lora_B.bias" in theirs:
+            got[f"{module}.bias"] += theirs[f"{module}.lora_B.bias"]
+    assert got.keys() == want.keys()
+    assert max((got[name] - want[name]).abs().max() for name in want) < 1e-5
+
+
+def test_diffusers_load_lora_weights_gives_the_merged_student(pair, monkeypatch):
+    pytest.importorskip("peft", reason="diffusers loads LoRAs by peft")
+    import diffusers
+    hunyuan_width(monkeypatch)
+    merged, teacher, _ = pair(4)
+    family, theirs = pair.sizes.family, diffusers_model(pair.sizes).eval()
+    theirs.load_state_dict(official_names(teacher, "transformer", reverse=True), strict=True)
+    kind = (diffusers.loaders.WanLoraLoaderMixin if family == "wan" else
+            diffusers.loaders.HunyuanVideoLoraLoaderMixin)
+    state = kind.lora_state_dict(str(pair.folder / "lora.safetensors"))
+    kind.load_lora_into_transformer(state, transformer=theirs)
+    theirs.fuse_lora()
+    got = {name.replace(".base_layer", ""): w for name, w in theirs.state_dict().items()
+           if ".lora_" not in name}
+    want = official_names(covered(merged, teacher, family), "transformer", reverse=True)
+    bias = {n.replace(".lora_B.default_0.bias", ".bias"): w for n, w in theirs.state_dict().items()
+            if n.endswith("lora_B.default_0.bias")}
+    assert got.keys() == want.keys() and (family == "hunyuan" or bias)
+    assert max((got[name] - want[name]).abs().max() for name in want) < 1e-5
+
+
+def forms_of(tensors, form):
+    """Our LoRA as other programs write it."""
+    out = {}
+    for name, t in tensors.items():
+        t, bare = t.read().float(), name.removeprefix("diffusion_model.")
+        if form in ("lora_up", "kohya"):
+            bare = bare.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        module, part = bare.rpartition(".lora_")[::2] if ".lora_" in bare else bare.rsplit(".", 1)
+        if form == "kohya":
+            sep = ".lora_" if ".lora_" in bare else "."
+            out[f"lora_unet_{module.replace('.', '_')}{sep}{part}"] = t
+            if part.startswith("down"):
+                out[f"lora_unet_{module.replace('.', '_')}.alpha"] = torch.tensor(len(t) / 4)
+        elif form == "peft":
+            out[f"base_model.model.{bare.replace('.weight', '.default.weight')}"] = t
+        else:
+            out[{"lora_up": "diffusion_model.", "transformer": "transformer.",
+                 "bare": ""}[form] + bare] = t
+            if form == "lora_up" and part.startswith("down"):
+                out[f"diffusion_model.{module}.alpha"] = torch.tensor(float(len(t)))
+    return out
+
+
+@pytest.mark.parametrize("form", ["lora_up", "kohya", "transformer", "bare", "peft"])
+def test_the_same_lora_in_another_program_s_form_changes_the_same(pair, form):
+    merged, teacher, _ = pair(4)
+    path = pair.folder / "theirs.safetensors"
+    save_tensors(path, forms_of(open_tensors(pair.folder / "lora.safetensors"), form), {})
+    files = dit_tensors(pair.folder / "teacher.safetensors")
+    for scale in (1.0, 0.5):
+        got = {name: t.read() for name, t in with_lora(files, path, scale).items()}
+        for name, w in merged.items():
+            part = scale * (0.25 if form == "kohya" and w.ndim == 2 else 1.0)
+            near = teacher[name] + part * (w - teacher[name])
+            assert (got[name] - near).abs().max() < 1e-5, name
+    rows = with_lora(files, path)  # what a rank that keeps some rows reads
+    full = {name: t.read() for name, t in rows.items()}
+    assert all(torch.allclose(t.read(slice(1, 3)), full[name][1:3], atol=1e-6)
+               for name, t in rows.items() if t.shape[0] > 3)
+
+
+def test_diffusers_own_names_of_wan_and_alpha_in_its_metadata_are_read(tmp_path):
+    teacher, _, w, _ = write_pair(tmp_path, WAN)
+    A, B = draw("A", (2, 24)), draw("B", (24, 2))
+    for prefix, about in (("transformer.blocks.1.attn1.to_q", {"transformer.r": 2,
+                                                               "transformer.lora_alpha": 4}),
+                          ("lora_unet_blocks_1_attn1_to_q", {})):
+        save_tensors(tmp_path / "l.safetensors", {f"{prefix}.lora_A.weight": A,
+                                                  f"{prefix}.lora_B.weight": B},
+                     {"lora_adapter_metadata": json.dumps(about)})
+        got = with_lora(dit_tensors(teacher), tmp_path / "l.safetensors")
+        q = "blocks.1.self_attn.q.weight"
+        assert torch.allclose(got[q].read(), w[q] + (2 if about else 1) * B @ A, atol=1e-6)
+
+
+def test_comfyui_s_names_of_hunyuanvideo_are_read(tmp_path):
+    teacher, *_ = write_pair(tmp_path, HUNYUAN)
+    module = "diffusion_model.double_blocks.0.img_attn.qkv"
+    save_tensors(tmp_path / "l.safetensors", {f"{module}.lora_up.weight": draw("u", (72, 2)),
+                                              f"{module}.lora_down.weight": draw("d", (2, 24))}, {})
+    shapes = {name: t.shape for name, t in dit_tensors(teacher).items()}
+    assert [*changes(tmp_path / "l.safetensors", shapes)[0]] == [
+        "double_blocks.0.img_attn_qkv.weight"]
+
+
+def test_what_is_not_applied_is_said_in_one_line_with_names_and_count(tmp_path, capsys):
+    teacher, *_ = write_pair(tmp_path, WAN)
+    q = "diffusion_model.blocks.0.self_attn.q"
+    save_tensors(tmp_path / "l.safetensors", {
+        f"{q}.lora_down.weight": draw("d", (2, 24)), f"{q}.lora_up.weight": draw("u", (24, 2)),
+        "diffusion_model.blocks.0.cross_attn.k_img.diff_b": draw("k", (24,)),
+        "diffusion_model.patch_embedding.diff": draw("p", (24, 36, 1, 2, 2))}, {})
+    with_lora(dit_tensors(teacher), tmp_path / "l.safetensors")
+    said = capsys.readouterr().out
+    assert "2 tensor(s) are not applied" in said and said.count("\n") == 1
+    assert "k_img.diff_b" in said and "patch_embedding.diff" in said
+
+
+@pytest.mark.parametrize("module, shapes, message", [
+    ("diffusion_model.double_blocks.0.img_attn_qkv", ((2, 24), (72, 2)),
+     "none of its 2 tensors .* looks like a LoRA for HunyuanVideo"),
+    ("lora_unet_input_blocks_1_1_proj_in", ((2, 24), (24, 2)), "looks like .* Stable Diffusion"),
+    ("diffusion_model.blocks.0.self_attn.q", ((2, 48), (48, 2)),
+     r"change a matrix of \[48, 48\]; this DiT's is \[24, 24\]: it is a LoRA for another size")])
+def test_a_lora_of_another_model_is_refused_by_what_it_is(tmp_path, module, shapes, message):
+    teacher, *_ = write_pair(tmp_path, WAN)
+    save_tensors(tmp_path / "l.safetensors", {f"{module}.lora_down.weight": draw("d", shapes[0]),
+                                              f"{module}.lora_up.weight": draw("u", shapes[1])}, {})
+    with pytest.raises(ValueError, match=message):
+        with_lora(dit_tensors(teacher), tmp_path / "l.safetensors")
+
+
+def test_a_dora_and_a_whole_model_are_refused_as_loras(tmp_path):
+    teacher, student, *_ = write_pair(tmp_path, WAN)
+    with pytest.raises(ValueError, match="looks like a Wan DiT, width 24; it is no LoRA"):
+        with_lora(dit_tensors(teacher), student)
+    save_tensors(tmp_path / "l.safetensors", {
+        "diffusion_model.blocks.0.self_attn.q.dora_scale": draw("d", (24, 1))}, {})
+    with pytest.raises(ValueError, match="is a DoRA"):
+        with_lora(dit_tensors(teacher), tmp_path / "l.safetensors")
+
+
+# ---------------------------------------------------------------------------------- sample.py
+
+@pytest.fixture
+def foreign(tiny_weights, tmp_path):
+    """A LoRA for preset `tiny` that says nothing about itself."""
+    path, q = tmp_path / "foreign.safetensors", "diffusion_model.blocks.0.self_attn.q"
+    save_tensors(path, {f"{q}.lora_up.weight": draw("up", (128, 4)),
+                        f"{q}.lora_down.weight": draw("down", (4, 128))}, {})
+    return path
+
+
+def test_a_lora_that_says_nothing_walks_the_config_s_key_timesteps(make_config, foreign, tmp_path,
+                                                                   capsys):
+    sample.main([str(make_config()), "--prompt", "x", "--lora", str(foreign)])
+    assert "walks the config's key timesteps" in capsys.readouterr().out
+    report = json.loads((tmp_path / "run/samples/lora2.json").read_text())
+    assert report["times"] == key_times("wan", 4, 7.0, [0, 2, 4])
+
+
+def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_weights, tmp_path):
+    config, prompt = str(make_config()), ["--prompt", "x"]
+    with pytest.raises(ValueError, match="beside --teacher"):
+        sample.main([config, *prompt, "--lora", str(foreign), "--teacher"])
+    with pytest.raises(FileNotFoundError, match="no such file; make one .* `python lora.py"):
+        sample.main([config, *prompt, "--lora", "nowhere.safetensors"])
+    with pytest.raises(ValueError, match="give this file as --lora"):
+        sample.main([config, *prompt, "--student", str(foreign)])
+    with pytest.raises(ValueError, match="give this file as --lora"):
+        dit_tensors(foreign)
+
+
+def test_a_lora_made_on_other_weights_says_so(make_config, tiny_weights, tmp_path, capsys):
+    write_student(tmp_path / "run/student.safetensors", tiny_weights)
+    config = str(make_config(n=4, key=[0, 1, 4]))
+    lora.main([config, "--rank", "2"])
+    other = tmp_path / "other"
+    shutil.copytree(tiny_weights, other)
+    tensors = {name: t.read().half() for name, t in dit_tensors(tiny_weights).items()}
+    save_tensors(other / "diffusion_pytorch_model.safetensors", tensors, {})
+    cfg = load_config(sample.Config, "sample", [config, "--lora", str(
+        tmp_path / "run/student_lora_rank2.safetensors")])
+    sample.sampling_times(cfg)
+    assert "was made on" not in capsys.readouterr().out
+    cfg.weights = str(other)
+    sample.sampling_times(cfg)
+    assert "was made on the DiT" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was distilled from teacher"):
+        lora.main([config, "--weights", str(other)])
+
+
+def sharded(ranks, folder):
+    """Each rank's rows of the merged DiT are those of the whole."""
+    cfg = sample.Config(weights=str(folder / "teacher.safetensors"), lora=str(folder / "l"),
+                        preset="small", lora_scale=0.5)
+    model.PRESETS["small"] = WAN
+    whole = sample.load_with_lora(cfg, torch.device("cpu"))
+    parts = sample.load_with_lora(cfg, torch.device("cpu"), ranks)
+    for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(p, q.full_tensor(), atol=1e-6), name
+
+
+def test_ranks_read_and_merge_only_the_rows_that_they_keep(tmp_path, monkeypatch):
+    teacher, student, *_ = write_pair(tmp_path, WAN)
+    monkeypatch.setitem(model.PRESETS, "small", WAN)
+    cfg = lora.Config(preset="small", weights=str(teacher), student=str(student), rank=3,
+                      run=str(tmp_path), device="cpu")
+    lora.extract(cfg, student, tmp_path / "l")
+    in_processes(2, sharded, tmp_path)

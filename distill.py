@@ -3,7 +3,8 @@
     python distill.py [CONFIG]        torchrun --nproc-per-node 8 distill.py CONFIG
 
 Input: <run>/synvid (made first if the config is the small world's), the teacher's weights.
-Output: <run>/student.safetensors, and student.md that says how other programs run it;
+Output: <run>/student.safetensors, and student.md that says how other programs run it; with --lora
+RANK also student_lora.safetensors, which is all that learned;
 <run>/distill/ with log.jsonl, curves.png and checkpoints.
 The same command resumes. Cost: per sample and iteration about 9 forwards of the teacher's size
 without recomputation (two forwards and backwards of the student, 3 forwards' worth of the teacher).
@@ -67,6 +68,7 @@ from model import (
     check_model, collate, euler_step, frozen_copy, load_dit, sizes_of, velocity)
 from training.checkpoint import Saver, check_disk, resume, save_state
 from training.export import bytes_a_parameter, export_student
+from training.lora import load_lora_student
 from training.memory import print_plans
 from training.monitor import Log, draw_curves, held_out_errors, log_line, print_result
 from training.optimizer import adamw, clip, norm_of, own_rows, step as step_adamw
@@ -106,6 +108,8 @@ class Config(Shared):
     keep: int = field(2, "checkpoints kept", "[1, inf)")
     checkpointing: bool = field(True, "recompute each block's activations in backward")
     compile: bool = field(False, "torch.compile every block")
+    lora: int | None = field(None, "rank of a LoRA that learns on frozen weights; none: all learn",
+                             "[1, inf)")
     offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)",
                     "[1, inf)")
@@ -127,11 +131,12 @@ def check_config(cfg: Config, replicas: int) -> None:
                          f"{replicas} rank(s) = {size * replicas}")
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
-    depth, width = sizes_of(cfg.preset).num_layers, cfg.head_dim
+    depth, width, D = sizes_of(cfg.preset).num_layers, cfg.head_dim, sizes_of(cfg.preset).dim
     for key, good, wanted in (
             ("head_dim", width % min(8, width) == 0, "a multiple of 8, or fewer"),
             ("tap", cfg.tap is None or cfg.tap < depth, f"a block 0 … {depth - 1}"),
-            ("tap_data", cfg.tap_data is None or cfg.tap_data < depth, f"0 … {depth - 1}")):
+            ("tap_data", cfg.tap_data is None or cfg.tap_data < depth, f"0 … {depth - 1}"),
+            ("lora", cfg.lora is None or cfg.lora <= D, f"a rank 1 … {D}, or none")):
         if not good:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {wanted}")
 
@@ -408,7 +413,8 @@ def update_heads(cfg: Config, state: TrainState, step: int, log: Log) -> None:
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3; D13."""
     dtype, m = compute_dtype(ranks.device), len(t_key) - 1
-    student = load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype)
+    student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype)
+               if cfg.lora is None else load_lora_student(cfg, ranks, dtype))
     teacher = frozen_copy(student, cfg.preset, dtype, ranks)
     for block in [*student.blocks, *teacher.blocks]:
         block.checkpointing = cfg.checkpointing
@@ -544,8 +550,9 @@ def check_finite(line: dict, saver: Saver, folder: Path) -> None:
 
 def check_resources(cfg: Config, shape: tuple[int, ...], ranks: Ranks) -> None:
     """Print the memory plan; ValueError if the run will not fit on the disk."""
-    parameters, moments = print_plans(cfg, shape, ranks)
-    check_disk(Path(cfg.run) / "distill", parameters, moments, cfg.keep, bytes_a_parameter(cfg))
+    learning, frozen, moments = print_plans(cfg, shape, ranks)
+    check_disk(Path(cfg.run) / "distill", learning, moments, cfg.keep,
+               bytes_a_parameter(cfg) * (learning + frozen))
 
 
 def teacher_errors(cfg: Config, teacher: nn.Module, loader: Loader, ranks: Ranks,

@@ -846,6 +846,6 @@ def frozen_copy(dit: nn.Module, preset: str, dtype: torch.dtype,
                 ranks: Ranks) -> WanDiT | HunyuanDiT:
     """A frozen copy of a sharded DiT in another dtype, out of memory: files are read once."""
     copy = empty_dit(preset, dtype, ranks).requires_grad_(False).to_empty(device=ranks.device)
-    for mine, theirs in zip(copy.parameters(), dit.parameters(), strict=True):
-        local_rows(mine)[0].copy_(local_rows(theirs)[0])
+    for name, mine in copy.named_parameters():  # not those that a LoRA has beside them
+        local_rows(mine)[0].copy_(local_rows(dit.get_parameter(name))[0])
     return copy

@@ -9,6 +9,7 @@ import torch
 from conftest import in_processes
 from test_sample import write_student
 
+import distill
 import lora
 import model
 import sample
@@ -20,6 +21,9 @@ from common.ranks import generator
 from common.video import read_video
 from common.weights import open_tensors, safetensors_metadata, save_tensors
 from model import HunyuanConfig, WanConfig, build_dit, key_times
+from training.lora import build_student, export_lora, load_lora_student, student_tensors
+from training.memory import memory_parts
+from training.monitor import Log
 
 WAN = WanConfig(dim=24, ffn_dim=64, num_heads=2, num_layers=3, text_dim=12, text_len=6,
                 freq_dim=16)
@@ -413,3 +417,136 @@ def test_ranks_read_and_merge_only_the_rows_that_they_keep(tmp_path, monkeypatch
                       run=str(tmp_path), device="cpu")
     lora.extract(cfg, student, tmp_path / "l")
     in_processes(2, sharded, tmp_path)
+
+
+# ------------------------------------------------------------------------- distilling a LoRA
+
+QUICK = {"iterations": 4, "batch": 4, "micro_batch": 4, "held_out": 2, "save_every": 1,
+         "eval_every": 4, "lr": 1e-3, "head_dim": 8, "checkpointing": True, "lora": 4}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_weights, run_stage):
+    """A run of the command that trained a LoRA, in <folder>/whole, its config, and the weights."""
+    folder = tmp_path_factory.mktemp("lora")
+    config = {"weights": str(tiny_weights), "height": 16, "width": 16, "frames": 5, "n": 4,
+              "key": [0, 2, 4], "device": "cpu", "distill": QUICK,
+              "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    run_stage("distill", path, "--run", folder / "whole")
+    return folder, path, tiny_weights
+
+
+def read_all(path):
+    return {name: t.read() for name, t in open_tensors(path).items()}
+
+
+def again(trained, run: Path, run_stage, *options, ranks=1):
+    """The same run in another folder, with the same trajectories: its student."""
+    folder, config, _ = trained
+    run.mkdir(exist_ok=True)
+    if not (run / "synvid").exists():
+        (run / "synvid").symlink_to(folder / "whole/synvid")
+    run_stage("distill", config, f"run={run}", *options, ranks=ranks)
+    return run / "student.safetensors"
+
+
+def test_a_trained_lora_moves_the_blocks_matrices_alone_and_its_file_is_the_student(trained):
+    folder, _, weights = trained
+    run = folder / "whole"
+    student, teacher = read_all(run / "student.safetensors"), dit_tensors(weights)
+    moved = {name for name, w in student.items() if not torch.equal(w, teacher[name].read())}
+    assert moved == {n for n, w in student.items() if n.startswith("blocks.") and w.ndim == 2}
+    merged = with_lora(teacher, run / "student_lora.safetensors")
+    for name in moved:
+        delta = student[name] - teacher[name].read()
+        assert (merged[name].read() - student[name]).abs().max() <= rounding(delta), name
+        assert torch.linalg.matrix_rank(delta, rtol=1e-4) <= 4
+    same = [safetensors_metadata(run / f"student{end}.safetensors")["accvideo"]
+            for end in ("", "_lora")]
+    assert same[0] == same[1]
+    assert {t.dtype for t in open_tensors(run / "student_lora.safetensors").values()} == {
+        torch.float16}
+
+
+def test_gradients_moments_and_checkpoints_hold_the_factors_alone(trained):
+    folder, _, _ = trained
+    names = set(open_tensors(folder / "whole/distill/step_000004/rank_00000.safetensors"))
+    ours = {name for name in names if not name.startswith(("heads/", "opt_heads/", "queue/"))}
+    matrices = [n for n, p in build_dit("tiny").named_parameters() if "blocks" in n and p.ndim == 2]
+    assert len(ours) == 2 * 4 * len(matrices)  # A and B, and of each two moments and the count
+    assert all("lora_A" in name or "lora_B" in name for name in ours)
+
+
+def test_a_run_that_trains_a_lora_resumes_with_the_same_bits(trained, run_stage, tmp_path):
+    folder, _, _ = trained
+    again(trained, tmp_path / "run", run_stage, "iterations=3")  # ends in the midst of a pass
+    ours = again(trained, tmp_path / "run", run_stage)
+    for end in ("student", "student_lora"):
+        a, b = (read_all(path.with_name(f"{end}.safetensors"))
+                for path in (ours, folder / "whole/student.safetensors"))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("ranks, options", [(2, ["micro_batch=2"]), (2, ["sp=2"]),
+                                            (1, ["offload=true", "checkpointing=false"])], ids=str)
+def test_any_split_of_the_work_trains_the_same_lora(trained, run_stage, tmp_path, ranks, options):
+    folder, _, _ = trained
+    ours = read_all(again(trained, tmp_path / "run", run_stage, *options, ranks=ranks))
+    theirs = read_all(folder / "whole/student.safetensors")
+    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5
+
+
+def test_a_fresh_lora_is_the_teacher_and_differs_by_seed_alone(tiny_weights, ranks):
+    cfg = distill.Config(weights=str(tiny_weights), lora=3)
+    a, b = (load_lora_student(cfg, ranks, torch.float32) for _ in range(2))
+    x, t, cond = torch.randn(1, 16, 2, 4, 4), torch.tensor([0.5]), {"text": torch.randn(1, 3, 64)}
+    with torch.no_grad():
+        assert torch.equal(a(x, t, cond), model.load_dit(tiny_weights, "tiny")(x, t, cond))
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p.full_tensor(), q.full_tensor())
+        assert p.requires_grad == (".lora_" in name)
+    other = load_lora_student(distill.Config(weights=str(tiny_weights), lora=3, seed=1), ranks,
+                              torch.float32)
+    name = "blocks.0.ffn.0.lora_A"
+    assert not torch.equal(*(net.get_parameter(name).full_tensor() for net in (a, other)))
+
+
+def test_a_lora_of_hunyuanvideo_trains_too(tmp_path, monkeypatch, ranks):
+    monkeypatch.setitem(model.PRESETS, "small", HUNYUAN)
+    teacher, _, w, _ = write_pair(tmp_path, HUNYUAN)
+    cfg = distill.Config(family="hunyuan", preset="small", weights=str(teacher), lora=2,
+                         run=str(tmp_path), lr=1e-2, head_dim=8, updates="literal")
+    state = distill.build(cfg, [0.0, 0.5, 1.0], ranks)
+    x, t = torch.randn(1, 16, 2, 4, 4), torch.tensor([0.5])
+    cond = {"text": draw("text", (1, 3, 12)), "pooled": draw("pooled", (1, 10)),
+            "guidance": torch.tensor([6.0])}
+    for _ in range(2):
+        state.student(x, t, cond).square().mean().backward()
+        distill.update_student(cfg, state, "adv", 0, Log(state.student))
+    merged = {n: t.read() for n, t in student_tensors(state.student, teacher).items()}
+    assert merged.keys() == w.keys()
+    moved = {name for name in w if not torch.equal(merged[name], w[name])}
+    assert moved == {name for name in w if w[name].ndim == 2
+                     and name.startswith(("double_blocks", "single_blocks"))}
+    save_tensors(tmp_path / "student.safetensors", merged, {"accvideo": "{}"})
+    export_lora(state.student, tmp_path / "student.safetensors", ranks)
+    again = with_lora(dit_tensors(teacher), tmp_path / "student_lora.safetensors")
+    with torch.no_grad():
+        for name in moved:
+            assert (again[name].read() - merged[name]).abs().max() <= rounding(
+                merged[name] - w[name]), name
+
+
+def test_the_plans_of_a_lora_hold_moments_and_gradients_of_its_factors(ranks):
+    shape, world = model.latent_shape(93, 480, 832), 8
+    whole, thin = (memory_parts(distill.Config(preset="wan-t2v-14b", lora=rank), shape,
+                                torch.device("cuda"), world, 1) for rank in (None, 32))
+    factors = sum(p.numel() for p in build_student("wan-t2v-14b", 32).parameters()
+                  if p.requires_grad)
+    assert thin["gradients"] == 2 * 4 * factors / world == thin["AdamW"]
+    assert thin["gradients"] < whole["gradients"] / 50
+    assert thin["student"] == pytest.approx(whole["student"], rel=0.02)
+    with pytest.raises(ValueError, match="lora: got 0; wanted a rank 1 … 128, or none"):
+        distill.check_config(distill.Config(lora=0), 1)

@@ -187,14 +187,14 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 def check_disk(folder: Path, parameters: int, moments: int, keep: int, export: int) -> None:
     """Raise ValueError if a run's checkpoints and its student will not fit on the disk.
 
-    Args: parameters of the student, fp32; moments, AdamW's of each; keep, as in Saver; one more is
-    there while it is written; export, bytes that its files take for a parameter.
+    Args: parameters that learn, fp32; moments, AdamW's of each; keep, as in Saver; one more is
+    there while it is written; export, bytes of the student's files.
     """
     one = 4 * parameters * (1 + moments)
     here = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
     while not folder.exists():
         folder = folder.parent
-    need, free = one * (keep + 1) + export * parameters - here, shutil.disk_usage(folder).free
+    need, free = one * (keep + 1) + export - here, shutil.disk_usage(folder).free
     if need > free:
         raise ValueError(f"{folder}: {keep + 1} checkpoints of {one / 1e9:.3g} GB and the student "
                          f"need {need / 1e9:.3g} GB more, got {free / 1e9:.3g} GB: free some "
@@ -309,8 +309,9 @@ def read_rows(name: str, target: Tensor, shards: list[tuple[int, LazyTensor]], s
 # ------------------------------------------------------------------- a run's state, resuming it
 
 def tensors_of(state: Any, slots: dict[str, Tensor]) -> dict:
-    """All tensors of a run by name; a checkpoint is read into this dict, in place."""
-    student, heads = (dict(net.named_parameters()) for net in (state.student, state.heads))
+    """All tensors of a run that change, by name; a checkpoint is read into this dict, in place."""
+    student, heads = ({name: p for name, p in net.named_parameters() if p.requires_grad}
+                      for net in (state.student, state.heads))
     tensors = {"student": {n: p.detach() for n, p in student.items()},
                "heads": {n: p.detach() for n, p in heads.items()}, "queue": slots}
     for name, opt in state.opts.items():

@@ -17,15 +17,17 @@ from common.files import replace_file, replace_folder, write_json, write_text
 from common.names import official_names
 from common.ranks import AgreedError, Ranks, local_rows, raise_together
 from common.readme import stock_scheduler, student_readme
-from common.weights import LazyTensor, full_tensor, stream_safetensors
+from common.weights import LazyTensor, stream_safetensors
 from model import Sizes, sizes_of
+from training.lora import export_lora, student_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD = 5 * 10 ** 9  # bytes at most in a file of a diffusers folder, but for a larger tensor
 
 
 def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "student") -> Path:
-    """Write <run>/<name>.safetensors and <name>.md, and by --export diffusers <name>_diffusers.
+    """Write <run>/<name>.safetensors and <name>.md, and by --export diffusers <name>_diffusers,
+    after --lora <name>_lora.safetensors.
 
     Args: cfg, distill.Config; state, its TrainState; meta["teacher"], the teacher's fingerprint.
     A write that fails is tried once more. Raises AgreedError on all ranks after that, and for
@@ -40,8 +42,10 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
     sizes = sizes_of(cfg.preset)
     if dtype == torch.float16:
         check_range(state.student, dtype)
-    tensors = {name: full_tensor(p, path, dtype) for name, p in state.student.named_parameters()}
+    tensors = student_tensors(state.student, path, dtype)
     write_together(path, tensors, about, ranks)
+    if cfg.lora is not None:
+        export_lora(state.student, path, ranks)
     if cfg.export == "diffusers":
         export_diffusers(path.with_name(f"{name}_diffusers"), tensors, about, sizes,
                          state.t_key[::-1], ranks)

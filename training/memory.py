@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 
 from common.ranks import Ranks, compute_dtype
-from model import build_dit, sizes_of
+from model import sizes_of
+from training.lora import build_student
 
 # Numbers that a block keeps for backward, a token: (fp32, as computed) in its width, (as computed)
 # in its MLP's; with weights that learn, and frozen. And those that a backward takes beside them.
@@ -21,10 +23,10 @@ EXTRA_PER_TOKEN = {"wan": 0, "hunyuan": 8}
 def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: int,
                  sp: int) -> dict[str, float]:
     """Bytes that each rank of `world` needs for latents of `shape`, by what they are for."""
-    with torch.device("meta"):
-        dit = build_dit(cfg.preset)
+    dit = build_student(cfg.preset, cfg.lora)
     wide, replicas = compute_dtype(device).itemsize, world // sp
     count, *blocks = (sum(p.numel() for p in net.parameters()) for net in (dit, *dit.blocks))
+    learning, *in_blocks = (sum(learning_sizes(net)) for net in (dit, *dit.blocks))
     rest, block, depth = count - sum(blocks), max(blocks), len(blocks)
     batch = min(cfg.micro_batch, max(cfg.batch // replicas, 1))
     tokens, D = math.prod(dit.token_grid(*shape[1:])) * batch, dit.cfg.dim
@@ -35,19 +37,24 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
         kept = depth * L * D * stream * (1 + cfg.adv)
     else:
         kept = depth * (learns + cfg.adv * frozen)
-    gathered = 3 * wide * block + (4 + wide) * rest + 2 * 4 * block
+    gathered = 3 * wide * block + (4 + wide) * rest + 2 * 4 * max(in_blocks)
     if world == 1:  # nothing is gathered, and cast only if it is computed in another dtype
-        gathered = 2 * wide * block * (wide < 4) + 4 * block
+        gathered = 2 * wide * block * (wide < 4) + 4 * max(in_blocks)
     aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
-    adam = 8 * (1 + (cfg.updates == "separate")) * count / world
-    return {"student": 4 * count / world, "gradients": 4 * aside * count / world,
-            "AdamW": 8 * max(p.numel() for p in dit.parameters()) / world if cfg.offload else adam,
+    adam = 8 * (1 + (cfg.updates == "separate")) * learning / world
+    return {"student": 4 * count / world, "gradients": 4 * aside * learning / world,
+            "AdamW": 8 * max(learning_sizes(dit)) / world if cfg.offload else adam,
             "teacher": wide * count / world,
             "gathered layers": gathered,
             "activations": kept + learns + EXTRA_PER_TOKEN[dit.cfg.family] * L * D * wide,
             "features, heads": cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4,
             "latents": 4 * (cfg.batch // replicas + 4 * batch) * math.prod(shape)
             + (device.type == "cpu") * waiting_latents(cfg, shape, replicas)}
+
+
+def learning_sizes(net: nn.Module) -> list[int]:
+    """Numbers in each parameter that learns."""
+    return [p.numel() for p in net.parameters() if p.requires_grad]
 
 
 def waiting_latents(cfg: Any, shape: tuple[int, ...], replicas: int) -> int:
@@ -59,7 +66,7 @@ def host_plan(cfg: Any, parameters: int, moments: int, shape: tuple[int, ...],
               ranks: Ranks) -> str:
     """What a node's host memory must hold, beside the processes themselves.
 
-    Args: parameters of the student; moments, AdamW's of each, twice there with --offload.
+    Args: parameters that learn; moments, AdamW's of each, twice there with --offload.
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     need = 4 * parameters * (1 + moments * (1 + cfg.offload)) * here / ranks.world
@@ -108,14 +115,15 @@ USABLE_MEMORY = 0.92  # of a GPU's memory; the rest is the framework's
 
 
 def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
-                have: int | None = None) -> tuple[int, int]:
+                have: int | None = None) -> tuple[int, int, int]:
     """Print both plans, in one line if they are small; have, as in memory_plan.
 
-    Returns the student's parameters and AdamW's moments of each. Raises ValueError if the run does
-    not fit the GPU, unless force_plan.
+    Returns how many parameters of the student learn and are frozen, and AdamW's moments of each
+    that learns. Raises ValueError if the run does not fit the GPU, unless force_plan.
     """
-    with torch.device("meta"):
-        count = sum(p.numel() for p in build_dit(cfg.preset).parameters())
+    dit = build_student(cfg.preset, cfg.lora)
+    count = sum(learning_sizes(dit))
+    frozen = sum(p.numel() for p in dit.parameters()) - count
     moments = 4 if cfg.updates == "separate" else 2
     need = sum(memory_parts(cfg, shape, ranks.device, ranks.world, ranks.sp).values())
     if need < 2 ** 30:
@@ -127,4 +135,4 @@ def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
         if NO_FIT in plan and not cfg.force_plan:
             raise ValueError(f"memory plan: {plan.partition(NO_FIT)[2].strip()}: wanted a run that "
                              "fits; if you know better, --force_plan true")
-    return count, moments
+    return count, frozen, moments

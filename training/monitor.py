@@ -38,11 +38,12 @@ class Log:
 def step_flops(cfg: Any, state: Any, k: int, tokens: int) -> float:
     """Floating-point operations of an iteration, recomputation not counted (for MFU).
 
-    Student: forward and backward (3 forwards' worth) for each loss; teacher: two forwards and a
-    backward to its input, as far as the tap.
+    Student: forward and backward (3 forwards' worth, 2 with a LoRA) for each loss; teacher: two
+    forwards and a backward to its input, as far as the tap.
     """
     tapped = (state.taps[k] + 1) / len(state.teacher.blocks)
-    forwards = 3 * cfg.traj + 3 * cfg.adv * (1 + tapped)
+    student = 3 if cfg.lora is None else 2
+    forwards = student * (cfg.traj + cfg.adv) + 3 * cfg.adv * tapped
     return forwards * cfg.batch * state.student.flops(tokens)
 
 

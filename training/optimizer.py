@@ -17,7 +17,7 @@ def own_rows(x: Tensor) -> Tensor:
 
 
 def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.AdamW:
-    """AdamW with its state laid out at once, so that a checkpoint is read in place.
+    """AdamW of what learns, with its state laid out at once, so that a checkpoint is read in place.
 
     Args: offload, whether the moments of a sharded module stay in host memory.
     """
@@ -28,9 +28,10 @@ def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.Ada
         return DTensor.from_local(local, hosts, p.placements, shape=p.shape, stride=p.stride())
 
     hosts = init_device_mesh("cpu", (dist.get_world_size(),)) if offload else None
-    opt = torch.optim.AdamW(module.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
+    learning = [p for p in module.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(learning, cfg.lr, (cfg.beta1, cfg.beta2),
                             weight_decay=cfg.weight_decay)
-    for p in module.parameters():
+    for p in learning:
         opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": zeros(p),
                         "exp_avg_sq": zeros(p)}
     return opt

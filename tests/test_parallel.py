@@ -63,6 +63,13 @@ def test_the_three_iterations_move_every_kind_of_parameter(alone, tmp_path):
         assert not still, family
 
 
+def test_two_ranks_that_share_tokens_train_the_lora_of_one_process(tmp_path):
+    alone = distilled(tmp_path / "one", 1, micro_batch=4, lora=3)
+    for family, got in distilled(tmp_path / "two", 2, sp=2, lora=3).items():
+        assert any("lora_A" in name for name in got)
+        assert_same(got, alone[family])
+
+
 @pytest.mark.parametrize("sp", [0, 3, 5])
 def test_sp_that_does_not_divide_ranks_and_heads_is_an_error_that_lists_what_does(sp):
     with pytest.raises(ValueError, match=rf"sp: got {sp} with 1 rank.* 12 attention heads.*: 1$"):

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import distill
 import model
 from common.ranks import generator, local_rows, setup_distributed
+from common.config import load_config
 from common.weights import save_tensors
 from model import WanConfig, key_times
 from training.checkpoint import Saver, resume, save_state, tensors_of
@@ -388,7 +389,8 @@ def test_operations_of_an_iteration_are_those_torch_counts(weights, tmp_path, ra
     ({"peak_tflops": 0.0}, "peak_tflops: got 0.0")])
 def test_settings_that_cannot_work_are_named(own, message):
     with pytest.raises(ValueError, match=message):
-        distill.check_config(distill.Config(**own), 1)
+        cfg = load_config(distill.Config, "distill", [f"{key}={own[key]}" for key in own])
+        distill.check_config(cfg, 1)
 
 
 def test_holding_out_everything_is_an_error(weights, tmp_path, ranks):

@@ -161,7 +161,7 @@ def test_the_command_writes_file_table_and_plot_and_sample_walks_it(tiny_weights
         videos[who] = read_video(next((tmp_path / who).glob("*.mp4"))).float()
     assert next((tmp_path / "lora").glob("*.mp4")).name == "lora2_0000_seed0.mp4"
     apart, moved = ((videos[who] - videos["student"]).abs().mean() for who in ("lora", "none"))
-    assert apart < 0.1 * moved
+    assert apart < 0.25 * moved  # H.264 rounds, too
     assert json.loads((tmp_path / "lora/lora2.json").read_text())["times"] == about["t_key"]
 
 
@@ -422,7 +422,8 @@ def test_ranks_read_and_merge_only_the_rows_that_they_keep(tmp_path, monkeypatch
 # ------------------------------------------------------------------------- distilling a LoRA
 
 QUICK = {"iterations": 4, "batch": 4, "micro_batch": 4, "held_out": 2, "save_every": 1,
-         "eval_every": 4, "lr": 1e-3, "head_dim": 8, "checkpointing": True, "lora": 4}
+         "eval_every": 4, "lr": 1e-3, "head_dim": 8, "checkpointing": True, "lora": 4,
+         "export_dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -525,7 +526,8 @@ def test_a_lora_of_hunyuanvideo_trains_too(tmp_path, monkeypatch, ranks):
     for _ in range(2):
         state.student(x, t, cond).square().mean().backward()
         distill.update_student(cfg, state, "adv", 0, Log(state.student))
-    merged = {n: t.read() for n, t in student_tensors(state.student, teacher).items()}
+    tensors = student_tensors(state.student, teacher, torch.float32)
+    merged = {n: t.read() for n, t in tensors.items()}
     assert merged.keys() == w.keys()
     moved = {name for name in w if not torch.equal(merged[name], w[name])}
     assert moved == {name for name in w if w[name].ndim == 2
@@ -548,5 +550,5 @@ def test_the_plans_of_a_lora_hold_moments_and_gradients_of_its_factors(ranks):
     assert thin["gradients"] == 2 * 4 * factors / world == thin["AdamW"]
     assert thin["gradients"] < whole["gradients"] / 50
     assert thin["student"] == pytest.approx(whole["student"], rel=0.02)
-    with pytest.raises(ValueError, match="lora: got 0; wanted a rank 1 … 128, or none"):
-        distill.check_config(distill.Config(lora=0), 1)
+    with pytest.raises(ValueError, match="lora: got 129; wanted a rank 1 … 128, or none"):
+        distill.check_config(distill.Config(lora=129), 1)

@@ -511,7 +511,7 @@ def test_a_prompt_of_10000_words_is_cut_with_a_warning(make_config, tmp_path):
 def test_prompts_that_look_like_flags_paths_or_markup_are_text(make_config, tmp_path):
     prompts = ["--run /etc", "../../../etc/passwd", "/dev/sda", "<b>bold</b> &lt;", "{0.__class__}",
                "%s %n", "$(reboot); `ls`", 'a "quoted" \\ one', "</s> <pad>", "红色 圆盘 🔴",
-               "a\x00b\x1b[31m", "line\u2028separator"]
+               "a\x1b[31mb", "line\u2028separator"]
     (tmp_path / "odd.txt").write_text("\n".join(prompts), encoding="utf-8")
     config = make_config(synvid={"prompts": str(tmp_path / "odd.txt")})
     data = SynVid(generate(config), config_of(config))

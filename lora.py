@@ -197,7 +197,7 @@ def report(cfg: Config, rows: list[dict], out: Path) -> None:
     kinds: dict[str, list[dict]] = {}
     for row in rows:
         if row["form"] == "matrix" and (at := re.search(r"blocks\.(\d+)\.", row["name"])):
-            kind = row["name"].replace(f".{at[1]}.", ".").removesuffix(".weight")
+            kind = row["name"].replace(f".{at[1]}.", ".", 1).removesuffix(".weight")
             kinds.setdefault(kind.removeprefix("blocks."), []).append(
                 {"block": int(at[1]), **row})
     draw_panels(out.with_suffix(".png"), {

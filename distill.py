@@ -108,7 +108,7 @@ class Config(Shared):
     keep: int = field(2, "checkpoints kept", "[1, inf)")
     checkpointing: bool = field(True, "recompute each block's activations in backward")
     compile: bool = field(False, "torch.compile every block")
-    lora: int | None = field(None, "rank of a LoRA that learns on frozen weights; none: all learn",
+    lora: int | None = field(None, "rank of a LoRA that learns, at a larger lr; none: all weights",
                              "[1, inf)")
     offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)",

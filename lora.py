@@ -181,6 +181,17 @@ def totals(rows: list[dict]) -> dict[str, float]:
     return {"all": energy(rows), "matrices": energy(matrices)}
 
 
+def by_kind(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows of the blocks' matrices by what they are in their block, each with its block's number.
+    """
+    kinds: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["form"] == "matrix" and (at := re.search(r"blocks\.(\d+)\.", row["name"])):
+            kind = row["name"].replace(f"{at[1]}.", "", 1).removesuffix(".weight")
+            kinds.setdefault(kind.removeprefix("blocks."), []).append({"block": int(at[1]), **row})
+    return kinds
+
+
 def report(cfg: Config, rows: list[dict], out: Path) -> None:
     """Write the table as Markdown and JSON, and its plot; print the sums."""
     sums = totals(rows)
@@ -194,12 +205,7 @@ def report(cfg: Config, rows: list[dict], out: Path) -> None:
         lines.append(f"| {row['name']} | {' × '.join(map(str, row['shape']))} | {form} | "
                      f"{row['relative']:.2e} | {row['energy']:.4f} |")
     write_text(out.with_suffix(".md"), "\n".join(lines) + "\n")
-    kinds: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["form"] == "matrix" and (at := re.search(r"blocks\.(\d+)\.", row["name"])):
-            kind = row["name"].replace(f".{at[1]}.", ".", 1).removesuffix(".weight")
-            kinds.setdefault(kind.removeprefix("blocks."), []).append(
-                {"block": int(at[1]), **row})
+    kinds = by_kind(rows)
     draw_panels(out.with_suffix(".png"), {
         title: [(figure, kind, points, "o-") for kind, points in kinds.items()]
         for title, figure in ((f"energy kept at rank {cfg.rank}", "energy"),

@@ -151,6 +151,9 @@ def test_the_command_writes_file_table_and_plot_and_sample_walks_it(tiny_weights
     table = json.loads(out.with_suffix(".json").read_text())
     names = dict(build_dit("tiny").named_parameters())
     assert {row["name"] for row in table["rows"]} == names.keys()
+    kinds = lora.by_kind(table["rows"])
+    assert len(kinds) == 10 and "ffn.0" in kinds
+    assert all([row["block"] for row in of] == list(range(6)) for of in kinds.values())
     text = out.with_suffix(".md").read_text()
     assert text.count("\n| ") == 1 + len(names) and out.with_suffix(".png").stat().st_size > 1000
     videos = {}

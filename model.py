@@ -743,8 +743,8 @@ class HunyuanDiT(nn.Module):
 
 PRESETS = {
     "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, text_len=16),
-    "tiny-i2v": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64,
-                          text_len=16, model_type="i2v", in_dim=36, image_dim=32, image_len=37),
+    "tiny-i2v": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, in_dim=36,
+                          text_len=16, model_type="i2v", image_dim=32, image_len=37),
     "wan-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
     "wan-i2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40,

@@ -40,7 +40,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -58,16 +58,16 @@ from common.lora import changes, is_lora, with_lora
 from common.names import official_names
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
-    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, generator,
-    local_rows, on_first_rank, owned, peak_bytes, prefer_attention, setup_distributed)
+    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, local_rows,
+    on_first_rank, owned, peak_bytes, prefer_attention, setup_distributed)
 from common.readme import student_readme
 from common.vbench import VIDEOS, Video, open_record, record_folder, wanted_videos
 from common.video import contact_sheet, decode_image, image_size, read_video, thumbnail, write_video
 from common.weights import (
     LazyTensor, kind_of, load_module, open_tensors, safetensors_metadata)
-from frozen.image import CLIPVision, fit_size, image_cond
+from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
-from frozen.text import CLIPText, Llama, UMT5Encoder
+from frozen.random import random_cond, random_network
 from frozen.unipc import sample_unipc, unipc_grid
 from frozen.vae import HunyuanVAE, WanVAE
 from model import (
@@ -354,60 +354,6 @@ def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Mod
     for p in dit.to_empty(device=device).parameters():
         local_rows(p)[0].normal_(std=0.02)
     return dit
-
-
-def random_network(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-    """What `make` builds, with its default initialisation, frozen, built where and as it runs."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(compute_dtype(device))
-    try:
-        with torch.device(device):
-            return make().eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def random_cond(cfg: Shared, device: torch.device, timer: Timer) -> dict:
-    """The conditioning of a full-length prompt of random tokens, by text encoders of noise.
-
-    They have the released sizes, or a DiT of few text channels' own.
-    """
-    sizes, small = sizes_of(cfg.preset), {}
-    if sizes.text_dim < 1024:
-        small = {"vocab_size": 256, "dim": sizes.text_dim, "dim_ffn": 64, "num_heads": 2,
-                 "num_layers": 2}
-
-    def timed(make: Callable[[], nn.Module], length: int, run: Callable) -> Tensor:
-        network = random_network(make, device)
-        ids = torch.randint(256, (1, length), generator=generator("ids", cfg.seed)).to(device)
-        timer.lap("load")
-        with torch.no_grad():
-            out = run(network, ids).float()[0]
-        timer.lap("text")
-        return out
-
-    if cfg.family == "wan":
-        attn = {"dim_attn": sizes.text_dim} if small else {}
-        text = timed(lambda: UMT5Encoder(**small, **attn), sizes.text_len,
-                     lambda t5, ids: t5(ids, torch.ones_like(ids)))
-        if not sizes.takes_image:
-            return {"text": text}
-        small = {"dim": sizes.image_dim, "dim_ffn": 64, "num_layers": 2, "num_heads": 2,
-                 "size": 48, "patch": 48 // math.isqrt(sizes.image_len - 1)}
-        clip = random_network(lambda: CLIPVision(**small if sizes.image_dim < 1024 else {}), device)
-        vae = random_network(WanVAE, device)
-        image = torch.rand(3, cfg.height, cfg.width, device=device) * 2 - 1
-        timer.lap("load")
-        cond = {"text": text, **image_cond(image, vae, clip, cfg.frames, cfg.height, cfg.width)}
-        timer.lap("image")
-        return cond
-    kv = {"num_kv_heads": 2} if small else {}
-    clip = {**small, "dim": sizes.pooled_dim} if small else {}
-    crop = 95  # of the template's tokens
-    return {"text": timed(lambda: Llama(**small, **kv), sizes.text_len + crop,
-                          lambda llm, ids: llm(ids)[:, crop:]),
-            "pooled": timed(lambda: CLIPText(**clip), 77, lambda clip, ids: clip(ids)[1]),
-            "guidance": torch.tensor(cfg.embedded_guidance, device=device)}
 
 
 # ---------------------------------------------------------------------------------- sampling

@@ -809,8 +809,7 @@ def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, i
         raise ValueError(f"frames: got {frames}; wanted 4n + 1, as {max(frames // 4 * 4, 0) + 1}")
     for name, size in (("height", height), ("width", width)):
         if size < 16 or size % 16:
-            near = max(size // 16, 1) * 16
-            raise ValueError(f"{name}: got {size}; wanted a multiple of 16, as {near}")
+            raise ValueError(f"{name}: got {size}; wanted a multiple of 16, as {size & ~15 or 16}")
     return 16, 1 + (frames - 1) // 4, height // 8, width // 8
 
 

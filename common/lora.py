@@ -108,13 +108,15 @@ def changes(path: Path, shapes: dict[str, tuple[int, ...]],
         else:
             found.setdefault(module, {})[part] = name, t
     out: dict[str, list[LazyTensor]] = {}
+    without_alpha = adapter_scale(path)
     for module, parts in found.items():
         weight = f"{module}.weight"
         if {"up", "down"} <= parts.keys() and weight in shapes:
             (_, up), (name, down) = parts.pop("up"), parts.pop("down")
             check_sizes(path, name, up, down, shapes[weight])
-            alpha = float(parts.pop("alpha")[1].read()) / down.shape[0] if "alpha" in parts else (
-                adapter_scale(path))
+            alpha = without_alpha
+            if "alpha" in parts:
+                alpha = float(parts.pop("alpha")[1].read()) / down.shape[0]
             out.setdefault(weight, []).append(product(up, down, scale * alpha, shapes[weight]))
         for part, (name, t) in parts.items():
             target = module if module in shapes else f"{module}.{part}"

@@ -24,6 +24,7 @@ ANCHORS = {
     "transformer": ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight"),
     "vae": ("encoder.conv1.weight", "encoder.conv_in.weight", "encoder.conv_in.conv.weight"),
     "text_encoder": ("token_embedding.weight", "shared.weight"),
+    "llm": ("embed_tokens.weight",), "clip_text": ("embeddings.token_embedding.weight",),
     "image_encoder": ("visual.cls_embedding", "vision_model.embeddings.class_embedding")}
 LORA = re.compile(r".*[._](lora_(A|B|up|down)|hada_w1_a|lokr_w1)\b.*")
 SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")

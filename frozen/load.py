@@ -90,13 +90,6 @@ def sizes_in(path: Path, names: dict[str, str], fixed: dict) -> dict:
     return config_arguments(path / "config.json", names, fixed)
 
 
-def strip_prefix(tensors: dict, prefixes: tuple[str, ...], known: str) -> dict:
-    """What is below the first prefix that has a tensor `known`, named without it; else all."""
-    prefix = next((prefix for prefix in prefixes if prefix + known in tensors), "")
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-            if name.startswith(prefix)}
-
-
 def build_module(cls: type, arguments: dict, path: Path, tensors: dict, dtype, device) -> nn.Module:
     """An eval-mode, frozen cls(**arguments) with the weights `tensors`, which came from `path`."""
     try:
@@ -197,9 +190,8 @@ def load_hunyuan_text(weights, device, dtype, text_len, image, guidance) -> Huny
     sizes = sizes_in(path, names | more, fixed)
     layers = sizes.get("num_layers", 32)
     sizes["num_layers"] = layers - 2  # the states are taken before the last two
-    prefixes = ("model.", "language_model.model.", "model.language_model.", "")
     unread = re.compile(rf"norm\.weight|layers\.({layers - 2}|{layers - 1})\..*|.*\.inv_freq")
-    tensors = strip_prefix(open_tensors(path), prefixes, "embed_tokens.weight")
+    tensors = plain_names(open_tensors(path), "llm")
     tensors = {name: t for name, t in tensors.items() if not unread.fullmatch(name)}
     llm = build_module(Llama, sizes, path, tensors, dtype, device)
 
@@ -207,8 +199,7 @@ def load_hunyuan_text(weights, device, dtype, text_len, image, guidance) -> Huny
     fixed = {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     more = {"max_len": "max_position_embeddings"}
     sizes = sizes_in(path, names | more, fixed)
-    tensors = strip_prefix(open_tensors(path), ("text_model.", ""),
-                           "embeddings.token_embedding.weight")
+    tensors = plain_names(open_tensors(path), "clip_text")
     tensors.pop("embeddings.position_ids", None)  # a buffer of older files
     clip = build_module(CLIPText, sizes, path, tensors, dtype, device)
     # diffusers keeps tokenizers in folders of their own, the official tree with the weights.

@@ -212,6 +212,23 @@ def test_scaled_fp8_is_read_by_its_scales(end, rows, tmp_path, capsys):
     assert torch.equal(one.read(slice(3, 7)), one.read()[3:7])  # each rank its rows
 
 
+@pytest.mark.parametrize("component, prefix, anchor", [
+    ("llm", "model.", "embed_tokens.weight"),
+    ("llm", "language_model.model.", "embed_tokens.weight"),
+    ("clip_text", "text_model.", "embeddings.token_embedding.weight")])
+def test_the_other_text_encoders_take_prefixes_and_scales_too(component, prefix, anchor, tmp_path):
+    scaled = torch.full((3, 4), 2.0).to(torch.float8_e4m3fn)
+    save_file({f"{prefix}{anchor}": torch.ones(3, 4), f"{prefix}layers.0.q.weight": scaled,
+               f"{prefix}layers.0.q.scale_weight": torch.tensor(0.5), "scaled_fp8": scaled[:0],
+               "lm_head.weight": torch.ones(3, 4)}, tmp_path / "a.safetensors")
+    got = plain_names(open_tensors(tmp_path / "a.safetensors"), component)
+    assert got.keys() == {anchor, "layers.0.q.weight"}
+    assert torch.equal(got["layers.0.q.weight"].read(), torch.ones(3, 4))
+    save_file({f"{prefix}{anchor}": torch.ones(3, 4, dtype=torch.int8)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="holds int8: .*quantised"):
+        plain_names(open_tensors(tmp_path / "b.safetensors"), component)
+
+
 # ------------------------------------------------------------------- variants, shards, old files
 
 def write_form(folder: Path, form: str, state: dict[str, Tensor]) -> Path:

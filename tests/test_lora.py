@@ -21,7 +21,8 @@ from common.ranks import generator
 from common.video import read_video
 from common.weights import open_tensors, safetensors_metadata, save_tensors
 from model import HunyuanConfig, WanConfig, build_dit, key_times
-from training.lora import build_student, export_lora, load_lora_student, student_tensors
+from training.export import write_together
+from training.lora import build_student, load_lora_student, lora_file, student_tensors
 from training.memory import memory_parts
 from training.monitor import Log
 
@@ -536,7 +537,8 @@ def test_a_lora_of_hunyuanvideo_trains_too(tmp_path, monkeypatch, ranks):
     assert moved == {name for name in w if w[name].ndim == 2
                      and name.startswith(("double_blocks", "single_blocks"))}
     save_tensors(tmp_path / "student.safetensors", merged, {"accvideo": "{}"})
-    export_lora(state.student, tmp_path / "student.safetensors", ranks)
+    path = tmp_path / "student_lora.safetensors"
+    write_together(path, lora_file(state.student, path), {"accvideo": "{}"}, ranks)
     again = with_lora(dit_tensors(teacher), tmp_path / "student_lora.safetensors")
     with torch.no_grad():
         for name in moved:

@@ -19,7 +19,7 @@ from common.ranks import AgreedError, Ranks, local_rows, raise_together
 from common.readme import stock_scheduler, student_readme
 from common.weights import LazyTensor, stream_safetensors
 from model import Sizes, sizes_of
-from training.lora import export_lora, student_tensors
+from training.lora import lora_file, student_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD = 5 * 10 ** 9  # bytes at most in a file of a diffusers folder, but for a larger tensor
@@ -45,7 +45,8 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
     tensors = student_tensors(state.student, path, dtype)
     write_together(path, tensors, about, ranks)
     if cfg.lora is not None:
-        export_lora(state.student, path, ranks)
+        write_together(path.with_name(f"{name}_lora.safetensors"), lora_file(state.student, path),
+                       about, ranks)
     if cfg.export == "diffusers":
         export_diffusers(path.with_name(f"{name}_diffusers"), tensors, about, sizes,
                          state.t_key[::-1], ranks)

@@ -13,12 +13,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import replace_file
 from common.folders import check_sizes, dit_tensors
 from common.lora import lora_names, product, summed
-from common.ranks import Ranks, generator, raise_together, shard
-from common.weights import (
-    LazyTensor, full_tensor, load_module, safetensors_metadata, stream_safetensors)
+from common.ranks import Ranks, generator, shard
+from common.weights import LazyTensor, full_tensor, load_module
 from model import build_dit
 
 FACTORS = (".lora_A", ".lora_B")
@@ -101,10 +99,9 @@ def as_dtype(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
                       lambda rows=None: tensor.read(rows).to(dtype))
 
 
-def export_lora(student: nn.Module, path: Path, ranks: Ranks) -> None:
-    """Beside a student's file `path`, write its LoRA as <name>_lora.safetensors: fp16, the form of
-    lora.py, with the student's metadata. Every rank takes part. Raises AgreedError on all of them.
-    """
+def lora_file(student: nn.Module, path: Path) -> dict[str, LazyTensor]:
+    """What the LoRA file of a sharded student holds: fp16, the form of lora.py, gathered on all
+    ranks when it is read."""
     own = {name: full_tensor(p, path, torch.float32) for name, p in student.named_parameters()}
     tensors = {}
     for name in [name for name in own if name.endswith("lora_A")]:
@@ -113,16 +110,7 @@ def export_lora(student: nn.Module, path: Path, ranks: Ranks) -> None:
         names = lora_names(f"{module}.weight", "matrix")
         for at, side in zip(names, (A, B), strict=True):
             tensors[at] = LazyTensor(side.shape, torch.float16, path, balanced(A, B, side is A))
-    error, out = None, path.with_name(f"{path.stem}_lora.safetensors")
-    try:
-        if ranks.rank == 0:
-            about = safetensors_metadata(path)
-            replace_file(out, lambda aside: stream_safetensors(aside, tensors, about))
-        else:
-            stream_safetensors(out, tensors, {}, write=False)
-    except ValueError as e:
-        error = e
-    raise_together(error)
+    return tensors
 
 
 def balanced(A: LazyTensor, B: LazyTensor, first: bool) -> Any:

@@ -80,37 +80,45 @@ def host_plan(cfg: Any, parameters: int, moments: int, shape: tuple[int, ...],
     return text
 
 
+def gpu_bytes(ranks: Ranks) -> int | None:
+    """Bytes of this rank's GPU; None on a CPU."""
+    return torch.cuda.mem_get_info(ranks.device)[1] if ranks.device.type == "cuda" else None
+
+
+def shortage(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -> str | None:
+    """What a run that does not fit into `have` bytes a rank would need; None if it fits."""
+    def together(sp: int, offload: bool) -> float:
+        other = replace(cfg, offload=offload)
+        return sum(memory_parts(other, shape, ranks.device, ranks.world, sp).values())
+
+    if have is None or together(ranks.sp, cfg.offload) < USABLE_MEMORY * have:
+        return None
+    heads = sizes_of(cfg.preset).num_heads
+    others = ((sp, offload, together(sp, offload)) for offload in (False, True)
+              for sp in range(1, ranks.world + 1) if ranks.world % sp == 0 and heads % sp == 0
+              and cfg.batch % (ranks.world // sp) == 0)
+    good = (f"--sp {sp}{' --offload true' if offload else ''} needs {size / 2 ** 30:.0f} GiB"
+            for sp, offload, size in others if size < USABLE_MEMORY * have)
+    return f"in {have / 2 ** 30:.0f} GiB: " + next(
+        good, "nor with --sp and --offload; use more GPUs")
+
+
 def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None = None) -> str:
     """GiB a rank will need, from the shapes; what the framework itself takes is not in it.
 
     Args: have, bytes of the GPU's memory (none: as it is). If they are too few, it says which of
     --sp and --offload would do.
     """
-    def together(sp: int, offload: bool) -> float:
-        other = replace(cfg, offload=offload)
-        return sum(memory_parts(other, shape, ranks.device, ranks.world, sp).values())
-
     parts = memory_parts(cfg, shape, ranks.device, ranks.world, ranks.sp)
-    need = sum(parts.values())
     lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
-    lines.append(f"  {'together':<16}{need / 2 ** 30:9.2f} GiB a rank")
-    if have is None and ranks.device.type == "cuda":
-        have = torch.cuda.mem_get_info(ranks.device)[1]
-    if have is not None and need < USABLE_MEMORY * have:
-        lines.append(f"  fits in {have / 2 ** 30:.0f} GiB")
-    elif have is not None:
-        heads = sizes_of(cfg.preset).num_heads
-        others = ((sp, offload, together(sp, offload)) for offload in (False, True)
-                  for sp in range(1, ranks.world + 1) if ranks.world % sp == 0 and heads % sp == 0
-                  and cfg.batch % (ranks.world // sp) == 0)
-        good = (f"--sp {sp}{' --offload true' if offload else ''} needs {size / 2 ** 30:.0f} GiB"
-                for sp, offload, size in others if size < USABLE_MEMORY * have)
-        lines.append(f"  {NO_FIT} in {have / 2 ** 30:.0f} GiB: " + next(
-            good, "nor with --sp and --offload; use more GPUs"))
+    lines.append(f"  {'together':<16}{sum(parts.values()) / 2 ** 30:9.2f} GiB a rank")
+    have = have or gpu_bytes(ranks)
+    lacks = shortage(cfg, shape, ranks, have)
+    if have is not None:
+        lines.append(f"  DOES NOT FIT {lacks}" if lacks else f"  fits in {have / 2 ** 30:.0f} GiB")
     return "memory plan\n" + "\n".join(lines)
 
 
-NO_FIT = "DOES NOT FIT"
 USABLE_MEMORY = 0.92  # of a GPU's memory; the rest is the framework's
 
 
@@ -129,10 +137,10 @@ def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
     if need < 2 ** 30:
         print(f"memory plan: {need / 2 ** 20:.0f} MiB a rank", flush=True)
     else:
-        plan = memory_plan(cfg, shape, ranks, have)
-        print(plan, flush=True)
+        print(memory_plan(cfg, shape, ranks, have), flush=True)
         print(host_plan(cfg, count, moments, shape, ranks), flush=True)
-        if NO_FIT in plan and not cfg.force_plan:
-            raise ValueError(f"memory plan: {plan.partition(NO_FIT)[2].strip()}: wanted a run that "
-                             "fits; if you know better, --force_plan true")
+        lacks = shortage(cfg, shape, ranks, have or gpu_bytes(ranks))
+        if lacks and not cfg.force_plan:
+            raise ValueError(f"memory plan: {lacks}: wanted a run that fits; if you know better, "
+                             "--force_plan true")
     return count, frozen, moments

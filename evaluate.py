@@ -2,6 +2,8 @@
 
     python evaluate.py [CONFIG] [--students a.safetensors,b.safetensors] [--count 96]
     torchrun --nproc-per-node 8 evaluate.py CONFIG [field=value]      # videos split over the ranks
+    python evaluate.py [CONFIG] --paper all [--jobs 2]    # the paper's tables and figures
+    python evaluate.py --vbench_scores DIR                # VBench's results as Table 1
 
 In:   the weight folder, the student (or several, of several seeds or numbers of steps), held-out
       captions.
@@ -32,6 +34,7 @@ row of several students' mean it is over students.
 
 import dataclasses
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -64,11 +67,12 @@ from evaluation.measures import (
     Samples, distances, endpoint_error, gates, mean_error, mean_row, measure)
 from evaluation.page import (
     LOOP_SECONDS, Example, draw_table, markdown, write_ladder, write_page)
-from evaluation.paper import Job, Plan, command_job, evaluate_job, run_jobs, script, train_job
+from evaluation.paper import (
+    Job, Plan, clips_folder, command_job, evaluate_job, run_jobs, script, train_job)
 from evaluation.vbench import report_vbench
 from frozen.load import encode_prompts, load_vae
 from model import check_model, latent_shape, load_dit, time_grid
-from sample import load_student, sample_batch, student_facts
+from sample import facts_in, load_student, sample_batch, student_facts
 from small_world import clips as world
 
 
@@ -219,22 +223,20 @@ def shared_overrides(cfg: Config) -> dict:
     return {name: values[name] for name in shared if values[name] != plain[name]}
 
 
-def options_of(values: dict) -> list[str]:
-    """Settings as words of a command line; those that are None are left out."""
-    words = []
-    for name, value in values.items():
-        if value is not None:
-            words += [f"--{name}", ",".join(map(str, value)) if name == "key" else str(value)]
-    return words
+def as_options(values: dict) -> dict[str, str]:
+    """Settings as a command line has them; those that are None are left out."""
+    return {name: ",".join(map(str, value)) if name == "key" else str(value)
+            for name, value in values.items() if value is not None}
 
 
 def next_command(cfg: Config, argv: list[str], prompt: Prompt) -> str:
     """The command that samples the student, with the evaluation's config and shared overrides."""
     config = argv[0] if names_config(argv) else "configs/tiny.yaml"
-    options = shared_overrides(cfg) | {
+    options = as_options(shared_overrides(cfg) | {
         "student": cfg.students and cfg.students.split(",")[0].strip(), "image": prompt.image,
-        "prompt": prompt.text}
-    return shlex.join(["python", "sample.py", config, *options_of(options)])
+        "prompt": prompt.text})
+    return shlex.join(["python", "sample.py", config, *(
+        word for name, value in options.items() for word in (f"--{name}", value))])
 
 
 # ------------------------------------------------------------------- the paper, table by table
@@ -251,6 +253,9 @@ def paper_settings(cfg: Config) -> tables.Settings:
                            cfg.baseline_seeds, run.iterations, clips=cfg.preset == "tiny")
 
 
+MEASURED_WITH = ("seed", "count", "batch", "directions", "c2st_steps", "prompts")
+
+
 def paper(cfg: Config, argv: list[str]) -> None:
     """Run what the wanted tables and figures need, unless it is there; then write their page."""
     started = time.perf_counter()
@@ -260,13 +265,12 @@ def paper(cfg: Config, argv: list[str]) -> None:
         raise ValueError(f"paper: got '{unknown[0]}'; wanted all, or of {', '.join(tables.TABLES)}")
     s, out = paper_settings(cfg), Path(cfg.run) / "paper"
     store = Path(cfg.synvid or out / "synvid")
-    words = options_of(shared_overrides(cfg) | {"run": None, "seed": None, "key": None})
-    shared = [f"{name[2:]}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]
-    measured = {name: getattr(cfg, name) for name in (
-        "seed", "count", "batch", "directions", "c2st_steps", "prompts")}
-    plan = Plan(str(cfg.path), out, (f"synvid={store}", *shared, *shlex.split(cfg.options)),
-                (*shared, *(f"{name}={value}" for name, value in measured.items()
-                            if value is not None)),
+    shared, measured = ([f"{name}={value}" for name, value in as_options(values).items()]
+                        for values in (
+                            shared_overrides(cfg) | {"run": None, "seed": None, "key": None},
+                            {name: getattr(cfg, name) for name in MEASURED_WITH}))
+    plan = Plan(os.path.relpath(cfg.path), out,
+                (f"synvid={store}", *shared, *shlex.split(cfg.options)), (*shared, *measured),
                 tuple(shlex.split(cfg.launch)), cfg.jobs, 1 if cfg.jobs > 1 else None)
     with own_folder(out):
         if cfg.synvid is None and (wanted != ("fig5",) or cfg.prompts is None):
@@ -318,7 +322,7 @@ CLIPS_OF_TEACHER, CLIPS_ASKED = 2048, 256
 
 def mismatches(cfg: Config, plan: Plan, store: Path) -> dict[str, tuple[float, float]]:
     """M of Eq. 4 for each set that a method learned from: mean and standard error over videos."""
-    clips = plan.folder / "clips"
+    clips = clips_folder(plan)
     baselines.keep_clips(cfg, clips / "training.safetensors", world.RADIUS, 0, CLIPS_OF_TEACHER,
                          pick_device(cfg.device))
     known = open_safetensors(clips / "training.safetensors")["latents"].read()
@@ -376,7 +380,7 @@ def sample_teacher(cfg: Config, mine: range, dit: nn.Module, noises: list[Tensor
              **{name: getattr(cfg, name) for name in SAMPLE_SETTINGS}}
 
     def stored() -> dict | None:
-        known = json.loads(safetensors_metadata(path)["accvideo"]) if path.exists() else {}
+        known = facts_in(path) if path.exists() else {}
         return known if known.get("about") == json.loads(json.dumps(about)) else None
 
     known = on_first_rank(stored)

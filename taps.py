@@ -43,7 +43,8 @@ from synvid import SynVid
 class Config(distill.Config):
     """Settings of distill.py and what is looked at."""
     student: str | None = field(None, "file of a student that generates; none: the teacher")
-    videos: int = field(128, "trajectories looked at, the last ones", "[8, inf)")
+    videos: int | None = field(None, "trajectories looked at, the last ones; none: 128 or all",
+                               "[8, inf)")
     blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; none: at most 8 of all")
     frames_kept: int = field(2, "latent frames of each video whose features are kept", "[1, inf)")
     updates: int = field(64, "updates of a head, with lr_heads", "[1, inf)")
@@ -195,7 +196,7 @@ def draw(path: Path, found: list[dict], taps: list[int], title: str) -> None:
 
 def check_config(cfg: Config, data: SynVid, depth: int) -> None:
     """Raise ValueError for settings that cannot be looked at."""
-    if cfg.videos > len(data):
+    if (cfg.videos or 8) > len(data):
         raise ValueError(f"videos: got {cfg.videos}; wanted 8 … {len(data)}, as many as SynVid has")
     if cfg.blocks is not None and not (cfg.blocks and set(cfg.blocks) <= set(range(depth))):
         raise ValueError(f"blocks: got {cfg.blocks}; wanted some of 0 … {depth - 1}")
@@ -211,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         student_facts(Path(cfg.student), cfg, same_teacher=True)
     data = SynVid(cfg.synvid or Path(cfg.run) / "synvid", cfg)
     check_config(cfg, data, sizes.num_layers)
+    cfg.videos = cfg.videos or min(128, len(data))
     few = min(8, sizes.num_layers)
     blocks = cfg.blocks or [round((i + 1) * sizes.num_layers / few) - 1 for i in range(few)]
     with owned(Path(cfg.run) / "taps"):

@@ -171,12 +171,18 @@ def command_job(plan: Plan, name: str, label: str, file: str, makes: str, *optio
                folder, plan.config, makes)
 
 
+def clips_folder(plan: Plan) -> Path:
+    """Where all baselines of a plan keep the clips that one of them encoded."""
+    return plan.folder / "clips"
+
+
 def train_job(plan: Plan, arm: Arm, seed: int) -> Job:
     """The run of one arm with one seed."""
     folder = plan.folder / arm.name / f"seed{seed}"
+    own = [f"clips={clips_folder(plan)}"] if arm.script == "baselines.py" else []
     return Job(f"{arm.label}, seed {seed}",
                (*plan.launch, script(arm.script), plan.config, f"run={folder}", f"seed={seed}",
-                *plan.options, *arm.options), folder, plan.config, "student.safetensors")
+                *plan.options, *own, *arm.options), folder, plan.config, "student.safetensors")
 
 
 def evaluate_job(plan: Plan, name: str, label: str, students: list[Path],

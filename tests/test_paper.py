@@ -177,6 +177,13 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
     assert section.pictures == [plan.folder / "table3-m2.png"] and section.pictures[0].exists()
 
 
+def test_all_baselines_share_the_clips_that_table_3_measures(tmp_path):
+    plan = plan_of(tmp_path)
+    jobs = [paper.train_job(plan, arm, 0) for arm in tables.arms_of("table3", SETTINGS)]
+    clips = f"clips={paper.clips_folder(plan)}"
+    assert [clips in job.command for job in jobs] == [False] * 3 + [True] * 9
+
+
 def test_every_run_has_its_own_folder_and_tables_share_runs():
     runs = {}
     for table in tables.TABLES:

@@ -152,7 +152,8 @@ def write_page(out: Path, examples: list[Example], labels: list[str], shown: lis
     words = [f"<li>{name}: {', '.join(values)}" for name, values in world.ATTRIBUTES.items()]
     parts = {
         "videos": "\n".join(html_example(e, labels, cfg.fps) for e in examples),
-        "ladder": ladder and "<h2>All models</h2><img alt=\"A row for "
+        "ladder": ladder and "<h2>All models</h2><p>A column is one caption and one noise. The "
+        "first row is the target: which of the rows below keep it?</p><img alt=\"A row for "
         f'each model, a column for each caption" src="{data_uri(ladder)}">',
         "stills": data_uri(out / "videos.png"), "table": html_of(table),
         "curves": curves.is_file() and "<h2>How the student learned</h2><img alt=\"Losses, heads' "

@@ -480,7 +480,7 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
     """Run Algorithm 1 to its end or to a signal: log, evaluate, save; then export."""
     first, m = ranks.rank == 0, len(state.t_key) - 1
     tokens = math.prod(state.student.token_grid(*loader.shape[1:]))
-    lines = [x for x in read_log(folder / "log.jsonl", "step") if x["step"] <= state.step]
+    lines = [x for x in read_log(folder / "log.jsonl", "step", "k") if x["step"] <= state.step]
     if first:  # what a crash cut off, or will be repeated, goes
         write_text(folder / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     base = teacher_errors(cfg, state.teacher, loader, ranks, lines)

@@ -53,7 +53,7 @@ import baselines
 import distill
 from common.config import (
     Shared, announce, field, load_config, names_config, read_yaml, settings_to_compare)
-from common.files import ROOT, own_folder, write_json, write_text
+from common.files import ROOT, own_folder, parse_json, write_json, write_text
 from common.folders import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
@@ -306,7 +306,8 @@ def paper_section(cfg: Config, name: str, plan: Plan, s: tables.Settings,
         if cfg.prompts is not None and not (store / "manifest.json").exists():
             return tables.fig5(plan, [prompt.text for prompt in read_prompts(cfg.prompts)])
         return tables.fig5(plan, [
-            json.loads(safetensors_metadata(file)["synvid"])["trajectory"]["prompt"]
+            parse_json(safetensors_metadata(file).get("synvid", "{}"), str(file),
+                       {"trajectory": {"prompt": str}})["trajectory"]["prompt"]
             for file in sorted(store.glob("*/*.safetensors"))])
     if name == "fig6":
         return tables.fig6(plan)

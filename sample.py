@@ -37,7 +37,6 @@ again. The videos score by `vbench evaluate` and `python evaluate.py --vbench_sc
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -52,7 +51,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.files import write_json
+from common.files import NUMBER, misfit, parse_json, shown, write_json
 from common.folders import dit_tensors, fingerprint, fingerprint_files
 from common.lora import changes, is_lora, with_lora
 from common.names import official_names
@@ -188,6 +187,8 @@ def make_jobs(cfg: Config) -> list[Job]:
 # ---------------------------------------------------------------------------------- networks
 
 FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
+KINDS = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int, "key": [int],
+         "shift": NUMBER, "cfg_scale": NUMBER}  # of what is computed with
 
 
 def student_facts(path: Path, cfg: Shared, foreign: bool = False,
@@ -232,9 +233,12 @@ def check_facts(path: Path, facts: dict, wanted: tuple[str, ...] = FACTS) -> Non
         raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}; wanted a "
                          "student written by distill.py (to sample another DiT, point `weights` "
                          "at it and add --teacher)")
+    if fault := misfit(facts, {name: kind for name, kind in KINDS.items() if name in facts}):
+        raise ValueError(f"{path}: 'accvideo' metadata: {fault}: distill it again")
     t = facts["t_key"]
     if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
-        raise ValueError(f"{path}: t_key is {t}; wanted times falling from 1 (noise) to 0 (data)")
+        raise ValueError(f"{path}: t_key is {shown(t)}; wanted times falling from 1 (noise) to 0 "
+                         "(data)")
 
 
 def facts_of(tensors: dict[str, LazyTensor]) -> dict:
@@ -248,12 +252,8 @@ def facts_in(file: Path) -> dict:
     """
     if kind_of(file) != "safetensors":
         return {}
-    text = safetensors_metadata(file).get("accvideo", "{}")
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{file}: its 'accvideo' metadata is no JSON object: {text:.80}: distill "
-                         "it again, or remove the metadata") from e
+    return parse_json(safetensors_metadata(file).get("accvideo", "{}"), f"{file}: 'accvideo' "
+                      "metadata", remedy="distill it again, or remove the metadata")
 
 
 def how_to_use(path: Path) -> str:

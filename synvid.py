@@ -46,7 +46,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.files import crc32_of_json, read_json, replace_file, write_json
+from common.files import (
+    NUMBER, crc32_of_json, misfit, parse_json, read_json, replace_file, shown, write_json)
 from common.folders import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, read_prompts
 from common.ranks import (
@@ -84,6 +85,8 @@ class Config(Shared):
 
 
 VERSION = 1  # of the format on disk
+KINDS = {"stored": [int], "t": [NUMBER], "shape": [int], "seed": int, "n": int, "count": int,
+         "dtype": str, "prompts": str, "family": str, "weights": str}  # of a manifest's values
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -133,7 +136,8 @@ def check_same(path: Path, got: dict, wanted: dict, remedy: str) -> None:
         if key == "t" and isinstance(got.get("t"), list):  # libraries differ in the last bit
             same = len(got["t"]) == len(value) and all(map(math.isclose, got["t"], value))
         if not same:
-            raise ValueError(f"{path}: {key} is {got.get(key)!r}, this config wants {value!r}: "
+            raise ValueError(f"{path}: {key} is {shown(got.get(key))}, this config wants "
+                             f"{shown(value)}: "
                              f"{remedy}")
 
 
@@ -142,11 +146,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no SynVid; make it by `python synvid.py CONFIG`")
-    manifest = read_json(path)
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version != VERSION:
-        raise ValueError(f"{path}: is of format version {version}; this code reads {VERSION}: make "
-                         "the trajectories anew by `python synvid.py CONFIG` in another --run")
+    remedy = "make the trajectories anew by `python synvid.py CONFIG` in another --run"
+    manifest = read_json(path, dict, remedy)
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"{path}: is of format version {shown(manifest.get('version'))}; this "
+                         f"code reads {VERSION}: {remedy}")
+    if fault := misfit(manifest, KINDS):
+        raise ValueError(f"{path}: {fault}: {remedy}")
     return manifest
 
 
@@ -218,7 +224,9 @@ def read_trajectory(folder: Path, manifest: dict, i: int,
     path = trajectory_path(folder, i)
     try:
         with safe_open(path, "pt") as f:
-            text = json.loads(f.metadata()["synvid"])
+            text = parse_json(f.metadata()["synvid"], "its header",
+                              {"crc32": str, "trajectory": {"crc32": {str: str | list},
+                                                            "prompt": str, "seed": int}})
             facts, sums = text["trajectory"], text["trajectory"]["crc32"]
             if text["crc32"] != crc32_of_json(facts) or sorted(f.keys()) != sorted(sums):
                 raise ValueError("its header is damaged")

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from common.files import ROOT, write_text
+from common.files import ROOT, read_text, shown, write_text
 
 STAGES = ("teacher", "synvid", "distill", "sample", "evaluate", "lora")
 
@@ -130,8 +130,7 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             raise ValueError
         return out
     except (ValueError, TypeError, OverflowError) as e:
-        got = repr(value) if len(repr(value)) <= 80 else f"{value!r:.80}…"
-        raise ValueError(f"{where}: {key}: got {got}; wanted {wanted}") from e
+        raise ValueError(f"{where}: {key}: got {shown(value)}; wanted {wanted}") from e
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -141,10 +140,12 @@ class PlainLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: typing.ClassVar[dict] = {}
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key '{twice}' is given twice: keep one", node.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if (name := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{name:.80}' is given twice: keep one", node.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -156,21 +157,29 @@ for tag, pattern in (
                                       None)
 
 
+def load_yaml(path: Path) -> Any:
+    """The value of a YAML file. Raises ValueError naming it when it is none."""
+    text = read_text(path, 1 << 18)  # its parser takes a second for each 100 KB
+    try:
+        return yaml.load(text, PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError,
+            OverflowError) as e:  # PyYAML has many for a value that its tag does not fit
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise ValueError(f"{path}: is not valid YAML: {reason:.300}: correct it") from e
+
+
 def read_yaml(path: Path, stage: str, fields: dict) -> dict:
     """A config file's shared keys and those of one stage. Raises ValueError naming a wrong key."""
     if not path.is_file():
         near = nearest(path.name, [p.name for p in (ROOT / "configs").glob("*.yaml")])
         raise FileNotFoundError(f"{path}: no such config{near}; the shipped ones are in configs/")
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), PlainLoader) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as e:  # also what is not UTF-8
-        raise ValueError(f"{path}: is not valid YAML: {e}") from e
+    data = load_yaml(path) or {}
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: got {type(data).__name__}; wanted keys with values")
+        raise ValueError(f"{path}: got {shown(data)}; wanted keys with values")
     shared = {f.name for f in dataclasses.fields(Shared)}
     own = data.get(stage) or {}
     if not isinstance(own, dict):
-        raise ValueError(f"{path}: {stage}: got {own!r}; wanted keys with values")
+        raise ValueError(f"{path}: {stage}: got {shown(own)}; wanted keys with values")
     for key in data:
         if key not in shared and key not in STAGES:
             raise ValueError(f"{path}: unknown key '{key}'{nearest(str(key), [*shared, *STAGES])}")
@@ -264,8 +273,8 @@ def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings that `announce` saved; empty if they cannot be read."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        values = load_yaml(path)
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 

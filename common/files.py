@@ -6,8 +6,10 @@ Nothing here knows of networks. Nothing is ever unpickled.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
+import reprlib
 import secrets
 import shutil
 import socket
@@ -72,12 +74,80 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises ValueError naming it when it is not JSON."""
+LARGEST = 1 << 26  # bytes of JSON, settings or facts: what is larger is another file
+
+
+def read_text(path: str | Path, largest: int = LARGEST) -> str:
+    """A UTF-8 text file. Raises ValueError naming it when it is none, or larger than `largest`."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no plain file; wanted a text file: name another one")
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path}: has {size} bytes; wanted {largest} at most: it is another file "
+                         "than its name says, name or restore the right one")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: is not valid JSON ({e}): restore or remove it") from e
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: is not UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8, "
+                         "or restore it") from e
+
+
+def read_json(path: str | Path, shape: Any = dict, remedy: str = "restore or remove it") -> Any:
+    """A JSON file's value, of a shape as `misfit` has it. Raises ValueError naming the file."""
+    return parse_json(read_text(path), str(path), shape, remedy)
+
+
+def parse_json(text: str, where: str, shape: Any = dict, remedy: str = "make it anew") -> Any:
+    """The value of JSON text, of a shape as `misfit` has it. Raises ValueError beginning `where`.
+
+    The value is of the shape; what else an object holds is not looked at.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where}: is not valid JSON ({e}): {remedy}") from e
+    if fault := misfit(value, shape):
+        raise ValueError(f"{where}: {fault}: {remedy}")
+    return value
+
+
+NUMBER = int | float
+KINDS = {dict: "a JSON object", list: "a list", str: "text", int: "a whole number",
+         NUMBER: "a number"}
+
+
+def misfit(value: Any, shape: Any, name: str = "") -> str:
+    """What of a JSON value is of another shape, as "weight_map is [1]; wanted …"; "" if nothing.
+
+    Args: shape, a type or union of types; [shape], a list of such; {key: shape, …}, an object that
+    has these keys and may have others; {str: shape}, one whose values all are such.
+    """
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    # JSON's true is no number, and neither is what it reads as infinite or NaN
+    broken = isinstance(value, float) and not math.isfinite(value)
+    if not isinstance(value, kind) or isinstance(value, bool) or (broken and kind == NUMBER):
+        return f"{name or 'it'} is {shown(value)}; wanted {KINDS.get(kind, kind)}"
+    items: Any = ()
+    if isinstance(shape, list):
+        items = ((f"{name}[{i}]", x, shape[0]) for i, x in enumerate(value))
+    elif isinstance(shape, dict) and str in shape:
+        items = ((f"{name}.{key:.60}".lstrip("."), x, shape[str]) for key, x in value.items())
+    elif isinstance(shape, dict):
+        lacking = [key for key in shape if key not in value]
+        if lacking:
+            return f"{name or 'it'} lacks {lacking[0]}"
+        items = ((f"{name}.{key}".lstrip("."), value[key], shape[key]) for key in shape)
+    return next((fault for part in items if (fault := misfit(part[1], part[2], part[0]))), "")
+
+
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 2, 80, 80, 40
+
+
+def shown(value: Any) -> str:
+    """A value for an error: in at most about 80 characters, however large or nested it is."""
+    text = " ".join(SHORT.repr(value).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def sync_to_disk(path: Path) -> None:
@@ -107,12 +177,13 @@ def append_log(path: Path, line: dict) -> None:
 
 
 def read_log(path: Path, *keys: str) -> list[dict]:
-    """A log's lines that are JSON objects with all of `keys`; what a crash cut off is dropped."""
+    """A log's lines that are JSON objects with a number for all of `keys`; others, as one that a
+    crash cut off, are dropped."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
-            lines += [line] if isinstance(line, dict) and line.keys() >= set(keys) else []
+            lines += [line] if not misfit(line, dict.fromkeys(keys, NUMBER)) else []
     return lines
 
 

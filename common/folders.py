@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common.config import nearest
-from common.files import read_json
+from common.config import load_yaml, nearest
+from common.files import read_json, shown
 from common.names import official_names
 from common.weights import WEIGHT_SUFFIXES, LazyTensor, only_weights, open_tensors
 
@@ -30,16 +28,13 @@ def read_list(path: Path) -> dict[str, Path]:
 
     Raises ValueError if it is none, naming the key.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: is not valid YAML: {e}") from e
+    values = load_yaml(path)
     if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
         raise ValueError(f"{path}: wanted lines such as `dit: file.safetensors`, of "
                          f"{', '.join(ROLES)}")
     for key in values:
         if key not in ROLES:
-            raise ValueError(f"{path}: unknown key '{key}'{nearest(str(key), ROLES)}; wanted "
+            raise ValueError(f"{path}: unknown key '{key!s:.80}'{nearest(str(key), ROLES)}; wanted "
                              f"{', '.join(ROLES)}")
     return {key: path.parent / Path(value).expanduser() for key, value in values.items()}
 
@@ -120,7 +115,7 @@ def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
     for key, got in read_json(config).items():
         name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
         if name in own and got is not None and got != own[name]:
-            raise ValueError(f"{config}: {key} is {got}, {what} has {own[name]}: choose the "
+            raise ValueError(f"{config}: {key} is {shown(got)}, {what} has {own[name]}: choose the "
                              "preset that belongs to these weights, or add one")
 
 

@@ -5,7 +5,6 @@ tensor of their own shape, "diff". Ours are under the official names with `diffu
 them, which ComfyUI, diffusers and LightX2V take.
 """
 
-import json
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.files import NUMBER, misfit, parse_json
 from common.names import comfy_to_official, official_names
 from common.weights import LazyTensor, kind_of, looks_like, open_tensors, safetensors_metadata
 
@@ -146,9 +146,12 @@ def adapter_scale(path: Path) -> float:
     """alpha / rank of a file that diffusers saved, which has it in its metadata; 1 for others."""
     if kind_of(path) != "safetensors":
         return 1.0
-    about = json.loads(safetensors_metadata(path).get("lora_adapter_metadata", "{}"))
-    alpha, rank = about.get("transformer.lora_alpha"), about.get("transformer.r")
-    return alpha / rank if alpha and rank else 1.0
+    where = f"{path}: its lora_adapter_metadata"
+    about = parse_json(safetensors_metadata(path).get("lora_adapter_metadata", "{}"), where)
+    keys = [key for key in ("transformer.lora_alpha", "transformer.r") if about.get(key)]
+    if fault := misfit(about, dict.fromkeys(keys, NUMBER)):
+        raise ValueError(f"{where}: {fault}: save the LoRA anew")
+    return about[keys[0]] / about[keys[1]] if len(keys) == 2 else 1.0
 
 
 def lora_looks_like(tensors: dict[str, LazyTensor]) -> str:

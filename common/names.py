@@ -130,7 +130,7 @@ def comfy_to_official(name: str) -> str:
 def name_rules(family: str, component: str, reverse: bool) -> list[tuple[re.Pattern, str]]:
     """Rules (pattern, template) from diffusers to official names of a component, or back."""
     rules = []
-    for diffusers, official, note in read_json(ROOT / f"assets/{family}_diffusers_map.json"):
+    for diffusers, official, note in read_json(ROOT / f"assets/{family}_diffusers_map.json", list):
         if not re.match(rf"{component}\b", note) or (reverse and "alias" in note):
             continue
         source, target = (official, diffusers) if reverse else (diffusers, official)

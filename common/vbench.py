@@ -80,7 +80,8 @@ def open_record(folder: Path, videos: list[Video], about: dict[str, Any]) -> lis
     """
     path, wanted = record_folder(folder) / "videos.json", {v.file: v._asdict() for v in videos}
     about = json.loads(json.dumps(about))
-    known = read_json(path) if path.exists() else {"about": about, "videos": []}
+    shape = {"about": dict, "videos": [{"file": str, "made_from": str}]}
+    known = read_json(path, shape) if path.exists() else {"about": about, "videos": []}
     there = {file.name for file in folder.iterdir()} if folder.exists() else set()
     before = {v["file"]: v for v in known["videos"] if v["file"] in there}
     for name in sorted(there - before.keys()):

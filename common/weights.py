@@ -178,12 +178,10 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
 def read_index(path: Path) -> dict[str, str]:
     """Tensor names and the shard of each, of an index. ValueError if it is none, or names a file
     outside its folder."""
-    index = read_json(path)
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not (isinstance(shards, dict) and shards
-            and all(isinstance(shard, str) for shard in shards.values())):
-        raise ValueError(f"{path}: is no index of shards: wanted a \"weight_map\" of tensor names "
-                         "and files: copy it again")
+    what = 'as an index of shards has a "weight_map" of tensor names and files: copy it again'
+    shards = read_json(path, {"weight_map": {str: str}}, what)["weight_map"]
+    if not shards:
+        raise ValueError(f"{path}: weight_map is empty: {what}")
     outside = [shard for shard in shards.values() if shard != Path(shard).name or shard == ".."]
     if outside:
         raise ValueError(f"{path}: names {outside[0]:.80}; wanted files of its own folder only: "

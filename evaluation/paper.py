@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
-from common.files import ROOT, read_json, write_json
+from common.config import load_yaml
+from common.files import ROOT, read_json, shown, write_json
 
 # -------------------------------------------------------------------------------------- runs
 
@@ -72,7 +72,7 @@ def key_option(key: list[int]) -> str:
 
 def settings_of(config: str) -> dict:
     """What a config file says that a run depends on."""
-    values = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    values = load_yaml(Path(config)) or {}
     others = ("teacher", "synvid", "sample", "evaluate")
     return {name: value for name, value in values.items() if name not in others}
 
@@ -85,8 +85,9 @@ def is_done(folder: Path, command: list[str], config: str) -> bool:
     found = read_json(path)
     if found != wanted:
         changed = [name for name in wanted if found.get(name) != wanted[name]]
-        raise ValueError(f"{path}: got another {changed[0]}, {found.get(changed[0])}; wanted "
-                         f"{wanted[changed[0]]}: choose another --run, or remove {folder}")
+        got, want = (shown(about.get(changed[0])) for about in (found, wanted))
+        raise ValueError(f"{path}: got another {changed[0]}, {got}; wanted {want}: choose another "
+                         f"--run, or remove {folder}")
     return True
 
 
@@ -255,7 +256,8 @@ class Measured:
 
 def read_measured(plan: Plan, name: str, label: str) -> Measured:
     """What an evaluation in <paper>/<name> found."""
-    table = read_json(plan.folder / name / "evaluate/table.json")
+    path = plan.folder / name / "evaluate/table.json"
+    table = read_json(path, {"rows": [{"label": str}], "command": str})
     best, few, *rows = [row for row in table["rows"] if ", mean of" not in row["label"]]
     return Measured(label, few["evaluations"], best, few, rows, table["command"])
 

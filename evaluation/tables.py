@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.files import read_json, replace_file, write_json, write_text
+from common.files import NUMBER, read_json, replace_file, write_json, write_text
 from common.video import data_uri
 from evaluation.page import html_of
 from evaluation.paper import (
@@ -280,7 +280,8 @@ def fig5(plan: Plan, prompts: list[str]) -> Section:
 
 def fig6(plan: Plan) -> Section:
     """What blocks of the teacher tell, by taps.py."""
-    found = read_json(plan.folder / "fig6/taps/taps.json")
+    found = read_json(plan.folder / "fig6/taps/taps.json",
+                      {"found": [{"block": int, "k": int, "probe": NUMBER, "head": NUMBER}]})
     ks = sorted({entry["k"] for entry in found["found"]}, reverse=True)
     lines = ["| block | " + " | ".join(f"t'_{k}: probe, head" for k in ks) + " |",
              "|---" * (len(ks) + 1) + "|"]

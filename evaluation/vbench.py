@@ -8,12 +8,11 @@ scripts/cal_final_score.py (Huang et al. 2024), whose missing dimensions count a
 no total.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.files import read_json, write_json, write_text
+from common.files import read_json, shown, write_json, write_text
 
 
 class Dimension(NamedTuple):
@@ -59,10 +58,8 @@ def read_scores(folder: Path) -> tuple[dict[str, float], list[Path]]:
     scores: dict[str, float] = {}
     source: dict[str, Path] = {}
     for file in files:
-        results = read_json(file)
-        if not isinstance(results, dict):
-            raise ValueError(f"{file}: got {json.dumps(results):.80}; wanted {{dimension: [score, "
-                             "…]}, as VBench writes it")
+        results = read_json(file, remedy="wanted {dimension: [score, …]}, as VBench "
+                            "writes it")
         for name, entry in results.items():
             score = entry[0] if isinstance(entry, list) and entry else None
             if name not in DIMENSIONS:
@@ -73,7 +70,7 @@ def read_scores(folder: Path) -> tuple[dict[str, float], list[Path]]:
                                  "move the file that is not meant")
             if isinstance(score, bool) or not isinstance(score, int | float) or not (
                     math.isfinite(score) and 0 <= score <= 1):
-                raise ValueError(f"{file}: {name}: got {json.dumps(entry):.80}; wanted [score, …] "
+                raise ValueError(f"{file}: {name}: got {shown(entry)}; wanted [score, …] "
                                  "with a score from 0 to 1: evaluate this dimension again")
             scores[name], source[name] = float(score), file
     return scores, files

@@ -2,21 +2,19 @@
 encoders, image encoder and conditioner.
 """
 
-import json
 import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from common.config import Shared
-from common.files import read_json
+from common.files import NUMBER, misfit, parse_json, read_json, short_reason, shown
 from common.folders import is_list, role_file
 from common.names import official_names, plain_names, reshaped
 from common.prompts import Prompt
 from common.ranks import Timer, compute_dtype
-from common.weights import load_module, open_tensors
+from common.weights import load_module, open_tensors, safetensors_metadata
 from frozen.image import CLIPVision, Conditioner
 from frozen.text import CLIPText, HunyuanText, Llama, TextEncoder, Tokenizer, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
@@ -53,16 +51,27 @@ def component(weights: str | Path, what: str, official: list[str], subfolder: st
     return path
 
 
+def checked(path: Path, arguments: dict) -> dict:
+    """Constructor arguments as they came, if those that are counts are such as can be built.
+
+    Raises ValueError naming file and key.
+    """
+    for key, value in arguments.items():
+        most = 1000 if key in ("num_layers", "num_res_blocks") else 10 ** 7
+        counts = key.startswith(("num_", "dim", "vocab_size", "size", "patch"))
+        for number in value if isinstance(value, list) else [value] if counts else []:
+            if misfit(number, NUMBER) and not isinstance(number, bool) or not number <= most:
+                raise ValueError(f"{path}: {key}: got {shown(value)}; wanted {most} at most: copy "
+                                 "the file again")
+    return arguments
+
+
 def official_config(path: Path) -> dict:
     """Constructor arguments that a .safetensors file names in its metadata; {} is full size."""
     if path.suffix != ".safetensors":
         return {}
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get("config", "{}")
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: metadata key config is not a JSON object: {text:.80}") from error
+    where = f"{path}: metadata key config"
+    return checked(path, parse_json(safetensors_metadata(path).get("config", "{}"), where))
 
 
 def config_arguments(path: Path, names: dict[str, str], fixed: dict) -> dict:
@@ -71,16 +80,18 @@ def config_arguments(path: Path, names: dict[str, str], fixed: dict) -> dict:
     names: our argument to their key; keys the file lacks keep our default.
     fixed: their key to the only value that this code implements.
     """
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: got a {type(config).__name__}; want a JSON object")
+    config = read_json(path, remedy="copy it again")
     config = config.get("text_config") or config  # of a model that also sees
-    config = {**(config.get("rope_parameters") or {}), **config}  # as newer files have it
+    rope = config.get("rope_parameters") or {} if isinstance(config, dict) else {}
+    if fault := misfit(config, dict, "text_config") or misfit(rope, dict, "rope_parameters"):
+        raise ValueError(f"{path}: {fault}: copy it again")
+    config = {**rope, **config}  # as newer files have it
     for key, want in fixed.items():
         if config.get(key, want) != want:
-            raise ValueError(f"{path}: {key} is {config[key]!r}; only {want!r} is implemented: "
-                             f"is this the checkpoint of another model?")
-    return {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+            raise ValueError(f"{path}: {key} is {shown(config[key])}; only {want!r} is "
+                             "implemented: is this the checkpoint of another model?")
+    return checked(path, {ours: config[theirs] for ours, theirs in names.items()
+                          if theirs in config and config[theirs] is not None})
 
 
 def sizes_in(path: Path, names: dict[str, str], fixed: dict) -> dict:
@@ -95,9 +106,10 @@ def build_module(cls: type, arguments: dict, path: Path, tensors: dict, dtype, d
     try:
         with torch.device("meta"):
             module = cls(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its config {arguments} does not describe a {cls.__name__} "
-                         f"({error})") from error
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError,
+            ArithmeticError) as error:  # torch has one for each kind of number that cannot be
+        raise ValueError(f"{path}: its config {shown(arguments)} does not describe a "
+                         f"{cls.__name__} ({short_reason(error)}): copy it again") from error
     return load_module(module, tensors, str(path), dtype, device).eval().requires_grad_(False)
 
 

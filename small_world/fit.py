@@ -92,7 +92,8 @@ def note(cfg: Any, **entry) -> None:
 
 def log_lines(cfg: Any) -> list[dict]:
     """The lines of <run>/teacher/log.jsonl."""
-    return read_log(folder(cfg) / "log.jsonl", "stage", "seconds")
+    lines = read_log(folder(cfg) / "log.jsonl", "seconds")
+    return [line for line in lines if isinstance(line.get("stage"), str)]
 
 
 def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from common import files
-from common.files import ROOT, append_log, own_folder, read_log, replace_file
+from common.files import (
+    NUMBER, ROOT, append_log, own_folder, read_json, read_log, replace_file)
 
 
 @pytest.fixture(autouse=True)
@@ -137,3 +138,47 @@ def test_names_aside_differ_between_processes_of_the_same_id(tmp_path, monkeypat
                      or aside.write_text("{}"))
     assert len(set(names)) == 2 and all(".part" in name for name in names)
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+JSON = [  # text, shape, what is said of it
+    ("[1]", dict, r"it is \[1\]; wanted a JSON object"), ("null", dict, "it is None; wanted"),
+    ("3", dict, "it is 3; wanted"), ('"a"', list, "it is 'a'; wanted a list"),
+    ("[" * 100_000, dict, "is not valid JSON .*recursion"),
+    ("1" * 100_000, int, "is not valid JSON .*limit"), ("1e999999999", NUMBER, "it is inf; wanted"),
+    ("NaN", NUMBER, "it is nan; wanted a number"), ("true", int, "it is True; wanted a whole num"),
+    ('{"a": 1}', {"b": int}, "it lacks b"), ('{"a": null}', {"a": int}, "a is None; wanted a who"),
+    ('{"a": [1, "x"]}', {"a": [int]}, r"a\[1\] is 'x'; wanted a whole number"),
+    ('{"a": {"b": {}}}', {"a": {str: NUMBER}}, r"a\.b is {}; wanted a number"),
+    (json.dumps([list(range(100))] * 100_000), dict, "it is .*…; wanted a JSON object"),
+    ("\xff", dict, "is not UTF-8 .*at byte 0")]
+
+
+@pytest.mark.parametrize("text, shape, said", JSON, ids=range(len(JSON)))
+def test_json_of_another_shape_is_refused_in_a_short_line_that_names_the_file(text, shape, said,
+                                                                              tmp_path):
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=said) as told:
+        read_json(tmp_path / "a.json", shape)
+    line = str(told.value)
+    assert str(tmp_path / "a.json") in line and "\n" not in line and len(line) < 400
+    assert line.endswith(("restore or remove it", "or restore it"))
+
+
+def test_json_of_the_shape_is_read_as_it_is(tmp_path):
+    value = {"a": [1, 2.5], "b": {"c": "x"}, "more": None}
+    files.write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", {"a": [NUMBER], "b": {str: str}}) == value
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "large"])
+def test_what_is_no_plain_file_of_text_is_not_waited_for(kind, tmp_path):
+    path = tmp_path / "a.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as f:
+            f.truncate(10 ** 12)  # with nothing in it
+    with pytest.raises(ValueError, match="is no plain file|has 1000000000000 bytes; wanted"):
+        read_json(path)

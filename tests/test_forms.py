@@ -338,8 +338,9 @@ def test_tensors_that_are_no_model_s_are_refused_before_a_network_is_built(tenso
 @pytest.mark.parametrize("index, message", [
     ({"weight_map": {"a": "../b.safetensors"}}, "names ../b.safetensors; wanted files of its own"),
     ({"weight_map": {"a": "/etc/b.safetensors"}}, "names /etc/b.safetensors; wanted files of its"),
-    ({"weight_map": {}}, "is no index of shards"), ({"weight_map": {"a": 3}}, "is no index"),
-    ([1], "is no weight file that is known here|is no index"), ({"other": 1}, "is no index")])
+    ({"weight_map": {}}, "weight_map is empty: as an index of shards has"),
+    ({"weight_map": {"a": 3}}, "weight_map.a is 3; wanted text"),
+    ([1], "is no weight file that is known here"), ({"other": 1}, "it lacks weight_map")])
 def test_an_index_that_is_none_or_points_outside_is_refused(index, message, tmp_path):
     write_json(tmp_path / f"{FULL}.index.json", index)
     with pytest.raises(ValueError, match=message):

@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 
 from common.config import read_settings
 from common.files import (
-    crc32_of_file, crc32_of_json, read_json, read_log, short_reason, sync_to_disk, write_json)
+    crc32_of_file, crc32_of_json, misfit, parse_json, read_json, read_log, short_reason,
+    sync_to_disk, write_json)
 from common.ranks import Ranks, local_rows, on_first_rank, raise_together
 from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
 
@@ -237,11 +238,13 @@ def read_meta(path: Path) -> dict | str:
     if (path / ".metadata").exists():
         return "is of an earlier version, whose table is a pickle, which is not read"
     try:
-        meta = read_json(path / "meta.json")
+        meta = read_json(path / "meta.json", {"crc32": str, "format": int})
         if meta.pop("crc32") != crc32_of_json(meta):
             return "meta.json is changed"
         if meta["format"] != FORMAT:
             return f"is of format {meta['format']}; this code reads {FORMAT}"
+        if fault := misfit(meta, {"files": {str: list}}):
+            return f"meta.json: {fault}"
         if not all(re.fullmatch(r"rank_\d+\.safetensors", name) for name in meta["files"]):
             return "meta.json names other files than a checkpoint's"
         return meta
@@ -270,7 +273,7 @@ def load_checkpoint(path: Path, state: dict) -> None:
         if isinstance(meta, str):
             raise ValueError(meta)
         for file in meta["files"]:
-            rows = json.loads(safetensors_metadata(path / file)["rows"])
+            rows = parse_json(safetensors_metadata(path / file)["rows"], file, {str: [int]})
             for name, lazy in open_safetensors(path / file).items():
                 start, sizes[name] = rows[name]
                 shards.setdefault(name, []).append((start, lazy))
@@ -362,6 +365,8 @@ def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
     if found is None:
         return on_first_rank(lambda: check_begun(folder, meta))
     path, saved = found
+    if fault := misfit(saved, {"config": dict, "count": int, "step": int}):
+        raise ValueError(f"{path}/meta.json: {fault}: remove this checkpoint")
     check_same_run(path, saved, meta)
     if saved["count"] > loader.count:
         raise ValueError(f"{path}: that run learned from {saved['count']} trajectories, now there "

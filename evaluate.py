@@ -299,16 +299,19 @@ def paper(cfg: Config, argv: list[str]) -> None:
     print(f"look at {page}; numbers of every seed: {page.parent / 'paper.json'}")
 
 
+def stored_prompt(path: Path) -> str:
+    """The prompt of a trajectory's file. Raises ValueError if the file is damaged."""
+    text = safetensors_metadata(path).get("synvid", "{}")
+    return parse_json(text, str(path), {"trajectory": {"prompt": str}})["trajectory"]["prompt"]
+
+
 def paper_section(cfg: Config, name: str, plan: Plan, s: tables.Settings,
                   store: Path) -> tables.Section:
     """One table or figure, from what was measured."""
     if name == "fig5":
         if cfg.prompts is not None and not (store / "manifest.json").exists():
             return tables.fig5(plan, [prompt.text for prompt in read_prompts(cfg.prompts)])
-        return tables.fig5(plan, [
-            parse_json(safetensors_metadata(file).get("synvid", "{}"), str(file),
-                       {"trajectory": {"prompt": str}})["trajectory"]["prompt"]
-            for file in sorted(store.glob("*/*.safetensors"))])
+        return tables.fig5(plan, list(map(stored_prompt, sorted(store.glob("*/*.safetensors")))))
     if name == "fig6":
         return tables.fig6(plan)
     section = getattr(tables, name)(plan, s)

@@ -67,7 +67,7 @@ def key_times(family: str, n: int, shift: float, key: list[int]) -> list[float]:
     Raises ValueError when key is not such a list. Source: Alg. 1, line 2; D1.
     """
     if len(key) < 2 or (key[0], key[-1]) != (0, n) or sorted(set(key)) != key:
-        raise ValueError(f"key: got {key}; wanted indices rising from 0 to n={n}")
+        raise ValueError(f"key: got {key!s:.80}; wanted indices rising from 0 to n={n}")
     return time_grid(family, n, shift)[key].tolist()
 
 

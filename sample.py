@@ -214,7 +214,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     check_facts(path, facts)
     for name in ("family", "preset", "embedded_guidance"):
         if facts[name] != getattr(cfg, name):
-            raise ValueError(f"{path}: the student's {name} is '{facts[name]}', the config's "
+            raise ValueError(f"{path}: the student's {name} is {shown(facts[name])}, the config's "
                              f"'{getattr(cfg, name)}': use the config that it was distilled with")
     if same_teacher and facts["teacher"] != (teacher := fingerprint(cfg.weights)):
         raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, the "

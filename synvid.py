@@ -47,7 +47,8 @@ from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import (
-    NUMBER, crc32_of_json, misfit, parse_json, read_json, replace_file, shown, write_json)
+    NUMBER, crc32_of_json, misfit, parse_json, read_json, replace_file, short_reason,
+    shown, write_json)
 from common.folders import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, read_prompts
 from common.ranks import (
@@ -246,9 +247,9 @@ def read_trajectory(folder: Path, manifest: dict, i: int,
             if any(crc32(c) != sums[name] for name, c in cond.items()):
                 raise ValueError("its text states do not match their checksum")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError) as e:
-        raise ValueError(f"{path}: cannot be used ({e}): delete the file and rerun the `python "
-                         "synvid.py` command that made it (only what is missing is made), or rerun "
-                         "it with --repair") from e
+        raise ValueError(f"{path}: cannot be used ({short_reason(e)}): rerun the `python "
+                         "synvid.py` command that made it with --repair: only what is damaged or "
+                         "missing is made") from e
     cond = {name.removeprefix("cond."): c.float() if c.is_floating_point() else c
             for name, c in cond.items()}
     return torch.stack([latent.float() for latent in latents]), cond, facts["prompt"]

@@ -182,10 +182,12 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
         raise ValueError(f"{path}: {stage}: got {shown(own)}; wanted keys with values")
     for key in data:
         if key not in shared and key not in STAGES:
-            raise ValueError(f"{path}: unknown key '{key}'{nearest(str(key), [*shared, *STAGES])}")
+            near = nearest(str(key), [*shared, *STAGES])
+            raise ValueError(f"{path}: unknown key '{key!s:.80}'{near}")
     for key in own:
         if key not in fields:
-            raise ValueError(f"{path}: unknown key '{stage}.{key}'{nearest(str(key), fields)}")
+            near = nearest(str(key), fields)
+            raise ValueError(f"{path}: unknown key '{stage}.{key!s:.80}'{near}")
     return {**{k: v for k, v in data.items() if k in shared}, **own}
 
 
@@ -231,12 +233,12 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
         name = name.replace("-", "_")
         if not (arg.startswith("--") or equals) or name not in fields:
             near = nearest(name, fields)
-            raise ValueError(f"command line: unknown option '{arg}'{near}; see --help")
+            raise ValueError(f"command line: unknown option {shown(arg)}{near}; see --help")
         if not equals and fields[name] is bool and (not args or args[0].startswith("--")):
             value = True
         elif not equals:
             if not args:
-                raise ValueError(f"command line: {arg}: got nothing; wanted a value")
+                raise ValueError(f"command line: {shown(arg)}: got nothing; wanted a value")
             value = args.pop(0)
         given[name], where[name] = value, "command line"
     values = {k: coerce(v, fields[k], k, where[k]) for k, v in {**values, **given}.items()}

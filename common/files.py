@@ -206,7 +206,8 @@ def crc32_of_file(path: Path) -> str:
 def short_reason(error: BaseException) -> str:
     """What happened, in one line, out of the pages that torch says."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return re.split(r"(?<=\w)\. |\n", text)[0] or type(error).__name__
+    text = re.split(r"(?<=\w)\. |\n", text)[0] or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 # ------------------------------------------------------------------------- one owner for a folder

@@ -91,8 +91,8 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         try:
             return {name: lazy(name) for name in f.keys()}
         except (SafetensorError, OSError, ValueError) as e:
-            raise ValueError(f"{path}: not a whole safetensors file ({e}): copy or make it "
-                             "anew") from e
+            raise ValueError(f"{path}: not a whole safetensors file ({short_reason(e)}): "
+                             "copy or make it anew") from e
 
 
 def whole(path: Path) -> Any:
@@ -100,7 +100,8 @@ def whole(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: not a whole safetensors file ({e}): copy or make it anew") from e
+        raise ValueError(f"{path}: not a whole safetensors file ({short_reason(e)}): copy or "
+                         "make it anew") from e
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:

@@ -238,7 +238,7 @@ def read_meta(path: Path) -> dict | str:
     if (path / ".metadata").exists():
         return "is of an earlier version, whose table is a pickle, which is not read"
     try:
-        meta = read_json(path / "meta.json", {"crc32": str, "format": int})
+        meta = read_json(path / "meta.json", {"crc32": str, "format": int, "step": int})
         if meta.pop("crc32") != crc32_of_json(meta):
             return "meta.json is changed"
         if meta["format"] != FORMAT:

@@ -79,7 +79,7 @@ class Config(Shared):
     """Settings of a distillation; the paper's where it states them."""
     synvid: str | None = field(None, "folder of trajectories; none: <run>/synvid")
     iterations: int = field(1200, "k-steps (D2); the paper's 1200", "[1, inf)")
-    batch: int = field(32, "samples an iteration over all ranks; the paper's 32", "[1, inf)")
+    batch: int = field(32, "samples an iteration over all ranks; the paper's 32", "[1, 1000000]")
     micro_batch: int = field(1, "samples a forward at most; the rest is gradient accumulation",
                              "[1, inf)")
     lr: float = field(5e-6, "AdamW learning rate of the student; the paper's 5e-6", "(0, inf)")
@@ -95,7 +95,7 @@ class Config(Shared):
     traj: bool = field(True, "train on L_traj, Eq. 6")
     adv: bool = field(True, "train on L_adv, Eq. 7")
     heads: Literal["per_timestep", "shared"] = field("per_timestep", "or one for all k (Table 3)")
-    head_dim: int = field(128, "channels inside a head", "[1, inf)")
+    head_dim: int = field(128, "channels inside a head", "[1, 65536]")
     adv_form: Literal["nonsaturating", "printed", "hinge"] = field("nonsaturating", "see D5")
     updates: Literal["literal", "separate", "combined"] = field("combined", "see D6")
     tap: int | None = field(None, "feature block for t'_k > 0, 0-based; none: the last (D7)",
@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> None:
         require_same({"synvid": contents})
         loader = Loader(cfg, data, ranks)
         meta = {"config": asdict(cfg), "teacher": teacher, "count": loader.count,
-                "synvid": contents}
+                "synvid": contents, "earlier": data.manifest.get("earlier", [])}
         on_first_rank(lambda: check_resources(cfg, loader.shape, ranks))
         state = build(cfg, data.t_key, ranks)
         resume(cfg, state, loader, ranks, meta)

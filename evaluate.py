@@ -86,15 +86,15 @@ class Config(Shared):
     count: int = field(96, "videos of each model, and of the independent teacher samples",
                        "[3, inf)")
     batch: int = field(32, "videos denoised at once", "[1, inf)")
-    directions: int = field(128, "random directions of sliced W", "[1, inf)")
+    directions: int = field(128, "random directions of sliced W", "[1, 1000000]")
     c2st_steps: int = field(100, "training iterations of the classifier of C2ST", "[1, inf)")
     pictures: bool = field(True, "videos, pictures and the page beside the table")
     paper: str | None = field(None, "the paper's tables and figures instead: all, or of table3, "
                               "table4, fig5, fig6, fig8, fig9, ladder, comma between")
     paper_m: int | None = field(None, "steps of table3, fig6, fig8 and fig9; none: the config's",
                                 "[1, inf)")
-    steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder", "[1, inf)")
-    seeds: int = field(5, "runs of each arm of a table", "[1, inf)")
+    steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder", "[1, 10000]")
+    seeds: int = field(5, "runs of each arm of a table", "[1, 1000]")
     baseline_seeds: int = field(3, "runs of each other method, on each set of data", "[1, inf)")
     jobs: int = field(1, "runs at once; then each process has one CPU thread", "[1, inf)")
     launch: str = field("python", "starts a run, as `torchrun --nproc-per-node 8`")

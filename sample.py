@@ -92,7 +92,7 @@ class Config(Shared):
                               "[1, 10000]")
     solver: Literal["euler", "unipc"] = field("euler", "unipc, for Wan, walks other times "
                                               "than a student's key timesteps; see above")
-    count: int = field(1, "videos a prompt, with seeds seed, seed + 1, …", "[1, inf)")
+    count: int = field(1, "videos a prompt, with seeds seed, seed + 1, …", "[1, 100000]")
     vbench: str | None = field(None, "VBench's all_dimension.txt: its videos instead, 5 a prompt")
     vbench_prompts: str | None = field(None, "augmented prompts for them, line by line; names stay")
     vbench_flickering: str | None = field(None, "VBench's temporal_flickering.txt: 25 videos each")

@@ -67,14 +67,14 @@ class Config(Shared):
     """Settings of a job of generation."""
     prompts: str = field("assets/tiny/prompts.txt",
                          "UTF-8 text, a prompt a line; .jsonl of prompt and image for I2V")
-    start: int = field(0, "first trajectory of this job", "[0, inf)")
+    start: int = field(0, "first trajectory of this job", "[0, 1000000000]")
     count: int | None = field(None, "trajectories of this job; none: as far as one for each prompt",
-                              "[1, inf)")
+                              "[1, 10000000]")
     keep: Literal["key", "all"] = field("key", "latents stored")
     dtype: Literal["fp16", "fp32"] = field("fp16", "of stored latents; bf16 would put 5% noise on "
                                            "Eq. 6")
     batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)",
-                       "[1, inf)")
+                       "[1, 10000]")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights",
                     "[1, inf)")
     cfg_parallel: bool = field(False, "the two evaluations of guidance on two groups of ranks")
@@ -152,19 +152,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise ValueError(f"{path}: is of format version {shown(manifest.get('version'))}; this "
                          f"code reads {VERSION}: {remedy}")
-    if fault := misfit(manifest, KINDS):
+    more = {"earlier": [str]} if "earlier" in manifest else {}
+    if fault := misfit(manifest, KINDS | more):
         raise ValueError(f"{path}: {fault}: {remedy}")
     return manifest
 
 
-def open_manifest(folder: Path, wanted: dict, make: bool = True) -> dict[str, Any]:
-    """The folder's manifest; if there is none it is made. Raises ValueError if it is another."""
+def open_manifest(folder: Path, wanted: dict, make: bool = True,
+                  prompts: list[Prompt] | None = None) -> dict[str, Any]:
+    """The folder's manifest; if there is none it is made. Raises ValueError if it is another.
+
+    If only `prompts` came in after those that it was made with, it grows: trajectories that are
+    there keep theirs, which "earlier" tells, checksums of the manifests before.
+    """
     if make and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", wanted)
     manifest = read_manifest(folder)
+    before = prompts[:max(manifest["count"], 0)] if make and prompts else []
+    if manifest["count"] < wanted["count"] and digest(before) == manifest["prompts"]:
+        grown = {**manifest, **{key: wanted[key] for key in ("count", "prompts")}}
+        check_same(folder / "manifest.json", grown, wanted, "choose another folder with --run")
+        earlier = [*manifest.get("earlier", []), crc32_of_json(manifest)]
+        manifest = {**grown, "earlier": earlier}
+        write_json(folder / "manifest.json", manifest)
     check_same(folder / "manifest.json", manifest, wanted,
-               "one folder holds one kind of trajectories; choose another folder with --run, or "
-               "remove this one to make it anew")
+               "one folder holds one kind of trajectories, and grows by prompts at the end of the "
+               "file alone; choose another folder with --run, or remove this one to make it anew")
     return manifest
 
 
@@ -231,7 +244,8 @@ def read_trajectory(folder: Path, manifest: dict, i: int,
             facts, sums = text["trajectory"], text["trajectory"]["crc32"]
             if text["crc32"] != crc32_of_json(facts) or sorted(f.keys()) != sorted(sums):
                 raise ValueError("its header is damaged")
-            if (facts["index"], facts["manifest"]) != (i, crc32_of_json(manifest)):
+            known = crc32_of_json(manifest), *manifest.get("earlier", [])
+            if facts["index"] != i or facts["manifest"] not in known:
                 raise ValueError(f"it is trajectory {facts['index']} of manifest "
                                  f"{facts['manifest']}, not {i} of {crc32_of_json(manifest)}")
             latents, cond = [], {name: f.get_tensor(name) for name in sums if name != "x"}
@@ -370,28 +384,28 @@ def plan(cfg: Config, folder: Path, wanted: range, manifest: dict, device: torch
         if index.isdecimal() and int(index) in wanted:
             part.unlink(missing_ok=True)
     there = find_trajectories(folder).difference(damaged)
-    todo = [i for i in wanted if i not in there]
+    count = len(wanted) - sum(i in wanted for i in there)
     sizes = sizes_of(cfg.preset)
     latents = len(manifest["stored"]) * math.prod(manifest["shape"]) * DTYPES[cfg.dtype].itemsize
     condition = sizes.text_len * sizes.text_dim * compute_dtype(device).itemsize
     if sizes.takes_image:  # fp32: its features, and 4 mask channels on the 16 of a latent
         frames = math.prod(manifest["shape"]) * 20 // 16
         condition += 4 * (sizes.image_len * sizes.image_dim + frames)
-    need = len(todo) * (latents + condition + 2000)  # the header with the prompt
+    need = count * (latents + condition + 2000)  # the header with the prompt
     free = shutil.disk_usage(folder).free
     with torch.device("meta"):
         dit = build_dit(cfg.preset)
     evaluations = cfg.n * (1 if cfg.cfg_scale == 1 else 2)
-    flop = len(todo) * evaluations * dit.flops(math.prod(dit.token_grid(*manifest["shape"][1:])))
-    print(f"synvid: {len(todo)} trajectories to do, {len(wanted) - len(todo)} of {len(wanted)} are "
+    flop = count * evaluations * dit.flops(math.prod(dit.token_grid(*manifest["shape"][1:])))
+    print(f"synvid: {count} trajectories to do, {len(wanted) - count} of {len(wanted)} are "
           f"there; at most {format_bytes(need)} to write, {format_bytes(free)} free at {folder}\n"
           f"synvid: {evaluations} evaluations each, {flop:.3g} FLOP in all: {flop / 1.44e18:.3g} "
           "GPU-hours at 400 TFLOP/s (40% of an H100's peak)", flush=True)
     if need > free:
-        raise ValueError(f"{folder}: {len(todo)} trajectories need up to {format_bytes(need)}, got "
+        raise ValueError(f"{folder}: {count} trajectories need up to {format_bytes(need)}, got "
                          f"{format_bytes(free)}: free some space, choose another --run, or make "
                          "fewer by --count")
-    return todo
+    return [i for i in wanted if i not in there]
 
 
 def decode_video(cfg: Config, folder: Path, manifest: dict, vae: nn.Module, i: int) -> None:
@@ -493,7 +507,7 @@ def make(cfg: Config) -> None:
     only_verify = cfg.verify and not cfg.repair  # nothing is written then
     with owned(folder, wanted.start, wanted.stop) if not only_verify else nullcontext():
         manifest = on_first_rank(lambda: open_manifest(folder, make_manifest(cfg, prompts),
-                                                       make=not only_verify))
+                                                       not only_verify, prompts))
         damaged = verify(folder, wanted, manifest, ranks) if cfg.verify or cfg.repair else {}
         if only_verify:
             if damaged:

@@ -246,6 +246,10 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
         if f.name in values:
             check_within(values[f.name], f.metadata["within"], f.name, where[f.name])
     cfg = cls(**{k: os.path.expanduser(v) if k in PATHS and v else v for k, v in values.items()})
+    for name in PATHS & fields.keys() - given.keys():  # what is shipped is there from everywhere
+        value = getattr(cfg, name)
+        if value and value.startswith("assets/") and not Path(value).exists():
+            setattr(cfg, name, str(ROOT / value))
     cfg.path = path
     start = str(path) if named or not wants_help else cfg.origin
     cfg.origin = "  ".join([start, *(f"{name}={getattr(cfg, name)}" for name in given)])

@@ -4,6 +4,7 @@ Nothing here knows of networks. Nothing is ever unpickled.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -38,13 +39,30 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
+        sync_to_disk(aside)
         os.replace(aside, path)
+        with contextlib.suppress(OSError):  # not every disk can sync a folder
+            sync_to_disk(path.parent)
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: cannot be written ({e}): free some space, or choose another run "
-                         "folder (`--run`); nothing under this name was changed") from e
+        raise ValueError(f"{path}: cannot be written ({short_reason(e)}): {write_remedy(e)}; "
+                         "nothing under this name was changed") from e
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def write_remedy(error: BaseException) -> str:
+    """What helps against an error of writing."""
+    number, elsewhere = getattr(error, "errno", None), "choose another run folder (`--run`)"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"get the right to write there, or {elsewhere}"
+    if number == errno.ENAMETOOLONG:
+        return "choose a shorter name"
+    if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return f"move what stands in its place, or {elsewhere}"
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "space" in str(error):
+        return f"free some space, or {elsewhere}"
+    return f"see what it says of the disk or the settings, or {elsewhere}"
 
 
 def replace_folder(path: Path, aside: Path) -> None:
@@ -172,8 +190,8 @@ def append_log(path: Path, line: dict) -> None:
             cut = log.read(1) not in (b"", b"\n")
             log.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
     except OSError as e:
-        raise ValueError(f"{path}: cannot be written ({e}): free some space; the same command then "
-                         "goes on from what was last saved") from e
+        raise ValueError(f"{path}: cannot be written ({e}): {write_remedy(e)}; the same command "
+                         "then goes on from what was last saved") from e
 
 
 def read_log(path: Path, *keys: str) -> list[dict]:
@@ -236,14 +254,15 @@ def own_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
                     raise ValueError(f"{folder}: {owner} works here: wait for it, stop it, or "
                                      "choose another --run")
                 time.sleep(0.2)
+            if next(living_owners(folder, 0, 1 << 62), None) is None:
+                remove_leftovers(folder)
             handle = path.open("w")
             lock(handle)
             handle.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(),
                                      "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
             handle.flush()
     except OSError as e:
-        raise ValueError(f"{folder}: cannot be written ({e}): choose another run folder "
-                         "(`--run`)") from e
+        raise ValueError(f"{folder}: cannot be written ({e}): {write_remedy(e)}") from e
     ended = threading.Event()
     threading.Thread(target=show_life, args=(path, ended), daemon=True).start()
     try:
@@ -253,6 +272,17 @@ def own_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()
         handle.close()
+
+
+LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)  # of replace_file
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder, and one level below."""
+    for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part*")]:
+        if LEFTOVER.fullmatch(part.name) and part.is_file():
+            with contextlib.suppress(OSError):
+                part.unlink()
 
 
 def living_owners(folder: Path, first: int, stop: int) -> Iterator[str]:

@@ -31,6 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from common.files import own_folder
 
@@ -351,6 +352,16 @@ def exit_process(status: int) -> None:
     os._exit(status)
 
 
+def tell(error: str) -> None:
+    """Print an error on a line of its own. Before ranks know each other all may meet the same one:
+    the first tells it, and torchrun ends the others before they do."""
+    if not dist.is_initialized() and os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
 def cli(main: Callable[[], None]) -> None:
     """Run a stage's main; what a user can cause ends in one line on stderr and exit status 1.
 
@@ -372,10 +383,10 @@ def cli(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
         where = f"{e.filename}: " if e.filename and e.strerror else ""
-        print(f"error: {where}{e.strerror if where else e}", file=sys.stderr, flush=True)
+        tell(f"{where}{e.strerror if where else e}")
     except ValueError as e:
         if str(e):
-            print(f"error: {e}", file=sys.stderr, flush=True)
+            tell(str(e))
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         status = 130

@@ -7,6 +7,7 @@ import base64
 import re
 import subprocess
 import textwrap
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,15 @@ def read_video(path: str | Path) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
+def drawable(text: str) -> str:
+    """A text with "…" for what the figures' font lacks, which would be drawn as boxes."""
+    from matplotlib import font_manager
+
+    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    text = unicodedata.normalize("NFC", text)
+    return re.sub("\0+", "…", "".join(c if c == "\n" or ord(c) in known else "\0" for c in text))
+
+
 def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int = 9,
                   title: str | None = None) -> None:
     """Writes a PNG with one row a video: its label, then frames from first to last.
@@ -143,7 +153,7 @@ def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for (label, _), video, line in zip(rows, videos, grid, strict=True):
         shown = np.linspace(0, len(video) - 1, min(columns, len(video))).round().astype(int)
-        line[0].set_ylabel(textwrap.fill(label, 26, max_lines=6), rotation=0, ha="right",
+        line[0].set_ylabel(textwrap.fill(drawable(label), 26, max_lines=6), rotation=0, ha="right",
                            va="center", fontsize=9, parse_math=False)
         for axes in line:
             axes.set(xticks=[], yticks=[], frame_on=False)
@@ -151,7 +161,7 @@ def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int
             axes.imshow(video[t], interpolation="nearest")
             axes.set_title(f"frame {t}", fontsize=7, pad=2)
     if title:
-        figure.suptitle(title, fontsize=11, weight="bold", parse_math=False)
+        figure.suptitle(drawable(title), fontsize=11, weight="bold", parse_math=False)
     replace_file(path, lambda aside: figure.savefig(aside, metadata={"Software": None}))
 
 
@@ -198,15 +208,15 @@ def comparison_sheet(path: str | Path, headings: list[str],
     for heading, axes in zip(headings, grid[0], strict=True):
         axes.set_title(heading, fontsize=13, weight="bold", parse_math=False)
     for (label, cells), line, pictures in zip(rows, grid, strips, strict=True):
-        wrapped = [textwrap.fill(part, 22, max_lines=5) for part in label.split("\n")]
+        wrapped = [textwrap.fill(part, 22, max_lines=5) for part in drawable(label).split("\n")]
         line[0].set_ylabel("\n".join(wrapped), rotation=0, ha="right", va="center", fontsize=10,
                            parse_math=False)
         for axes, picture, (_, note) in zip(line, pictures, cells, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set(xticks=[], yticks=[], frame_on=False)
-            axes.set_xlabel(note, fontsize=10, parse_math=False)
+            axes.set_xlabel(drawable(note), fontsize=10, parse_math=False)
     if title:
-        figure.suptitle(title, fontsize=12, parse_math=False)
+        figure.suptitle(drawable(title), fontsize=12, parse_math=False)
     replace_file(path, lambda aside: figure.savefig(aside, format="png",
                                                     metadata={"Software": None}))
 
@@ -272,7 +282,7 @@ def video_wall(tiles: list[tuple[str, np.ndarray]], width: int = 1300) -> np.nda
 def label_strip(text: str, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, 3]: text in black on white, smaller and then cut if it must be."""
     strip = Image.new("RGB", (width, height), "white")
-    text, room = " ".join(text.split()), width - 4
+    text, room = re.sub(r"[^\x20-\u017f\u2010-\u2026]+", "…", " ".join(text.split())), width - 4
     for size in (14, 13, 12, 11, 10, 9):
         font = ImageFont.load_default(size)
         if font.getlength(text) <= room:
@@ -287,6 +297,8 @@ def label_strip(text: str, width: int, height: int) -> np.ndarray:
 # Images
 # ---------------------------------------------------------------------------------------------
 
+MOST_PIXELS = 1 << 26  # of an image; a small file may hold more than memory does
+Image.MAX_IMAGE_PIXELS = None  # PIL would warn at more, and go on
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 TURNS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
          6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF orientation
@@ -299,6 +311,9 @@ def open_image(path: str | Path, use: Callable[[Image.Image, int], Any]) -> Any:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such image")
         with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it has {image.width}×{image.height} pixels; wanted "
+                                 f"{MOST_PIXELS} at most: make it smaller")
             return use(image, image.getexif().get(0x0112, 1))
     except FileNotFoundError:
         raise
@@ -323,9 +338,11 @@ def decode_image(path: str | Path) -> np.ndarray:
     def pixels(image: Image.Image, turn: int) -> np.ndarray:
         if image.mode == "F":
             raise ValueError("it holds floating-point numbers of unknown range")
-        if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip at 255
-            grey = np.asarray(image).astype(np.float32) / 257
-            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        if image.mode.startswith("I"):  # more than 8 bits of grey, which PIL would clip at 255
+            grey, white = np.asarray(image).astype(np.float64), 65535
+            if image.format == "TIFF":  # which may hold 12 bits in 16, or 32: the least that fit
+                white = (1 << max(8, int(grey.max()).bit_length())) - 1
+            image = Image.fromarray((grey * 255 / white).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -1,5 +1,6 @@
 """Files that survive: one owner for a folder, logs with cut lines, names that do not collide."""
 
+import errno
 import json
 import os
 import signal
@@ -182,3 +183,38 @@ def test_what_is_no_plain_file_of_text_is_not_waited_for(kind, tmp_path):
             f.truncate(10 ** 12)  # with nothing in it
     with pytest.raises(ValueError, match="is no plain file|has 1000000000000 bytes; wanted"):
         read_json(path)
+
+
+@pytest.mark.parametrize("number, remedy", [
+    (errno.ENOSPC, "free some space, or choose another run"), (errno.EACCES, "get the right to wr"),
+    (errno.EROFS, "get the right to write"), (errno.ENAMETOOLONG, "choose a shorter name"),
+    (errno.ENOTDIR, "move what stands in its place"), (errno.EIO, "see what it says of the disk")])
+def test_the_remedy_fits_what_kept_a_file_from_being_written(number, remedy, tmp_path):
+    def write(aside):
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ValueError, match=f"a.json: cannot be written .*: {remedy}"):
+        replace_file(tmp_path / "a.json", write)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_after(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(files, "sync_to_disk", lambda path: done.append(path.name))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("renamed") or replace(a, b))
+    files.write_text(tmp_path / "a.txt", "a")
+    assert done[0].startswith(".a.txt.") and done[1:] == ["renamed", tmp_path.name]
+
+
+def test_a_new_owner_removes_what_a_killed_process_left_and_a_second_job_does_not(tmp_path):
+    (tmp_path / "sub").mkdir()
+    left = [tmp_path / name for name in (".config.yaml.7-0a1b2c3d.part.yaml",
+                                         ".log.jsonl.7-0a1b2c3d.part.jsonl",
+                                         "sub/.x.mp4.7-0a1b2c3d.part.mp4")]
+    others = [tmp_path / name for name in ("config.yaml", ".mine.part", ".owners")]
+    for path in [*left, *others]:
+        path.touch()
+    with own_folder(tmp_path, 0, 5):
+        assert not any(path.exists() for path in left) and all(p.exists() for p in others)
+        left[0].touch()
+        with own_folder(tmp_path, 5, 9):
+            assert left[0].exists()

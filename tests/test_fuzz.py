@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tqdm import tqdm
 
 import distill
 import evaluate
@@ -25,6 +26,7 @@ from common.config import load_config
 from common.files import append_log, crc32_of_json, read_log, write_json
 from common.folders import check_sizes, dit_tensors, read_list, role_file
 from common.prompts import read_prompts
+from common.ranks import cli
 from common.weights import save_tensors
 from model import PRESETS, check_model
 from training.checkpoint import Saver, latest_checkpoint, load_checkpoint
@@ -359,3 +361,30 @@ def test_a_damaged_log_keeps_its_whole_lines(tmp_path):
             path.write_bytes(damaged_bytes(draw, data))
             lines = read_log(path, "step", "k")
             assert all(line["step"] >= -10 ** 31 and line["k"] >= -10 ** 31 for line in lines)
+
+
+@pytest.mark.parametrize("stage, option", [
+    ("synvid", "count"), ("synvid", "batch"), ("sample", "count"), ("sample", "steps"),
+    ("evaluate", "steps"), ("evaluate", "seeds"), ("distill", "batch"), ("distill", "head_dim")])
+def test_a_size_that_a_typo_makes_is_refused_when_settings_are_read(stage, option):
+    for value in ("1e9", "1e12", "1e999999999"):
+        with pytest.raises(ValueError, match=f"{option}: got .*; wanted "):
+            settings(stage, [f"--{option}", value])
+
+
+def test_the_default_config_finds_what_is_shipped_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(synvid.Config, "synvid", [])
+    assert Path(cfg.weights).is_dir() and Path(cfg.prompts).is_file()
+    assert not Path(cfg.run).is_absolute()  # what is made lies where the person is
+
+
+def test_an_error_stands_on_a_line_of_its_own_after_a_progress_bar(capsys):
+    def work() -> None:
+        bar = tqdm(total=3, mininterval=0)
+        bar.update()
+        raise ValueError("a.txt: got 1; wanted 2")
+
+    with pytest.raises(SystemExit):
+        cli(work)
+    assert capsys.readouterr().err.splitlines()[-1] == "error: a.txt: got 1; wanted 2"

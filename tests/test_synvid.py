@@ -371,11 +371,11 @@ def test_trajectories_of_another_teacher_grid_guidance_or_size_are_refused(made,
 
 @pytest.mark.parametrize("key, args", {
     "stored": ["--keep", "all"], "dtype": ["--dtype", "fp32"], "seed": ["--seed", 1],
-    "count": ["--prompts", "more.txt"], "prompts": ["--prompts", "others.txt"]}.items())
+    "count": ["--prompts", "fewer.txt"], "prompts": ["--prompts", "others.txt"]}.items())
 def test_a_job_of_other_storage_seed_or_prompts_is_refused(made, key, args, tmp_path, monkeypatch):
     folder, cfg, first = made
     prompts = Path(cfg.prompts).read_text()
-    (tmp_path / "more.txt").write_text(prompts + "one more\n")
+    (tmp_path / "fewer.txt").write_text(prompts.partition("\n")[2])
     (tmp_path / "others.txt").write_text(prompts.replace("red", "pink"))
     monkeypatch.chdir(tmp_path)
     before = contents(folder)
@@ -443,7 +443,7 @@ def test_a_flipped_bit_or_a_cut_anywhere_in_a_trajectory_is_found(made, tmp_path
     damaged.append(good + b"x")
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="000002.safetensors: cannot be used .* delete the"):
+        with pytest.raises(ValueError, match="000002.safetensors: cannot be used .* --repair: only"):
             data.read(2)
     path.write_bytes(good)
     again = data.read(2)
@@ -561,3 +561,22 @@ def test_a_run_folder_that_cannot_be_written_is_named(make_config, tmp_path, tmp
     subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
     with pytest.raises(ValueError, match=r"run/synvid: cannot be written .*[Rr]ead-only.*--run"):
         generate(make_config(run=str(tmpfs / "run")))
+
+
+def test_a_folder_grows_by_prompts_at_the_end_and_its_trajectories_keep_theirs(made, tmp_path):
+    folder, cfg, args = made
+    copy = Path(shutil.copytree(folder, tmp_path / "synvid"))
+    texts = Path(cfg.prompts).read_text()
+    for extra in ("one more\n", "one more\nand one\n"):
+        (tmp_path / "more.txt").write_text(texts + extra)
+        longer = [*args, "--run", tmp_path, "--prompts", tmp_path / "more.txt", "--count", 1]
+        wanted = len((texts + extra).splitlines()) - 1
+        generate(*longer, "--start", wanted)
+    manifest, before = synvid.read_manifest(copy), contents(folder)
+    assert manifest["count"] == wanted + 1 and len(manifest["earlier"]) == 2
+    assert all(contents(copy)[name] == data for name, data in before.items() if "manifest" not in
+               name)
+    assert synvid.read_trajectory(copy, manifest, 0, [4])[2] == texts.splitlines()[0]
+    assert synvid.read_trajectory(copy, manifest, wanted, [4])[2] == "and one"
+    with pytest.raises(ValueError, match="count is .*, this config wants .*prompts at the end"):
+        generate(*args, "--run", tmp_path)  # it does not shrink

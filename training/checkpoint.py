@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from common.config import read_settings
 from common.files import (
     crc32_of_file, crc32_of_json, misfit, parse_json, read_json, read_log, short_reason,
-    sync_to_disk, write_json)
+    sync_to_disk, write_json, write_remedy)
 from common.ranks import Ranks, local_rows, on_first_rank, raise_together
 from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
 
@@ -175,8 +175,8 @@ class Saver:
         if not isinstance(self.error, (OSError, ValueError)):
             return self.error
         return ValueError(f"{self.path}: the checkpoint cannot be written "
-                          f"({short_reason(self.error)}): free some space, or choose another run "
-                          "folder; older ones are untouched")
+                          f"({short_reason(self.error)}): "
+                          f"{write_remedy(self.error)}; older ones are untouched")
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
@@ -342,7 +342,8 @@ def check_same_run(path: Path, saved: dict, meta: dict) -> None:
     """Raise ValueError if a run that began at `path` had other settings, teacher or data."""
     for key in ["teacher", "synvid", *(k for k in meta["config"] if k not in CHANGEABLE_ON_RESUME)]:
         old, new = (about.get(key, about["config"].get(key)) for about in (saved, meta))
-        if old != new:
+        grown = key == "synvid" and old in meta.get("earlier", [])  # by prompts; its order stays
+        if old != new and not grown:
             raise ValueError(f"{path}: that run began with {key}={old}, the config has {new}: go "
                              "back to it, choose another --run, or remove that run's checkpoints")
 

@@ -443,7 +443,7 @@ def test_a_flipped_bit_or_a_cut_anywhere_in_a_trajectory_is_found(made, tmp_path
     damaged.append(good + b"x")
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="000002.safetensors: cannot be used .* --repair: only"):
+        with pytest.raises(ValueError, match="000002.safetensors: cannot be used .* --repair:"):
             data.read(2)
     path.write_bytes(good)
     again = data.read(2)

@@ -61,8 +61,8 @@ def checked(path: Path, arguments: dict) -> dict:
         counts = key.startswith(("num_", "dim", "vocab_size", "size", "patch"))
         for number in value if isinstance(value, list) else [value] if counts else []:
             if misfit(number, NUMBER) and not isinstance(number, bool) or not number <= most:
-                raise ValueError(f"{path}: {key}: got {shown(value)}; wanted {most} at most: copy "
-                                 "the file again")
+                raise ValueError(f"{path}: config: {key} is {shown(value)}; wanted {most} at most: "
+                                 "copy the file again")
     return arguments
 
 

@@ -509,7 +509,7 @@ def resave(path: Path, change) -> None:
     (lambda t, m: t["conv2.bias"].fill_(float("nan")), ["conv2.bias", "NaN"]),
     (lambda t, m: m.update(config="{oops"), ["metadata key config"]),
     (lambda t, m: m.update(config='{"width": 3}'), ["width", "WanVAE"]),
-    (lambda t, m: m.update(config='{"dim": "4"}'), ["config", "WanVAE"]),
+    (lambda t, m: m.update(config='{"dim": "4"}'), ["config", "dim is '4'"]),
     (lambda t, m: m.update(config='{"dim": 4, "z_dim": 8}'), ["z_dim=8"])])
 def test_official_vae_weights_that_do_not_fit_are_named(folders, tmp_path, change, words):
     file = tmp_path / "Wan2.1_VAE.safetensors"

@@ -36,7 +36,6 @@ import dataclasses
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -53,7 +52,7 @@ import baselines
 import distill
 from common.config import (
     Shared, announce, field, load_config, names_config, read_yaml, settings_to_compare)
-from common.files import ROOT, own_folder, parse_json, write_json, write_text
+from common.files import commit, own_folder, parse_json, write_json, write_text
 from common.folders import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
@@ -440,16 +439,6 @@ def grid_names(students: list[tuple[Path, dict]]) -> dict[tuple[float, ...], str
     return {t_key: f"@{len(t_key) - 1}" + (
         "" if lengths.count(len(t_key)) == 1 else
         f" at {', '.join(f'{t:.2g}' for t in t_key)}") for t_key in grids}
-
-
-def commit() -> str | None:
-    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
-                              capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ import reprlib
 import secrets
 import shutil
 import socket
+import subprocess
 import threading
 import time
 import zlib
@@ -166,6 +167,16 @@ def shown(value: Any) -> str:
     """A value for an error: in at most about 80 characters, however large or nested it is."""
     text = " ".join(SHORT.repr(value).split())
     return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def commit() -> str | None:
+    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
+                              capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def sync_to_disk(path: Path) -> None:

@@ -23,7 +23,6 @@ import io
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 import time
@@ -42,7 +41,8 @@ from common.files import own_folder, replace_file, write_json, write_text
 from common.folders import dit_tensors, fingerprint
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
-    check_compiler, cli, draw_noise, generator, pick_device, prefer_attention, seed_of)
+    check_compiler, cli, draw_noise, generator, pick_device, prefer_attention, processor,
+    seed_of)
 from common.video import draw_panels, write_image
 from common.weights import save_tensors
 from frozen.image import CLIPVision
@@ -467,15 +467,6 @@ def draw_curves(cfg: Config, path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------- main
-
-
-def processor() -> str:
-    """Name of the processor, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()
-
 
 def copy_base(cfg: Config, out: Path) -> None:
     """Copy VAE and text encoder of `base`. Raises FileNotFoundError if it has none."""

@@ -3,7 +3,6 @@
     python sample.py [CONFIG] --prompt "…" [--image photo.jpg] [--count 4] [--seed 7] [--teacher]
     torchrun --nproc-per-node 8 sample.py CONFIG --prompt_file prompts.txt
     python sample.py [CONFIG] --prompt "…" --lora FILE [--lora_scale 1.0]
-    python sample.py CONFIG --random_weights [--teacher]       # how fast is it here? needs no files
     torchrun … sample.py CONFIG --vbench all_dimension.txt     # VBench's videos; resumes
     python sample.py --how student.safetensors                 # its settings in other programs
 
@@ -57,7 +56,7 @@ from common.lora import changes, is_lora, with_lora
 from common.names import official_names
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
-    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, local_rows,
+    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise,
     on_first_rank, owned, peak_bytes, prefer_attention, setup_distributed)
 from common.readme import student_readme
 from common.vbench import VIDEOS, Video, open_record, record_folder, wanted_videos
@@ -66,9 +65,7 @@ from common.weights import (
     LazyTensor, kind_of, load_module, open_tensors, safetensors_metadata)
 from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
-from frozen.random import random_cond, random_network
 from frozen.unipc import sample_unipc, unipc_grid
-from frozen.vae import HunyuanVAE, WanVAE
 from model import (
     build_dit, check_model, collate, empty_dit, key_times, latent_shape, load_dit, sample_euler,
     sizes_of, time_grid)
@@ -97,7 +94,6 @@ class Config(Shared):
     vbench_prompts: str | None = field(None, "augmented prompts for them, line by line; names stay")
     vbench_flickering: str | None = field(None, "VBench's temporal_flickering.txt: 25 videos each")
     batch: int = field(1, "videos denoised at once", "[1, inf)")
-    random_weights: bool = field(False, "networks of the preset's sizes, of noise: for their speed")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU",
                                       "(0, inf)")
     compile: bool = field(False, "torch.compile every block; minutes, counted apart")
@@ -113,11 +109,9 @@ def check_config(cfg: Config) -> None:
     """Raise ValueError for settings that cannot be sampled."""
     if cfg.teacher and cfg.student is not None:
         raise ValueError(f"got both --teacher and --student {cfg.student}: give one of them")
-    if cfg.random_weights and cfg.student is not None:
-        raise ValueError(f"got both --random_weights and --student {cfg.student}: give one of them")
-    if cfg.lora is not None and (cfg.teacher or cfg.student is not None or cfg.random_weights):
-        raise ValueError(f"lora: got {cfg.lora} beside --teacher, --student or --random_weights; "
-                         "it goes on the DiT of `weights` alone: leave the other out")
+    if cfg.lora is not None and (cfg.teacher or cfg.student is not None):
+        raise ValueError(f"lora: got {cfg.lora} beside --teacher or --student; it goes on the DiT "
+                         "of `weights` alone: leave the other out")
     if cfg.lora is not None and not Path(cfg.lora).is_file():
         raise FileNotFoundError(f"lora: {cfg.lora}: no such file; make one of a student by `python "
                                 "lora.py CONFIG`, or give another program's")
@@ -127,9 +121,9 @@ def check_config(cfg: Config) -> None:
     for key in ("vbench_prompts", "vbench_flickering"):
         if cfg.vbench is None and getattr(cfg, key) is not None:
             raise ValueError(f"{key}: got {getattr(cfg, key)} without --vbench all_dimension.txt")
-    if cfg.vbench is not None and (cfg.prompt.strip() or cfg.random_weights or cfg.count != 1):
-        raise ValueError("vbench: got --prompt, --count or --random_weights beside it; wanted none "
-                         "of them: VBench says which prompts and how many videos")
+    if cfg.vbench is not None and (cfg.prompt.strip() or cfg.count != 1):
+        raise ValueError("vbench: got --prompt or --count beside it; wanted neither: VBench says "
+                         "which prompts and how many videos")
     if cfg.vbench is not None and sizes_of(cfg.preset).takes_image:
         raise ValueError(f"vbench: got preset {cfg.preset}, which starts from images; wanted a "
                          "text-to-video model, for which VBench's prompts are")
@@ -141,8 +135,6 @@ def wanted_prompts(cfg: Config) -> list[Prompt]:
     Raises ValueError if there is neither, or an image is missing, broken or not wanted.
     """
     images = sizes_of(cfg.preset).takes_image
-    if cfg.random_weights:  # which read none
-        return [Prompt("random weights")]
     if cfg.image is not None and (not images or not cfg.prompt.strip()):
         why = "goes with --prompt" if images else f"is not read: preset {cfg.preset} takes none"
         raise ValueError(f"image: got {cfg.image}; it {why}")
@@ -295,20 +287,18 @@ def sampling_times(cfg: Config) -> list[float]:
     if cfg.teacher:
         grid = unipc_grid(n, cfg.shift) if unipc else time_grid(cfg.family, n, cfg.shift)
         return grid.tolist()
-    times, shift = key_times(cfg.family, cfg.n, cfg.shift, cfg.key), cfg.shift
-    if not cfg.random_weights:
-        facts = student_facts(student_path(cfg), cfg, foreign=bool(cfg.student or cfg.lora))
-        if cfg.lora is not None:
-            check_lora(cfg, facts)
-        times, shift = facts["t_key"], facts["shift"]
-        if cfg.steps not in (None, len(times) - 1):
-            raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
-                             f"{len(times) - 1} steps: leave --steps out, or distill with another "
-                             "`key`")
+    facts = student_facts(student_path(cfg), cfg, foreign=bool(cfg.student or cfg.lora))
+    if cfg.lora is not None:
+        check_lora(cfg, facts)
+    times = facts["t_key"]
+    if cfg.steps not in (None, len(times) - 1):
+        raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
+                         f"{len(times) - 1} steps: leave --steps out, or distill with another "
+                         "`key`")
     if not unipc:
         return times
     text_to_video = not sizes_of(cfg.preset).takes_image
-    return unipc_grid(len(times) - 1, shift, twice=text_to_video).tolist()
+    return unipc_grid(len(times) - 1, facts["shift"], twice=text_to_video).tolist()
 
 
 def check_lora(cfg: Config, facts: dict) -> None:
@@ -348,14 +338,6 @@ def make_dit(cfg: Config, device: torch.device, ranks: Ranks | None) -> nn.Modul
     return load_student(cfg, student_path(cfg), device, ranks)
 
 
-def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Module:
-    """A DiT of noise, frozen, sharded if `ranks` is given: no more of it is ever on a device."""
-    dit = empty_dit(cfg.preset, compute_dtype(device), ranks).requires_grad_(False)
-    for p in dit.to_empty(device=device).parameters():
-        local_rows(p)[0].normal_(std=0.02)
-    return dit
-
-
 # ---------------------------------------------------------------------------------- sampling
 
 def sample_batch(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict],
@@ -387,19 +369,11 @@ def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path
     Returns {"seconds": by phase, "videos": a record of each, "peak_bytes"}.
     """
     timer, device = Timer(ranks.device), ranks.device
-    if cfg.random_weights:
-        torch.manual_seed(cfg.seed)
-        cond = random_cond(cfg, device, timer)
-        conds = [cond] * len(jobs)
-        unconds = None if cfg.cfg_scale == 1 else conds
-        dit = random_dit(cfg, device, ranks.sp_ranks)
-        vae = random_network(WanVAE if cfg.family == "wan" else HunyuanVAE, device)
-    else:
-        conds, unconds = encode_prompts(cfg, [job.prompt for job in jobs],
-                                        [(job.height, job.width) for job in jobs], False, device,
-                                        timer)
-        dit = make_dit(cfg, device, ranks.sp_ranks)
-        vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
+    conds, unconds = encode_prompts(cfg, [job.prompt for job in jobs],
+                                    [(job.height, job.width) for job in jobs], False, device,
+                                    timer)
+    dit = make_dit(cfg, device, ranks.sp_ranks)
+    vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     unconds = unconds if cfg.teacher else None  # guidance is built into a student
     if cfg.compile:
         compile_blocks(dit)
@@ -553,7 +527,6 @@ def main(argv: list[str] | None = None) -> None:
     times = sampling_times(cfg)
     who = "teacher" if cfg.teacher else "student" if cfg.lora is None else "lora"
     who = f"{who}{len(times) - 1}"
-    who = f"random_{who}" if cfg.random_weights else who
     who = who if cfg.solver == "euler" else f"{who}_{cfg.solver}"
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads,
                               same=settings_to_compare(cfg, **contents(cfg, jobs)))
@@ -575,8 +548,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def contents(cfg: Config, jobs: list[Job]) -> dict[str, str]:
     """Identities of the files that a run reads, which are the same on all ranks."""
-    if cfg.random_weights:
-        return {}
     dit = student_path(cfg) if not cfg.teacher and cfg.lora is None else cfg.weights
     own = {} if cfg.lora is None else {"lora": fingerprint_files(cfg.lora)}
     return {"dit": fingerprint(dit), "encoders": fingerprint_files(cfg.weights), **own,

@@ -21,7 +21,7 @@ import yaml
 
 from common.files import ROOT, read_text, shown, write_text
 
-STAGES = ("teacher", "synvid", "distill", "sample", "evaluate", "lora")
+STAGES = ("teacher", "synvid", "distill", "sample", "evaluate", "lora", "bench")
 
 
 def field(default: Any, help: str, within: str | None = None) -> Any:
@@ -258,10 +258,9 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
         print_help(cfg, script or own, doc)
         raise SystemExit(0)
     own = Path(cfg.run) / "teacher/weights"  # where stage 0 of the same config writes
-    if stage != "teacher" and Path(cfg.weights) == own and not own.exists():
-        if not getattr(cfg, "random_weights", False):
-            raise FileNotFoundError(f"{own}: there is no teacher yet; train it by `python -m "
-                                    f"small_world.teacher {path}`")
+    if stage not in ("teacher", "bench") and Path(cfg.weights) == own and not own.exists():
+        raise FileNotFoundError(f"{own}: there is no teacher yet; train it by `python -m "
+                                f"small_world.teacher {path}`")
     return cfg
 
 

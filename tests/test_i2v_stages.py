@@ -160,13 +160,6 @@ def test_a_teacher_that_is_still_to_be_trained_is_named_with_its_command(stage, 
         "-m small_world.teacher configs/tiny-i2v.yaml`\n")
 
 
-def test_random_weights_time_an_image_to_video_preset_without_files(tmp_path, run_stage):
-    run_stage("sample", "configs/tiny-i2v.yaml", "random_weights=true", f"run={tmp_path}",
-              "weights=nowhere")
-    report = json.loads((tmp_path / "samples/random_student5.json").read_text())
-    assert {"text", "image", "steps"} <= report["ranks"][0]["seconds"].keys()
-
-
 def test_official_and_diffusers_folders_give_equal_conditioning_and_velocity(world, tmp_path):
     _, root = world
     mine, theirs = tmp_path / "official", tmp_path / "diffusers"

@@ -900,6 +900,7 @@ ARROWS = {"common": {"common"}, "model": {"model", "common"},
           "taps": {"model", "common", "synvid", "distill", "sample"},
           "sample": {"model", "frozen", "common"}, "toy1d": set(),
           "lora": {"model", "common", "sample"},
+          "bench": {"model", "frozen", "synvid", "distill", "training", "common"},
           "evaluation": {"evaluation", "model", "small_world", "common"},
           "evaluate": {"model", "frozen", "common", "synvid", "distill", "sample", "training",
                        "small_world", "evaluation", "baselines"}}

@@ -20,8 +20,8 @@ Departures from the paper and open points, as decided here:
      of the trajectory that was pushed with z (line 20 may also mean the one sampled in line 7).
   D5 the student's adversarial loss is -log D by default; log(1 - D) as printed or hinge by choice.
   D6 β is updated twice through one AdamW (literal), by an AdamW for each loss (separate) or once on
-     L_traj + λ_adv L_adv (combined, the default: on the small world it ends nearest to the teacher,
-     assets/results.json). x_gen's features are computed once for β and H_k.
+     L_traj + λ_adv L_adv (combined, the default). An Adam step does not scale a lone loss, so λ_adv
+     means little in the first two. x_gen's features are computed once for β and H_k.
   D7 features: the last block for t'_k > 0, the block at 2/3 of the depth for t'_k = 0.
   D8 Eq. 6 is a mean over a latent's elements, as L_adv is over patches. So λ_adv weighs two means;
      against a sum it would be smaller by the number of elements, 3 million at 544×960×93.
@@ -34,6 +34,9 @@ Departures from the paper and open points, as decided here:
   D14 Wan's key timesteps are every 5th (T2V) or 4th (I2V) index: the authors' release, not the
      paper.
   D15 the learning rate may fall linearly (lr_final); the paper names a constant one.
+  D16 AdamW has no first moment (beta1 0), which the paper does not state: k changes from iteration
+     to iteration, and a moment carries one k's gradient into the next k's step. docs/results.md
+     has the measurement.
 """
 
 import json
@@ -86,7 +89,7 @@ class Config(Shared):
     lr_final: float = field(1.0, "share of lr left at the last iteration, reached linearly",
                             "[0, inf)")
     lr_heads: float | None = field(None, "learning rate of the heads; none: lr", "(0, inf)")
-    beta1: float = field(0.9, "AdamW first moment decay (not stated in the paper)", "[0, 1)")
+    beta1: float = field(0.0, "AdamW first moment decay (not stated in the paper; D16)", "[0, 1)")
     beta2: float = field(0.999, "AdamW second moment decay (not stated)", "[0, 1)")
     weight_decay: float = field(0.0, "AdamW weight decay (not stated)", "[0, inf)")
     clip: float | None = field(1.0, "largest gradient norm of an update (not stated), or none",

@@ -25,6 +25,7 @@ import sample
 from common.files import write_json
 from common.ranks import cli, generator, local_rows, setup_distributed
 from common.weights import save_tensors
+from frozen.random import random_dit
 from model import HunyuanConfig, WanConfig, key_times
 from training.memory import memory_parts
 
@@ -116,7 +117,7 @@ def share(weights: str, out: str) -> None:
     cfg = sample.Config(preset="few", weights=f"{weights}/few.safetensors")
     dits = {"teacher": model.load_dit(cfg.weights, "few", ranks=ranks.sp_ranks),
             "student": sample.load_student(cfg, Path(cfg.weights), ranks.device, ranks.sp_ranks),
-            "random": sample.random_dit(cfg, ranks.device, ranks.sp_ranks)}
+            "random": random_dit(cfg, ranks.device, ranks.sp_ranks)}
     x = torch.randn(1, 16, 2, 8, 12, generator=generator("x"))
     cond = {"text": torch.randn(1, 8, 64, generator=generator("text"))}
     with torch.no_grad():

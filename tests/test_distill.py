@@ -250,8 +250,10 @@ def test_updates_of_the_student_are_those_of_d6(updates, weights, tmp_path, rank
     # the same four iterations by hand
     ours = distill.build(cfg, M3, ranks)
     loader, student = distill.Loader(cfg, FakeSynVid(M3), ranks), ours.student
-    first = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0)
-    second = torch.optim.AdamW(student.parameters(), cfg.lr, weight_decay=0)
+    first = torch.optim.AdamW(student.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
+                              weight_decay=0)
+    second = torch.optim.AdamW(student.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
+                              weight_decay=0)
     second = {"literal": first, "separate": second, "combined": first}[updates]
     for step in range(4):
         k, [b] = 2 - step % 3, loader.read(step)

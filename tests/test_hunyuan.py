@@ -1,6 +1,7 @@
 """The HunyuanVideo DiT against the official numbers and against diffusers, and its weight files."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,13 @@ def official(monkeypatch):
             "guidance": FIXTURE.get_tensor("in.guidance") / 1000}
     t = FIXTURE.get_tensor("in.t").double() / 1000
     return dit.requires_grad_(False), FIXTURE.get_tensor("in.latents"), t, cond
+
+
+@pytest.fixture
+def peer_frequencies(monkeypatch):
+    """The frequencies of this CPU's own fp32 exp, as diffusers takes them (see `official`)."""
+    monkeypatch.setattr(model, "frequencies", lambda dim, dtype: torch.exp(
+        -math.log(10000) * torch.arange(dim // 2, dtype=dtype) / (dim // 2)))
 
 
 # ----------------------------------------------------------------------------------- the DiT
@@ -245,7 +253,7 @@ def diffusers_velocity(network, x: Tensor, t: Tensor, cond: dict) -> Tensor:
                        cond["guidance"] * 1000, return_dict=False)[0]
 
 
-def test_our_weights_run_in_diffusers_with_equal_output():
+def test_our_weights_run_in_diffusers_with_equal_output(peer_frequencies):
     from diffusers import HunyuanVideoTransformer3DModel
     ours, theirs = micro_dit("ours"), HunyuanVideoTransformer3DModel(**DIFFUSERS).eval()
     state = official_names(ours.state_dict(), "transformer", reverse=True)
@@ -254,7 +262,8 @@ def test_our_weights_run_in_diffusers_with_equal_output():
     near(ours(*batch), diffusers_velocity(theirs, *batch), 2e-5)
 
 
-def test_a_folder_saved_by_diffusers_loads_with_equal_output_and_one_fingerprint(tmp_path):
+def test_a_folder_saved_by_diffusers_loads_with_equal_output_and_one_fingerprint(
+        tmp_path, peer_frequencies):
     from diffusers import HunyuanVideoTransformer3DModel
     torch.manual_seed(5)
     theirs = HunyuanVideoTransformer3DModel(**DIFFUSERS).eval()

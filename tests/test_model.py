@@ -764,7 +764,7 @@ def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     ("heigth: 48", "unknown key 'heigth'; did you mean 'height'"),
     ("distill: {stepz: 3}", "unknown key 'distill.stepz'; did you mean 'steps'"),
     ("destill: {steps: 3}", "unknown key 'destill'; did you mean 'distill'"),
-    ("distill: 3", "distill: got 3; wanted keys"), ("- a", "got list; wanted keys"),
+    ("distill: 3", "distill: got 3; wanted keys"), ("- a", r"got \['a'\]; wanted keys with values"),
     ("n: true", "n: got True; wanted int"), ("n: 3.5", "n: got 3.5; wanted int"),
     ("n: '3.5'", "n: got '3.5'; wanted int"), ("n: null", "n: got None; wanted int"),
     ("n: [1]", r"n: got \[1\]; wanted int"), ("n: x", "n: got 'x'; wanted int"),
@@ -782,7 +782,7 @@ def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     ("n: " + "9" * 5000, "is not valid YAML"), ("fps: 0", "fps: got 0.0; wanted 0 < fps ≤ 1000"),
     ("distill: {adv: true, adv: false}", "key 'adv' is given twice"),
     ("run: " + "[" * 5000, "is not valid YAML"),
-    ("n: [" + "7," * 9999 + "7]", "n: got .{80}…; wanted int"),
+    ("n: [" + "7," * 9999 + "7]", r"n: got \[7, (7, )+\.\.\.\]; wanted int"),
     ("a: b: c", "is not valid YAML"), ("family: wam", "family: got 'wam'")])
 def test_a_wrong_config_is_an_error_that_names_file_key_and_value(tmp_path, yaml, says):
     with pytest.raises(ValueError, match=says):
@@ -792,7 +792,7 @@ def test_a_wrong_config_is_an_error_that_names_file_key_and_value(tmp_path, yaml
 @pytest.mark.parametrize("argv,says", [
     (["--stepz", "3"], "unknown option '--stepz'; did you mean 'steps'"),
     (["steps", "3"], "unknown option 'steps'"), (["-n", "3"], "unknown option '-n'"),
-    (["--steps"], "--steps: got nothing; wanted a value"),
+    (["--steps"], "'--steps': got nothing; wanted a value"),
     (["--steps", "many"], "command line: steps: got 'many'; wanted int"),
     (["--adv=perhaps"], "command line: adv: got 'perhaps'; wanted bool")])
 def test_a_wrong_command_line_is_an_error_that_names_the_option(tmp_path, argv, says):

@@ -522,7 +522,7 @@ def test_prompts_that_look_like_flags_paths_or_markup_are_text(make_config, tmp_
 @pytest.mark.parametrize("args, wrong", [
     (["--keep", "some"], "keep: got 'some'; wanted key | all"),
     (["--dtype", "bf16"], "dtype: got 'bf16'; wanted fp16 | fp32"),
-    (["--count", 0], "count: got 0; wanted 1 or more"), (["--start", -1], "start: got -1"),
+    (["--count", 0], "count: got 0; wanted 1 ≤ count"), (["--start", -1], "start: got -1"),
     (["--batch", 0], "batch: got 0"), (["--videos", -1], "videos: got -1"),
     (["--start", 27], "start: got 27 with no count.*--count"),
     (["--preset", "tinny"], "preset: got 'tinny'.*did you mean 'tiny'")])

@@ -132,8 +132,8 @@ def test_vbench_s_numbers_of_videos(tmp_path):
      "slash.txt: got the prompt 'a/b'; wanted prompts of .*all.txt only"),
     (["--vbench={}/none.txt"], "none.txt: no such prompt file"),
     (["--vbench_prompts={}/all.txt"], "vbench_prompts: got .* without --vbench"),
-    (["--vbench={}/all.txt", "--count=2"], "vbench: got --prompt, --count or"),
-    (["--vbench={}/all.txt", "--prompt=x"], "vbench: got --prompt, --count or"),
+    (["--vbench={}/all.txt", "--count=2"], "vbench: got --prompt or --count"),
+    (["--vbench={}/all.txt", "--prompt=x"], "vbench: got --prompt or --count"),
     (["--vbench={}/all.txt", "--preset=tiny-i2v"], "vbench: got preset tiny-i2v, which starts fr")])
 def test_what_vbench_cannot_use_is_refused_before_anything_is_loaded(tmp_path, make_config, options,
                                                                      message):

@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 import synvid
 from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.files import append_log, crc32_of_json, read_log, write_text
+from common.files import append_log, at_home, crc32_of_json, read_log, write_text
 from common.folders import fingerprint
 from common.ranks import (
     AgreedError, Ranks, cli, compile_blocks, compute_dtype, draw_noise, generator,
@@ -105,7 +105,8 @@ class Config(Shared):
                             "[0, inf)")
     tap_data: int | None = field(None, "feature block for t'_0; none: at 2/3 of the depth (D7)",
                                  "[0, inf)")
-    held_out: int = field(32, "last trajectories kept from training, for evaluation", "[1, inf)")
+    held_out: int = field(32, "last trajectories kept from training, for evaluation",
+                          "[1, 1000000]")
     eval_every: int = field(100, "iterations between evaluations", "[1, inf)")
     save_every: int = field(50, "iterations between checkpoints", "[1, inf)")
     keep: int = field(2, "checkpoints kept", "[1, inf)")
@@ -435,8 +436,8 @@ def open_synvid(cfg: Config) -> "synvid.SynVid":
     """The trajectories of this run; for the small world they are made if there are none."""
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
     if not (folder / "manifest.json").exists() and cfg.preset != "tiny":
-        raise FileNotFoundError(f"{folder}: no SynVid here: make it by `python synvid.py "
-                                f"{cfg.path}`")
+        raise FileNotFoundError(f"{folder}: no SynVid here{at_home(folder)}: make it by `python "
+                                f"synvid.py {cfg.path}`")
     if cfg.preset == "tiny" and cfg.synvid is None:
         shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
         if (folder / "manifest.json").exists():  # another seed, the same data

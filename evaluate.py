@@ -83,8 +83,8 @@ class Config(Shared):
     students: str | None = field(None, "files, comma between; none: <run>/student.safetensors")
     names: str | None = field(None, "names of the students, comma between; all of them are shown")
     count: int = field(96, "videos of each model, and of the independent teacher samples",
-                       "[3, inf)")
-    batch: int = field(32, "videos denoised at once", "[1, inf)")
+                       "[3, 100000]")
+    batch: int = field(32, "videos denoised at once", "[1, 10000]")
     directions: int = field(128, "random directions of sliced W", "[1, 1000000]")
     c2st_steps: int = field(100, "training iterations of the classifier of C2ST", "[1, inf)")
     pictures: bool = field(True, "videos, pictures and the page beside the table")

@@ -29,7 +29,8 @@ from common.lora import lora_form, lora_names
 from common.names import official_names
 from common.ranks import cli, generator, pick_device
 from common.video import draw_panels
-from common.weights import LazyTensor, looks_like, open_tensors, stream_safetensors
+from common.weights import (
+    CHECKSUM, LazyTensor, looks_like, open_tensors, stream_safetensors)
 from model import check_model
 from sample import student_facts
 
@@ -157,7 +158,7 @@ def extract(cfg: Config, path: Path, out: Path) -> list[dict]:
     device = pick_device(cfg.device)
     tensors = lora_tensors(student, teacher, cfg.family, cfg.rank, device, rows)
     facts |= {"teacher": facts["teacher"] or fingerprint(cfg.weights), "lora_rank": cfg.rank}
-    about = {"format": "pt", "accvideo": json.dumps(facts)}
+    about = {"format": "pt", "accvideo": json.dumps(facts), "crc32": CHECKSUM}
     bar = tqdm(tensors.items(), desc="lora", unit="tensor", mininterval=1)
     shown = {name: LazyTensor(t.shape, t.dtype, t.file, lambda rows=None, t=t: (bar.update(),
              t.read())[1]) for name, t in tensors.items()}

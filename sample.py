@@ -50,7 +50,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.files import NUMBER, misfit, parse_json, shown, write_json
+from common.files import NUMBER, at_home, misfit, parse_json, shown, write_json
 from common.folders import dit_tensors, fingerprint, fingerprint_files
 from common.lora import changes, is_lora, with_lora
 from common.names import official_names
@@ -62,7 +62,7 @@ from common.readme import student_readme
 from common.vbench import VIDEOS, Video, open_record, record_folder, wanted_videos
 from common.video import contact_sheet, decode_image, image_size, read_video, thumbnail, write_video
 from common.weights import (
-    LazyTensor, kind_of, load_module, open_tensors, safetensors_metadata)
+    LazyTensor, check_data, kind_of, load_module, open_tensors, safetensors_metadata)
 from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_unipc, unipc_grid
@@ -93,7 +93,7 @@ class Config(Shared):
     vbench: str | None = field(None, "VBench's all_dimension.txt: its videos instead, 5 a prompt")
     vbench_prompts: str | None = field(None, "augmented prompts for them, line by line; names stay")
     vbench_flickering: str | None = field(None, "VBench's temporal_flickering.txt: 25 videos each")
-    batch: int = field(1, "videos denoised at once", "[1, inf)")
+    batch: int = field(1, "videos denoised at once", "[1, 10000]")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, as 989; none: no MFU",
                                       "(0, inf)")
     compile: bool = field(False, "torch.compile every block; minutes, counted apart")
@@ -195,9 +195,12 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not fit.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no student yet; make it by `python distill.py "
-                                "CONFIG`, or sample the teacher with --teacher")
+        raise FileNotFoundError(f"{path}: there is no student yet{at_home(path)}; make it by "
+                                "`python distill.py CONFIG`, or sample the teacher with --teacher")
     tensors = open_tensors(path)  # names a damaged file
+    for file in dict.fromkeys(t.file for t in tensors.values()):
+        if kind_of(file) == "safetensors":
+            check_data(file)
     facts = facts_of(tensors)
     if foreign and not facts:
         print(f"{path} does not say what it is: it walks the config's key timesteps", flush=True)

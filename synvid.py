@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import (
-    NUMBER, crc32_of_json, misfit, parse_json, read_json, replace_file, short_reason,
+    NUMBER, at_home, crc32_of_json, misfit, parse_json, read_json, replace_file, short_reason,
     shown, write_json)
 from common.folders import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, read_prompts
@@ -146,7 +146,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a SynVid folder. Raises FileNotFoundError or ValueError with the remedy."""
     path = folder / "manifest.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no SynVid; make it by `python synvid.py CONFIG`")
+        raise FileNotFoundError(f"{path}: there is no SynVid{at_home(path)}; make it by `python "
+                                "synvid.py CONFIG`")
     remedy = "make the trajectories anew by `python synvid.py CONFIG` in another --run"
     manifest = read_json(path, dict, remedy)
     if manifest.get("version") != VERSION:

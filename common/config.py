@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from common.files import ROOT, read_text, shown, write_text
+from common.files import ROOT, read_text, remove_leftovers, shown, write_text
 
 STAGES = ("teacher", "synvid", "distill", "sample", "evaluate", "lora", "bench")
 
@@ -168,6 +168,9 @@ def load_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: is not valid YAML: {reason:.300}: correct it") from e
 
 
+NO_SUCH = "; remove it; --help lists all"
+
+
 def read_yaml(path: Path, stage: str, fields: dict) -> dict:
     """A config file's shared keys and those of one stage. Raises ValueError naming a wrong key."""
     if not path.is_file():
@@ -183,11 +186,11 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
     for key in data:
         if key not in shared and key not in STAGES:
             near = nearest(str(key), [*shared, *STAGES])
-            raise ValueError(f"{path}: unknown key '{key!s:.80}'{near}")
+            raise ValueError(f"{path}: unknown key '{key!s:.80}'{near or NO_SUCH}")
     for key in own:
         if key not in fields:
             near = nearest(str(key), fields)
-            raise ValueError(f"{path}: unknown key '{stage}.{key!s:.80}'{near}")
+            raise ValueError(f"{path}: unknown key '{stage}.{key!s:.80}'{near or NO_SUCH}")
     return {**{k: v for k, v in data.items() if k in shared}, **own}
 
 
@@ -264,6 +267,9 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     return cfg
 
 
+OLD = 3600.0  # seconds without a write after which a half-written file is a killed process's
+
+
 def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
     """On the first rank, print where the settings come from and save them all as
     <run>/<stage>/config.yaml; returns that folder."""
@@ -272,6 +278,7 @@ def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
         print(f"{stage}: {cfg.origin}; all settings: {folder / 'config.yaml'}", flush=True)
         text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True)
         write_text(folder / "config.yaml", text)
+        remove_leftovers(folder, OLD)
     return folder
 
 

@@ -74,9 +74,13 @@ def replace_folder(path: Path, aside: Path) -> None:
     old = path.with_name(f".{path.name}.old")
     try:
         shutil.rmtree(old, ignore_errors=True)
+        for part in [*aside.rglob("*"), aside]:
+            sync_to_disk(part)
         if path.exists():
             os.replace(path, old)
         os.replace(aside, path)
+        with contextlib.suppress(OSError):
+            sync_to_disk(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise ValueError(f"{path}: cannot be replaced by {aside} ({e}): choose another run folder "
@@ -157,6 +161,14 @@ def misfit(value: Any, shape: Any, name: str = "") -> str:
             return f"{name or 'it'} lacks {lacking[0]}"
         items = ((f"{name}.{key}".lstrip("."), value[key], shape[key]) for key in shape)
     return next((fault for part in items if (fault := misfit(part[1], part[2], part[0]))), "")
+
+
+def at_home(path: Path) -> str:
+    """Words for an error: where a file that is not in this directory is in the project's; or ""."""
+    home = ROOT / path
+    if path.is_absolute() or path.exists() or not home.exists():
+        return ""
+    return f" (it is in {home}: give that path, or run the command in {ROOT})"
 
 
 SHORT = reprlib.Repr()
@@ -288,11 +300,13 @@ def own_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
 LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)  # of replace_file
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder, and one level below."""
+def remove_leftovers(folder: Path, age: float = 0.0) -> None:
+    """Remove what killed processes left half-written in a folder, and one level below, if it was
+    not written to for `age` seconds."""
     for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part*")]:
-        if LEFTOVER.fullmatch(part.name) and part.is_file():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if (LEFTOVER.fullmatch(part.name) and part.is_file()
+                    and time.time() - part.stat().st_mtime >= age):
                 part.unlink()
 
 

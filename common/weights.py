@@ -171,7 +171,7 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
         absent = [n for n, shard in shards.items() if n not in files[shard]]
         if absent:
             raise ValueError(f"{path}: {absent[0]} should be in {shards[absent[0]]} and is not: "
-                             "shards and index are of different downloads")
+                             "shards and index are of different downloads: download both again")
         return {name: files[shard][name] for name, shard in shards.items()}
     return open_safetensors(path) if kind == "safetensors" else open_torch(path, kind != "torch")
 
@@ -256,7 +256,7 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
                                  "the file is damaged, copy it again") from e
             if not bool(torch.isfinite(local).all()):
                 raise ValueError(f"{what}: {name} in {tensors[name].file} holds NaN or infinity "
-                                 f"as {local.dtype}: the weights are damaged")
+                                 f"as {local.dtype}: the weights are damaged, copy them again")
     return module
 
 
@@ -273,6 +273,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
 
 # ------------------------------------------------------------------------- writing safetensors
 
+CHECKSUM = "-" * 8  # in the metadata: put the data's CRC-32 here
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -281,7 +282,8 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     """Write a safetensors file one tensor at a time; returns [bytes, CRC-32], on the disk by then.
 
     Args: tensors, read() in order, once each, even after an error or without `write`: it may be a
-    collective that every rank takes part in; metadata, strings.
+    collective that every rank takes part in; metadata, strings; a CHECKSUM there becomes the
+    data's own, which check_data compares, and the CRC-32 that is returned is of the rest.
     Raises OSError if it cannot be written. Source: the format's own description (8 bytes of header
     length, JSON, data).
     """
@@ -292,7 +294,7 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
                         "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    size, crc, error, file = 0, 0, None, None
+    size, crc, data, error, file = 0, 0, 0, None, None
     chunks = itertools.chain([struct.pack("<Q", len(text)) + text],
                              (bytes_of(t.read() if write else t.read().flatten()[:1])
                               for t in tensors.values()))  # [:1] waits for a GPU's part in it
@@ -303,11 +305,15 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
             file = file or path.open("wb")
             file.write(chunk)
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            data = zlib.crc32(chunk, data) if size > len(text) + 8 else 0
         except OSError as e:
             error = e
     if file is not None:
         try:
             with file:
+                if CHECKSUM in metadata.values():
+                    file.seek(8 + text.index(CHECKSUM.encode()))
+                    file.write(f"{data:08x}".encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e:
@@ -315,6 +321,23 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     if error is not None:
         raise error
     return [size, f"{crc:08x}"] if write else None
+
+
+def check_data(path: Path) -> None:
+    """Raise ValueError if a safetensors file says its data's CRC-32 and holds other data."""
+    told = safetensors_metadata(path).get("crc32")
+    if told is None:
+        return
+    found = 0
+    with path.open("rb") as f:
+        f.seek(8 + struct.unpack("<Q", f.read(8))[0])
+        while chunk := f.read(1 << 24):
+            found = zlib.crc32(chunk, found)
+    if told != f"{found:08x}":
+        raise ValueError(f"{path}: is damaged: its data have CRC-32 {found:08x}, wanted {told} as "
+                         "it says: copy it again, or export it anew by the command that made it "
+                         "(a program that changed it on purpose should drop crc32 from its "
+                         "metadata)")
 
 
 def full_tensor(p: DTensor, path: Path, dtype: torch.dtype) -> LazyTensor:

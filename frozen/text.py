@@ -329,7 +329,7 @@ class TextEncoder:
         rows = encoder.token_embedding.num_embeddings
         if tokenizer.size > rows:
             raise ValueError(f"{tokenizer.file} has {tokenizer.size} tokens, the text encoder's "
-                             f"embedding {rows} rows: they belong to different models")
+                             f"embedding {rows} rows: they are of different models, copy both anew")
         self.encoder, self.tokenizer = encoder, tokenizer
 
     @torch.no_grad()

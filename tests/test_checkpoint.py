@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import subprocess
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import Evil, in_processes
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from common.files import crc32_of_file, crc32_of_json, write_json
 from common.ranks import Ranks, shard
-from common.weights import LazyTensor, stream_safetensors
+from common.weights import (
+    CHECKSUM, LazyTensor, check_data, safetensors_metadata, stream_safetensors)
 from model import WanConfig, build_dit
 from training import checkpoint
 from training.checkpoint import Saver, check_disk, latest_checkpoint, load_checkpoint
@@ -311,3 +314,18 @@ def test_a_checkpoint_of_another_network_is_an_error_that_names_it(state, ranks,
     save_steps(tmp_path, ranks, [1])
     with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read"):
         load_checkpoint(tmp_path / "step_000001", state)
+
+
+def test_a_file_with_its_data_s_checksum_is_told_from_one_of_other_data(tmp_path):
+    path, value = tmp_path / "a.safetensors", torch.arange(6.0)
+    tensors = {"a": LazyTensor((6,), torch.float32, tmp_path, lambda rows=None: value)}
+    stream_safetensors(path, tensors, {"crc32": CHECKSUM})
+    check_data(path)
+    assert safetensors_metadata(path)["crc32"] == f"{zlib.crc32(value.numpy().tobytes()):08x}"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="a.safetensors: is damaged: its data have CRC-32 .*again"):
+        check_data(path)
+    save_file({"a": value}, path)  # of a program that says nothing
+    check_data(path)

@@ -225,6 +225,17 @@ def test_a_student_is_bf16_under_official_names_half_the_size_and_says_its_dtype
     assert not list(file.parent.glob("*diffusers*"))
 
 
+def test_a_student_that_was_damaged_on_its_way_is_not_sampled(make_student):
+    file, _ = make_student("tiny", 6, 5.0, [0, 2, 4, 6])
+    cfg = sample.Config()
+    assert sample.student_facts(file, cfg)["teacher"] == "abc"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{file.name}: is damaged: .*copy it again, or export"):
+        sample.student_facts(file, cfg)
+
+
 def test_a_weight_that_fp16_cannot_hold_is_named_and_nothing_is_written(make_student):
     file, _ = make_student("tiny", 6, 5.0, [0, 2, 4, 6], export_dtype="fp16")
     assert {p.dtype for p in load_file(file).values()} == {torch.float16}

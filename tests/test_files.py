@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from common import files
+from common.config import Shared, announce
 from common.files import (
-    NUMBER, ROOT, append_log, own_folder, read_json, read_log, replace_file)
+    NUMBER, ROOT, append_log, at_home, own_folder, read_json, read_log, replace_file,
+    replace_folder)
 
 
 @pytest.fixture(autouse=True)
@@ -218,3 +220,33 @@ def test_a_new_owner_removes_what_a_killed_process_left_and_a_second_job_does_no
         left[0].touch()
         with own_folder(tmp_path, 5, 9):
             assert left[0].exists()
+
+
+def test_a_stage_without_an_owner_removes_only_old_leftovers(tmp_path):
+    """sample.py and evaluate.py may run twice at once in a folder."""
+    old, new = (tmp_path / f"samples/.{name}.mp4.7-0a1b2c3d.part.mp4" for name in "ab")
+    old.parent.mkdir()
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (time.time() - 4000,) * 2)
+    announce(Shared(run=str(tmp_path)), "samples")
+    assert not old.exists() and new.exists()
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    aside, done, replace = tmp_path / ".new.part", [], os.replace
+    (aside / "sub").mkdir(parents=True)
+    (aside / "sub/file").write_text("new")
+    monkeypatch.setattr(files, "sync_to_disk", lambda path: done.append(path.name))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("renamed") or replace(a, b))
+    replace_folder(tmp_path / "new", aside)
+    assert done == ["sub", "file", ".new.part", "renamed", tmp_path.name]
+    assert (tmp_path / "new/sub/file").read_text() == "new"
+
+
+def test_a_run_that_lies_in_the_project_is_named_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "README.md: give that path, or run the command in" in at_home(Path("README.md"))
+    assert at_home(ROOT / "README.md") == at_home(Path("no such")) == ""
+    (tmp_path / "README.md").touch()
+    assert at_home(Path("README.md")) == ""

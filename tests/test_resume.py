@@ -129,3 +129,23 @@ def test_a_run_goes_on_with_other_ranks_and_sequence_parallelism(undisturbed, ki
         for name in ("loss_traj", "loss_adv", "loss_head", "grad_traj", "endpoint"):
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
+
+
+def test_a_run_whose_synvid_has_grown_goes_on_with_the_trajectories_it_began_with(
+        undisturbed, killed, run_stage, tmp_path):
+    (folder, config), run = undisturbed, tmp_path / "run"
+    shutil.copytree(killed, run)  # the trajectories, too
+    values = json.loads(config.read_text())
+    more = tmp_path / "more.txt"
+    more.write_text(Path(values["synvid"]["prompts"]).read_text() + "one more\n")
+    count = len(more.read_text().splitlines())
+    values["synvid"] |= {"prompts": str(more), "count": count}
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(json.dumps(values))
+    run_stage("synvid", longer, f"run={run}")
+    done = run_stage("distill", longer, f"run={run}", ranks=2)
+    assert "resuming from" in done.stdout
+    assert len(list((run / "synvid").glob("*/*.safetensors"))) == count > 10
+    assert_same_bits(run, folder / "whole")
+    ours, theirs = lines_of(run), lines_of(folder / "whole")
+    assert [line.get("endpoint") for line in ours] == [line.get("endpoint") for line in theirs]

@@ -17,7 +17,7 @@ from common.files import replace_file, replace_folder, write_json, write_text
 from common.names import official_names
 from common.ranks import AgreedError, Ranks, local_rows, raise_together
 from common.readme import stock_scheduler, student_readme
-from common.weights import LazyTensor, stream_safetensors
+from common.weights import CHECKSUM, LazyTensor, stream_safetensors
 from model import Sizes, sizes_of
 from training.lora import lora_file, student_tensors
 
@@ -38,7 +38,7 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
     facts = {key: getattr(cfg, key) for key in keys}
     facts |= {"t_key": state.t_key[::-1], "teacher": meta["teacher"], "iterations": state.step,
               "dtype": cfg.export_dtype}
-    about = {"format": "pt", "accvideo": json.dumps(facts)}
+    about = {"format": "pt", "accvideo": json.dumps(facts), "crc32": CHECKSUM}
     sizes = sizes_of(cfg.preset)
     if dtype == torch.float16:
         check_range(state.student, dtype)

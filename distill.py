@@ -7,7 +7,8 @@ Output: <run>/student.safetensors, and student.md that says how other programs r
 RANK also student_lora.safetensors, which is all that learned;
 <run>/distill/ with log.jsonl, curves.png and checkpoints.
 The same command resumes. Cost: per sample and iteration about 9 forwards of the teacher's size
-without recomputation (two forwards and backwards of the student, 3 forwards' worth of the teacher).
+without recomputation (two forwards and backwards of the student, 3 forwards' worth of the teacher);
+with it 13, and less memory (docs/scaling.md).
 
 The paper's symbols: v_θ teacher · s_β student · H_k heads[k] · t'_k t_key[k] · l_{t'_k} x_key[k] ·
 l^gen x_gen · Q_k queues[k] · λ_adv lambda_adv · m, n.  k = m is noise, k = 0 is data.
@@ -110,7 +111,8 @@ class Config(Shared):
     eval_every: int = field(100, "iterations between evaluations", "[1, inf)")
     save_every: int = field(50, "iterations between checkpoints", "[1, inf)")
     keep: int = field(2, "checkpoints kept", "[1, inf)")
-    checkpointing: bool = field(True, "recompute each block's activations in backward")
+    checkpointing: bool = field(True, "recompute in backward each block's activations, and the "
+                                "student's step of L_adv after the teacher's backward")
     compile: bool = field(False, "torch.compile every block")
     lora: int | None = field(None, "rank of a LoRA that learns, at a larger lr; none: all weights",
                              "[1, inf)")
@@ -178,8 +180,15 @@ def tap_blocks(cfg: Config, depth: int) -> list[int]:
 def traj_loss(student: nn.Module, x_key: dict[int, Tensor], t_key: list[float], k: int,
               cond: dict) -> Tensor:
     """Mean squared error between s_β(l_{t'_{k+1}}) and the slope to l_{t'_k}. Eq. 6, D8."""
-    slope = (x_key[k] - x_key[k + 1]) / (t_key[k] - t_key[k + 1])
-    return F.mse_loss(velocity(student, x_key[k + 1], t_key[k + 1], cond), slope)
+    x, start = x_key[k], x_key[k + 1]
+    slope = (x - start) / (t_key[k] - t_key[k + 1])
+    return F.mse_loss(velocity(student, start, t_key[k + 1], cond), slope)
+
+
+def student_step(student: nn.Module, x: Tensor, t_key: list[float], k: int, cond: dict) -> Tensor:
+    """The student's latents at t'_k from x, those at t'_{k+1}. Alg. 1, line 16; Eq. 5."""
+    v = velocity(student, x, t_key[k + 1], cond)
+    return euler_step(x, v, t_key[k + 1], t_key[k])
 
 
 def features(teacher: nn.Module, x: Tensor, t: float, cond: dict, tap: int) -> Tensor:
@@ -228,12 +237,12 @@ def adv_losses(head: nn.Module, teacher: nn.Module, x_gen: Tensor, x_real: Tenso
 @dataclass
 class Latents:
     """l_{t'_k} by k, [B,C,T,H,W], in host memory: most of them wait; one that is read is copied to
-    the device."""
+    the device, from pinned memory without waiting."""
     host: dict[int, Tensor]
     device: torch.device
 
     def __getitem__(self, k: int) -> Tensor:
-        return self.host[k].to(self.device)
+        return self.host[k].to(self.device, non_blocking=True)
 
 
 @dataclass
@@ -275,7 +284,10 @@ class Loader:
         """Read the latents of some k and stack them; fp32 whatever they are stored in."""
         items = [self.data.read(i, ks) for i in indices]
         x = torch.stack([x_key for x_key, _, _ in items], 1)                    # len(ks) B C T H W
-        cond = {name: c.to(self.device) for name, c in collate([c for _, c, _ in items]).items()}
+        cond = collate([c for _, c, _ in items])
+        if self.device.type == "cuda":
+            x, cond = x.pin_memory(), {name: c.pin_memory() for name, c in cond.items()}
+        cond = {name: c.to(self.device, non_blocking=True) for name, c in cond.items()}
         return Batch(Latents(dict(zip(ks, x, strict=True)), self.device), cond, slots)
 
     def read(self, step: int) -> list[Batch]:
@@ -349,15 +361,17 @@ def algorithm_1(cfg: Config, state: TrainState,
                 if k == m - 1:
                     z = fresh_noise(cfg, step, b)                        # 11 z ~ N(0, I)       D4
                     queues[m].append((z, b.x_key, b.cond))               # 12 Q_m.push
-                x_gen, x_key, cond = queues[k + 1].popleft()             # 15 Q_{k+1}.pop
-                v = velocity(student, x_gen, t_key[k + 1], cond)
-                x_gen = euler_step(x_gen, v, t_key[k + 1], t_key[k])     # 16 Solver         Eq. 5
+                x, x_key, cond = queues[k + 1].popleft()                 # 15 Q_{k+1}.pop
+                with torch.set_grad_enabled(not cfg.checkpointing):
+                    x_gen = student_step(student, x, t_key, k, cond)     # 16 Solver         Eq. 5
                 if k > 0:
                     queues[k].append((x_gen.detach(), x_key, cond))      # 17 Q_k.push          D3
                 loss, loss_head, real, fake = adv_losses(                # 20 L_adv       Eq. 7, 8
-                    heads[k % len(heads)], teacher, x_gen, x_key[k], t_key[k], cond,
-                    state.taps[k], cfg.adv_form)
+                    heads[k % len(heads)], teacher, x_gen.requires_grad_(), x_key[k], t_key[k],
+                    cond, state.taps[k], cfg.adv_form)
                 (cfg.lambda_adv * (loss + loss_head) / len(batches)).backward()
+                if cfg.checkpointing:  # anew, now that the teacher's activations are gone
+                    student_step(student, x, t_key, k, cond).backward(x_gen.grad)
                 log.add(loss_adv=loss, loss_head=loss_head, acc_real=real, acc_fake=fake)
             log.lap("adv")
             update_student(cfg, state, "adv", step, log)                 # 21 β ← Update        D6

@@ -490,9 +490,11 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad.chunk(ctx.group.size(), 1)[ctx.group.rank()], None
+        sp, B = ctx.group.size(), len(grad)
+        parts = torch.cat(grad.chunk(sp, 1))                                     # sp·B l …
+        own = torch.empty_like(parts[:B])
+        dist.reduce_scatter_tensor(own, parts, group=ctx.group)
+        return own, None
 
 
 def gather_sequence(x: Tensor, seq: SequenceShard) -> Tensor:

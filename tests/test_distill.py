@@ -106,10 +106,11 @@ class Recorder(nn.Module):
         return T, H, W
 
 
-def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks, checkpointing):
     events = []
     cfg = distill.Config(key=[0, 2, 4, 6], n=6, batch=2, micro_batch=2, iterations=3, held_out=1,
-                         updates="literal")
+                         updates="literal", checkpointing=checkpointing)
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
     heads = distill.make_heads(cfg, 16)
     queues = [deque() for _ in range(4)]
@@ -138,6 +139,7 @@ def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks):
         expected += [("noise",)] if k == 2 else []
         expected += [("student", t[k + 1]), ("teacher", t[k], "generated", tap),
                      ("teacher", t[k], "stored", tap), ("head", k), ("head", k), ("head", k),
+                     *[("student", t[k + 1])] * checkpointing,  # anew: its activations are kept now
                      ("update_student", "adv"), ("update_heads",),
                      ("queues", [0, int(k == 1), int(k == 2), 0])]
     assert events == expected

@@ -85,10 +85,11 @@ def settings(**own):
 
 
 def test_a_plan_that_does_not_fit_says_what_would(many_ranks):
-    cfg, shape = settings(), model.latent_shape(93, 544, 960)
-    assert "fits in 80 GiB" in memory_plan(cfg, shape, many_ranks(64), PEAK)
+    cfg, shape = settings(), model.latent_shape(129, 720, 1280)
+    assert "fits in 80 GiB" in memory_plan(cfg, model.latent_shape(93, 544, 960), many_ranks(64),
+                                           PEAK)
     said = memory_plan(cfg, shape, many_ranks(8), PEAK)
-    assert "DOES NOT FIT in 80 GiB: --sp 2 needs" in said
+    assert "DOES NOT FIT in 80 GiB: --sp 4 needs" in said
     tight = memory_plan(cfg, shape, many_ranks(4, 4), PEAK)
     assert "DOES NOT FIT in 80 GiB: --sp" in tight and "--offload true needs" in tight
     assert "nor with --sp and --offload; use more GPUs" in memory_plan(cfg, shape, many_ranks(1),

@@ -33,8 +33,8 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
     L, stream = -(-tokens // sp), 4 if dit.cfg.family == "wan" else wide        # bytes a number
     learns, frozen = (L * (D * (4 * a + wide * b) + dit.cfg.ffn_dim * wide * c)
                       for a, b, c in SAVED_PER_TOKEN[dit.cfg.family])
-    if cfg.checkpointing:
-        kept = depth * L * D * stream * (1 + cfg.adv)
+    if cfg.checkpointing:  # of the student or of the teacher: never both at once
+        kept = depth * L * D * stream
     else:
         kept = depth * (learns + cfg.adv * frozen)
     gathered = 3 * wide * block + (4 + wide) * rest + 2 * 4 * max(in_blocks)

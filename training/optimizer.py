@@ -39,12 +39,11 @@ def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.Ada
 
 @torch.no_grad()
 def step(opt: torch.optim.AdamW) -> None:
-    """opt.step(), by torch's fused kernel; moments in host memory come and go one by one."""
+    """opt.step(), by torch's fused kernel; moments in host memory come and go in groups."""
     (group,) = opt.param_groups
     params = [p for p in group["params"] if p.grad is not None]
-    offloaded = [opt.state[p]["exp_avg"].device != p.device for p in params]
-    parts = [[p] for p in params] if any(offloaded) else [params]
-    for part in parts:
+    offloaded = any(opt.state[p]["exp_avg"].device != p.device for p in params)
+    for part in groups_of(params) if offloaded else [params]:
         rows = [own_rows(p) for p in part]
         states = [opt.state[p] for p in part]
         moments = [[own_rows(state[name]) for state in states]
@@ -58,6 +57,19 @@ def step(opt: torch.optim.AdamW) -> None:
             for x, value in zip(kind, moved, strict=True):
                 if x.device != value.device:
                     x.copy_(value)
+
+
+def groups_of(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in order, in groups no larger than the largest of them: as few as that gives."""
+    groups, room, most = [], 0, max(own_rows(p).numel() for p in params)
+    for p in params:
+        size = own_rows(p).numel()
+        if not groups or size > room:
+            groups.append([])
+            room = most
+        groups[-1].append(p)
+        room -= size
+    return groups
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:

@@ -240,9 +240,17 @@ def check_compiler(device: torch.device) -> None:
         raise ValueError("compile: found no g++ for torch.compile: install it, or --compile=false")
 
 
+MOST_VARIANTS = 64  # of a block; 20 were seen: with and without gradients, of weights or of inputs
+#                     alone, samples of a batch, tokens fixed or free, odd or even for two ranks
+
+
 def compile_blocks(dit: nn.Module) -> None:
-    """torch.compile every block of a DiT. Raises as check_compiler."""
+    """torch.compile every block of a DiT; Dynamo's own limit of 8 variants would leave HunyuanVideo
+    uncompiled after a few prompts, with a warning only. Raises as check_compiler."""
+    import torch._dynamo
     check_compiler(next(dit.parameters()).device)
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, MOST_VARIANTS)
     for block in dit.blocks:
         block.compile()
 
@@ -493,7 +501,9 @@ class AllGather(torch.autograd.Function):
         sp, B = ctx.group.size(), len(grad)
         parts = torch.cat(grad.chunk(sp, 1))                                     # sp·B l …
         own = torch.empty_like(parts[:B])
-        dist.reduce_scatter_tensor(own, parts, group=ctx.group)
+        # torch 2.13 gives the function another name and warns of the old one
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own, parts, group=ctx.group)
         return own, None
 
 

@@ -6,7 +6,7 @@
     python evaluate.py --vbench_scores DIR                # VBench's results as Table 1
 
 In:   the weight folder, the student (or several, of several seeds or numbers of steps), held-out
-      captions.
+      captions. A student may be a LoRA.
 Out:  <run>/evaluate/: report.html, one page of it all; table.md, table.json, table.png; videos.mp4,
       videos.gif, videos.png: teacher@n, teacher@m and student@m (of several the first) side by side
       on the captions at the .5, .8, .9, .95 and 1 quantile of teacher@m's endpoint error; of
@@ -70,6 +70,7 @@ from evaluation.paper import (
     Job, Plan, clips_folder, command_job, evaluate_job, run_jobs, script, train_job)
 from evaluation.vbench import report_vbench
 from frozen.load import encode_prompts, load_vae
+from frozen.unipc import unipc_grid
 from model import check_model, latent_shape, load_dit, time_grid
 from sample import facts_in, load_student, sample_batch, student_facts
 from small_world import clips as world
@@ -82,6 +83,8 @@ class Config(Shared):
                                 "<weights>/prompts_heldout.txt or .jsonl")
     students: str | None = field(None, "files, comma between; none: <run>/student.safetensors")
     names: str | None = field(None, "names of the students, comma between; all of them are shown")
+    teacher_steps: list[int] | None = field(None, "further rows: the teacher on grids of so many "
+                                            "steps, by Euler and, for Wan, by UniPC", "[1, 10000]")
     count: int = field(96, "videos of each model, and of the independent teacher samples",
                        "[3, 100000]")
     batch: int = field(32, "videos denoised at once", "[1, 10000]")
@@ -115,7 +118,8 @@ SHOWN_QUANTILES = (0.5, 0.8, 0.9, 0.95, 1.0)  # of teacher@m's endpoint error
 # ---------------------------------------------------------------------------------- sampling
 
 def sample_model(label: str, dit: nn.Module, times: list[float], noise: Tensor, conds: list[dict],
-                 unconds: list[dict] | None, cfg: Config, device: torch.device) -> Samples:
+                 unconds: list[dict] | None, cfg: Config, device: torch.device,
+                 solver: str = "euler") -> Samples:
     """Denoise noise [N,C,T,H,W] in batches along `times`; unconds None is without guidance."""
     timer, out, steps = Timer(device), [], len(times) - 1
     bar = tqdm(total=len(noise) * steps, desc=label, unit="step", mininterval=1,
@@ -123,7 +127,7 @@ def sample_model(label: str, dit: nn.Module, times: list[float], noise: Tensor, 
     for a in range(0, len(noise), cfg.batch):
         b = slice(a, a + cfg.batch)
         out.append(sample_batch(dit, noise[b], times, conds[b], unconds and unconds[b],
-                                cfg.cfg_scale, timer, bar).cpu())
+                                cfg.cfg_scale, timer, bar, solver).cpu())
     bar.close()
     latents, evaluations = torch.cat(out), steps * (1 if unconds is None else 2)
     if not bool(torch.isfinite(latents).all()):
@@ -404,8 +408,8 @@ def sample_teacher(cfg: Config, mine: range, dit: nn.Module, noises: list[Tensor
 
 def sample_all(cfg: Config, mine: range, prompts: list[Prompt], students: list[tuple[Path, dict]],
                ranks: Ranks, about: dict) -> tuple[list[Samples], Samples]:
-    """Samples of teacher@n; of teacher@m and its students, for each set of key times; and those of
-    teacher@n from another noise. Of the videos `mine` only."""
+    """Samples of teacher@n; of teacher@m and its students, for each set of key times; those of
+    `teacher_steps`; and teacher@n's from another noise. Of the videos `mine` only."""
     prompts, device = [prompts[i] for i in mine], ranks.device
     sizes = [(cfg.height, cfg.width)] * len(prompts)
     conds, unconds = encode_prompts(cfg, prompts, sizes, True, device, Timer(device))
@@ -419,6 +423,11 @@ def sample_all(cfg: Config, mine: range, prompts: list[Prompt], students: list[t
     by_grid = {t_key: [sample_model(f"teacher{name}", dit, list(t_key), noises[0], conds, unconds,
                                     cfg, device)]
                for t_key, name in grid_names(students).items()}
+    walks = [(n, solver, grid) for n in cfg.teacher_steps or () for solver, grid in (
+        ("euler", time_grid(cfg.family, n, cfg.shift)), ("unipc", unipc_grid(n, cfg.shift)))
+        if cfg.family == "wan" or solver == "euler"]
+    more = [sample_model(f"teacher@{n}{BY}{solver}", dit, grid.tolist(), noises[0], conds, unconds,
+                         cfg, device, solver) for n, solver, grid in walks]
     del dit
     for t_key, name in grid_names(students).items():
         files = [(path, facts["name"]) for path, facts in students
@@ -429,7 +438,10 @@ def sample_all(cfg: Config, mine: range, prompts: list[Prompt], students: list[t
             student = load_student(cfg, path, device)
             by_grid[t_key].append(sample_model(label, student, list(t_key), noises[0], conds, None,
                                                cfg, device))
-    return [best, *(model for models in by_grid.values() for model in models)], reference
+    return [best, *(model for models in by_grid.values() for model in models), *more], reference
+
+
+BY = " by "  # in the label of a row of `teacher_steps`
 
 
 def grid_names(students: list[tuple[Path, dict]]) -> dict[tuple[float, ...], str]:
@@ -496,7 +508,8 @@ def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, cap
         few, *own = [row for row in rest if row["label"].split(" #")[0].endswith(name)]
         blocks.append([few, *own] + ([mean_row(own)] if len(own) > 1 and cfg.names is None
                                    else []))
-    rows = [best, *(row for block in blocks for row in block)]
+    rows = [best, *(row for block in blocks for row in block),
+            *(row for row in rest if BY in row["label"])]
     passed = gates(best, blocks[0][0], blocks[0][-1]) if "all" in best else []
     text = markdown(rows, passed, cfg, facts)
     write_text(out / "table.md", text)
@@ -515,8 +528,8 @@ def write_pictures(cfg: Config, out: Path, models: list[Samples], first: list[di
     """Table as a picture, videos side by side, sheet and page; first, the rows of the first set of
     key times and teacher@n's; rows, all; text, the table as Markdown."""
     draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
-    picked = [model for model in models
-              if cfg.names is not None or " #" not in model.label or model.label.endswith(" #1")]
+    picked = [model for model in models if BY not in model.label and (
+        cfg.names is not None or " #" not in model.label or model.label.endswith(" #1"))]
     labels = [model.label.removesuffix(" #1") for model in picked]
     quantiles = [f"{quantile:g}".lstrip("0") for quantile in shown.values()]
     errors = [endpoint_error(model.latents, models[0].latents) for model in picked[1:]]

@@ -314,21 +314,18 @@ def check_lora(cfg: Config, facts: dict) -> None:
               "another dtype is as good, another model is not", flush=True)
 
 
-def load_student(cfg: Shared, path: Path, device: torch.device,
-                 ranks: Ranks | None = None) -> nn.Module:
-    """A student's DiT, frozen, sharded if `ranks` is given; official or diffusers names."""
+def load_student(cfg: Shared, path: Path, device: torch.device, ranks: Ranks | None = None,
+                 scale: float = 1.0) -> nn.Module:
+    """A student's DiT, frozen, sharded if `ranks` is given; official or diffusers names.
+
+    A LoRA, times `scale`, is merged into the DiT of `weights` in fp32, and rounded once to what
+    that computes in. Raises ValueError as common.lora.changes.
+    """
     dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
-    tensors = official_names(open_tensors(path), "transformer")
+    tensors = open_tensors(path)
+    tensors = (with_lora(dit_tensors(cfg.weights), path, scale) if is_lora(tensors) else
+               official_names(tensors, "transformer"))
     return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
-
-
-def load_with_lora(cfg: Config, device: torch.device, ranks: Ranks | None = None) -> nn.Module:
-    """The DiT of `weights` with a LoRA merged in fp32 and rounded once to what it computes in,
-    frozen, sharded if `ranks` is given. Raises ValueError as common.lora.changes."""
-    dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
-    tensors = with_lora(dit_tensors(cfg.weights), Path(cfg.lora), cfg.lora_scale)
-    return load_module(dit, tensors, f"DiT from {cfg.weights} with {cfg.lora}",
-                       device=device).requires_grad_(False)
 
 
 def make_dit(cfg: Config, device: torch.device, ranks: Ranks | None) -> nn.Module:
@@ -336,9 +333,7 @@ def make_dit(cfg: Config, device: torch.device, ranks: Ranks | None) -> nn.Modul
     if cfg.teacher:
         return load_dit(cfg.weights, cfg.preset, compute_dtype(device), device,
                         ranks).requires_grad_(False)
-    if cfg.lora is not None:
-        return load_with_lora(cfg, device, ranks)
-    return load_student(cfg, student_path(cfg), device, ranks)
+    return load_student(cfg, student_path(cfg), device, ranks, cfg.lora_scale)
 
 
 # ---------------------------------------------------------------------------------- sampling

@@ -315,6 +315,18 @@ def test_students_with_unlike_steps_stand_by_their_own_teacher_and_on_a_ladder(r
         "student@2 at 1, 0.25, 0"]
 
 
+def test_the_teacher_may_take_other_numbers_of_steps_by_either_solver(run, no_pictures):
+    write_student(run.folder / "run/student.safetensors", run.weights, 0)
+    rows = {row["label"]: row for row in run("--teacher_steps", "4,2")["rows"]}
+    assert list(rows) == ["teacher@4", "teacher@2", "student@2", "teacher@4 by euler",
+                          "teacher@4 by unipc", "teacher@2 by euler", "teacher@2 by unipc"]
+    assert rows["teacher@4 by euler"]["endpoint"][0] == 0  # the same grid
+    found = [rows[f"teacher@{n} by {solver}"]["endpoint"][0] for n, solver in
+             ((4, "unipc"), (2, "euler"), (2, "unipc"))]
+    assert len(set(found)) == 3 and min(found) > 0
+    assert rows["teacher@2 by unipc"]["evaluations"] == 2
+
+
 def test_the_teacher_s_latents_are_read_again_where_nothing_that_made_them_has_changed(
         run, no_pictures, monkeypatch):
     write_student(run.folder / "run/student.safetensors", run.weights, 0)

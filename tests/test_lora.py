@@ -408,8 +408,8 @@ def sharded(ranks, folder):
     cfg = sample.Config(weights=str(folder / "teacher.safetensors"), lora=str(folder / "l"),
                         preset="small", lora_scale=0.5)
     model.PRESETS["small"] = WAN
-    whole = sample.load_with_lora(cfg, torch.device("cpu"))
-    parts = sample.load_with_lora(cfg, torch.device("cpu"), ranks)
+    whole = sample.load_student(cfg, Path(cfg.lora), torch.device("cpu"))
+    parts = sample.load_student(cfg, Path(cfg.lora), torch.device("cpu"), ranks)
     for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert torch.allclose(p, q.full_tensor(), atol=1e-6), name
 

@@ -54,13 +54,15 @@ from common.config import (
     Shared, announce, field, load_config, names_config, read_yaml, settings_to_compare)
 from common.files import commit, own_folder, parse_json, write_json, write_text
 from common.folders import fingerprint, fingerprint_files
+from common.lora import is_lora
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, pick_device,
     prefer_attention, setup_distributed)
 from common.video import (
     centre_crop, comparison_sheet, read_image, side_by_side, thumbnail, video_wall, write_video)
-from common.weights import open_safetensors, safetensors_metadata, save_tensors
+from common.weights import (
+    open_safetensors, open_tensors, safetensors_metadata, save_tensors)
 from evaluation import tables
 from evaluation.measures import (
     Samples, distances, endpoint_error, gates, mean_error, mean_row, measure)
@@ -469,7 +471,8 @@ def main(argv: list[str] | None = None) -> None:
     about = {"teacher": fingerprint(cfg.weights), "encoders": fingerprint_files(cfg.weights),
              "prompts": digest_texts(prompts)}
     ranks = setup_distributed(cfg.device, same=settings_to_compare(
-        cfg, **about, students=[fingerprint(path) for path, _ in students]))
+        cfg, **about, students=[fingerprint_files(str(path)) if is_lora(open_tensors(path)) else
+                                fingerprint(path) for path, _ in students]))
     prefer_attention(cfg.attention, ranks.device)
     if cfg.count < ranks.world:
         raise ValueError(f"count: got {cfg.count}; wanted at least one for each of {ranks.world} "

@@ -475,6 +475,16 @@ def test_a_trained_lora_moves_the_blocks_matrices_alone_and_its_file_is_the_stud
         torch.float16}
 
 
+def test_evaluate_measures_a_lora_as_the_student_that_it_makes(trained, run_stage, tmp_path):
+    folder, config, weights = trained
+    files = [folder / f"whole/student{end}.safetensors" for end in ("", "_lora")]
+    run_stage("evaluate", config, f"run={tmp_path}", f"students={files[0]},{files[1]}", "count=3",
+              f"prompts={weights / 'prompts.txt'}", "pictures=false", "names=whole,lora")
+    table = json.loads((tmp_path / "evaluate/table.json").read_text())
+    few, whole, as_lora = (row["endpoint"][0] for row in table["rows"][1:4])
+    assert whole != few and as_lora == pytest.approx(whole, rel=1e-2)  # the file is fp16
+
+
 def test_gradients_moments_and_checkpoints_hold_the_factors_alone(trained):
     folder, _, _ = trained
     names = set(open_tensors(folder / "whole/distill/step_000004/rank_00000.safetensors"))

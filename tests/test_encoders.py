@@ -22,12 +22,13 @@ from torch import Tensor, nn
 import frozen.load
 from common.names import official_names
 from common.prompts import read_prompts
+from common.ranks import generator
 from common.video import (
     comparison_sheet, contact_sheet, read_video, side_by_side, still_strip, to_uint8, write_video)
 from common.weights import save_tensors
 from frozen.load import load_text, load_vae
 from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text
-from frozen.vae import WanVAE
+from frozen.vae import HunyuanVAE, WanVAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -417,7 +418,7 @@ def test_encoding_wants_a_list_of_prompts(tokenizer_folders, prompts):
 
 
 def test_a_tokenizer_of_another_model_is_an_error(tokenizer_folders):
-    with pytest.raises(ValueError, match="belong to different models"):
+    with pytest.raises(ValueError, match="they are of different models"):
         TextEncoder(UMT5Encoder(**{**SMALL_T5, "vocab_size": 100}),
                     Tokenizer(tokenizer_folders["both"]))
 
@@ -707,3 +708,18 @@ def test_missing_empty_and_non_utf8_prompt_files_are_named(tmp_path):
     path.write_bytes(b"good\ncaf\xe9 noir\n")
     with pytest.raises(ValueError, match="prompts.txt: line 2 is not UTF-8 .* byte 4"):
         read_prompts(path)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: WanVAE(dim=8, num_res_blocks=1),
+    lambda: HunyuanVAE(dims=(8, 8, 16, 16), num_res_blocks=1, groups=4)], ids=["wan", "hunyuan"])
+def test_a_single_clip_s_convolutions_by_onednn_are_torch_s_own(make, monkeypatch):
+    vae = make().eval().requires_grad_(False)
+    latents = torch.randn(1, 16, 3, 4, 4, generator=generator("onednn"))
+    called, real = [], torch.mkldnn_convolution
+    monkeypatch.setattr(torch, "mkldnn_convolution", lambda *a: called.append(1) or real(*a))
+    by_onednn = vae.decode(latents)
+    assert called
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    count = len(called)
+    assert (vae.decode(latents) - by_onednn).abs().max() < 1e-5 and len(called) == count

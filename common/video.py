@@ -206,7 +206,7 @@ def comparison_sheet(path: str | Path, headings: list[str],
     figure = Figure(size, dpi=130, layout="constrained")
     grid = figure.subplots(len(rows), len(headings), squeeze=False)
     for heading, axes in zip(headings, grid[0], strict=True):
-        axes.set_title(heading, fontsize=13, weight="bold", parse_math=False)
+        axes.set_title(textwrap.fill(heading, 34), fontsize=13, weight="bold", parse_math=False)
     for (label, cells), line, pictures in zip(rows, grid, strips, strict=True):
         wrapped = [textwrap.fill(part, 22, max_lines=5) for part in drawable(label).split("\n")]
         line[0].set_ylabel("\n".join(wrapped), rotation=0, ha="right", va="center", fontsize=10,

@@ -17,7 +17,7 @@ from model import HunyuanConfig, WanConfig
 SIZES = {"wan": WanConfig(dim=48, ffn_dim=32, num_heads=4, num_layers=2, text_dim=8, text_len=16),
          "hunyuan": HunyuanConfig(dim=64, ffn_dim=32, num_heads=4, num_double=2, num_single=2,
                                   text_dim=8, pooled_dim=10, rope_dims=(4, 6, 6))}
-LENGTHS = (3, 4, 5, 8, 9)  # of prompts
+LENGTHS = (3, 4, 5, 8)  # of prompts
 
 
 def count_graphs(ranks: Ranks, folder: Path) -> None:

@@ -273,7 +273,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
 
 # ------------------------------------------------------------------------- writing safetensors
 
-CHECKSUM = "-" * 8  # in the metadata: put the data's CRC-32 here
+CHECKSUM = "-" * 8  # as crc32 in the metadata: put the data's CRC-32 here
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
@@ -282,8 +282,8 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     """Write a safetensors file one tensor at a time; returns [bytes, CRC-32], on the disk by then.
 
     Args: tensors, read() in order, once each, even after an error or without `write`: it may be a
-    collective that every rank takes part in; metadata, strings; a CHECKSUM there becomes the
-    data's own, which check_data compares, and the CRC-32 that is returned is of the rest.
+    collective that every rank takes part in; metadata, strings; where its crc32 is CHECKSUM,
+    the data's own is put there, which check_data compares (the one returned is without it).
     Raises OSError if it cannot be written. Source: the format's own description (8 bytes of header
     length, JSON, data).
     """
@@ -311,8 +311,8 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     if file is not None:
         try:
             with file:
-                if CHECKSUM in metadata.values():
-                    file.seek(8 + text.index(CHECKSUM.encode()))
+                if metadata.get("crc32") == CHECKSUM:
+                    file.seek(8 + text.index(b'"crc32": "') + 10)
                     file.write(f"{data:08x}".encode())
                 file.flush()
                 os.fsync(file.fileno())

@@ -428,7 +428,7 @@ def sample_all(cfg: Config, mine: range, prompts: list[Prompt], students: list[t
     walks = [(n, solver, grid) for n in cfg.teacher_steps or () for solver, grid in (
         ("euler", time_grid(cfg.family, n, cfg.shift)), ("unipc", unipc_grid(n, cfg.shift)))
         if cfg.family == "wan" or solver == "euler"]
-    more = [sample_model(f"teacher@{n}{BY}{solver}", dit, grid.tolist(), noises[0], conds, unconds,
+    more = [sample_model(f"teacher@{n} by {solver}", dit, grid.tolist(), noises[0], conds, unconds,
                          cfg, device, solver) for n, solver, grid in walks]
     del dit
     for t_key, name in grid_names(students).items():
@@ -443,7 +443,9 @@ def sample_all(cfg: Config, mine: range, prompts: list[Prompt], students: list[t
     return [best, *(model for models in by_grid.values() for model in models), *more], reference
 
 
-BY = " by "  # in the label of a row of `teacher_steps`
+def is_further(label: str) -> bool:
+    """Whether a row is one of `teacher_steps`."""
+    return label.startswith("teacher@") and label.endswith((" by euler", " by unipc"))
 
 
 def grid_names(students: list[tuple[Path, dict]]) -> dict[tuple[float, ...], str]:
@@ -512,7 +514,7 @@ def report(cfg: Config, out: Path, models: list[Samples], reference: Tensor, cap
         blocks.append([few, *own] + ([mean_row(own)] if len(own) > 1 and cfg.names is None
                                    else []))
     rows = [best, *(row for block in blocks for row in block),
-            *(row for row in rest if BY in row["label"])]
+            *(row for row in rest if is_further(row["label"]))]
     passed = gates(best, blocks[0][0], blocks[0][-1]) if "all" in best else []
     text = markdown(rows, passed, cfg, facts)
     write_text(out / "table.md", text)
@@ -531,7 +533,7 @@ def write_pictures(cfg: Config, out: Path, models: list[Samples], first: list[di
     """Table as a picture, videos side by side, sheet and page; first, the rows of the first set of
     key times and teacher@n's; rows, all; text, the table as Markdown."""
     draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
-    picked = [model for model in models if BY not in model.label and (
+    picked = [model for model in models if not is_further(model.label) and (
         cfg.names is not None or " #" not in model.label or model.label.endswith(" #1"))]
     labels = [model.label.removesuffix(" #1") for model in picked]
     quantiles = [f"{quantile:g}".lstrip("0") for quantile in shown.values()]

@@ -198,7 +198,8 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
         raise FileNotFoundError(f"{path}: there is no student yet{at_home(path)}; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
     tensors = open_tensors(path)  # names a damaged file
-    for file in dict.fromkeys(t.file for t in tensors.values()):
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # it reads all: once on each host
+    for file in dict.fromkeys(t.file for t in tensors.values()) if first else ():
         if kind_of(file) == "safetensors":
             check_data(file)
     facts = facts_of(tensors)

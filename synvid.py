@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a SynVid folder. Raises FileNotFoundError or ValueError with the remedy."""
     path = folder / "manifest.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no SynVid{at_home(path)}; make it by `python "
+        raise FileNotFoundError(f"{path}: there is no SynVid{at_home(folder)}; make it by `python "
                                 "synvid.py CONFIG`")
     remedy = "make the trajectories anew by `python synvid.py CONFIG` in another --run"
     manifest = read_json(path, dict, remedy)

@@ -42,8 +42,7 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
         write(aside)
         sync_to_disk(aside)
         os.replace(aside, path)
-        with contextlib.suppress(OSError):  # not every disk can sync a folder
-            sync_to_disk(path.parent)
+        sync_to_disk(path.parent)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{path}: cannot be written ({short_reason(e)}): {write_remedy(e)}; "
                          "nothing under this name was changed") from e
@@ -79,8 +78,7 @@ def replace_folder(path: Path, aside: Path) -> None:
         if path.exists():
             os.replace(path, old)
         os.replace(aside, path)
-        with contextlib.suppress(OSError):
-            sync_to_disk(path.parent)
+        sync_to_disk(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise ValueError(f"{path}: cannot be replaced by {aside} ({e}): choose another run folder "
@@ -192,12 +190,14 @@ def commit() -> str | None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk, not only in its cache."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Wait until a file or a folder's list of names is on the disk, not only in its cache; there
+    are disks that cannot sync a folder."""
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def append_log(path: Path, line: dict) -> None:
@@ -306,7 +306,7 @@ def remove_leftovers(folder: Path, age: float = 0.0) -> None:
     for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part*")]:
         with contextlib.suppress(OSError):
             if (LEFTOVER.fullmatch(part.name) and part.is_file()
-                    and time.time() - part.stat().st_mtime >= age):
+                    and (not age or time.time() - part.stat().st_mtime >= age)):
                 part.unlink()
 
 

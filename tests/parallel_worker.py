@@ -79,13 +79,16 @@ def distilled(family: str, out: str, *overrides: str) -> None:
     cfg.weights = str(weights)
     loader = distill.Loader(cfg, FakeSynVid(family), ranks)
     state = distill.build(cfg, loader.data.t_key, ranks)
+    for k, head in enumerate(state.heads):  # from zero, L_adv gives no gradient at first
+        torch.nn.init.normal_(head[-1].weight, generator=generator("head", k))
     lines = [log.gather() for _, _, log in distill.algorithm_1(cfg, state, loader)]
     errors = held_out_errors(cfg, state.student, loader, ranks)
     tensors = {name: p.detach().full_tensor() for name, p in state.student.named_parameters()}
     if ranks.rank == 0:
         heads = {f"heads.{name}": p for name, p in state.heads.state_dict().items()}
         figures = torch.tensor([line[name] for line in lines for name in
-                                ("loss_traj", "loss_adv", "loss_head", "grad_sum", "grad_head")]
+                                ("loss_traj", "loss_adv", "loss_head", "grad_sum", "grad_adv",
+                                 "grad_head")]
                                + [errors["endpoint"], *errors["velocity"]])
         save_tensors(out, {**tensors, **heads, "figures": figures}, {})
     dist.barrier()

@@ -17,7 +17,7 @@ from model import HunyuanConfig, WanConfig
 SIZES = {"wan": WanConfig(dim=48, ffn_dim=32, num_heads=4, num_layers=2, text_dim=8, text_len=16),
          "hunyuan": HunyuanConfig(dim=64, ffn_dim=32, num_heads=4, num_double=2, num_single=2,
                                   text_dim=8, pooled_dim=10, rope_dims=(4, 6, 6))}
-LENGTHS = (3, 4, 5, 8)  # of prompts
+LENGTHS = (3, 4, 5, 8, 9)  # of prompts
 
 
 def count_graphs(ranks: Ranks, folder: Path) -> None:
@@ -29,6 +29,8 @@ def count_graphs(ranks: Ranks, folder: Path) -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     dit = model.build_dit(SIZES[family])
     dit.sp, found = ranks.sp_group, []
+    for block in dit.blocks:
+        block.checkpointing = True  # as distill.py has it
     compile_blocks(dit)
     for length in LENGTHS:
         cond = {"text": torch.randn(length, 8)}

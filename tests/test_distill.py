@@ -80,10 +80,17 @@ def settings(weights, tmp_path, **own):
 def run(cfg, ranks, steps=None, nets=None):
     """Distill in this process; returns nets and each iteration's figures."""
     loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
-    nets = nets or distill.build(cfg, M3, ranks)
+    nets = nets or lively(distill.build(cfg, M3, ranks))
     lines = [{"k": k, **log.gather()} for _, k, log in
              itertools.islice(distill.algorithm_1(cfg, nets, loader), steps)]
     return nets, lines
+
+
+def lively(nets):
+    """With heads whose last layer is not zero: else L_adv has no gradient in the first pass."""
+    for k, head in enumerate(nets.heads):
+        nn.init.normal_(head[-1].weight, generator=generator("lively", k))
+    return nets
 
 
 def parameters(nets):
@@ -250,7 +257,7 @@ def test_updates_of_the_student_are_those_of_d6(updates, weights, tmp_path, rank
     cfg = settings(weights, tmp_path, updates=updates)
     nets, _ = run(cfg, ranks, steps=4)
     # the same four iterations by hand
-    ours = distill.build(cfg, M3, ranks)
+    ours = lively(distill.build(cfg, M3, ranks))
     loader, student = distill.Loader(cfg, FakeSynVid(M3), ranks), ours.student
     first = torch.optim.AdamW(student.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
                               weight_decay=0)
@@ -275,13 +282,14 @@ def test_updates_of_the_student_are_those_of_d6(updates, weights, tmp_path, rank
         second.zero_grad()
         distill.update_heads(cfg, ours, step, Log(student))
         x = x.detach()
-    assert (parameters(nets) - parameters(ours)).abs().max() < 1e-6
+    assert (parameters(nets) - parameters(ours)).abs().max() < 0.1 * cfg.lr
 
 
 def test_switching_a_loss_off_leaves_its_calls_out(weights, tmp_path, ranks):
     _, lines = run(settings(weights, tmp_path, adv=False), ranks, steps=2)
     assert "loss_adv" not in lines[0] and "loss_traj" in lines[0] and "grad_traj" in lines[0]
-    nets, lines = run(settings(weights, tmp_path, traj=False), ranks, steps=2)
+    cfg = settings(weights, tmp_path, traj=False)
+    nets, lines = run(cfg, ranks, steps=2, nets=distill.build(cfg, M3, ranks))
     assert "loss_traj" not in lines[0] and "loss_adv" in lines[0] and "grad_adv" in lines[0]
     assert lines[0]["loss_head"] == pytest.approx(2 * math.log(2), rel=1e-6)
 

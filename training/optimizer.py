@@ -57,6 +57,7 @@ def step(opt: torch.optim.AdamW) -> None:
             for x, value in zip(kind, moved, strict=True):
                 if x.device != value.device:
                     x.copy_(value)
+        del here, moved, value  # before the next group's come
 
 
 def groups_of(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:

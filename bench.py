@@ -148,7 +148,8 @@ class Bench:
         slots, (_, _, cond) = list(range(cfg.micro_batch)), self.inputs(cfg.micro_batch)
 
         def loader(step: int) -> list[distill.Batch]:
-            latents = {k: torch.randn(cfg.micro_batch, *self.shape) for k in range(m + 1)}
+            latents = {k: distill.pinned(torch.randn(cfg.micro_batch, *self.shape), self.device)
+                       for k in range(m + 1)}
             return [distill.Batch(distill.Latents(latents, self.device), cond, slots)]
         steps = distill.algorithm_1(cfg, state, loader)
         return [lambda: next(steps)]

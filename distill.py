@@ -234,6 +234,11 @@ def adv_losses(head: nn.Module, teacher: nn.Module, x_gen: Tensor, x_real: Tenso
 
 # ------------------------------------------------------------------------------------- data
 
+def pinned(x: Tensor, device: torch.device) -> Tensor:
+    """x in memory from which a copy to a GPU need not be waited for; as it is for a CPU."""
+    return x.pin_memory() if device.type == "cuda" else x
+
+
 @dataclass
 class Latents:
     """l_{t'_k} by k, [B,C,T,H,W], in host memory: most of them wait; one that is read is copied to
@@ -284,10 +289,9 @@ class Loader:
         """Read the latents of some k and stack them; fp32 whatever they are stored in."""
         items = [self.data.read(i, ks) for i in indices]
         x = torch.stack([x_key for x_key, _, _ in items], 1)                    # len(ks) B C T H W
-        cond = collate([c for _, c, _ in items])
-        if self.device.type == "cuda":
-            x, cond = x.pin_memory(), {name: c.pin_memory() for name, c in cond.items()}
-        cond = {name: c.to(self.device, non_blocking=True) for name, c in cond.items()}
+        cond = {name: pinned(c, self.device).to(self.device, non_blocking=True)
+                for name, c in collate([c for _, c, _ in items]).items()}
+        x = pinned(x, self.device)
         return Batch(Latents(dict(zip(ks, x, strict=True)), self.device), cond, slots)
 
     def read(self, step: int) -> list[Batch]:

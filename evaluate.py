@@ -473,7 +473,7 @@ def main(argv: list[str] | None = None) -> None:
     about = {"teacher": fingerprint(cfg.weights), "encoders": fingerprint_files(cfg.weights),
              "prompts": digest_texts(prompts)}
     ranks = setup_distributed(cfg.device, same=settings_to_compare(
-        cfg, **about, students=[fingerprint_files(str(path)) if is_lora(open_tensors(path)) else
+        cfg, **about, students=[fingerprint_files(path) if is_lora(open_tensors(path)) else
                                 fingerprint(path) for path, _ in students]))
     prefer_attention(cfg.attention, ranks.device)
     if cfg.count < ranks.world:

@@ -235,10 +235,11 @@ def crc32_of_json(value: Any) -> str:
     return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
-def crc32_of_file(path: Path) -> str:
-    """Checksum of a file's bytes."""
+def crc32_of_file(path: Path, start: int = 0) -> str:
+    """Checksum of a file's bytes from `start` on."""
     total = 0
     with path.open("rb") as f:
+        f.seek(start)
         while chunk := f.read(1 << 24):
             total = zlib.crc32(chunk, total)
     return f"{total:08x}"

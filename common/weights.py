@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from common.files import read_json, replace_file, short_reason
+from common.files import crc32_of_file, read_json, replace_file, short_reason
 from common.ranks import local_rows
 
 
@@ -282,8 +282,8 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     """Write a safetensors file one tensor at a time; returns [bytes, CRC-32], on the disk by then.
 
     Args: tensors, read() in order, once each, even after an error or without `write`: it may be a
-    collective that every rank takes part in; metadata, strings; where its crc32 is CHECKSUM,
-    the data's own is put there, which check_data compares (the one returned is without it).
+    collective that every rank takes part in; metadata, strings; if its crc32 is CHECKSUM, the
+    sum is of the data alone, and stands there in the end, for check_data.
     Raises OSError if it cannot be written. Source: the format's own description (8 bytes of header
     length, JSON, data).
     """
@@ -294,7 +294,8 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
                         "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    size, crc, data, error, file = 0, 0, 0, None, None
+    size, crc, error, file = 0, 0, None, None
+    says_sum, head = metadata.get("crc32") == CHECKSUM, len(text) + 8
     chunks = itertools.chain([struct.pack("<Q", len(text)) + text],
                              (bytes_of(t.read() if write else t.read().flatten()[:1])
                               for t in tensors.values()))  # [:1] waits for a GPU's part in it
@@ -305,15 +306,15 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
             file = file or path.open("wb")
             file.write(chunk)
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-            data = zlib.crc32(chunk, data) if size > len(text) + 8 else 0
+            crc = 0 if says_sum and size == head else crc
         except OSError as e:
             error = e
     if file is not None:
         try:
             with file:
-                if metadata.get("crc32") == CHECKSUM:
+                if says_sum:
                     file.seek(8 + text.index(b'"crc32": "') + 10)
-                    file.write(f"{data:08x}".encode())
+                    file.write(f"{crc:08x}".encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as e:
@@ -328,13 +329,10 @@ def check_data(path: Path) -> None:
     told = safetensors_metadata(path).get("crc32")
     if told is None:
         return
-    found = 0
     with path.open("rb") as f:
-        f.seek(8 + struct.unpack("<Q", f.read(8))[0])
-        while chunk := f.read(1 << 24):
-            found = zlib.crc32(chunk, found)
-    if told != f"{found:08x}":
-        raise ValueError(f"{path}: is damaged: its data have CRC-32 {found:08x}, wanted {told} as "
+        head = 8 + struct.unpack("<Q", f.read(8))[0]
+    if told != (found := crc32_of_file(path, head)):
+        raise ValueError(f"{path}: is damaged: its data have CRC-32 {found}, wanted {told} as "
                          "it says: copy it again, or export it anew by the command that made it "
                          "(a program that changed it on purpose should drop crc32 from its "
                          "metadata)")

@@ -67,6 +67,7 @@ def distilled(family: str, out: str, *overrides: str) -> None:
             if "norm" in name and name.endswith("weight"):
                 p.add_(1)
     given = dict(pair.split("=") for pair in overrides)
+    lively = given.pop("lively", None)  # heads whose last layer is not zero
     more = {k: int(v) for k, v in given.items() if k != "micro_batch"}
     cfg = distill.Config(family=SIZES[family].family, preset="small", run=f"{out}.run", n=6,
                          key=KEY, shift=5.0, batch=4, micro_batch=1, iterations=3, held_out=2,
@@ -79,7 +80,7 @@ def distilled(family: str, out: str, *overrides: str) -> None:
     cfg.weights = str(weights)
     loader = distill.Loader(cfg, FakeSynVid(family), ranks)
     state = distill.build(cfg, loader.data.t_key, ranks)
-    for k, head in enumerate(state.heads):  # from zero, L_adv gives no gradient at first
+    for k, head in enumerate(state.heads if lively else ()):
         torch.nn.init.normal_(head[-1].weight, generator=generator("head", k))
     lines = [log.gather() for _, _, log in distill.algorithm_1(cfg, state, loader)]
     errors = held_out_errors(cfg, state.student, loader, ranks)

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import Shared, nearest
 from common.folders import check_sizes, dit_tensors
+from common.linear import GELU, Linear, gelu
 from common.ranks import (
     Ranks, SequenceShard, compute_dtype, gather_sequence, heads_to_tokens, local_rows, shard,
     shard_sequence, tokens_to_heads)
@@ -302,7 +303,7 @@ class WanAttention(nn.Module):
         super().__init__()
         dim, self.num_heads, self.image, self.text_len = cfg.dim, cfg.num_heads, image, cfg.text_len
         for name in ("q", "k", "v", "o", *(("k_img", "v_img") if image else ())):
-            self.add_module(name, nn.Linear(dim, dim))
+            self.add_module(name, Linear(dim, dim))
         for name in ("q", "k", *(("k_img",) if image else ())):
             self.add_module(f"norm_{name}", RMSNorm(dim, cfg.eps))  # before the heads are split
 
@@ -332,8 +333,7 @@ class WanBlock(nn.Module):
         self.self_attn = WanAttention(cfg)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
         self.cross_attn = WanAttention(cfg, image=cfg.takes_image)
-        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"),
-                                 nn.Linear(cfg.ffn_dim, cfg.dim))
+        self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn_dim), GELU(), Linear(cfg.ffn_dim, cfg.dim))
 
     def forward(self, x: Tensor, seq: SequenceShard, e: Tensor, context: Tensor) -> Tensor:
         """x [B,L,D] fp32, e [B,6,D] fp32, context [B,S,D]; returns [B,L,D] fp32."""
@@ -356,7 +356,7 @@ class WanHead(nn.Module):
         super().__init__()
         self.eps = cfg.eps
         self.modulation = nn.Parameter(torch.zeros(1, 2, cfg.dim))
-        self.head = nn.Linear(cfg.dim, math.prod(cfg.patch_size) * cfg.out_dim)
+        self.head = Linear(cfg.dim, math.prod(cfg.patch_size) * cfg.out_dim)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         shift, scale = (self.modulation.float() + e.unsqueeze(1)).unsqueeze(2).unbind(1)  # B 1 D
@@ -372,16 +372,15 @@ class WanDiT(nn.Module):
         super().__init__()
         self.cfg, self.sp = cfg, None  # sp: the group of ranks that share each sample's tokens
         self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch_size, cfg.patch_size)
-        self.text_embedding = nn.Sequential(nn.Linear(cfg.text_dim, cfg.dim),
-                                            nn.GELU(approximate="tanh"),
-                                            nn.Linear(cfg.dim, cfg.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(),
-                                            nn.Linear(cfg.dim, cfg.dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        self.text_embedding = nn.Sequential(Linear(cfg.text_dim, cfg.dim), GELU(),
+                                            Linear(cfg.dim, cfg.dim))
+        self.time_embedding = nn.Sequential(Linear(cfg.freq_dim, cfg.dim), nn.SiLU(),
+                                            Linear(cfg.dim, cfg.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(cfg.dim, 6 * cfg.dim))
         if cfg.model_type == "i2v":
             D = cfg.image_dim
             self.img_emb = nn.ModuleDict({"proj": nn.Sequential(
-                nn.LayerNorm(D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, cfg.dim),
+                nn.LayerNorm(D), Linear(D, D), nn.GELU(), Linear(D, cfg.dim),
                 nn.LayerNorm(cfg.dim))})
         self.blocks = nn.ModuleList(WanBlock(cfg) for _ in range(cfg.num_layers))
         self.head = WanHead(cfg)
@@ -502,7 +501,7 @@ class HunyuanConfig:
 
 def scalar_embedder(freq_dim: int, dim: int) -> nn.ModuleDict:
     """Two layers for a sinusoid, under the official names."""
-    layers = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+    layers = nn.Sequential(Linear(freq_dim, dim), nn.SiLU(), Linear(dim, dim))
     return nn.ModuleDict({"mlp": layers})
 
 
@@ -510,8 +509,8 @@ class MLP(nn.Module):
     """fc1, activation, fc2."""
     def __init__(self, dim: int, ffn_dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, dim)
+        self.fc1 = Linear(dim, ffn_dim)
+        self.fc2 = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         return self.fc2(activation(linear(self.fc1, x)))
@@ -522,7 +521,7 @@ class Modulation(nn.Module):
     def __init__(self, dim: int, count: int):
         super().__init__()
         self.count = count
-        self.linear = nn.Linear(dim, count * dim)
+        self.linear = Linear(dim, count * dim)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         return linear(self.linear, F.silu(vec)).float().unsqueeze(1).chunk(self.count, -1)
@@ -533,19 +532,16 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     return qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
 
 
-gelu = functools.partial(F.gelu, approximate="tanh")
-
-
 class RefinerBlock(nn.Module):
     """Self-attention and MLP over text tokens, each behind a gate."""
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         D, self.num_heads = cfg.dim, cfg.num_heads
         self.norm1, self.norm2 = nn.LayerNorm(D, cfg.eps), nn.LayerNorm(D, cfg.eps)
-        self.self_attn_qkv = nn.Linear(D, 3 * D)
-        self.self_attn_proj = nn.Linear(D, D)
+        self.self_attn_qkv = Linear(D, 3 * D)
+        self.self_attn_proj = Linear(D, D)
         self.mlp = MLP(D, 4 * D)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(D, 2 * D))
 
     def forward(self, x: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
         """x [B,S,D], c [B,D]; mask [B,1,S,S]."""
@@ -559,10 +555,10 @@ class TokenRefiner(nn.Module):
     """Text states to text tokens of the DiT, refined under the time and their own mean."""
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
-        self.input_embedder = nn.Linear(cfg.text_dim, cfg.dim)
+        self.input_embedder = Linear(cfg.text_dim, cfg.dim)
         self.t_embedder = scalar_embedder(cfg.freq_dim, cfg.dim)
-        self.c_embedder = nn.ModuleDict({"linear_1": nn.Linear(cfg.text_dim, cfg.dim),
-                                         "linear_2": nn.Linear(cfg.dim, cfg.dim)})
+        self.c_embedder = nn.ModuleDict({"linear_1": Linear(cfg.text_dim, cfg.dim),
+                                         "linear_2": Linear(cfg.dim, cfg.dim)})
         self.individual_token_refiner = nn.ModuleDict(
             {"blocks": nn.ModuleList(RefinerBlock(cfg) for _ in range(cfg.num_refiner))})
 
@@ -589,10 +585,10 @@ class DoubleBlock(nn.Module):
         D, self.num_heads, self.eps, self.checkpointing = cfg.dim, cfg.num_heads, cfg.eps, False
         for s in ("img", "txt"):
             self.add_module(f"{s}_mod", Modulation(D, 6))
-            self.add_module(f"{s}_attn_qkv", nn.Linear(D, 3 * D))
+            self.add_module(f"{s}_attn_qkv", Linear(D, 3 * D))
             self.add_module(f"{s}_attn_q_norm", RMSNorm(D // cfg.num_heads, cfg.eps))
             self.add_module(f"{s}_attn_k_norm", RMSNorm(D // cfg.num_heads, cfg.eps))
-            self.add_module(f"{s}_attn_proj", nn.Linear(D, D))
+            self.add_module(f"{s}_attn_proj", Linear(D, D))
             self.add_module(f"{s}_mlp", MLP(D, cfg.ffn_dim))
 
     def forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
@@ -609,8 +605,8 @@ class DoubleBlock(nn.Module):
             q, k = getattr(self, f"{s}_attn_q_norm")(q), getattr(self, f"{s}_attn_k_norm")(k)
             heads.append((rotate(q, seq), rotate(k, seq), v) if s == "img" else (q, k, v))
         q, k, v = (torch.cat(pair, 1) for pair in zip(*heads, strict=True))
-        y = attention(q, k, v, seq)                                            # B L+S D
-        out = []
+        y, out = attention(q, k, v, seq), []                                   # B L+S D
+        del heads, q, k, v  # without gradient they go before what follows comes
         for (s, z), y_s in zip(streams.items(), (y[:, :L], y[:, L:]), strict=True):
             _, _, gate1, shift2, scale2, gate2 = mods[s]
             z = (z + gate1 * getattr(self, f"{s}_attn_proj")(y_s)).to(z.dtype)
@@ -625,8 +621,8 @@ class SingleBlock(nn.Module):
         super().__init__()
         D, self.num_heads, self.eps, self.checkpointing = cfg.dim, cfg.num_heads, cfg.eps, False
         self.modulation = Modulation(D, 3)
-        self.linear1 = nn.Linear(D, 3 * D + cfg.ffn_dim)
-        self.linear2 = nn.Linear(D + cfg.ffn_dim, D)
+        self.linear1 = Linear(D, 3 * D + cfg.ffn_dim)
+        self.linear2 = Linear(D + cfg.ffn_dim, D)
         self.q_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
         self.k_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
 
@@ -639,7 +635,10 @@ class SingleBlock(nn.Module):
         qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = rotate(self.q_norm(q), seq), rotate(self.k_norm(k), seq)
-        y = self.linear2(torch.cat([attention(q, k, v, seq), gelu(y)], -1))
+        y = gelu(y)  # before the other: backward reverses it, and this gradient is the larger
+        out = attention(q, k, v, seq)                                          # B L+S D
+        del q, k, v, qkv  # as above
+        y = self.linear2(torch.cat([out, y], -1))
         return (x + gate * y).to(x.dtype)
 
 
@@ -655,14 +654,14 @@ class HunyuanDiT(nn.Module):
             {"proj": nn.Conv3d(cfg.in_dim, D, cfg.patch_size, cfg.patch_size)})
         self.txt_in = TokenRefiner(cfg)
         self.time_in = scalar_embedder(cfg.freq_dim, D)
-        self.vector_in = nn.ModuleDict({"in_layer": nn.Linear(cfg.pooled_dim, D),
-                                        "out_layer": nn.Linear(D, D)})
+        self.vector_in = nn.ModuleDict({"in_layer": Linear(cfg.pooled_dim, D),
+                                        "out_layer": Linear(D, D)})
         self.guidance_in = scalar_embedder(cfg.freq_dim, D)
         self.double_blocks = nn.ModuleList(DoubleBlock(cfg) for _ in range(cfg.num_double))
         self.single_blocks = nn.ModuleList(SingleBlock(cfg) for _ in range(cfg.num_single))
         self.final_layer = nn.ModuleDict({
-            "linear": nn.Linear(D, math.prod(cfg.patch_size) * cfg.out_dim),
-            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))})
+            "linear": Linear(D, math.prod(cfg.patch_size) * cfg.out_dim),
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), Linear(D, 2 * D))})
 
     @property
     def blocks(self) -> list[nn.Module]:

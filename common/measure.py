@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -10,9 +11,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.files import short_reason
+from common.linear import linear
 from common.ranks import compute_dtype, on_first_rank
 
 Run = Callable[[], object]
@@ -59,6 +63,17 @@ def memory_now(device: torch.device, reset: bool = False) -> int:
     return int(lines["VmHWM"].split()[0]) * 1024
 
 
+def tensor_peak(run: Run) -> int:
+    """The most bytes that tensors on the CPU take during a run: how much the process grows depends
+    on what it had freed before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = sorted((event.start_ns(), event.nbytes())
+                    for event in found.profiler.kineto_results.events()
+                    if event.name() == "[memory]" and event.device_type() == DeviceType.CPU)
+    return max(itertools.accumulate((nbytes for _, nbytes in events), initial=0))
+
+
 def measure(row: Row, device: torch.device) -> dict:
     """A row's seconds and peak memory; an error is told in their place. All ranks do it together.
     """
@@ -66,11 +81,10 @@ def measure(row: Row, device: torch.device) -> dict:
     held = 0 if device.type == "cuda" else held
     try:
         work, peaks = row.prepare(), []
-        for run in work if row.runs > 1 else []:  # warms up
+        for run in work if row.runs > 1 else []:
+            clock(run, device)  # warms up: code and tables that stay come to the process
             if len(work) > 1:
-                held = memory_now(device, reset=True)
-            clock(run, device)
-            peaks.append(memory_now(device) - held)
+                peaks.append(tensor_peak(run))
         started, seconds = time.perf_counter(), [[] for _ in work]
 
         def goes_on() -> bool:
@@ -104,10 +118,10 @@ def figures(row: Row, seconds: list[list[float]], peaks: list[int]) -> dict:
 
 
 def measure_peak(device: torch.device) -> float:
-    """FLOP/s of a large matrix product in the dtype that networks compute in here."""
+    """FLOP/s of a large linear layer in the dtype that networks compute in here."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device, dtype=compute_dtype(device))
-    return 2 * n ** 3 / min(clock(lambda: a @ b, device) for _ in range(10))
+    return 2 * n ** 3 / min(clock(lambda: linear(a, b), device) for _ in range(10))
 
 
 def count_flops(make: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> float:

@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: here and in every
 
 import io
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
+import common.linear
 from common.files import ROOT, write_json
 from common.ranks import cli, generator, setup_distributed
 from common.weights import save_tensors
@@ -41,6 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 CAPTIONS = [f"a {colour} {shape} moves {direction}" for colour in ("red", "green", "blue")
             for shape in ("disc", "ring", "cross") for direction in ("left", "right", "up")]
+
+
+@pytest.fixture(params=("torch", "onednn"))
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who multiplies matrices, of any size: torch's own library or oneDNN."""
+    if request.param == "onednn" and not common.linear.HAS_ONEDNN:
+        pytest.skip("this CPU has no AVX-512: torch's own library multiplies")
+    monkeypatch.setattr(common.linear, "WORTH", 1 if request.param == "onednn" else math.inf)
+    return request.param
 
 
 def one_process(rank: int, world: int, port: int, work: Callable, folder: Path) -> None:

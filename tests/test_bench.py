@@ -8,10 +8,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import common.linear
 import common.measure
 import frozen.random
 from common.config import load_config
-from common.measure import Row, count_flops, measure
+from common.measure import Row, count_flops, measure, tensor_peak
 from common.ranks import generator
 from frozen.peers import peer_dits, peer_sizes, peer_vaes
 
@@ -98,13 +99,14 @@ def test_work_and_tokens_are_what_torch_counts(tmp_path, ranks, monkeypatch):
     dit = frozen.random.random_dit(cfg, CPU, None)
     shapes = []
     dit.blocks[0].register_forward_pre_hook(lambda block, args: shapes.append(args[0].shape[1]))
+    monkeypatch.setattr(common.linear, "HAS_ONEDNN", False)  # whose work torch does not count
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         dit(*own.inputs())
     blocks = [sum(counter.flop_counts[f"WanDiT.blocks.{b}"].values())
               for b in range(len(dit.blocks))]
     assert (rows["DiT forward"].flop, rows["DiT forward"].tokens) == (sum(blocks), shapes[0])
     (decode,) = rows["VAE decode"].prepare()
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # is not counted
     with FlopCounterMode(display=False) as counter:
         decode()
     assert rows["VAE decode"].flop == counter.get_total_flops()
@@ -148,3 +150,12 @@ def test_a_count_from_shapes_alone_is_that_of_a_run():
     assert count_flops(lambda: torch.nn.Linear(5, 7), lambda net: net(torch.empty(3, 5))) == (
         2 * 3 * 5 * 7)
     assert layer(torch.randn(3, 5, generator=generator("x"))).shape == (3, 7)
+
+
+def test_the_peak_of_tensors_is_what_is_held_at_once():
+    def run() -> None:
+        a = torch.ones(1000)
+        b = a + 1
+        del a
+        b.repeat(3).sum()
+    assert 4 * 4000 <= tensor_peak(run) < 4 * 4100

@@ -99,7 +99,7 @@ def micro_batch(*key, B: int = 2, text_dim: int = 12) -> tuple[Tensor, Tensor, d
 # ----------------------------------------------------------------------------------- the DiT
 
 @pytest.mark.parametrize("case", fixture_file("wan_t2v_dit")[2]["cases"], ids=lambda c: c["name"])
-def test_dit_and_its_taps_equal_the_official_network(official_dit, case):
+def test_dit_and_its_taps_equal_the_official_network(official_dit, case, products):
     tensor, name = fixture_file("wan_t2v_dit")[0], case["name"]
     blocks = tuple(case["feature_blocks"])
     for i in range(case["batch"]):
@@ -197,9 +197,9 @@ def test_initialisation_is_a_function_of_its_generator_and_starts_at_zero_veloci
 def test_flops_equal_what_torch_counts_in_the_blocks():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    dit, (x, t, cond) = micro_dit(), micro_batch(B=1)
+    dit, (x, t, cond) = micro_dit().to("meta"), micro_batch(B=1)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        dit(x, t, cond)
+        dit(x.to("meta"), t.to("meta"), {name: c.to("meta") for name, c in cond.items()})
     blocks = [sum(counter.flop_counts[f"WanDiT.blocks.{b}"].values()) for b in range(3)]
     assert dit.flops(tokens=2 * 2 * 3) == sum(blocks)
 

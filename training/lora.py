@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.folders import check_sizes, dit_tensors
+from common.linear import Linear, linear
 from common.lora import lora_names, product, summed
 from common.ranks import Ranks, generator, shard
 from common.weights import LazyTensor, full_tensor, load_module
@@ -22,7 +22,7 @@ from model import build_dit
 FACTORS = (".lora_A", ".lora_B")
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A linear layer whose weights stay under their official names, and what is added to them."""
 
     def __init__(self, layer: nn.Linear, rank: int):
@@ -33,7 +33,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return super().forward(x) + linear(linear(x, self.lora_A), self.lora_B)
 
 
 def build_student(preset: str, rank: int | None) -> nn.Module:
@@ -42,7 +42,7 @@ def build_student(preset: str, rank: int | None) -> nn.Module:
         dit = build_dit(preset)
     for block in dit.blocks if rank is not None else ():
         for name, layer in list(block.named_modules()):
-            if type(layer) is nn.Linear:
+            if type(layer) is Linear:
                 block.set_submodule(name, LoRALinear(layer, rank))
     for name, p in dit.named_parameters() if rank is not None else ():
         p.requires_grad_(name.endswith(FACTORS))

@@ -185,8 +185,13 @@ def rope_table(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: f
 def rotate(x: Tensor, seq: SequenceShard) -> Tensor:
     """Rotate adjacent channel pairs of the image tokens of x [B,L,N,head_dim] by their angles."""
     cos, sin = seq.rope
-    a, b = x[:, :seq.images].float().unflatten(-1, (-1, 2)).unbind(-1)
-    y = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    pairs = x[:, :seq.images].float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses real numbers alone
+        a, b = pairs.unbind(-1)
+        y = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
+    else:
+        y = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    y = y.flatten(-2).to(x.dtype)
     return y if seq.images == x.shape[1] else torch.cat([y, x[:, seq.images:]], 1)
 
 
@@ -213,8 +218,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard | None = None,
 
 
 def run_block(block: nn.Module, *args: Any) -> Tensor:
-    """block._forward(*args); with block.checkpointing its activations are recomputed in backward,
-    so that one block's worth of them is in memory and not all."""
+    """block._forward(*args); with block.checkpointing only one block keeps activations."""
     if block.checkpointing and torch.is_grad_enabled():
         return checkpoint(block._forward, *args, use_reentrant=False)
     return block._forward(*args)
@@ -365,7 +369,6 @@ class WanHead(nn.Module):
 
 class WanDiT(nn.Module):
     """The Wan 2.1 transformer, text-to-video or image-to-video."""
-
     token_grid = token_grid
 
     def __init__(self, cfg: WanConfig):
@@ -501,8 +504,7 @@ class HunyuanConfig:
 
 def scalar_embedder(freq_dim: int, dim: int) -> nn.ModuleDict:
     """Two layers for a sinusoid, under the official names."""
-    layers = nn.Sequential(Linear(freq_dim, dim), nn.SiLU(), Linear(dim, dim))
-    return nn.ModuleDict({"mlp": layers})
+    return nn.ModuleDict({"mlp": nn.Sequential(Linear(freq_dim, dim), nn.SiLU(), Linear(dim, dim))})
 
 
 class MLP(nn.Module):
@@ -644,7 +646,6 @@ class SingleBlock(nn.Module):
 
 class HunyuanDiT(nn.Module):
     """The HunyuanVideo transformer with embedded guidance."""
-
     token_grid = token_grid
 
     def __init__(self, cfg: HunyuanConfig):

@@ -228,7 +228,8 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     # temporary file has a random name, which the next run could not know for a leftover.
     text = json.dumps({"trajectory": facts, "crc32": crc32_of_json(facts)}, ensure_ascii=False)
     data = save({"x": x.contiguous(), **conds}, {"synvid": text})
-    replace_file(trajectory_path(folder, i), lambda aside: aside.write_bytes(data))
+    replace_file(trajectory_path(folder, i), lambda aside: aside.write_bytes(data),
+                 wait=False)  # one that a power cut takes is made again
 
 
 def read_trajectory(folder: Path, manifest: dict, i: int,

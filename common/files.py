@@ -30,9 +30,10 @@ TOKEN = secrets.token_hex(4)  # of this process: containers may have the same pr
 
 # ------------------------------------------------------------------------------------ writing
 
-def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: str | Path, write: Callable[[Path], None], wait: bool = True) -> None:
     """Write a file beside its place and rename it, so that its name never shows a part of it.
 
+    wait: until its name, too, is on the disk; else a power cut may leave what was there before.
     Raises ValueError naming the path when the disk is full or the folder read-only.
     """
     path = Path(path)
@@ -42,7 +43,8 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
         write(aside)
         sync_to_disk(aside)
         os.replace(aside, path)
-        sync_to_disk(path.parent)
+        if wait:
+            sync_to_disk(path.parent)
     except (OSError, SafetensorError) as e:
         raise ValueError(f"{path}: cannot be written ({short_reason(e)}): {write_remedy(e)}; "
                          "nothing under this name was changed") from e

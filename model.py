@@ -164,8 +164,8 @@ def frequencies(dim: int, dtype: torch.dtype) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def rope_table(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: float,
-               device: str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every token's rotary angles, fp32 [L,1,sum(pairs)], on the device.
+               device: str) -> Tensor:
+    """Cosines and sines of every token's rotary angles, fp32 [L,1,sum(pairs),2], on the device.
 
     Args: grid of frames, rows, columns, in row-major order; pairs of channels for each axis; theta,
     base of the frequencies theta^(-k / pairs). Source: both releases.
@@ -179,18 +179,17 @@ def rope_table(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: f
             angle = torch.outer(torch.arange(size, dtype=torch.float64), freq).view(shape)
             axes.append(angle.expand(*grid, count))
         angle = torch.cat(axes, -1).flatten(0, 2)[:, None]
-        return angle.cos().float().to(device), angle.sin().float().to(device)
+        return torch.stack((angle.cos(), angle.sin()), -1).float().to(device)
 
 
 def rotate(x: Tensor, seq: SequenceShard) -> Tensor:
     """Rotate adjacent channel pairs of the image tokens of x [B,L,N,head_dim] by their angles."""
-    cos, sin = seq.rope
     pairs = x[:, :seq.images].float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # which fuses real numbers alone
-        a, b = pairs.unbind(-1)
+        (a, b), (cos, sin) = pairs.unbind(-1), seq.rope.unbind(-1)
         y = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
     else:
-        y = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+        y = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(seq.rope))
     y = y.flatten(-2).to(x.dtype)
     return y if seq.images == x.shape[1] else torch.cat([y, x[:, seq.images:]], 1)
 

@@ -426,27 +426,27 @@ def cli(main: Callable[[], None]) -> None:
 
 class SequenceShard(NamedTuple):
     """The tokens of a sequence that this rank holds: all, or one of `sp` equal parts in order."""
-    rope: tuple[Tensor, Tensor]           # of its image tokens, [images,1,head_dim/2] each
+    rope: Tensor                          # cos, sin of its image tokens, [images,1,head_dim/2,2]
     images: int                           # its image tokens; they come first
     total: int                            # tokens of the whole sequence, padding not counted
     group: dist.ProcessGroup | None       # of the ranks that share the sequence; None: no others
     keys: tuple[int, ...] | None = None   # the first so many are attended to, by sample; None: all
 
 
-def shard_sequence(h: Tensor, rope: tuple[Tensor, Tensor],
+def shard_sequence(h: Tensor, rope: Tensor,
                    group: dist.ProcessGroup | None) -> tuple[Tensor, SequenceShard]:
-    """This rank's tokens of h [B,L,D], whose first len(rope[0]) are image tokens, as a shard.
+    """This rank's tokens of h [B,L,D], whose first len(rope) are image tokens, as a shard.
 
     The sequence is padded with zeros to equal parts; attention never sees the padding.
     """
-    images, total = len(rope[0]), h.shape[1]
+    images, total = len(rope), h.shape[1]
     if group is None:
         return h, SequenceShard(rope, images, total, None)
     size = -(-total // group.size())
     start = group.rank() * size
     h = F.pad(h, (0, 0, 0, size * group.size() - total))[:, start:start + size]
-    rope = tuple(table[start:start + size] for table in rope)
-    return h, SequenceShard(rope, len(rope[0]), total, group)
+    rope = rope[start:start + size]
+    return h, SequenceShard(rope, len(rope), total, group)
 
 
 class AllToAll(torch.autograd.Function):

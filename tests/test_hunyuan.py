@@ -108,7 +108,8 @@ def test_modulation_vector_refined_text_and_rotary_tables_equal_the_official_one
     near(dit.modulation_vector(time, cond), FIXTURE.get_tensor("out.vec"), 1e-5)
     refined = dit.txt_in(cond["text"], time, cond["mask"].bool())
     near(refined, FIXTURE.get_tensor("out.txt_refined"), 1e-5)  # padding, too
-    cos, sin = model.rope_table(dit.token_grid(*x.shape[2:]), dit.cfg.rope_pairs, 256.0, "cpu")
+    table = model.rope_table(dit.token_grid(*x.shape[2:]), dit.cfg.rope_pairs, 256.0, "cpu")
+    cos, sin = table.unbind(-1)
     near(cos[:, 0].repeat_interleave(2, 1), FIXTURE.get_tensor("out.freqs_cos"), 1e-6)
     near(sin[:, 0].repeat_interleave(2, 1), FIXTURE.get_tensor("out.freqs_sin"), 1e-6)
 

@@ -23,6 +23,7 @@ WORTH = 2 ** 20  # multiplications from which on oneDNN's time and the way to it
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is to multiply: much fp32 on this CPU, not compiled, no autocast."""
     return (HAS_ONEDNN and x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32
+            and x.ndim > 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
             and x.numel() * len(weight) >= WORTH and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling())
 
@@ -37,7 +38,8 @@ class OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad  # what is frozen costs no memory
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return product(x, weight, bias)
 
     @staticmethod
@@ -45,14 +47,18 @@ class OneDNNLinear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        to_weight = product(grad.t(), x.t()) if of_weight else None  # first: it takes a copy
+        to_weight = None  # first, for it takes a copy of what is the narrower
+        if of_weight:
+            wide = grad.shape[1] > x.shape[1]
+            to_weight = product(x.t(), grad.t()).t() if wide else product(grad.t(), x.t())
         return (product(grad, weight.t()) if of_x else None, to_weight,
                 grad.sum(0) if of_bias else None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., in], weight [out, in], bias [out] -> [..., out]."""
-    if not by_onednn(x, weight):
+    if not by_onednn(x, weight) or not (bias is None or bias.is_cpu and bias.is_contiguous()
+                                        and bias.shape == weight.shape[:1]):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return product(x, weight, bias)

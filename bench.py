@@ -11,9 +11,9 @@ Cost: at most about --minutes; the most telling rows come first, and what was le
 
 Columns: seconds are the median over runs after a warm-up, ± half the range over the median; TFLOP
 of a DiT as model.py counts them (its blocks), of other networks as torch does; MFU of the peak that
-a large matrix product reached in the same run, and of the datasheet's (peak_tflops); peak memory,
-on a GPU of all that is allocated, on a CPU what came to the process; plan: what training/memory.py
-foretells of it; floor: TFLOP over the measured peak.
+a large linear layer reached in the same run, and of the datasheet's (peak_tflops); peak memory,
+on a GPU of all that is allocated, on a CPU what came to the process, beside diffusers of tensors;
+plan: what training/memory.py foretells of it; floor: TFLOP over the measured peak.
 
 On a CPU there are also small networks of both families against diffusers, if it is installed, with
 the same shapes and weights: runs by turns A, B, A, B; the ratio is of neighbours, ours over theirs.

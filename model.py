@@ -217,7 +217,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard | None = None,
 
 
 def run_block(block: nn.Module, *args: Any) -> Tensor:
-    """block._forward(*args); with block.checkpointing only one block keeps activations."""
+    """block._forward(*args); with block.checkpointing backward recomputes its activations."""
     if block.checkpointing and torch.is_grad_enabled():
         return checkpoint(block._forward, *args, use_reentrant=False)
     return block._forward(*args)
@@ -636,7 +636,7 @@ class SingleBlock(nn.Module):
         qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
         q, k, v = split_heads(qkv, self.num_heads)
         q, k = rotate(self.q_norm(q), seq), rotate(self.k_norm(k), seq)
-        y = gelu(y)  # before the other: backward reverses it, and this gradient is the larger
+        y = gelu(y)  # before attention, so that its large gradient comes after attention's
         out = attention(q, k, v, seq)                                          # B L+S D
         del q, k, v, qkv  # as above
         y = self.linear2(torch.cat([out, y], -1))

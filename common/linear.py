@@ -15,15 +15,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 HAS_ONEDNN = (torch.backends.mkldnn.is_available()
               and hasattr(torch.ops.mkldnn, "_linear_pointwise")
               and torch.backends.cpu.get_cpu_capability() == "AVX512")
+WORTH = 2 ** 20  # multiplications: with fewer, calling oneDNN takes longer than it saves
 
 
-WORTH = 2 ** 20  # multiplications from which on oneDNN's time and the way to it are the shorter
-
-
-def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN is to multiply: much fp32 on this CPU, not compiled, no autocast."""
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN is to multiply: much fp32 on this CPU, in the usual forms (it checks none),
+    not compiled, no autocast."""
     return (HAS_ONEDNN and x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32
             and x.ndim > 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
+            and (bias is None or bias.is_cpu and bias.is_contiguous()
+                 and bias.shape == weight.shape[:1])
             and x.numel() * len(weight) >= WORTH and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling())
 
@@ -47,8 +48,8 @@ class OneDNNLinear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        to_weight = None  # first, for it takes a copy of what is the narrower
-        if of_weight:
+        to_weight = None
+        if of_weight:  # first, before there is more: its left matrix is copied, so the narrower one
             wide = grad.shape[1] > x.shape[1]
             to_weight = product(x.t(), grad.t()).t() if wide else product(grad.t(), x.t())
         return (product(grad, weight.t()) if of_x else None, to_weight,
@@ -57,8 +58,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear: x [..., in], weight [out, in], bias [out] -> [..., out]."""
-    if not by_onednn(x, weight) or not (bias is None or bias.is_cpu and bias.is_contiguous()
-                                        and bias.shape == weight.shape[:1]):
+    if not by_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return product(x, weight, bias)

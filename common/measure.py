@@ -2,16 +2,14 @@
 
 import contextlib
 import ctypes
-import itertools
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +27,7 @@ class Row(NamedTuple):
     flop: float = 0.0
     tokens: int | None = None
     plan: float | None = None          # bytes
-    runs: int = 3                      # at least; one more before them warms up
+    runs: int = 3                      # at least; before them one warms up, with a peer two
     extra: float = 0.0                 # seconds that preparing takes, about
 
 
@@ -63,15 +61,18 @@ def memory_now(device: torch.device, reset: bool = False) -> int:
     return int(lines["VmHWM"].split()[0]) * 1024
 
 
-def tensor_peak(run: Run) -> int:
-    """The most bytes that tensors on the CPU take during a run: how much the process grows depends
-    on what it had freed before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    events = sorted((event.start_ns(), event.nbytes())
-                    for event in found.profiler.kineto_results.events()
-                    if event.name() == "[memory]" and event.device_type() == DeviceType.CPU)
-    return max(itertools.accumulate((nbytes for _, nbytes in events), initial=0))
+def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
+    """What `work` gives, the bytes of tensors that it leaves on the CPU, and most at one time. (How
+    much the process grows depends on what it had freed before.)"""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events()
+              if e.name() == "[memory]"]
+    now = most = 0
+    for _, count in sorted(events, key=lambda event: event[0]):
+        now += count
+        most = max(most, now)
+    return result, now, most
 
 
 def measure(row: Row, device: torch.device) -> dict:
@@ -84,7 +85,7 @@ def measure(row: Row, device: torch.device) -> dict:
         for run in work if row.runs > 1 else []:
             clock(run, device)  # warms up: code and tables that stay come to the process
             if len(work) > 1:
-                peaks.append(tensor_peak(run))
+                peaks.append(allocated(run)[2])
         started, seconds = time.perf_counter(), [[] for _ in work]
 
         def goes_on() -> bool:

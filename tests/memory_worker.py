@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -23,6 +22,7 @@ import distill
 import model
 import sample
 from common.files import write_json
+from common.measure import allocated
 from common.ranks import cli, generator, local_rows, setup_distributed
 from common.weights import save_tensors
 from frozen.random import random_dit
@@ -55,19 +55,6 @@ class FakeSynVid:
         if self.family == "hunyuan":
             cond |= {"pooled": torch.zeros(16), "guidance": torch.tensor(6.0)}
         return x[ks], cond, f"prompt {i}"
-
-
-def allocated(work) -> tuple[object, int, int]:
-    """What `work` gives, the bytes that it leaves allocated, and most at one time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events()
-              if e.name() == "[memory]"]
-    now = most = 0
-    for _, count in sorted(events, key=lambda event: event[0]):
-        now += count
-        most = max(most, now)
-    return result, now, most
 
 
 def plan(family: str, checkpointing: str, _: str, out: str) -> None:

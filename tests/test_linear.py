@@ -47,16 +47,29 @@ def test_what_lies_otherwise_in_memory_is_read_as_it_is(products):
             near(linear(same, weight, bias).reshape(40, 128), want)
 
 
+def test_biases_and_inputs_of_other_forms_are_torch_s(products):
+    x, weight, bias, _ = (p.detach() for p in inputs(40, 64))
+    for other in (bias[:1].expand(128), torch.stack((bias, bias), 1)[:, 0], bias[:1], bias[None]):
+        near(linear(x, weight, other), F.linear(x.double(), weight.double(), other.double()))
+    near(linear(x[0], weight, bias), F.linear(x[0].double(), weight.double(), bias.double()))
+    with pytest.raises(RuntimeError, match="shapes"):
+        linear(x[:, :50], weight, bias)
+
+
 def test_what_does_not_learn_gets_no_gradient_and_no_work(products):
     x, weight, bias, grad = inputs(30, 64)
     weight.requires_grad_(False)
-    linear(x, weight, bias).backward(grad)
+    y = linear(x, weight, bias)
+    if products == "onednn":  # the input of frozen weights is not kept
+        assert [kept is None for kept in y.grad_fn.next_functions[0][0].saved_tensors] == [
+            True, False]
+    y.backward(grad)
     assert weight.grad is None and x.grad is not None and bias.grad is not None
     x.requires_grad_(False)
     assert not linear(x, weight).requires_grad
 
 
-@pytest.mark.skipif(not layers.HAS_ONEDNN, reason="torch's own is as fast on this CPU")
+@pytest.mark.skipif(not layers.HAS_ONEDNN, reason="this CPU has no AVX-512")
 def test_onednn_takes_large_fp32_products_alone():
     x, weight = torch.zeros(864, 128), torch.zeros(512, 128)
     assert by_onednn(x, weight)

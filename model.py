@@ -635,10 +635,12 @@ class SingleBlock(nn.Module):
         y = linear(self.linear1, modulated_norm(x, shift, scale, self.eps))
         qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
         q, k, v = split_heads(qkv, self.num_heads)
-        q, k = rotate(self.q_norm(q), seq), rotate(self.k_norm(k), seq)
         y = gelu(y)  # before attention, so that its large gradient comes after attention's
-        out = attention(q, k, v, seq)                                          # B L+S D
-        del q, k, v, qkv  # as above
+        q, k = self.q_norm(q), self.k_norm(k)
+        v = v if torch.is_grad_enabled() else v.contiguous()
+        del qkv  # as above
+        out = attention(rotate(q, seq), rotate(k, seq), v, seq)                # B L+S D
+        del q, k, v
         y = self.linear2(torch.cat([out, y], -1))
         return (x + gate * y).to(x.dtype)
 

@@ -3,14 +3,12 @@ stages as commands."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: here and in every command started
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: here and in every process started
 
 import io
 import json
 import math
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import yaml
+from processes import run_script
 from torch import nn
 
 import common.linear
 from common.files import ROOT, write_json
-from common.ranks import cli, generator, setup_distributed
+from common.ranks import generator, setup_distributed
 from common.weights import save_tensors
 from frozen.image import CLIPVision
 from frozen.text import UMT5Encoder
@@ -52,25 +51,6 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("this CPU has no AVX-512: torch's own library multiplies")
     monkeypatch.setattr(common.linear, "WORTH", 1 if request.param == "onednn" else math.inf)
     return request.param
-
-
-def one_process(rank: int, world: int, port: int, work: Callable, folder: Path) -> None:
-    """What each process of in_processes runs; it leaves as a stage does."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    cli(lambda: work(setup_distributed("cpu"), folder))
-
-
-def in_processes(world: int, work: Callable, folder: Path) -> None:
-    """Run work(ranks, folder), a function of a module, in `world` processes that know each other.
-
-    Raises torch's ProcessExitedException if one fails.
-    """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(one_process, (world, port, work, folder), nprocs=world)
 
 
 def randomise(module: nn.Module, *key: int | str) -> dict[str, torch.Tensor]:
@@ -157,34 +137,15 @@ def make_config(tiny_weights, tmp_path) -> Callable[..., Path]:
     return write
 
 
-def script_command(script: Path, *args: Any, ranks: int = 1, torchrun: str = "") -> list[str]:
-    """A script's command line: python, or torchrun with several ranks and maybe an option."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-              *torchrun.split(), "--"]
-    return [sys.executable, *(launch if ranks > 1 else []), str(script), *map(str, args)]
-
-
-def stage_command(stage: str, *args: Any, ranks: int = 1) -> list[str]:
-    """A stage as a user's command line."""
-    return script_command(ROOT / f"{stage}.py", *args, ranks=ranks)
-
-
-@pytest.fixture(scope="session")
-def command() -> Callable[..., list[str]]:
-    """The function `stage_command(stage, *args, ranks)`, to start a process in the test itself."""
-    return stage_command
-
-
 @pytest.fixture(scope="session")
 def run_stage() -> Callable[..., subprocess.CompletedProcess]:
-    """run_stage("synvid", config, "--count", 3, ranks=2) runs a command; .stdout, .stderr are text.
+    """run_stage("synvid", config, "--count", 3, ranks=2) runs a stage; .stdout, .stderr are text.
 
     A failing command fails the test unless check=False.
     """
     def run(stage: str, *args: Any, ranks: int = 1,
             check: bool = True) -> subprocess.CompletedProcess:
-        done = subprocess.run(stage_command(stage, *args, ranks=ranks), capture_output=True,
-                              text=True, timeout=300, check=False)
+        done = run_script(ROOT / f"{stage}.py", *args, ranks=ranks)
         assert not check or done.returncode == 0, done.stderr
         return done
     return run

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch._dynamo
-from conftest import in_processes
+from processes import in_processes
 from torch import nn
 from torch._dynamo.utils import counters
 

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections import deque
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import start_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -453,26 +453,26 @@ def test_command_makes_a_missing_small_synvid_trains_and_exports(undisturbed):
     assert kept == ["step_000007", "step_000008"]
 
 
-def test_killed_ten_times_it_ends_with_the_same_weights(undisturbed, command, tmp_path):
+def test_killed_ten_times_it_ends_with_the_same_weights(undisturbed, tmp_path):
     folder, config = undisturbed
     moments, kills = random.Random(0), 0
     log = tmp_path / "b/distill/log.jsonl"
     os.symlink(folder / "a/synvid", _made(tmp_path / "b") / "synvid")
     for attempt in range(11):
-        process = subprocess.Popen(command("distill", config, "--run", tmp_path / "b"),
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [process] = start_script(distill.__file__, config, "--run", tmp_path / "b",
+                                 outputs=(tmp_path / "b.out", tmp_path / "b.out"))
         if attempt < 10:  # on the way up, or some moments after one more iteration was logged
             lines = log.read_text().count("\n") if log.exists() else 0
-            until = time.monotonic() + (1.5 if attempt % 4 == 3 else 120)
-            while process.poll() is None and time.monotonic() < until:
+            until = time.monotonic() + (0.3 if attempt % 4 == 3 else 120)
+            while process.is_alive() and time.monotonic() < until:
                 if log.exists() and log.read_text().count("\n") > min(lines, attempt * 2 // 3):
                     time.sleep(moments.uniform(0, 0.3))
                     break
                 time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-    out = process.communicate()[0]
-    assert process.returncode == 0, out
+            process.kill()
+        process.join(120)
+        kills += process.exitcode == -signal.SIGKILL
+    assert process.exitcode == 0, (tmp_path / "b.out").read_text()
     assert kills == 10
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 9))
@@ -485,18 +485,18 @@ def _made(path):
     return path
 
 
-def test_sigterm_saves_exits_cleanly_and_can_go_on(undisturbed, command, run_stage, tmp_path):
+def test_sigterm_saves_exits_cleanly_and_can_go_on(undisturbed, run_stage, tmp_path):
     folder, config = undisturbed
     os.symlink(folder / "a/synvid", _made(tmp_path / "c") / "synvid")
     args = (config, "--run", tmp_path / "c", "--save_every", "100")
-    process = subprocess.Popen(command("distill", *args), stdout=subprocess.PIPE, text=True)
-    log = tmp_path / "c/distill/log.jsonl"
+    out, log = tmp_path / "c.out", tmp_path / "c/distill/log.jsonl"
+    [process] = start_script(distill.__file__, *args, outputs=(out, os.devnull))
     while not (log.exists() and log.read_text()):
         time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "the same command goes on" in out
+        assert process.is_alive()
+    process.terminate()
+    process.join(120)
+    assert process.exitcode == 0 and "the same command goes on" in out.read_text()
     assert len(list((tmp_path / "c/distill").glob("step_*"))) == 1
     run_stage("distill", *args)
     ours, theirs = (load_file(p / "student.safetensors") for p in (tmp_path / "c", folder / "a"))

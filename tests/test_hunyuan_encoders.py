@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from conftest import in_processes
+from processes import in_processes
 from safetensors import safe_open
 from tokenizers import (
     AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers)

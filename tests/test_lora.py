@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_processes
+from processes import in_processes
 from test_sample import write_student
 
 import distill

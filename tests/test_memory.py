@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script_command
 from memory_worker import FEW, MANY
+from processes import script_command
 
 import distill
 import model

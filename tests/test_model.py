@@ -18,7 +18,8 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Evil, in_processes
+from conftest import Evil
+from processes import in_processes
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor

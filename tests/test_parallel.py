@@ -1,12 +1,11 @@
 """Ranks, sequence parallelism and accumulation change no result: Algorithm 1 with all families."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import script_command
+from processes import run_script
 from safetensors.torch import load_file
 
 from common.ranks import setup_distributed
@@ -23,8 +22,7 @@ def distilled(folder: Path, ranks: int, families: str = "wan,hunyuan,i2v",
     """Parameters and figures by family, after three iterations on so many processes."""
     folder.mkdir()
     overrides = [f"{name}={value}" for name, value in settings.items()]
-    done = subprocess.run(script_command(WORKER, families, folder, *overrides, ranks=ranks),
-                          text=True, capture_output=True, timeout=300, check=False)
+    done = run_script(WORKER, families, folder, *overrides, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return {family: load_file(folder / family) for family in families.split(",")}
 

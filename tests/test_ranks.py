@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import in_processes, script_command
+from processes import in_processes, script_command, start_script
 from safetensors.torch import load_file, save_file
 
 import distill
@@ -208,17 +208,15 @@ def test_the_last_checkpoint_and_the_export_get_a_second_try(place, failures, fi
     assert not list(run.rglob(".owner.*"))
 
 
-def test_a_second_start_in_one_folder_is_told_and_nothing_is_lost(finished, command, run_stage,
-                                                                  tmp_path):
+def test_a_second_start_in_one_folder_is_told_and_nothing_is_lost(finished, run_stage, tmp_path):
     folder, config = finished
     run, more = tmp_path / "run", ["iterations=100", "eval_every=200"]
     shutil.copytree(folder / "run/synvid", run / "synvid")
-    process = subprocess.Popen(command("distill", config, f"run={run}", *more),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    [process] = start_script(ROOT / "distill.py", config, f"run={run}", *more)
     log = run / "distill/log.jsonl"
     while not (log.exists() and log.read_text()):
         time.sleep(0.01)
-        assert process.poll() is None
+        assert process.is_alive()
     os.kill(process.pid, signal.SIGSTOP)  # it waits while others try
     try:
         for other in ([], ["lr=0.5"]):
@@ -227,7 +225,7 @@ def test_a_second_start_in_one_folder_is_told_and_nothing_is_lost(finished, comm
             assert f"process {process.pid} on host" in second.stderr
     finally:
         process.kill()
-        process.wait()
+        process.join()
     count = log.read_text().count("\n")
     args = ("distill", config, f"run={run}", f"iterations={count + 2}")
     other = run_stage(*args, "lr=0.5", check=False)  # not begun anew over the first one's log
@@ -238,15 +236,13 @@ def test_a_second_start_in_one_folder_is_told_and_nothing_is_lost(finished, comm
     assert steps == list(range(1, count + 3))
 
 
-def test_two_jobs_of_the_same_trajectories_are_not_run_at_once(finished, command, run_stage,
-                                                               tmp_path):
+def test_two_jobs_of_the_same_trajectories_are_not_run_at_once(finished, run_stage, tmp_path):
     _, config = finished
     run = tmp_path / "run"
-    process = subprocess.Popen(command("synvid", config, f"run={run}", "count=30000"),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    [process] = start_script(ROOT / "synvid.py", config, f"run={run}", "count=30000")
     while not (run / "synvid/config.yaml").exists():
         time.sleep(0.01)
-        assert process.poll() is None
+        assert process.is_alive()
     os.kill(process.pid, signal.SIGSTOP)
     try:
         second = run_stage("synvid", config, f"run={run}", "start=7", "count=2", check=False)
@@ -254,7 +250,7 @@ def test_two_jobs_of_the_same_trajectories_are_not_run_at_once(finished, command
         assert f"process {process.pid} on host" in second.stderr
     finally:
         process.kill()
-        process.wait()
+        process.join()
     run_stage("synvid", config, f"run={run}", "start=30000", "count=2")
     assert trajectory_path(run / "synvid", 30001).exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script_command
+from processes import script_command
 from safetensors.torch import load_file
 
 from common.files import ROOT

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import start_script
 from safetensors import safe_open
 
 import model
@@ -283,21 +284,20 @@ def test_the_batch_size_changes_no_more_than_rounding(make_config, tmp_path):
 
 # ------------------------------------------------------------------------------ nothing lost
 
-def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(make_config, command,
-                                                                            tmp_path):
+def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(make_config, tmp_path):
     config = make_config(height=48, width=48, n=6, key=[0, 3, 6],
                          synvid={"count": 200, "batch": 2, "keep": "all", "dtype": "fp32"})
     whole = contents(generate(config, "--run", tmp_path / "whole"))
     folder, rng, there = tmp_path / "run/synvid", random.Random(0), {}
     for _ in range(10):
         enough = len(synvid.find_trajectories(folder)) + rng.choice((1, 2, 3))
-        victim = subprocess.Popen(command("synvid", config), stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.PIPE)
-        while victim.poll() is None and len(synvid.find_trajectories(folder)) < enough:
+        [victim] = start_script(synvid.__file__, config, outputs=(os.devnull, tmp_path / "errors"))
+        while victim.is_alive() and len(synvid.find_trajectories(folder)) < enough:
             time.sleep(0.004)
         time.sleep(rng.uniform(0, 0.05))
         victim.kill()
-        assert victim.wait() == -signal.SIGKILL, victim.stderr.read()
+        victim.join(120)
+        assert victim.exitcode == -signal.SIGKILL, (tmp_path / "errors").read_text()
         there = {name: data for name, data in contents(folder).items() if "/." not in name}
         assert there.items() <= whole.items()  # nothing half-written has a final name
     assert len(there) < len(whole)  # each victim had work left

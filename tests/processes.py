@@ -1,0 +1,121 @@
+"""Scripts and functions in processes of their own, forked from one that has imported what they need
+and run nothing: importing torch takes longer than most of them. Where a fork may be unsafe, which
+is elsewhere than on Linux, they start anew. What puts something else into a module before others
+import from it needs a command line (script_command)."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess as Process
+from pathlib import Path
+from typing import Any
+
+from common.ranks import cli, setup_distributed
+
+START = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+START.set_forkserver_preload(["evaluate", "matplotlib.backends.backend_agg", "torch._dynamo",
+                              "torch.distributed.checkpoint"])
+PATIENCE = 300  # seconds
+
+
+def script_command(script: Path, *args: Any, ranks: int = 1, torchrun: str = "") -> list[str]:
+    """A script's command line: python, or torchrun with several ranks and maybe an option."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+              *torchrun.split(), "--"]
+    return [sys.executable, *(launch if ranks > 1 else []), str(script), *map(str, args)]
+
+
+def rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
+    """The environment by which the processes of a group find each other."""
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def as_function(work: Callable, folder: Path, variables: Mapping[str, str]) -> None:
+    """What each process of in_processes does; it leaves as a stage does."""
+    os.environ.update(variables)
+    cli(lambda: work(setup_distributed("cpu"), folder))
+
+
+def as_script(argv: list[str], where: str, variables: Mapping[str, str],
+              outputs: tuple[Path | str, Path | str]) -> None:
+    """What each process of start_script does."""
+    for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(where)
+    sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def wait_for(processes: list[Process]) -> int:
+    """The exit status of the first process that fails, after which the others are stopped, or 0."""
+    until, status = time.monotonic() + PATIENCE, 0
+    running = {process.sentinel: process for process in processes}
+    while running and not status:
+        ended = multiprocessing.connection.wait(running, max(0.0, until - time.monotonic()))
+        status = next((running[s].exitcode for s in ended if running[s].exitcode), 0)
+        running = {s: process for s, process in running.items() if s not in ended}
+        if not ended:
+            break
+    for stop in (Process.terminate, Process.kill):
+        for process in running.values():
+            stop(process)
+        for process in running.values():
+            process.join(20)
+    assert status or not running, f"no end after {PATIENCE} s"
+    return status
+
+
+def in_processes(world: int, work: Callable, folder: Path) -> None:
+    """Run work(ranks, folder), a function of a module, in `world` processes that know each other.
+
+    Fails if one of them does.
+    """
+    port = free_port()
+    processes = [START.Process(target=as_function, args=(work, folder,
+                                                         rank_variables(rank, world, port)))
+                 for rank in range(world)]
+    for process in processes:
+        process.start()
+    assert wait_for(processes) == 0
+
+
+def start_script(script: Path, *args: Any, ranks: int = 1,
+                 outputs: tuple[Path, Path] | None = None) -> list[Process]:
+    """Start a script as `python script args …`, or as torchrun would with several ranks.
+
+    Args: outputs, files that what it prints and its errors are added to; none: nowhere.
+    """
+    argv, port = [str(script), *map(str, args)], free_port()
+    processes = [START.Process(target=as_script, args=(
+        argv, os.getcwd(), {**os.environ, **(rank_variables(rank, ranks, port) if ranks > 1 else
+                                             {})}, outputs or (os.devnull, os.devnull)))
+        for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_script(script: Path, *args: Any, ranks: int = 1) -> subprocess.CompletedProcess:
+    """Run a script to its end: .returncode, and .stdout and .stderr as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = Path(folder) / "out", Path(folder) / "err"
+        for path in outputs:
+            path.touch()
+        status = wait_for(start_script(script, *args, ranks=ranks, outputs=outputs))
+        return subprocess.CompletedProcess(args, status, *(path.read_text() for path in outputs))

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import math
 import shlex
 import statistics
@@ -54,7 +55,8 @@ from frozen.random import (
     make_vae, random_dit, random_encoders, random_network, random_states, write_random_dit)
 from frozen.vae import HunyuanVAE, WanVAE
 from model import (
-    build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler, time_grid)
+    attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
+    time_grid)
 from training.memory import gpu_bytes, memory_parts, shortage
 from training.monitor import step_flops
 
@@ -123,6 +125,19 @@ class Bench:
         for block in dit.blocks:
             block.checkpointing = self.distill.checkpointing
         return [lambda: (dit(*inputs).square().mean().backward(), dit.zero_grad())]
+
+    def attention(self, anew: bool) -> list[Run]:
+        """Attention of one layer, forward and backward; `anew`, each run at a prompt's length that
+        no run has had, for which cuDNN first makes plans (docs/scaling.md)."""
+        sizes, lengths = self.dit.cfg, itertools.count(1) if anew else itertools.repeat(1)
+        heads, dim = sizes.num_heads // self.ranks.sp, sizes.dim // sizes.num_heads
+
+        def run() -> None:
+            shape = 3, 1, self.tokens + next(lengths), heads, dim
+            qkv = torch.randn(shape, device=self.device, dtype=compute_dtype(self.device),
+                              requires_grad=True)
+            attention(*qkv).sum().backward()
+        return [run]
 
     def write_weights(self) -> None:
         """A file of noise with the DiT's weights, made once."""
@@ -263,6 +278,11 @@ def config_rows(b: Bench) -> Iterator[Row]:
             batch=b.synvid.batch), F * share * b.synvid.batch, tokens * b.synvid.batch)
     yield Row(f"synvid.py without the teacher's forwards, {b.synvid.batch} trajectories",
               b.synvid_rest)
+    if gpu and cfg.family == "hunyuan":
+        for when, anew in (("a prompt's length for the first time", True), ("again", False)):
+            yield Row(f"attention of a layer, forward + backward, {when}",
+                      lambda anew=anew: b.attention(anew),
+                      14 * tokens ** 2 * b.dit.cfg.dim * share, tokens)
     for kind in (("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if gpu
                  else ("FLASH_ATTENTION", "MATH")):
         backend = getattr(SDPBackend, kind)

@@ -415,8 +415,8 @@ class WanDiT(nn.Module):
             context = torch.cat([picture, context], 1)
         rope = rope_table(grid, self.cfg.rope_pairs, 10000.0, str(x.device))
         L = h.shape[1]
-        h, seq = shard_sequence(h, rope, self.sp)
-        h, features = through_blocks(self.blocks, h, seq, L, taps, velocity, e6, context)
+        *h, seq = shard_sequence(h, rope, self.sp)  # a list of one: the blocks take h out of it
+        h, features = through_blocks(self.blocks, h.pop(), seq, L, taps, velocity, e6, context)
         if h is None:
             return None, features
         out = gather_sequence(self.head(h, e), seq).view(B, *grid, pt, ph, pw, -1)  # channels last
@@ -636,9 +636,8 @@ class SingleBlock(nn.Module):
         qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
         q, k, v = split_heads(qkv, self.num_heads)
         y = gelu(y)  # before attention, so that its large gradient comes after attention's
-        q, k = self.q_norm(q), self.k_norm(k)
-        v = v if torch.is_grad_enabled() else v.contiguous()
-        del qkv  # as above
+        q, k, v = self.q_norm(q), self.k_norm(k), v if torch.is_grad_enabled() else v.contiguous()
+        del qkv  # as above: without gradient nothing lies in linear1's output any more
         out = attention(rotate(q, seq), rotate(k, seq), v, seq)                # B L+S D
         del q, k, v
         y = self.linear2(torch.cat([out, y], -1))
@@ -693,13 +692,13 @@ class HunyuanDiT(nn.Module):
         L = h.shape[1]
         h = torch.cat([h, text.to(h.dtype)], 1).to(compute_dtype(x.device))            # B L+S D
         rope = rope_table(grid, c.rope_pairs, 256.0, str(x.device))
-        h, seq = shard_sequence(h, rope, self.sp)
+        *h, seq = shard_sequence(h, rope, self.sp)  # a list of one: the blocks take h out of it
         if mask is not None:
             if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
                 raise ValueError("cond['mask']: got a text token after padding; wanted padding at "
                                  "the end: reorder the tokens")
             seq = seq._replace(keys=tuple(L + n for n in mask.sum(1).tolist()))
-        h, features = through_blocks(self.blocks, h, seq, L, taps, velocity, vec)
+        h, features = through_blocks(self.blocks, h.pop(), seq, L, taps, velocity, vec)
         if h is None:
             return None, features
         ada, last = self.final_layer["adaLN_modulation"][1], self.final_layer["linear"]

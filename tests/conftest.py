@@ -50,6 +50,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "onednn" and not common.linear.HAS_ONEDNN:
         pytest.skip("this CPU has no AVX-512: torch's own library multiplies")
     monkeypatch.setattr(common.linear, "WORTH", 1 if request.param == "onednn" else math.inf)
+    monkeypatch.setattr(common.linear, "ROWS", 1)
     return request.param
 
 

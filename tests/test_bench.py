@@ -112,6 +112,23 @@ def test_work_and_tokens_are_what_torch_counts(tmp_path, ranks, monkeypatch):
     assert rows["VAE decode"].flop == counter.get_total_flops()
 
 
+def test_on_a_gpu_attention_is_timed_at_lengths_that_are_new_and_at_one(tmp_path, ranks,
+                                                                        monkeypatch):
+    cfg = load_config(bench.Config, "bench", ["--family", "hunyuan", "--preset", "hunyuan-tiny",
+                                              "--device", "cpu", "--height", "16", "--width", "32",
+                                              "--frames", "5", "--key", "0,50"])
+    own, lengths, real = bench.Bench(cfg, ranks, tmp_path), [], bench.attention
+    monkeypatch.setattr(bench, "attention", lambda q, k, v: lengths.append(q.shape[1])
+                        or real(q, k, v))
+    for anew in (True, False):
+        (run,) = own.attention(anew)
+        run(), run()
+    assert [n - own.tokens for n in lengths] == [1, 2, 1, 1]
+    own.device = torch.device("cuda")
+    names = [row.name for row in bench.config_rows(own)]
+    assert sum(name.startswith("attention of a layer, forward + backward") for name in names) == 2
+
+
 def test_a_row_that_fails_is_told_and_the_others_go_on(ranks):
     def fails():
         raise torch.OutOfMemoryError("out of memory | tried to allocate 84 GiB")

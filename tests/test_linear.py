@@ -70,10 +70,15 @@ def test_what_does_not_learn_gets_no_gradient_and_no_work(products):
 
 
 @pytest.mark.skipif(not layers.HAS_ONEDNN, reason="this CPU has no AVX-512")
-def test_onednn_takes_large_fp32_products_alone():
+def test_onednn_takes_large_fp32_products_alone(monkeypatch):
     x, weight = torch.zeros(864, 128), torch.zeros(512, 128)
     assert by_onednn(x, weight)
     assert not by_onednn(x[:4], weight)
+    large = torch.zeros(2048, 2048)
+    assert by_onednn(large[:4], large) and not by_onednn(large[:3], large)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not by_onednn(x, weight)
+    monkeypatch.undo()
     assert not by_onednn(x.bfloat16(), weight.bfloat16()) and not by_onednn(x, weight.double())
     assert not by_onednn(x.to("meta"), weight.to("meta")) and not by_onednn(x[:0], weight)
     with torch.autocast("cpu", torch.bfloat16):

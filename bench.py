@@ -279,10 +279,11 @@ def config_rows(b: Bench) -> Iterator[Row]:
     yield Row(f"synvid.py without the teacher's forwards, {b.synvid.batch} trajectories",
               b.synvid_rest)
     if gpu and cfg.family == "hunyuan":
-        for when, anew in (("a prompt's length for the first time", True), ("again", False)):
-            yield Row(f"attention of a layer, forward + backward, {when}",
+        for lengths, anew in (("at a new length of prompt each time", True),
+                              ("at one length", False)):
+            yield Row(f"attention of a layer, forward + backward, {lengths}",
                       lambda anew=anew: b.attention(anew),
-                      14 * tokens ** 2 * b.dit.cfg.dim * share, tokens)
+                      3 * 4 * tokens ** 2 * b.dit.cfg.dim * share, tokens)
     for kind in (("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if gpu
                  else ("FLASH_ATTENTION", "MATH")):
         backend = getattr(SDPBackend, kind)

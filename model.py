@@ -633,13 +633,13 @@ class SingleBlock(nn.Module):
     def _forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         y = linear(self.linear1, modulated_norm(x, shift, scale, self.eps))
-        qkv, y = y.tensor_split([3 * x.shape[-1]], -1)
-        q, k, v = split_heads(qkv, self.num_heads)
-        y = gelu(y)  # before attention, so that its large gradient comes after attention's
-        q, k, v = self.q_norm(q), self.k_norm(k), v if torch.is_grad_enabled() else v.contiguous()
-        del qkv  # as above: without gradient nothing lies in linear1's output any more
-        out = attention(rotate(q, seq), rotate(k, seq), v, seq)                # B L+S D
-        del q, k, v
+        q, k, v = split_heads(y[..., :3 * x.shape[-1]], self.num_heads)
+        y = gelu(y[..., 3 * x.shape[-1]:])  # so its large gradient comes after attention's
+        q, k = self.q_norm(q), self.k_norm(k)
+        v = v if torch.is_grad_enabled() else v.contiguous()  # and linear1's output can go
+        q, k = rotate(q, seq), rotate(k, seq)
+        out = attention(q, k, v, seq)                                          # B L+S D
+        del q, k, v  # as above
         y = self.linear2(torch.cat([out, y], -1))
         return (x + gate * y).to(x.dtype)
 

@@ -32,30 +32,40 @@ def script_command(script: Path, *args: Any, ranks: int = 1, torchrun: str = "")
     return [sys.executable, *(launch if ranks > 1 else []), str(script), *map(str, args)]
 
 
-def rank_variables(rank: int, world: int, port: int) -> dict[str, str]:
-    """The environment by which the processes of a group find each other."""
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def free_port() -> int:
+def rank_variables(world: int) -> list[dict[str, str]]:
+    """The environment by which each process of a group finds the others; alone it needs none."""
+    if world == 1:
+        return [{}]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        port = s.getsockname()[1]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+             "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            for rank in range(world)]
 
 
-def as_function(work: Callable, folder: Path, variables: Mapping[str, str]) -> None:
+def start_each(world: int, target: Callable, *args: Any) -> list[Process]:
+    """Start target(variables, *args) in `world` processes, each with its rank_variables."""
+    processes = [START.Process(target=target, args=(variables, *args))
+                 for variables in rank_variables(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def as_function(variables: Mapping[str, str], work: Callable, folder: Path) -> None:
     """What each process of in_processes does; it leaves as a stage does."""
     os.environ.update(variables)
     cli(lambda: work(setup_distributed("cpu"), folder))
 
 
-def as_script(argv: list[str], where: str, variables: Mapping[str, str],
-              outputs: tuple[Path | str, Path | str]) -> None:
+def as_script(variables: Mapping[str, str], argv: list[str], where: str,
+              environment: Mapping[str, str], outputs: tuple[Path | str, Path | str]) -> None:
     """What each process of start_script does."""
     for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(variables)
     os.chdir(where)
     sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
@@ -86,13 +96,7 @@ def in_processes(world: int, work: Callable, folder: Path) -> None:
 
     Fails if one of them does.
     """
-    port = free_port()
-    processes = [START.Process(target=as_function, args=(work, folder,
-                                                         rank_variables(rank, world, port)))
-                 for rank in range(world)]
-    for process in processes:
-        process.start()
-    assert wait_for(processes) == 0
+    assert wait_for(start_each(world, as_function, work, folder)) == 0
 
 
 def start_script(script: Path, *args: Any, ranks: int = 1,
@@ -101,14 +105,8 @@ def start_script(script: Path, *args: Any, ranks: int = 1,
 
     Args: outputs, files that what it prints and its errors are added to; none: nowhere.
     """
-    argv, port = [str(script), *map(str, args)], free_port()
-    processes = [START.Process(target=as_script, args=(
-        argv, os.getcwd(), {**os.environ, **(rank_variables(rank, ranks, port) if ranks > 1 else
-                                             {})}, outputs or (os.devnull, os.devnull)))
-        for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    return processes
+    return start_each(ranks, as_script, [str(script), *map(str, args)], os.getcwd(),
+                      dict(os.environ), outputs or (os.devnull, os.devnull))
 
 
 def run_script(script: Path, *args: Any, ranks: int = 1) -> subprocess.CompletedProcess:

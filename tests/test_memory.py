@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from memory_worker import FEW, MANY
+from memory_worker import FEW, MANY, SIZES
 from processes import script_command
 
 import distill
 import model
 from common.config import load_config
 from common.files import ROOT
+from common.measure import allocated
 from common.ranks import Ranks, generator
 from common.weights import open_tensors, save_tensors
 from training.memory import host_plan, memory_parts, memory_plan, print_plans
@@ -38,6 +39,26 @@ def test_the_plan_is_within_a_tenth_of_what_the_allocator_gives(family, checkpoi
     ratio = sum(found["parts"].values()) / found["allocated"]
     print(f"plan / allocated: {ratio:.3f}")
     assert 0.9 < ratio < 1.1
+
+
+@pytest.mark.parametrize("family, kind", [("wan", "num_layers"), ("hunyuan", "num_double"),
+                                          ("hunyuan", "num_single")])
+def test_without_gradient_two_blocks_take_no_more_memory_than_one(family, kind):
+    none = {"num_layers": 0} if family == "wan" else {"num_double": 0, "num_single": 0}
+    cond = {"text": torch.randn(1, 4, 64), "pooled": torch.randn(1, 16),
+            "guidance": torch.tensor([6.0])}
+    x = torch.randn(1, 16, 3, 32, 32)
+
+    @torch.no_grad()
+    def peak(blocks: int) -> int:
+        dit = model.build_dit(replace(SIZES[family], **(none | {kind: blocks})))
+        model.velocity(dit, x, 0.5, cond)  # makes what is kept for the next time
+        return allocated(lambda: model.velocity(dit, x, 0.5, cond))[2]
+
+    tokens = 3 * 16 * 16 * 384 * 4  # bytes of the stream
+    one, two = peak(1), peak(2)
+    print(f"{one / tokens:.2f}, {two / tokens:.2f} streams")
+    assert two < one + 0.1 * tokens
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")

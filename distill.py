@@ -42,14 +42,14 @@ Departures from the paper and open points, as decided here:
 
 import json
 import math
+import os
 import signal
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field as attribute, fields, replace
+from dataclasses import asdict, dataclass, field as attribute, fields
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -61,21 +61,23 @@ from torch import Tensor
 from torch.func import functional_call
 from tqdm import tqdm
 
-import synvid
-from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.files import append_log, at_home, crc32_of_json, read_log, write_text
-from common.folders import fingerprint
+from artifacts.lora import load_lora_student
+from artifacts.student import bytes_a_parameter, export_student
+from artifacts.trajectories import SynVid, find_trajectories, read_manifest
+from common.config import (
+    Shared, announce, field, load_config, load_yaml, settings_to_compare)
+from common.files import ROOT, append_log, path_hint, crc32_of_json, read_log, write_text
+from common.names import fingerprint
 from common.ranks import (
-    AgreedError, Ranks, cli, compile_blocks, compute_dtype, draw_noise, generator,
-    on_first_rank, owned, prefer_attention, raise_together, require_same, setup_distributed)
-from model import (
-    check_model, collate, euler_step, frozen_copy, load_dit, sizes_of, velocity)
+    AgreedError, Ranks, cli, compile_blocks, compute_dtype, generator, on_first_rank, lock_run_folder,
+    prefer_attention, require_same, setup_distributed)
+from model import check_model, euler_step, frozen_copy, load_dit, sizes_of, velocity
 from training.checkpoint import Saver, check_disk, resume, save_state
-from training.export import bytes_a_parameter, export_student
-from training.lora import load_lora_student
+from training.data import Batch, Loader, fresh_noise
 from training.memory import print_plans
 from training.monitor import Log, draw_curves, held_out_errors, log_line, print_result
 from training.optimizer import adamw, clip, norm_of, own_rows, step as step_adamw
+
 
 
 @dataclass
@@ -145,8 +147,6 @@ def check_config(cfg: Config, replicas: int) -> None:
             ("lora", cfg.lora is None or cfg.lora <= D, f"a rank 1 … {D}, or none")):
         if not good:
             raise ValueError(f"{key}: got {getattr(cfg, key)}; wanted {wanted}")
-
-
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # of a rank whose others do not come
 
 
@@ -230,98 +230,6 @@ def adv_losses(head: nn.Module, teacher: nn.Module, x_gen: Tensor, x_real: Tenso
     real, fake = head(f_real), head(f_gen.detach())
     right = [(logits.detach() > 0).float().mean() for logits in (real, -fake)]
     return loss_student, head_loss(real, fake, form), *right
-
-
-# ------------------------------------------------------------------------------------- data
-
-def pinned(x: Tensor, device: torch.device) -> Tensor:
-    """x in memory from which a copy to a GPU need not be waited for; as it is for a CPU."""
-    return x.pin_memory() if device.type == "cuda" else x
-
-
-@dataclass
-class Latents:
-    """l_{t'_k} by k, [B,C,T,H,W], in host memory: most of them wait; one that is read is copied to
-    the device, from pinned memory without waiting."""
-    host: dict[int, Tensor]
-    device: torch.device
-
-    def __getitem__(self, k: int) -> Tensor:
-        return self.host[k].to(self.device, non_blocking=True)
-
-
-@dataclass
-class Batch:
-    """One micro-batch of trajectories: x_key[k] [B,C,T,H,W], cond, and its slots in the batch."""
-    x_key: Latents
-    cond: dict[str, Tensor]
-    slots: list[int]
-
-
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
-    """The order of trajectories in one pass over the data."""
-    return torch.randperm(count, generator=generator("order", seed, epoch)).tolist()
-
-
-class Loader:
-    """Micro-batches of an iteration by its number, the next one's read while this one computes.
-
-    Slot s of iteration i always means the same trajectory; micro-batch a of a data-parallel replica
-    (one rank, if sp is 1) holds the slots from (a·dp_size + dp_rank)·micro_batch on.
-    """
-
-    def __init__(self, cfg: Config, data: "synvid.SynVid", ranks: Ranks):
-        self.cfg, self.data, self.device = cfg, data, ranks.device
-        self.shape = tuple(data.manifest["shape"])                            # C T H W
-        count = torch.tensor(len(data) - cfg.held_out)
-        dist.broadcast(count, 0)  # a job may still be adding trajectories
-        self.count = int(count)
-        if self.count < 1:
-            raise ValueError(f"held_out: got {cfg.held_out} of {len(data)} trajectories; wanted "
-                             "fewer, or more trajectories")
-        size, each = cfg.micro_batch, cfg.batch // (cfg.micro_batch * ranks.dp_size)
-        starts = [(a * ranks.dp_size + ranks.dp_rank) * size for a in range(each)]
-        self.slots = [list(range(start, start + size)) for start in starts]
-        self.pool, self.ahead = ThreadPoolExecutor(1), {}
-
-    def batch(self, indices: list[int], slots: list[int], ks: list[int]) -> Batch:
-        """Read the latents of some k and stack them; fp32 whatever they are stored in."""
-        items = [self.data.read(i, ks) for i in indices]
-        x = torch.stack([x_key for x_key, _, _ in items], 1)                    # len(ks) B C T H W
-        cond = {name: pinned(c, self.device).to(self.device, non_blocking=True)
-                for name, c in collate([c for _, c, _ in items]).items()}
-        x = pinned(x, self.device)
-        return Batch(Latents(dict(zip(ks, x, strict=True)), self.device), cond, slots)
-
-    def read(self, step: int) -> list[Batch]:
-        """The micro-batches of one iteration: each trajectory once before any comes again."""
-        m, out = len(self.data.t_key) - 1, []
-        k = m - 1 - step % m
-        ks = list(range(m + 1)) if k == m - 1 and self.cfg.adv else [k, k + 1]  # all go into Q_m
-        for slots in self.slots:
-            positions = [divmod(step * self.cfg.batch + slot, self.count) for slot in slots]
-            out.append(self.batch([epoch_order(self.cfg.seed, epoch, self.count)[position]
-                                   for epoch, position in positions], slots, ks))
-        return out
-
-    def __call__(self, step: int) -> list[Batch]:
-        """As read; an error of one rank is one of all, before any of them computes."""
-        ready, batches, error = self.ahead.pop(step, None), [], None
-        try:
-            batches = ready.result() if ready else self.read(step)
-        except (ValueError, OSError) as e:
-            error = e
-        raise_together(error)
-        self.ahead = {step + 1: self.pool.submit(self.read, step + 1)}
-        return batches
-
-
-def fresh_noise(cfg: Config, step: int, like: Batch) -> Tensor:
-    """Fresh z ~ N(0, I), one draw a slot. Alg. 1; D4."""
-    shape = next(iter(like.x_key.host.values())).shape[1:]
-    z = draw_noise(shape, [("z", cfg.seed, step, slot) for slot in like.slots])
-    return z.to(like.x_key.device)
 
 
 # ------------------------------------------------------------------------------- Algorithm 1
@@ -450,19 +358,32 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
                 [deque() for _ in range(m + 1)])
 
 
-def open_synvid(cfg: Config) -> "synvid.SynVid":
-    """The trajectories of this run; for the small world they are made if there are none."""
+def open_synvid(cfg: Config) -> SynVid:
+    """The trajectories of this run; the small world's are made first if some are missing."""
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
-    if not (folder / "manifest.json").exists() and cfg.preset != "tiny":
-        raise FileNotFoundError(f"{folder}: no SynVid here{at_home(folder)}: make it by `python "
-                                f"synvid.py {cfg.path}`")
     if cfg.preset == "tiny" and cfg.synvid is None:
-        shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
-        if (folder / "manifest.json").exists():  # another seed, the same data
-            shared["seed"] = synvid.read_manifest(folder)["seed"]
-        own = load_config(synvid.Config, "synvid", [str(cfg.path)])
-        synvid.make(replace(own, **shared))
-    return synvid.SynVid(folder, cfg)
+        on_first_rank(lambda: make_small_synvid(cfg, folder))
+    if not (folder / "manifest.json").exists():
+        raise FileNotFoundError(f"{folder}: no SynVid here{path_hint(folder)}: make it by `python "
+                                f"synvid.py {cfg.path}`")
+    return SynVid(folder, cfg)
+
+
+def make_small_synvid(cfg: Config, folder: Path) -> None:
+    """Run stage 1 of the small world unless all trajectories of its config are there."""
+    if len(find_trajectories(folder)) >= load_yaml(cfg.path)["synvid"]["count"]:
+        return
+    shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
+    if (folder / "manifest.json").exists():  # another seed, the same data
+        shared["seed"] = read_manifest(folder)["seed"]
+    options = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+               for name, value in shared.items() if value is not None]
+    one = {name: value for name, value in os.environ.items()
+           if not name.startswith(("TORCHELASTIC", "MASTER_")) and not name.endswith("RANK")
+           and not name.endswith("WORLD_SIZE")}
+    command = [sys.executable, str(ROOT / "synvid.py"), str(cfg.path), *options]
+    if subprocess.run(command, env=one).returncode:
+        raise ValueError(f"{folder}: stage 1 failed: see the messages above")
 
 
 def catch_signals() -> list[int]:
@@ -482,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     prefer_attention(cfg.attention, ranks.device)
     check_config(cfg, ranks.dp_size)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
-    with owned(Path(cfg.run) / "distill"):
+    with lock_run_folder(Path(cfg.run) / "distill"):
         data = open_synvid(cfg)
         contents = crc32_of_json(data.manifest)
         require_same({"synvid": contents})
@@ -585,7 +506,5 @@ def teacher_errors(cfg: Config, teacher: nn.Module, loader: Loader, ranks: Ranks
         for x in lines if "endpoint_teacher" in x), None))
     return earlier or {f"{name}_teacher": error for name, error in
                        held_out_errors(cfg, teacher, loader, ranks).items()}
-
-
 if __name__ == "__main__":
     cli(main)

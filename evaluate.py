@@ -34,7 +34,6 @@ row of several students' mean it is over students.
 
 import dataclasses
 import json
-import os
 import shlex
 import sys
 import time
@@ -48,34 +47,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import baselines
-import distill
+from artifacts.lora import is_lora
+from artifacts.student import facts_in, load_student, student_facts
 from common.config import (
     Shared, announce, field, load_config, names_config, read_yaml, settings_to_compare)
-from common.files import commit, own_folder, parse_json, write_json, write_text
-from common.folders import fingerprint, fingerprint_files
-from common.lora import is_lora
+from common.files import commit, write_json, write_text
+from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
-    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, pick_device,
-    prefer_attention, setup_distributed)
+    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, prefer_attention,
+    setup_distributed)
 from common.video import (
     centre_crop, comparison_sheet, read_image, side_by_side, thumbnail, video_wall, write_video)
-from common.weights import (
-    open_safetensors, open_tensors, safetensors_metadata, save_tensors)
-from evaluation import tables
-from evaluation.measures import (
-    Samples, distances, endpoint_error, gates, mean_error, mean_row, measure)
-from evaluation.page import (
-    LOOP_SECONDS, Example, draw_table, markdown, write_ladder, write_page)
-from evaluation.paper import (
-    Job, Plan, clips_folder, command_job, evaluate_job, run_jobs, script, train_job)
-from evaluation.vbench import report_vbench
+from common.weights import open_safetensors, open_tensors, save_tensors
+from evaluation.measures import Samples, endpoint_error, gates, mean_row, measure
+from evaluation.page import LOOP_SECONDS, Example, draw_table, markdown, write_ladder, write_page
 from frozen.load import encode_prompts, load_vae
-from frozen.unipc import unipc_grid
+from frozen.unipc import sample_batch, unipc_grid
 from model import check_model, latent_shape, load_dit, time_grid
-from sample import facts_in, load_student, sample_batch, student_facts
 from small_world import clips as world
+
 
 
 @dataclass
@@ -93,24 +84,8 @@ class Config(Shared):
     directions: int = field(128, "random directions of sliced W", "[1, 1000000]")
     c2st_steps: int = field(100, "training iterations of the classifier of C2ST", "[1, inf)")
     pictures: bool = field(True, "videos, pictures and the page beside the table")
-    paper: str | None = field(None, "the paper's tables and figures instead: all, or of table3, "
-                              "table4, fig5, fig6, fig8, fig9, ladder, comma between")
-    paper_m: int | None = field(None, "steps of table3, fig6, fig8 and fig9; none: the config's",
-                                "[1, inf)")
-    steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder", "[1, 10000]")
-    seeds: int = field(5, "runs of each arm of a table", "[1, 1000]")
-    baseline_seeds: int = field(3, "runs of each other method, on each set of data", "[1, inf)")
-    jobs: int = field(1, "runs at once; then each process has one CPU thread", "[1, inf)")
-    launch: str = field("python", "starts a run, as `torchrun --nproc-per-node 8`")
-    options: str = field("", "options of every run, as `lr=1e-5 iterations=600`")
-    synvid: str | None = field(None, "trajectories for the runs, made with --keep all; none: made "
-                               "in <run>/paper/synvid")
-    vbench_scores: str | None = field(None, "VBench's results instead: its folder of "
-                                      "…_eval_results.json files, as Table 1")
     teacher_samples: str | None = field(None, "file that keeps teacher@n's latents for the next "
                                         "evaluation; none: <run>/evaluate/teacher.safetensors")
-
-
 # Of `Shared`: what teacher@n's latents depend on, beside weights, prompts and device.
 SAMPLE_SETTINGS = ("family", "preset", "height", "width", "frames", "n", "shift", "cfg_scale",
                    "embedded_guidance", "negative_prompt", "seed", "count", "attention")
@@ -244,114 +219,6 @@ def next_command(cfg: Config, argv: list[str], prompt: Prompt) -> str:
         word for name, value in options.items() for word in (f"--{name}", value))])
 
 
-# ------------------------------------------------------------------- the paper, table by table
-
-def paper_settings(cfg: Config) -> tables.Settings:
-    """What the tables' arms depend on; ValueError for what cannot be run."""
-    times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
-    m_config = len(cfg.key) - 1
-    for m in (cfg.paper_m or m_config, *cfg.steps):
-        if not 1 <= m <= cfg.n:
-            raise ValueError(f"paper_m, steps: got {m}; wanted 1 … {cfg.n}, the teacher's steps")
-    run = load_config(distill.Config, "distill", [str(cfg.path), *shlex.split(cfg.options)])
-    return tables.Settings(cfg.n, times, cfg.paper_m or m_config, m_config, cfg.steps, cfg.seeds,
-                           cfg.baseline_seeds, run.iterations, clips=cfg.preset == "tiny")
-
-
-MEASURED_WITH = ("seed", "count", "batch", "directions", "c2st_steps", "prompts")
-
-
-def paper(cfg: Config, argv: list[str]) -> None:
-    """Run what the wanted tables and figures need, unless it is there; then write their page."""
-    started = time.perf_counter()
-    wanted = tables.TABLES if cfg.paper == "all" else tuple(cfg.paper.split(","))
-    unknown = [name for name in wanted if name not in tables.TABLES]
-    if unknown:
-        raise ValueError(f"paper: got '{unknown[0]}'; wanted all, or of {', '.join(tables.TABLES)}")
-    s, out = paper_settings(cfg), Path(cfg.run) / "paper"
-    store = Path(cfg.synvid or out / "synvid")
-    shared, measured = ([f"{name}={value}" for name, value in as_options(values).items()]
-                        for values in (
-                            shared_overrides(cfg) | {"run": None, "seed": None, "key": None},
-                            {name: getattr(cfg, name) for name in MEASURED_WITH}))
-    plan = Plan(os.path.relpath(cfg.path), out,
-                (f"synvid={store}", *shared, *shlex.split(cfg.options)), (*shared, *measured),
-                tuple(shlex.split(cfg.launch)), cfg.jobs, 1 if cfg.jobs > 1 else None)
-    with own_folder(out):
-        if cfg.synvid is None and (wanted != ("fig5",) or cfg.prompts is None):
-            together = plan.launch if cfg.jobs == 1 else (
-                "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
-            run_jobs([Job("SynVid", (*together, script("synvid.py"), plan.config, f"run={out}",
-                                     "keep=all", *shared), store, plan.config, "manifest.json")],
-                     plan, "SynVid")
-        runs = {(arm.name, seed): train_job(plan, arm, seed) for name in wanted
-                for arm in tables.arms_of(name, s) for seed in range(arm.seeds)}
-        run_jobs(runs.values(), plan, "runs")
-        looks = {name: evaluate_job(plan, name, *what) for table in wanted
-                 for name, what in tables.evaluations_of(table, s, plan).items()}
-        first, *others = looks.values() or [None]
-        run_jobs([first] if first else [], plan, "the teacher's samples, and the first evaluation")
-        run_jobs(others, plan, "evaluations")
-        if "fig6" in wanted:
-            run_jobs([command_job(plan, "fig6", "features", "taps.py",
-                                  "taps/taps.json", *plan.options,
-                                  tables.key_option(tables.even_key(s.n, s.m)))], plan, "fig6")
-        sections = {name: paper_section(cfg, name, plan, s, store) for name in wanted}
-        page = tables.write_report(plan, sections, {
-            "command": shlex.join(["python", "evaluate.py", *argv]), "commit": commit(),
-            "device": device_name(pick_device(cfg.device)), "torch": torch.__version__,
-            "seconds": round(time.perf_counter() - started, 1)})
-    print(f"look at {page}; numbers of every seed: {page.parent / 'paper.json'}")
-
-
-def stored_prompt(path: Path) -> str:
-    """The prompt of a trajectory's file. Raises ValueError if the file is damaged."""
-    text = safetensors_metadata(path).get("synvid", "{}")
-    return parse_json(text, str(path), {"trajectory": {"prompt": str}})["trajectory"]["prompt"]
-
-
-def paper_section(cfg: Config, name: str, plan: Plan, s: tables.Settings,
-                  store: Path) -> tables.Section:
-    """One table or figure, from what was measured."""
-    if name == "fig5":
-        if cfg.prompts is not None and not (store / "manifest.json").exists():
-            return tables.fig5(plan, [prompt.text for prompt in read_prompts(cfg.prompts)])
-        return tables.fig5(plan, list(map(stored_prompt, sorted(store.glob("*/*.safetensors")))))
-    if name == "fig6":
-        return tables.fig6(plan)
-    section = getattr(tables, name)(plan, s)
-    if name == "table3" and s.clips:
-        section.numbers["mismatch"] = mismatches(cfg, plan, store)
-        section.lines += ["", *mismatch_lines(section.numbers["mismatch"])]
-    return section
-
-
-CLIPS_OF_TEACHER, CLIPS_ASKED = 2048, 256
-
-
-def mismatches(cfg: Config, plan: Plan, store: Path) -> dict[str, tuple[float, float]]:
-    """M of Eq. 4 for each set that a method learned from: mean and standard error over videos."""
-    clips = clips_folder(plan)
-    baselines.keep_clips(cfg, clips / "training.safetensors", world.RADIUS, 0, CLIPS_OF_TEACHER,
-                         pick_device(cfg.device))
-    known = open_safetensors(clips / "training.safetensors")["latents"].read()
-    files = sorted(store.glob("*/*.safetensors"))[:CLIPS_ASKED]
-    sets = {name: open_safetensors(clips / f"{name}.safetensors")["latents"].read()[:CLIPS_ASKED]
-            for name in ("matched", "mismatched")}
-    sets["samples"] = torch.stack([open_safetensors(file)["x"].read()[-1] for file in files])
-    return {name: mean_error(distances(x, known).min(1).values) for name, x in sets.items()}
-
-
-def mismatch_lines(found: dict[str, tuple[float, float]]) -> list[str]:
-    """M as Markdown."""
-    return ["M (Eq. 4, a video's root mean square distance to the nearest of "
-            f"{CLIPS_OF_TEACHER} of the teacher's training clips, in latents; fresh clips of the "
-            "same kind show what so few of them leave):", "",
-            "| set | M |", "|---|---|",
-            *(f"| {tables.DATA[name]} | {mean:.4f} ± {error:.4f} |"
-              for name, (mean, error) in found.items())]
-
-
 # -------------------------------------------------------------------------------------- main
 
 def students_of(cfg: Config) -> list[tuple[Path, dict]]:
@@ -460,11 +327,7 @@ def grid_names(students: list[tuple[Path, dict]]) -> dict[tuple[float, ...], str
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     cfg = load_config(Config, "evaluate", argv, __doc__)
-    if cfg.vbench_scores is not None:
-        return report_vbench(Path(cfg.vbench_scores), Path(cfg.run) / "evaluate")
     sizes = check_model(cfg)
-    if cfg.paper is not None:
-        return paper(cfg, sys.argv[1:] if argv is None else argv)
     students = students_of(cfg)
     held_out = read_prompts(cfg.prompts or heldout_prompts(cfg.weights, sizes.takes_image),
                             sizes.takes_image)
@@ -557,7 +420,5 @@ def write_pictures(cfg: Config, out: Path, models: list[Samples], first: list[di
     print(f"\n{text}\nlook at {out / 'report.html'} in a browser: the videos and these numbers\n"
           f"        {out / 'videos.mp4'} (or .gif), videos.png, table.png, table.md, table.json\n"
           f"next:   source .venv/bin/activate\n        {facts['next']}")
-
-
 if __name__ == "__main__":
     cli(main)

@@ -27,20 +27,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from common.config import Shared, nearest
-from common.folders import check_sizes, dit_tensors
 from common.linear import GELU, Linear, gelu
+from common.names import check_sizes, dit_tensors
 from common.ranks import (
     Ranks, SequenceShard, compute_dtype, gather_sequence, heads_to_tokens, local_rows, shard,
     shard_sequence, tokens_to_heads)
 from common.weights import load_module
+
+
 
 # ------------------------------------------------------------------ schedule and Euler step
 
 def shift_time(u: Tensor, shift: float) -> Tensor:
     """Move times u in [0, 1] towards noise: shift·u / (1 + (shift - 1)·u). Source: the releases."""
     return shift * u / (1 + (shift - 1) * u)
-
-
 FAMILIES = ("wan", "hunyuan")
 
 
@@ -113,7 +113,6 @@ def sample_euler(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
 # ----------------------------------------------------------------------- what both DiTs share
 # A family's DiT has `cfg` (its sizes), `blocks`, forward(x, t, cond, taps, velocity), token_grid,
 # init_weights(generator) and flops(tokens); parameter names are the official checkpoint's.
-
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply a layer in the dtype of its weights."""
     return layer(x.to(layer.weight.dtype))

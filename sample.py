@@ -46,29 +46,25 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch import Tensor
 from tqdm import tqdm
 
+from artifacts.lora import changes
+from artifacts.student import how_to_use, load_student, student_facts
 from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.files import NUMBER, at_home, misfit, parse_json, shown, write_json
-from common.folders import dit_tensors, fingerprint, fingerprint_files
-from common.lora import changes, is_lora, with_lora
-from common.names import official_names
+from common.files import write_json
+from common.names import dit_tensors, fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
-    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise,
-    on_first_rank, owned, peak_bytes, prefer_attention, setup_distributed)
-from common.readme import student_readme
-from common.vbench import VIDEOS, Video, open_record, record_folder, wanted_videos
+    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, on_first_rank, lock_run_folder,
+    peak_bytes, prefer_attention, setup_distributed)
 from common.video import contact_sheet, decode_image, image_size, read_video, thumbnail, write_video
-from common.weights import (
-    LazyTensor, check_data, kind_of, load_module, open_tensors, safetensors_metadata)
 from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
-from frozen.unipc import sample_unipc, unipc_grid
+from frozen.unipc import sample_batch, unipc_grid
 from model import (
-    build_dit, check_model, collate, empty_dit, key_times, latent_shape, load_dit, sample_euler,
-    sizes_of, time_grid)
+    build_dit, check_model, latent_shape, load_dit, sizes_of, time_grid)
+from tools.vbench import VIDEOS, Video, open_record, record_folder, wanted_videos
+
 
 
 @dataclass
@@ -100,8 +96,6 @@ class Config(Shared):
     out: str | None = field(None, "folder for the videos; none: <run>/samples, <run>/vbench/<who>")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights",
                     "[1, inf)")
-
-
 SHEET_ROWS = 12  # videos shown on the contact sheet, the first ones
 
 
@@ -176,106 +170,6 @@ def make_jobs(cfg: Config) -> list[Job]:
     return jobs
 
 
-# ---------------------------------------------------------------------------------- networks
-
-FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
-KINDS = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int, "key": [int],
-         "shift": NUMBER, "cfg_scale": NUMBER}  # of what is computed with
-
-
-def student_facts(path: Path, cfg: Shared, foreign: bool = False,
-                  same_teacher: bool = False) -> dict:
-    """What a student says about itself, checked against the config.
-
-    Args: path, a file, an index of shards or a folder of them; foreign, whether it may be of
-    another project and say nothing, as AccVideo's own release does: then the config's key timesteps
-    are taken, and teacher is None; same_teacher, whether `weights` must hold the DiT that it was
-    distilled from: to sample it none is needed.
-    Returns FACTS and more: teacher is its weights' fingerprint, t_key are the times from 1 (noise)
-    to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not fit.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no student yet{at_home(path)}; make it by "
-                                "`python distill.py CONFIG`, or sample the teacher with --teacher")
-    tensors = open_tensors(path)  # names a damaged file
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # it reads all: once on each host
-    for file in dict.fromkeys(t.file for t in tensors.values()) if first else ():
-        if kind_of(file) == "safetensors":
-            check_data(file)
-    facts = facts_of(tensors)
-    if foreign and not facts:
-        print(f"{path} does not say what it is: it walks the config's key timesteps", flush=True)
-        return {**{name: getattr(cfg, name, None) for name in FACTS},
-                "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
-    check_facts(path, facts)
-    for name in ("family", "preset", "embedded_guidance"):
-        if facts[name] != getattr(cfg, name):
-            raise ValueError(f"{path}: the student's {name} is {shown(facts[name])}, the config's "
-                             f"'{getattr(cfg, name)}': use the config that it was distilled with")
-    if same_teacher and facts["teacher"] != (teacher := fingerprint(cfg.weights)):
-        raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, the "
-                         f"weights in {cfg.weights} are {teacher}: point `weights` at its teacher, "
-                         "or distill again with `python distill.py CONFIG`")
-    if not is_lora(tensors):
-        warn_of_another_model(path, tensors, cfg)
-    return facts
-
-
-def check_facts(path: Path, facts: dict, wanted: tuple[str, ...] = FACTS) -> None:
-    """Raise ValueError if a student says too little about itself, or no times that can be walked.
-    """
-    absent = [name for name in wanted if name not in facts]
-    if absent:
-        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}; wanted a "
-                         "student written by distill.py (to sample another DiT, point `weights` "
-                         "at it and add --teacher)")
-    if fault := misfit(facts, {name: kind for name, kind in KINDS.items() if name in facts}):
-        raise ValueError(f"{path}: 'accvideo' metadata: {fault}: distill it again")
-    t = facts["t_key"]
-    if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
-        raise ValueError(f"{path}: t_key is {shown(t)}; wanted times falling from 1 (noise) to 0 "
-                         "(data)")
-
-
-def facts_of(tensors: dict[str, LazyTensor]) -> dict:
-    """What a student says about itself, in whichever of its files; {} if in none."""
-    files = dict.fromkeys(t.file for t in tensors.values())
-    return next((facts for file in files if (facts := facts_in(file))), {})
-
-
-def facts_in(file: Path) -> dict:
-    """What a student's file says about itself; {} if it says nothing. ValueError if it is damaged.
-    """
-    if kind_of(file) != "safetensors":
-        return {}
-    return parse_json(safetensors_metadata(file).get("accvideo", "{}"), f"{file}: 'accvideo' "
-                      "metadata", remedy="distill it again, or remove the metadata")
-
-
-def how_to_use(path: Path) -> str:
-    """The text of a student's student.md, from what its file says about itself.
-
-    Raises FileNotFoundError if there is none, ValueError if it says too little.
-    """
-    facts = facts_of(open_tensors(path))
-    check_facts(path, facts, (*FACTS, "key"))
-    name = path.name if path.suffix == ".safetensors" else "student.safetensors"
-    return student_readme(facts, sizes_of(facts["preset"]).takes_image, name)
-
-
-def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], cfg: Shared) -> None:
-    """Say so if `weights` has a DiT, and it is of other sizes than the student: its text encoder
-    and VAE may be another model's, too."""
-    try:
-        teacher = {name: t.shape for name, t in dit_tensors(cfg.weights).items()}
-    except (FileNotFoundError, ValueError):  # it is not needed
-        return
-    own = {name: t.shape for name, t in official_names(tensors, "transformer").items()}
-    if own != teacher and os.environ.get("RANK", "0") == "0":
-        print(f"{path} is of another model than the DiT in {cfg.weights}: are its text encoder and "
-              "VAE the right ones?", flush=True)
-
-
 def student_path(cfg: Config) -> Path:
     """The file that the config means as its student: a DiT, or a LoRA on the one of `weights`."""
     return Path(cfg.lora or cfg.student or Path(cfg.run) / "student.safetensors")
@@ -315,20 +209,6 @@ def check_lora(cfg: Config, facts: dict) -> None:
               "another dtype is as good, another model is not", flush=True)
 
 
-def load_student(cfg: Shared, path: Path, device: torch.device, ranks: Ranks | None = None,
-                 scale: float = 1.0) -> nn.Module:
-    """A student's DiT, frozen, sharded if `ranks` is given; official or diffusers names.
-
-    A LoRA, times `scale`, is merged into the DiT of `weights` in fp32, and rounded once to what
-    that computes in. Raises ValueError as common.lora.changes.
-    """
-    dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
-    tensors = open_tensors(path)
-    tensors = (with_lora(dit_tensors(cfg.weights), path, scale) if is_lora(tensors) else
-               official_names(tensors, "transformer"))
-    return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
-
-
 def make_dit(cfg: Config, device: torch.device, ranks: Ranks | None) -> nn.Module:
     """The DiT that is sampled, frozen: the teacher, the teacher with a LoRA, or the student."""
     if cfg.teacher:
@@ -338,27 +218,6 @@ def make_dit(cfg: Config, device: torch.device, ranks: Ranks | None) -> nn.Modul
 
 
 # ---------------------------------------------------------------------------------- sampling
-
-def sample_batch(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict],
-                 unconds: list[dict] | None, cfg_scale: float, timer: Timer, bar: tqdm,
-                 solver: str = "euler") -> Tensor:
-    """Denoise a batch from noise to data; returns latents [B,C,T,H,W]; each step is a lap.
-
-    Args: noise [B,C,T,H,W]; times to 0 and the solver that walks them; conds and unconds, one a
-    video (no guidance: None). Source: Eq. 5.
-    """
-    def batch(of: list[dict]) -> dict:
-        return {name: c.to(timer.device) for name, c in collate(of).items()}
-
-    x = noise.to(timer.device)
-    uncond = None if unconds is None else batch(unconds)
-    walk = sample_unipc if solver == "unipc" else sample_euler
-    for latents in walk(dit, x, times, batch(conds), uncond, cfg_scale):
-        x = latents
-        timer.lap("steps")
-        bar.update(len(conds))
-    return x
-
 
 @torch.no_grad()
 def sample(cfg: Config, jobs: list[Job], times: list[float], who: str, out: Path,
@@ -498,7 +357,7 @@ def sample_vbench(cfg: Config, jobs: list[Job], times: list[float], who: str,
     about = {"who": who, "times": times, **settings_to_compare(cfg, **contents(cfg, jobs))}
     about = {name: value for name, value in about.items() if name not in FREE}
     results = [None] * ranks.world
-    with owned(record_folder(out)):
+    with lock_run_folder(record_folder(out)):
         lacking = on_first_rank(lambda: open_record(out, vbench_videos(cfg), about))
         mine = [jobs[i] for i in lacking][ranks.dp_rank::ranks.dp_size]
         own = sample(cfg, mine, times, who, out, ranks) if mine else None
@@ -552,7 +411,5 @@ def contents(cfg: Config, jobs: list[Job]) -> dict[str, str]:
     return {"dit": fingerprint(dit), "encoders": fingerprint_files(cfg.weights), **own,
             "prompts": digest_texts([job.prompt for job in jobs]),
             "files": digest_texts([Prompt(job.file or "") for job in jobs])}
-
-
 if __name__ == "__main__":
     cli(main)

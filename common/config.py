@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import yaml
 
-from common.files import ROOT, read_text, remove_leftovers, shown, write_text
+from common.files import ROOT, read_text, remove_leftovers, abbreviate, write_text
 
-STAGES = ("teacher", "synvid", "distill", "sample", "evaluate", "lora", "bench")
+STAGES = ("teacher", "synvid", "distill", "sample", "evaluate", "paper", "lora", "bench")
 
 
 def field(default: Any, help: str, within: str | None = None) -> Any:
@@ -130,7 +130,7 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             raise ValueError
         return out
     except (ValueError, TypeError, OverflowError) as e:
-        raise ValueError(f"{where}: {key}: got {shown(value)}; wanted {wanted}") from e
+        raise ValueError(f"{where}: {key}: got {abbreviate(value)}; wanted {wanted}") from e
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -178,11 +178,11 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
         raise FileNotFoundError(f"{path}: no such config{near}; the shipped ones are in configs/")
     data = load_yaml(path) or {}
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: got {shown(data)}; wanted keys with values")
+        raise ValueError(f"{path}: got {abbreviate(data)}; wanted keys with values")
     shared = {f.name for f in dataclasses.fields(Shared)}
     own = data.get(stage) or {}
     if not isinstance(own, dict):
-        raise ValueError(f"{path}: {stage}: got {shown(own)}; wanted keys with values")
+        raise ValueError(f"{path}: {stage}: got {abbreviate(own)}; wanted keys with values")
     for key in data:
         if key not in shared and key not in STAGES:
             near = nearest(str(key), [*shared, *STAGES])
@@ -236,12 +236,12 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
         name = name.replace("-", "_")
         if not (arg.startswith("--") or equals) or name not in fields:
             near = nearest(name, fields)
-            raise ValueError(f"command line: unknown option {shown(arg)}{near}; see --help")
+            raise ValueError(f"command line: unknown option {abbreviate(arg)}{near}; see --help")
         if not equals and fields[name] is bool and (not args or args[0].startswith("--")):
             value = True
         elif not equals:
             if not args:
-                raise ValueError(f"command line: {shown(arg)}: got nothing; wanted a value")
+                raise ValueError(f"command line: {abbreviate(arg)}: got nothing; wanted a value")
             value = args.pop(0)
         given[name], where[name] = value, "command line"
     values = {k: coerce(v, fields[k], k, where[k]) for k, v in {**values, **given}.items()}

@@ -46,7 +46,7 @@ def replace_file(path: str | Path, write: Callable[[Path], None], wait: bool = T
         if wait:
             sync_to_disk(path.parent)
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: cannot be written ({short_reason(e)}): {write_remedy(e)}; "
+        raise ValueError(f"{path}: cannot be written ({error_summary(e)}): {write_remedy(e)}; "
                          "nothing under this name was changed") from e
     finally:
         with contextlib.suppress(OSError):
@@ -95,8 +95,6 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, aside and renamed."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
 LARGEST = 1 << 26  # bytes of JSON, settings or facts: what is larger is another file
 
 
@@ -116,12 +114,12 @@ def read_text(path: str | Path, largest: int = LARGEST) -> str:
 
 
 def read_json(path: str | Path, shape: Any = dict, remedy: str = "restore or remove it") -> Any:
-    """A JSON file's value, of a shape as `misfit` has it. Raises ValueError naming the file."""
+    """A JSON file's value, of a shape as `shape_error` has it. Raises ValueError naming the file."""
     return parse_json(read_text(path), str(path), shape, remedy)
 
 
 def parse_json(text: str, where: str, shape: Any = dict, remedy: str = "make it anew") -> Any:
-    """The value of JSON text, of a shape as `misfit` has it. Raises ValueError beginning `where`.
+    """The value of JSON text, of a shape as `shape_error` has it. Raises ValueError beginning `where`.
 
     The value is of the shape; what else an object holds is not looked at.
     """
@@ -129,17 +127,15 @@ def parse_json(text: str, where: str, shape: Any = dict, remedy: str = "make it 
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: is not valid JSON ({e}): {remedy}") from e
-    if fault := misfit(value, shape):
+    if fault := shape_error(value, shape):
         raise ValueError(f"{where}: {fault}: {remedy}")
     return value
-
-
 NUMBER = int | float
 KINDS = {dict: "a JSON object", list: "a list", str: "text", int: "a whole number",
          NUMBER: "a number"}
 
 
-def misfit(value: Any, shape: Any, name: str = "") -> str:
+def shape_error(value: Any, shape: Any, name: str = "") -> str:
     """What of a JSON value is of another shape, as "weight_map is [1]; wanted …"; "" if nothing.
 
     Args: shape, a type or union of types; [shape], a list of such; {key: shape, …}, an object that
@@ -149,7 +145,7 @@ def misfit(value: Any, shape: Any, name: str = "") -> str:
     # JSON's true is no number, and neither is what it reads as infinite or NaN
     broken = isinstance(value, float) and not math.isfinite(value)
     if not isinstance(value, kind) or isinstance(value, bool) or (broken and kind == NUMBER):
-        return f"{name or 'it'} is {shown(value)}; wanted {KINDS.get(kind, kind)}"
+        return f"{name or 'it'} is {abbreviate(value)}; wanted {KINDS.get(kind, kind)}"
     items: Any = ()
     if isinstance(shape, list):
         items = ((f"{name}[{i}]", x, shape[0]) for i, x in enumerate(value))
@@ -160,22 +156,20 @@ def misfit(value: Any, shape: Any, name: str = "") -> str:
         if lacking:
             return f"{name or 'it'} lacks {lacking[0]}"
         items = ((f"{name}.{key}".lstrip("."), value[key], shape[key]) for key in shape)
-    return next((fault for part in items if (fault := misfit(part[1], part[2], part[0]))), "")
+    return next((fault for part in items if (fault := shape_error(part[1], part[2], part[0]))), "")
 
 
-def at_home(path: Path) -> str:
+def path_hint(path: Path) -> str:
     """Words for an error: where a file that is not in this directory is in the project's; or ""."""
     home = ROOT / path
     if path.is_absolute() or path.exists() or not home.exists():
         return ""
     return f" (it is in {home}: give that path, or run the command in {ROOT})"
-
-
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 2, 80, 80, 40
 
 
-def shown(value: Any) -> str:
+def abbreviate(value: Any) -> str:
     """A value for an error: in at most about 80 characters, however large or nested it is."""
     text = " ".join(SHORT.repr(value).split())
     return text if len(text) <= 80 else f"{text[:79]}…"
@@ -226,7 +220,7 @@ def read_log(path: Path, *keys: str) -> list[dict]:
     for text in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
-            lines += [line] if not misfit(line, dict.fromkeys(keys, NUMBER)) else []
+            lines += [line] if not shape_error(line, dict.fromkeys(keys, NUMBER)) else []
     return lines
 
 
@@ -247,7 +241,7 @@ def crc32_of_file(path: Path, start: int = 0) -> str:
     return f"{total:08x}"
 
 
-def short_reason(error: BaseException) -> str:
+def error_summary(error: BaseException) -> str:
     """What happened, in one line, out of the pages that torch says."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
     text = re.split(r"(?<=\w)\. |\n", text)[0] or type(error).__name__
@@ -262,7 +256,7 @@ GRACE = 5.0       # seconds that a process that was just killed may take to end
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
+def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
     """Hold a folder, or the items first … stop - 1 in it, so that no other process works there.
 
     The owner's file names host, process and start. A lock of the operating system holds it, which
@@ -298,8 +292,6 @@ def own_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
         with contextlib.suppress(OSError):
             path.unlink()
         handle.close()
-
-
 LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)  # of replace_file
 
 
@@ -361,3 +353,18 @@ def show_life(path: Path, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         with contextlib.suppress(OSError):
             os.utime(path)
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as a short human duration: 45 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as a short human size."""
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.3g} {unit}" if count < 100 or unit == "TB" else f"{count:.0f} {unit}"
+        count /= 1000

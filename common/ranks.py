@@ -34,7 +34,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from common.files import own_folder
+from common.files import lock_folder
 
 # -------------------------------------------------------------------- processes and sharding
 
@@ -332,10 +332,10 @@ def raise_together(error: Exception | None) -> None:
 
 
 @contextlib.contextmanager
-def owned(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
-    """Hold a folder, or some of its items, for all ranks of this job, as files.own_folder does."""
+def lock_run_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
+    """Hold a folder, or some of its items, for all ranks of this job, as files.lock_folder does."""
     with contextlib.ExitStack() as stack:
-        on_first_rank(lambda: stack.enter_context(own_folder(folder, first, stop)))
+        on_first_rank(lambda: stack.enter_context(lock_folder(folder, first, stop)))
         yield
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from common.files import crc32_of_file, read_json, replace_file, short_reason
+from common.files import crc32_of_file, read_json, replace_file, error_summary
 from common.ranks import local_rows
 
 
@@ -37,7 +37,7 @@ class LazyTensor:
     read: Callable[..., Tensor]
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """What a weight file is by its first bytes: safetensors, torch, old torch or index.
 
     Raises ValueError saying what it is if it holds no weights that can be read.
@@ -91,7 +91,7 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
         try:
             return {name: lazy(name) for name in f.keys()}
         except (SafetensorError, OSError, ValueError) as e:
-            raise ValueError(f"{path}: not a whole safetensors file ({short_reason(e)}): "
+            raise ValueError(f"{path}: not a whole safetensors file ({error_summary(e)}): "
                              "copy or make it anew") from e
 
 
@@ -100,7 +100,7 @@ def whole(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: not a whole safetensors file ({short_reason(e)}): copy or "
+        raise ValueError(f"{path}: not a whole safetensors file ({error_summary(e)}): copy or "
                          "make it anew") from e
 
 
@@ -120,7 +120,7 @@ def open_torch(path: Path, old: bool) -> dict[str, LazyTensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
-        raise ValueError(f"{path}: cannot be read as weights ({short_reason(e)}): it is "
+        raise ValueError(f"{path}: cannot be read as weights ({error_summary(e)}): it is "
                          "damaged, or holds code, which is never read: copy it again, or as "
                          ".safetensors") from e
     for wrapper in ("module", "ema", "state_dict"):
@@ -164,7 +164,7 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file; point `weights` at an official or "
                                 "diffusers folder (or make the file that is missing)")
-    kind = kind_of(path)
+    kind = file_kind(path)
     if kind == "index":
         shards = read_index(path)
         files = {name: open_tensors(path.parent / name) for name in sorted(set(shards.values()))}
@@ -210,7 +210,7 @@ MODELS = (
     ("input_blocks.0.0.weight", (), "Stable Diffusion"))
 
 
-def looks_like(tensors: dict[str, LazyTensor]) -> str:
+def describe_model(tensors: dict[str, LazyTensor]) -> str:
     """"; it looks like …": what model some tensors are of, told by names and shapes, or nothing."""
     for name, shape, model in MODELS:
         if name in tensors and tensors[name].shape[:len(shape)] == shape:
@@ -234,12 +234,12 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
             shown = ", ".join(sorted(names)[:4]) + (" …" if len(names) > 4 else "")
             raise ValueError(f"{what}: the checkpoint {problem} {len(names)} tensor(s): {shown}; "
                              "it is of another model or size than the config's preset"
-                             f"{looks_like(tensors)}")
+                             f"{describe_model(tensors)}")
     for name, p in wanted.items():
         if tuple(p.shape) != tensors[name].shape:
             raise ValueError(f"{what}: {name} in {tensors[name].file} has shape "
                              f"{list(tensors[name].shape)}, wanted {list(p.shape)}: it is of "
-                             f"another size than the config's preset{looks_like(tensors)}")
+                             f"another size than the config's preset{describe_model(tensors)}")
     if dtype is not None:
         module.to(dtype)
     if any(p.is_meta for p in module.parameters()):

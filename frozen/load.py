@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from common.config import Shared
-from common.files import NUMBER, misfit, parse_json, read_json, short_reason, shown
-from common.folders import is_list, role_file
-from common.names import official_names, plain_names, reshaped
+from common.files import NUMBER, shape_error, parse_json, read_json, error_summary, abbreviate
+from common.names import is_list, official_names, plain_names, reshaped, role_file
 from common.prompts import Prompt
 from common.ranks import Timer, compute_dtype
 from common.weights import load_module, open_tensors, safetensors_metadata
@@ -19,6 +18,8 @@ from frozen.image import CLIPVision, Conditioner
 from frozen.text import CLIPText, HunyuanText, Llama, TextEncoder, Tokenizer, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
 from model import sizes_of
+
+
 
 # ------------------------------------------------------------------------ files, configs and names
 
@@ -60,8 +61,8 @@ def checked(path: Path, arguments: dict) -> dict:
         most = 1000 if key in ("num_layers", "num_res_blocks") else 10 ** 7
         counts = key.startswith(("num_", "dim", "vocab_size", "size", "patch"))
         for number in value if isinstance(value, list) else [value] if counts else []:
-            if misfit(number, NUMBER) and not isinstance(number, bool) or not number <= most:
-                raise ValueError(f"{path}: config: {key} is {shown(value)}; wanted {most} at most: "
+            if shape_error(number, NUMBER) and not isinstance(number, bool) or not number <= most:
+                raise ValueError(f"{path}: config: {key} is {abbreviate(value)}; wanted {most} at most: "
                                  "copy the file again")
     return arguments
 
@@ -83,12 +84,12 @@ def config_arguments(path: Path, names: dict[str, str], fixed: dict) -> dict:
     config = read_json(path, remedy="copy it again")
     config = config.get("text_config") or config  # of a model that also sees
     rope = config.get("rope_parameters") or {} if isinstance(config, dict) else {}
-    if fault := misfit(config, dict, "text_config") or misfit(rope, dict, "rope_parameters"):
+    if fault := shape_error(config, dict, "text_config") or shape_error(rope, dict, "rope_parameters"):
         raise ValueError(f"{path}: {fault}: copy it again")
     config = {**rope, **config}  # as newer files have it
     for key, want in fixed.items():
         if config.get(key, want) != want:
-            raise ValueError(f"{path}: {key} is {shown(config[key])}; only {want!r} is "
+            raise ValueError(f"{path}: {key} is {abbreviate(config[key])}; only {want!r} is "
                              "implemented: is this the checkpoint of another model?")
     return checked(path, {ours: config[theirs] for ours, theirs in names.items()
                           if theirs in config and config[theirs] is not None})
@@ -108,8 +109,8 @@ def build_module(cls: type, arguments: dict, path: Path, tensors: dict, dtype, d
             module = cls(**arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError,
             ArithmeticError) as error:  # torch has one for each kind of number that cannot be
-        raise ValueError(f"{path}: its config {shown(arguments)} does not describe a "
-                         f"{cls.__name__} ({short_reason(error)}): copy it again") from error
+        raise ValueError(f"{path}: its config {abbreviate(arguments)} does not describe a "
+                         f"{cls.__name__} ({error_summary(error)}): copy it again") from error
     return load_module(module, tensors, str(path), dtype, device).eval().requires_grad_(False)
 
 

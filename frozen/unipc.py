@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from tqdm import tqdm
 
-from model import shift_time, velocity
+from common.ranks import Timer
+from model import collate, sample_euler, shift_time, velocity
 
 
 def unipc_grid(n: int, shift: float, twice: bool = False) -> Tensor:
@@ -92,3 +94,24 @@ def corrected(m: list[Tensor], lam: list[float]) -> Tensor:
     b1, b2 = g / B, 2 * (-g / h - 0.5) / B
     p1 = (b1 - b2) / (1 - r)
     return m[-2] + p1 * (m[-3] - m[-2]) / r + (b1 - p1) * (m[-1] - m[-2])
+
+
+def sample_batch(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict],
+                 unconds: list[dict] | None, cfg_scale: float, timer: Timer, bar: tqdm,
+                 solver: str = "euler") -> Tensor:
+    """Denoise a batch from noise to data; returns latents [B,C,T,H,W]; each step is a lap.
+
+    Args: noise [B,C,T,H,W]; times to 0 and the solver that walks them; conds and unconds, one a
+    video (no guidance: None). Source: Eq. 5.
+    """
+    def batch(of: list[dict]) -> dict:
+        return {name: c.to(timer.device) for name, c in collate(of).items()}
+
+    x = noise.to(timer.device)
+    uncond = None if unconds is None else batch(unconds)
+    walk = sample_unipc if solver == "unipc" else sample_euler
+    for latents in walk(dit, x, times, batch(conds), uncond, cfg_scale):
+        x = latents
+        timer.lap("steps")
+        bar.update(len(conds))
+    return x

@@ -37,12 +37,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config
-from common.files import own_folder, replace_file, write_json, write_text
-from common.folders import dit_tensors, fingerprint
+from common.files import lock_folder, replace_file, write_json, write_text
+from common.names import dit_tensors, fingerprint
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
-    check_compiler, cli, draw_noise, generator, pick_device, prefer_attention, processor,
-    seed_of)
+    check_compiler, cli, draw_noise, generator, pick_device, prefer_attention, processor, seed_of)
 from common.video import draw_panels, write_image
 from common.weights import save_tensors
 from frozen.image import CLIPVision
@@ -57,8 +56,9 @@ from small_world.clips import (
     high_frequency, make_captions, make_clips, psnr)
 from small_world.fit import fit, folder, log_lines, note
 
-# ------------------------------------------------------------------------------------ Config
 
+
+# ------------------------------------------------------------------------------------ Config
 
 @dataclass
 class Config(Shared):
@@ -105,7 +105,6 @@ BASE_FILES = ("Wan2.1_VAE.safetensors", "models_t5_umt5-tiny.safetensors",
 
 
 # --------------------------------------------------------------------------------------- VAE
-
 
 def initialise_vae(vae: nn.Module, g: torch.Generator) -> None:
     """Start a small VAE as a blurring autoencoder, from which it learns at once to see objects.
@@ -199,7 +198,6 @@ def train_vae(cfg: Config, out: Path) -> None:
 
 # -------------------------------------------------------------------------------------- text
 
-
 def train_text(cfg: Config, out: Path) -> None:
     """A sentencepiece model and a umT5 that tells a caption's attributes, written to `out`.
 
@@ -249,7 +247,6 @@ def half(module: nn.Module) -> dict[str, Tensor]:
 
 # ------------------------------------------------------------------------------------- images
 
-
 def train_image(cfg: Config, out: Path) -> None:
     """A small image tower of CLIP's kind that tells a first frame's colour and shape, to `out`."""
     want = sizes_of(cfg.preset)
@@ -278,7 +275,6 @@ def train_image(cfg: Config, out: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- DiT
-
 
 def encode_part(cfg: Config, conditioner: Conditioner, vae: nn.Module,
                 start: int) -> dict[str, Tensor]:
@@ -388,7 +384,6 @@ def sample(cfg: Config, dit: nn.Module, vae: nn.Module, conditioner: Conditioner
 
 # ----------------------------------------------------------------------------------- prompts
 
-
 def write_prompts(cfg: Config, out: Path) -> None:
     """prompts.txt and prompts_heldout.txt; for image-to-video .jsonl, an image each in images/."""
     if not sizes_of(cfg.preset).takes_image:
@@ -422,7 +417,6 @@ def conditioner_of(cfg: Config, out: Path) -> Conditioner:
 
 
 # ------------------------------------------------------------------------------------- gates
-
 
 def gates(cfg: Config, out: Path) -> dict[str, dict]:
     """What the weights stored in `out` can do, on held-out captions, clips and noise.
@@ -503,7 +497,7 @@ def main(argv: list[str] | None = None) -> None:
     check(cfg)
     torch.set_num_threads(cfg.threads)
     prefer_attention(cfg.attention, pick_device(cfg.device))
-    with own_folder(folder(cfg)):
+    with lock_folder(folder(cfg)):
         train(cfg, sys.argv[1:] if argv is None else argv)
 
 
@@ -532,7 +526,5 @@ def train(cfg: Config, given: list[str]) -> None:
     for name, figures in found.items():
         print(f"{name}: {figures}")
     print(f"weights, training.json and curves.png are in {out}")
-
-
 if __name__ == "__main__":
     cli(main)

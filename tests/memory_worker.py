@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from training import data as loading
+from artifacts import student as student_file
 from common import ranks as processes
 
 if "bfloat16" in sys.argv:  # as on a GPU
@@ -22,10 +24,10 @@ import distill
 import model
 import sample
 from common.files import write_json
-from common.measure import allocated
+from tools.timing import allocated
 from common.ranks import cli, generator, local_rows, setup_distributed
 from common.weights import save_tensors
-from frozen.random import random_dit
+from tools.networks import random_dit
 from model import HunyuanConfig, WanConfig, key_times
 from training.memory import memory_parts
 
@@ -68,7 +70,7 @@ def plan(family: str, checkpointing: str, _: str, out: str) -> None:
                          checkpointing=checkpointing == "True")
     ranks = setup_distributed("cpu")
     data = FakeSynVid(family)
-    loader = distill.Loader(cfg, data, ranks)
+    loader = loading.Loader(cfg, data, ranks)
     state, kept, _ = allocated(lambda: distill.build(cfg, data.t_key, ranks))
     most = allocated(lambda: [log.gather() for _, _, log in
                               distill.algorithm_1(cfg, state, loader)])[2]
@@ -103,7 +105,8 @@ def share(weights: str, out: str) -> None:
     model.PRESETS["few"] = FEW
     cfg = sample.Config(preset="few", weights=f"{weights}/few.safetensors")
     dits = {"teacher": model.load_dit(cfg.weights, "few", ranks=ranks.sp_ranks),
-            "student": sample.load_student(cfg, Path(cfg.weights), ranks.device, ranks.sp_ranks),
+            "student": student_file.load_student(
+                cfg, Path(cfg.weights), ranks.device, ranks.sp_ranks),
             "random": random_dit(cfg, ranks.device, ranks.sp_ranks)}
     x = torch.randn(1, 16, 2, 8, 12, generator=generator("x"))
     cond = {"text": torch.randn(1, 8, 64, generator=generator("text"))}

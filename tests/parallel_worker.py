@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from training import data as loading
 import distill
 import model
 from common.ranks import cli, generator, setup_distributed
@@ -78,7 +79,7 @@ def distilled(family: str, out: str, *overrides: str) -> None:
     weights = Path(f"{out}.teacher{ranks.rank}.safetensors")
     save_tensors(weights, dit.state_dict(), {})
     cfg.weights = str(weights)
-    loader = distill.Loader(cfg, FakeSynVid(family), ranks)
+    loader = loading.Loader(cfg, FakeSynVid(family), ranks)
     state = distill.build(cfg, loader.data.t_key, ranks)
     for k, head in enumerate(state.heads if lively else ()):
         torch.nn.init.normal_(head[-1].weight, generator=generator("head", k))

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import baselines
+from tools import baselines
 import evaluate
 import toy1d
-from baselines import (
+from tools.baselines import (
     add_noise, dmd_loss, dmd_student_x0, flow_matching_loss, pcm_loss, perflow_loss, same_time,
     to_window_end, walk)
 from common.ranks import generator

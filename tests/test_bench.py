@@ -7,14 +7,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
+from tools import networks
+from tools import bench
 import common.linear
-import common.measure
-import frozen.random
 from common.config import load_config
-from common.measure import Row, allocated, count_flops, measure
+from tools.timing import Row, allocated, count_flops, measure
 from common.ranks import generator
-from frozen.peers import peer_dits, peer_sizes, peer_vaes
+from tools.networks import peer_dits, peer_sizes, peer_vaes
 
 CPU = torch.device("cpu")
 
@@ -96,7 +95,7 @@ def test_work_and_tokens_are_what_torch_counts(tmp_path, ranks, monkeypatch):
     cfg = load_config(bench.Config, "bench", ["--device", "cpu"])
     own = bench.Bench(cfg, ranks, tmp_path)
     rows = {row.name: row for row in bench.config_rows(own)}
-    dit = frozen.random.random_dit(cfg, CPU, None)
+    dit = networks.random_dit(cfg, CPU, None)
     shapes = []
     dit.blocks[0].register_forward_pre_hook(lambda block, args: shapes.append(args[0].shape[1]))
     monkeypatch.setattr(common.linear, "HAS_ONEDNN", False)  # whose work torch does not count

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from training import data as loading
 import distill
 import model
 from common.ranks import generator, local_rows, setup_distributed
@@ -79,7 +80,7 @@ def settings(weights, tmp_path, **own):
 
 def run(cfg, ranks, steps=None, nets=None):
     """Distill in this process; returns nets and each iteration's figures."""
-    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    loader = loading.Loader(cfg, FakeSynVid(M3), ranks)
     nets = nets or lively(distill.build(cfg, M3, ranks))
     lines = [{"k": k, **log.gather()} for _, k, log in
              itertools.islice(distill.algorithm_1(cfg, nets, loader), steps)]
@@ -118,7 +119,7 @@ def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks, checkpointing):
     events = []
     cfg = distill.Config(key=[0, 2, 4, 6], n=6, batch=2, micro_batch=2, iterations=3, held_out=1,
                          updates="literal", checkpointing=checkpointing)
-    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    loader = loading.Loader(cfg, FakeSynVid(M3), ranks)
     heads = distill.make_heads(cfg, 16)
     queues = [deque() for _ in range(4)]
     nets = distill.TrainState(Recorder("student", events), Recorder("teacher", events), heads, {},
@@ -128,7 +129,7 @@ def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks, checkpointing):
             (_n, *[x for x in loss if isinstance(x, str)])))
     for k, head in enumerate(heads):
         head.register_forward_hook(lambda *_, k=k: events.append(("head", k)))
-    noise = distill.fresh_noise
+    noise = loading.fresh_noise
     monkeypatch.setattr(distill, "fresh_noise", lambda *a: events.append(("noise",)) or noise(*a))
     monkeypatch.setattr(distill, "functional_call", lambda head, params, args: head(*args))
 
@@ -212,7 +213,7 @@ def test_queue_entries_are_detached_and_carry_prompt_and_latents(weights, tmp_pa
 
 def test_every_trajectory_is_read_once_before_any_comes_again(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path, batch=3, micro_batch=1)
-    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    loader = loading.Loader(cfg, FakeSynVid(M3), ranks)
     first = {i: FakeSynVid(M3).read(i)[0] for i in range(9)}
     seen = [next(i for i, x in first.items() if torch.equal(x[k], b.x_key[k][0]))
             for step in range(3) for k in [2 - step] for b in loader(step)]
@@ -231,7 +232,7 @@ def test_compiled_blocks_learn_the_same_up_to_rounding(weights, tmp_path, ranks)
 
 def test_a_log_s_teacher_errors_are_taken_again(weights, tmp_path, ranks, monkeypatch):
     cfg = settings(weights, tmp_path)
-    nets, loader = distill.build(cfg, M3, ranks), distill.Loader(cfg, FakeSynVid(M3), ranks)
+    nets, loader = distill.build(cfg, M3, ranks), loading.Loader(cfg, FakeSynVid(M3), ranks)
     first = distill.teacher_errors(cfg, nets.teacher, loader, ranks, [{"step": 1, "k": 0}])
     assert first.keys() == {"endpoint_teacher", "velocity_teacher"} and len(
         first["velocity_teacher"]) == 3
@@ -260,7 +261,7 @@ def test_updates_of_the_student_are_those_of_d6(updates, start, bound, weights, 
     nets, _ = run(cfg, ranks, steps=4, nets=start(distill.build(cfg, M3, ranks)))
     # the same four iterations by hand
     ours = start(distill.build(cfg, M3, ranks))
-    loader, student = distill.Loader(cfg, FakeSynVid(M3), ranks), ours.student
+    loader, student = loading.Loader(cfg, FakeSynVid(M3), ranks), ours.student
     first = torch.optim.AdamW(student.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
                               weight_decay=0)
     second = torch.optim.AdamW(student.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
@@ -273,7 +274,7 @@ def test_updates_of_the_student_are_those_of_d6(updates, start, bound, weights, 
             first.step()
             first.zero_grad()
         if k == 2:
-            x, pushed = distill.fresh_noise(cfg, step, b), b
+            x, pushed = loading.fresh_noise(cfg, step, b), b
         v = model.velocity(student, x, M3[k + 1], pushed.cond)
         x = model.euler_step(x, v, M3[k + 1], M3[k])
         loss, loss_head, _, _ = distill.adv_losses(
@@ -298,7 +299,7 @@ def test_switching_a_loss_off_leaves_its_calls_out(weights, tmp_path, ranks):
 
 def test_trajectory_loss_falls_and_the_held_out_error_with_it(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path, iterations=60, adv=False, lr=5e-3)
-    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    loader = loading.Loader(cfg, FakeSynVid(M3), ranks)
     nets = distill.build(cfg, M3, ranks)
     before = held_out_errors(cfg, nets.student, loader, ranks)
     _, lines = run(cfg, ranks, nets=nets)
@@ -310,7 +311,7 @@ def test_trajectory_loss_falls_and_the_held_out_error_with_it(weights, tmp_path,
 
 def test_held_out_error_of_an_exact_student_is_zero(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path, micro_batch=2)
-    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    loader = loading.Loader(cfg, FakeSynVid(M3), ranks)
     x = torch.stack([loader.data.read(9 + j)[0] for j in range(3)], 1)
 
     def oracle(x_t, t, cond):  # held-out rows come as 9, 10 and then 11, 11
@@ -334,7 +335,7 @@ def test_resuming_gives_the_same_bits_at_every_k(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path, updates="separate")
     undisturbed, _ = run(cfg, ranks)
     meta = {"config": asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
-    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    loader = loading.Loader(cfg, FakeSynVid(M3), ranks)
     for steps in (1, 2, 3, 4):
         nets, _ = run(cfg, ranks, steps=steps)
         keep(cfg, nets, loader, ranks, meta)
@@ -349,7 +350,7 @@ def test_checkpoint_after_an_evaluation_holds_every_optimizer_state(weights, tmp
     cfg = settings(weights, tmp_path)
     nets, _ = run(cfg, ranks, steps=1)
     names = tensors_of(nets, {}).keys(), tensors_of(nets, {})["opt_traj"].keys()
-    held_out_errors(cfg, nets.student, distill.Loader(cfg, FakeSynVid(M3), ranks), ranks)
+    held_out_errors(cfg, nets.student, loading.Loader(cfg, FakeSynVid(M3), ranks), ranks)
     after = tensors_of(nets, {})
     assert (after.keys(), after["opt_traj"].keys()) == names
     assert len(names[1]) == 3 * len(list(nets.student.parameters()))
@@ -358,7 +359,7 @@ def test_checkpoint_after_an_evaluation_holds_every_optimizer_state(weights, tmp
 def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path)
     nets, _ = run(cfg, ranks, steps=1)
-    loader = distill.Loader(cfg, FakeSynVid(M3), ranks)
+    loader = loading.Loader(cfg, FakeSynVid(M3), ranks)
     meta = {"config": asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
     keep(cfg, nets, loader, ranks, meta)
     other = asdict(settings(weights, tmp_path, lr=2e-3))
@@ -377,8 +378,8 @@ def test_trajectories_added_later_change_nothing(weights, tmp_path, ranks):
     undisturbed, _ = run(cfg, ranks)
     nets, _ = run(cfg, ranks, steps=2)
     meta = {"config": asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
-    keep(cfg, nets, distill.Loader(cfg, FakeSynVid(M3), ranks), ranks, meta)
-    more, fresh = distill.Loader(cfg, FakeSynVid(M3, 20), ranks), distill.build(cfg, M3, ranks)
+    keep(cfg, nets, loading.Loader(cfg, FakeSynVid(M3), ranks), ranks, meta)
+    more, fresh = loading.Loader(cfg, FakeSynVid(M3, 20), ranks), distill.build(cfg, M3, ranks)
     resume(cfg, fresh, more, ranks, meta)
     list(distill.algorithm_1(cfg, fresh, more))
     assert torch.equal(parameters(fresh), parameters(undisturbed))
@@ -409,7 +410,7 @@ def test_settings_that_cannot_work_are_named(own, message):
 
 def test_holding_out_everything_is_an_error(weights, tmp_path, ranks):
     with pytest.raises(ValueError, match="held_out: got 12 of 12"):
-        distill.Loader(settings(weights, tmp_path, held_out=12), FakeSynVid(M3), ranks)
+        loading.Loader(settings(weights, tmp_path, held_out=12), FakeSynVid(M3), ranks)
 
 
 # ---------------------------------------------------------------------- as a user runs it

@@ -16,10 +16,10 @@ import model
 import sample
 from common.names import official_names
 from common.ranks import AgreedError, generator
-from common.readme import lightx2v_part, stock_scheduler, student_readme
+from artifacts.student import lightx2v_part, stock_scheduler, student_readme
 from common.weights import save_tensors
 from model import PRESETS
-from training import export
+from artifacts import student as student_file
 
 GRIDS = {"wan": (7.0, [0, 2, 4, 5, 7]), "hunyuan": (7.0, [0, 1, 4, 7])}   # uneven: no stock one
 EVEN = {"wan": (5.0, [0, 2, 4, 6, 7]), "hunyuan": (7.0, [0, 2, 4, 6])}
@@ -42,7 +42,7 @@ def make_student(tmp_path, ranks):
             family=PRESETS[preset].family, preset=preset, n=n, shift=shift, key=key, device="cpu",
             weights=str(tmp_path / "teacher.safetensors"), run=str(tmp_path / "run"), **settings)
         state = distill.build(cfg, model.key_times(cfg.family, n, shift, key)[::-1], ranks)
-        return export.export_student(cfg, state, ranks, {"teacher": "abc"}), state.student
+        return student_file.export_student(cfg, state, ranks, {"teacher": "abc"}), state.student
     return make
 
 
@@ -79,7 +79,7 @@ def save_pipeline(folder: Path, pipeline: type, preset: str, **parts) -> None:
         text = transformers.LlamaModel(transformers.LlamaConfig(**small))
         parts |= {"tokenizer_2": tokenizer, "text_encoder_2": transformers.CLIPTextModel(
             transformers.CLIPTextConfig(**small))}
-    config = export.transformer_config(PRESETS[preset])
+    config = student_file.transformer_config(PRESETS[preset])
     network = getattr(diffusers, config.pop("_class_name"))
     pipeline(transformer=network(**config), tokenizer=tokenizer, text_encoder=text,
              **parts).save_pretrained(folder)
@@ -184,7 +184,7 @@ def test_the_exported_scheduler_walks_the_key_timesteps_of_every_shipped_config(
     cfg = distill.load_config(distill.Config, "distill", [f"configs/{config}.yaml",
                                                                "weights=assets/tiny"])
     t_key = model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
-    about = export.scheduler_config(PRESETS[cfg.preset], t_key)
+    about = student_file.scheduler_config(PRESETS[cfg.preset], t_key)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(about))
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
     m = len(t_key) - 1
@@ -228,12 +228,12 @@ def test_a_student_is_bf16_under_official_names_half_the_size_and_says_its_dtype
 def test_a_student_that_was_damaged_on_its_way_is_not_sampled(make_student):
     file, _ = make_student("tiny", 6, 5.0, [0, 2, 4, 6])
     cfg = sample.Config()
-    assert sample.student_facts(file, cfg)["teacher"] == "abc"
+    assert student_file.student_facts(file, cfg)["teacher"] == "abc"
     data = bytearray(file.read_bytes())
     data[-100] ^= 4
     file.write_bytes(data)
     with pytest.raises(ValueError, match=f"{file.name}: is damaged: .*copy it again, or export"):
-        sample.student_facts(file, cfg)
+        student_file.student_facts(file, cfg)
 
 
 def test_a_weight_that_fp16_cannot_hold_is_named_and_nothing_is_written(make_student):
@@ -251,13 +251,13 @@ def test_a_weight_that_fp16_cannot_hold_is_named_and_nothing_is_written(make_stu
 def test_a_diffusers_folder_in_shards_holds_the_student_and_loads_in_both_programs(
         make_student, monkeypatch, preset):
     import diffusers
-    monkeypatch.setattr(export, "SHARD", 300_000)
+    monkeypatch.setattr(student_file, "SHARD", 300_000)
     file, student = make_student(preset, 6, 5.0, [0, 2, 4, 6], export="diffusers")
     make_student(preset, 6, 5.0, [0, 2, 4, 6], export="diffusers")  # once more, over it
     folder = file.with_name("student_diffusers")
     shards = sorted((folder / "transformer").glob("*.safetensors"))
     assert len(shards) > 2 and max(p.stat().st_size for p in shards) < 700_000  # a tensor alone
-    network = getattr(diffusers, export.transformer_config(PRESETS[preset])["_class_name"])
+    network = getattr(diffusers, student_file.transformer_config(PRESETS[preset])["_class_name"])
     theirs, info = network.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16,
                                            output_loading_info=True)
     assert not any(info.values())
@@ -267,10 +267,10 @@ def test_a_diffusers_folder_in_shards_holds_the_student_and_loads_in_both_progra
     assert all(torch.equal(got[name].bfloat16(), p) for name, p in want.items())
     cfg = sample.Config(family=PRESETS[preset].family, preset=preset)
     index = next((folder / "transformer").glob("*.index.json"))
-    ours, single = (sample.load_student(cfg, p, torch.device("cpu")) for p in (index, file))
+    ours, single = (student_file.load_student(cfg, p, torch.device("cpu")) for p in (index, file))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), single.parameters(),
                                                  strict=True))
-    assert sample.student_facts(index, cfg)["t_key"] == t_key_of(file)
+    assert student_file.student_facts(index, cfg)["t_key"] == t_key_of(file)
     assert [p.name for p in file.parent.iterdir() if p.name.startswith(".")] == []
 
 

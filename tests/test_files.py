@@ -15,7 +15,7 @@ import pytest
 from common import files
 from common.config import Shared, announce
 from common.files import (
-    NUMBER, ROOT, append_log, at_home, own_folder, read_json, read_log, replace_file,
+    NUMBER, ROOT, append_log, path_hint, lock_folder, read_json, read_log, replace_file,
     replace_folder)
 
 
@@ -27,8 +27,8 @@ def no_grace(monkeypatch):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from common.files import own_folder
-with own_folder(Path(sys.argv[1]), *map(int, sys.argv[2:])):
+from common.files import lock_folder
+with lock_folder(Path(sys.argv[1]), *map(int, sys.argv[2:])):
     print("held", flush=True)
     time.sleep(100)
 """
@@ -47,7 +47,7 @@ def test_a_folder_has_one_owner_and_a_second_is_told_who_it_is(tmp_path):
     try:
         with pytest.raises(ValueError, match=f"process {process.pid} on host "
                                              f"{socket.gethostname()}, since .* works here"):
-            with own_folder(tmp_path):
+            with lock_folder(tmp_path):
                 pass
     finally:
         process.kill()
@@ -59,7 +59,7 @@ def test_a_killed_owner_leaves_the_folder_free_at_once(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert list(tmp_path.glob(".owner.*"))
-    with own_folder(tmp_path):
+    with lock_folder(tmp_path):
         pass
     assert not list(tmp_path.glob(".owner.*"))
 
@@ -67,9 +67,9 @@ def test_a_killed_owner_leaves_the_folder_free_at_once(tmp_path):
 def test_two_jobs_share_a_folder_if_their_items_are_apart(tmp_path):
     process = holder(tmp_path, 0, 10)
     try:
-        with own_folder(tmp_path, 10, 20):
+        with lock_folder(tmp_path, 10, 20):
             pass
-        with pytest.raises(ValueError, match="works here"), own_folder(tmp_path, 9, 12):
+        with pytest.raises(ValueError, match="works here"), lock_folder(tmp_path, 9, 12):
             pass
     finally:
         process.kill()
@@ -82,17 +82,17 @@ def test_an_owner_on_another_host_counts_as_long_as_it_shows_life(tmp_path, sile
     path.write_text(json.dumps({"host": "elsewhere", "process": 7, "since": "then"}))
     os.utime(path, (time.time() - silent,) * 2)
     if silent:
-        with own_folder(tmp_path):
+        with lock_folder(tmp_path):
             pass
     else:
         with pytest.raises(ValueError, match="process 7 on host elsewhere, since then, works here"):
-            with own_folder(tmp_path):
+            with lock_folder(tmp_path):
                 pass
 
 
 def test_an_owner_shows_life(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "HEARTBEAT", 0.01)
-    with own_folder(tmp_path):
+    with lock_folder(tmp_path):
         path = tmp_path / ".owner.000000-000001"
         os.utime(path, (0, 0))
         while path.stat().st_mtime == 0:
@@ -104,18 +104,18 @@ def test_a_disk_without_locks_falls_back_on_signs_of_life(tmp_path, monkeypatch)
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(files.fcntl, "flock", none)
-    with own_folder(tmp_path), pytest.raises(ValueError, match="works here"):
-        with own_folder(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(ValueError, match="works here"):
+        with lock_folder(tmp_path):
             pass
-    with own_folder(tmp_path):  # it was let go
+    with lock_folder(tmp_path):  # it was let go
         os.utime(tmp_path / ".owner.000000-000001", (0, 0))
-        with own_folder(tmp_path):  # and this one counts as dead
+        with lock_folder(tmp_path):  # and this one counts as dead
             pass
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file/run: cannot be written"), own_folder(
+    with pytest.raises(ValueError, match="file/run: cannot be written"), lock_folder(
             tmp_path / "file/run"):
         pass
 
@@ -215,10 +215,10 @@ def test_a_new_owner_removes_what_a_killed_process_left_and_a_second_job_does_no
     others = [tmp_path / name for name in ("config.yaml", ".mine.part", ".owners")]
     for path in [*left, *others]:
         path.touch()
-    with own_folder(tmp_path, 0, 5):
+    with lock_folder(tmp_path, 0, 5):
         assert not any(path.exists() for path in left) and all(p.exists() for p in others)
         left[0].touch()
-        with own_folder(tmp_path, 5, 9):
+        with lock_folder(tmp_path, 5, 9):
             assert left[0].exists()
 
 
@@ -246,7 +246,7 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_a_run_that_lies_in_the_project_is_named_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "README.md: give that path, or run the command in" in at_home(Path("README.md"))
-    assert at_home(ROOT / "README.md") == at_home(Path("no such")) == ""
+    assert "README.md: give that path, or run the command in" in path_hint(Path("README.md"))
+    assert path_hint(ROOT / "README.md") == path_hint(Path("no such")) == ""
     (tmp_path / "README.md").touch()
-    assert at_home(Path("README.md")) == ""
+    assert path_hint(Path("README.md")) == ""

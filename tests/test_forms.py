@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.files import write_json
-from common.folders import dit_tensors, find_dit, fingerprint, fingerprint_files, role_file
+from common.names import dit_tensors, find_dit, fingerprint, fingerprint_files, role_file
 from common.names import COMFY, comfy_to_official, official_names, plain_names
 from common.ranks import generator
-from common.weights import LazyTensor, looks_like, open_tensors
+from common.weights import LazyTensor, describe_model, open_tensors
 from frozen.load import load_text, load_vae
 from model import PRESETS, build_dit, load_dit
 
@@ -363,7 +363,7 @@ def test_a_released_checkpoint_is_told_by_its_names_and_shapes(keys, model):
     shapes = json.loads((KEYS / f"{keys}.json").read_text())["keys"]
     tensors = {name: LazyTensor(tuple(shape), torch.bfloat16, Path("a"), lambda rows=None: None)
                for name, shape in shapes.items()}
-    assert looks_like(plain_names(tensors, "transformer")).startswith(f"; it looks like {model}")
+    assert describe_model(plain_names(tensors, "transformer")).startswith(f"; it looks like {model}")
 
 
 def test_the_wrong_model_is_named(tmp_path):

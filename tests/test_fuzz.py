@@ -18,13 +18,16 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from tools import runs
+from artifacts import trajectories
+from artifacts import student as student_file
 import distill
 import evaluate
 import sample
 import synvid
 from common.config import load_config
 from common.files import append_log, crc32_of_json, read_log, write_json
-from common.folders import check_sizes, dit_tensors, read_list, role_file
+from common.names import check_sizes, dit_tensors, read_list, role_file
 from common.prompts import read_prompts
 from common.ranks import cli
 from common.weights import save_tensors
@@ -173,7 +176,7 @@ def in_header(path: Path, count: int, seed: str) -> Iterator[str]:
 
 def sum_of(tensors: Any) -> list[str]:
     """What a set of tensors holds, to compare."""
-    return [f"{name} {synvid.crc32(value)}" for name, value in sorted(tensors)]
+    return [f"{name} {trajectories.crc32(value)}" for name, value in sorted(tensors)]
 
 
 @pytest.fixture
@@ -185,14 +188,15 @@ def student_cases(tmp_path, config) -> tuple[Path, Callable]:
     cfg = load_config(sample.Config, "sample", [str(config)])
     path = tmp_path / "student.safetensors"
     tensors = {name: t.read() for name, t in dit_tensors(cfg.weights).items()}
-    about = {name: getattr(cfg, name, None) for name in ("key", *sample.FACTS)}
+    about = {name: getattr(cfg, name, None) for name in ("key", *student_file.FACTS)}
     about |= {"t_key": [1.0, 0.9, 0.0], "teacher": "0" * 32}
     save_tensors(path, tensors, {"accvideo": json.dumps(about)})
 
     def read(_: Any) -> list[str]:
-        sample.student_facts(path, cfg)
-        sample.how_to_use(path)
-        return sum_of(sample.load_student(cfg, path, torch.device("cpu")).state_dict().items())
+        student_file.student_facts(path, cfg)
+        student_file.how_to_use(path)
+        dit = student_file.load_student(cfg, path, torch.device("cpu"))
+        return sum_of(dit.state_dict().items())
 
     return path, read
 
@@ -210,14 +214,15 @@ def store(config, tmp_path, monkeypatch):
     cfg = load_config(synvid.Config, "synvid", [str(config)])
     folder, teacher = tmp_path / "run/synvid", synvid.fingerprint(cfg.weights)
     monkeypatch.setattr(synvid, "fingerprint", lambda weights: teacher)  # which is not damaged
-    manifest = synvid.make_manifest(cfg, read_prompts(cfg.prompts))
-    synvid.open_manifest(folder, manifest)
+    manifest = trajectories.make_manifest(cfg, read_prompts(cfg.prompts))
+    trajectories.open_manifest(folder, manifest)
     for i in range(2):
         x = synvid.draw_noise((len(manifest["stored"]), *manifest["shape"]), [("x", i)])[0].half()
-        synvid.write_trajectory(folder, manifest, i, f"prompt {i}", x, {"text": torch.ones(3, 4)})
+        trajectories.write_trajectory(folder, manifest, i, f"prompt {i}", x,
+                                      {"text": torch.ones(3, 4)})
 
     def read(_: Any) -> list:
-        data = synvid.SynVid(folder, cfg)
+        data = trajectories.SynVid(folder, cfg)
         return [(sum_of([("x", x), *cond.items()]), prompt)
                 for x, cond, prompt in (data.read(i) for i in range(len(data)))]
 
@@ -237,7 +242,7 @@ def test_a_synvid_with_a_damaged_manifest_or_header_is_told(store):
 def test_prompts_out_of_a_damaged_synvid_are_told(store):
     folder, _ = store
     path = folder / "000/000001.safetensors"
-    survive(in_header(path, 60, "fig5"), lambda _: evaluate.stored_prompt(path))
+    survive(in_header(path, 60, "fig5"), lambda _: runs.stored_prompt(path))
 
 
 def signed(meta: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import model
 from common.config import Shared, load_config
-from common.folders import OFFICIAL_DITS, fingerprint
+from common.names import OFFICIAL_DITS, fingerprint
 from common.names import joined, official_names
 from common.ranks import generator
 from common.weights import LazyTensor, load_module, open_tensors

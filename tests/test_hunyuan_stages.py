@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import model
 from common.config import load_config
-from common.folders import OFFICIAL_DITS
+from common.names import OFFICIAL_DITS
 from common.names import official_names
 from common.ranks import generator
 from common.video import read_video

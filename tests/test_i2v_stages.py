@@ -20,7 +20,7 @@ import sample
 from common import prompts
 from common.config import Shared
 from common.files import write_json
-from common.folders import fingerprint
+from common.names import fingerprint
 from common.names import official_names
 from common.prompts import Prompt, read_prompts
 from common.ranks import generator

@@ -9,20 +9,21 @@ import torch
 from processes import in_processes
 from test_sample import write_student
 
+from artifacts import student as student_file
 import distill
-import lora
+from tools import extract_lora
 import model
 import sample
 from common.config import load_config
-from common.folders import dit_tensors, fingerprint
-from common.lora import changes, is_lora, with_lora
+from common.names import dit_tensors, fingerprint
+from artifacts.lora import changes, is_lora, lora_form, with_lora
 from common.names import official_names
 from common.ranks import generator
 from common.video import read_video
 from common.weights import open_tensors, safetensors_metadata, save_tensors
 from model import HunyuanConfig, WanConfig, build_dit, key_times
-from training.export import write_together
-from training.lora import build_student, load_lora_student, lora_file, student_tensors
+from artifacts.student import write_together
+from artifacts.lora import build_student, load_lora_student, lora_file, student_tensors
 from training.memory import memory_parts
 from training.monitor import Log
 
@@ -65,9 +66,10 @@ def pair(request, tmp_path, monkeypatch):
 
     def extract(rank, of=None):
         teacher, student, w_teacher, w_student = write_pair(tmp_path, sizes, of)
-        cfg = lora.Config(family=sizes.family, preset="small", weights=str(teacher), rank=rank,
+        cfg = extract_lora.Config(family=sizes.family, preset="small",
+                                  weights=str(teacher), rank=rank,
                           student=str(student), run=str(tmp_path), device="cpu")
-        extract.rows = lora.extract(cfg, student, tmp_path / "lora.safetensors")
+        extract.rows = extract_lora.extract(cfg, student, tmp_path / "lora.safetensors")
         merged = with_lora(dit_tensors(teacher), tmp_path / "lora.safetensors")
         return {name: t.read() for name, t in merged.items()}, w_teacher, w_student
 
@@ -86,7 +88,7 @@ def rounding(delta):
 def test_a_lora_of_full_rank_is_the_student(pair):
     merged, teacher, student = pair(1000)
     for name, w in student.items():
-        form = lora.lora_form(pair.sizes.family, name, w.shape)
+        form = lora_form(pair.sizes.family, name, w.shape)
         want = teacher[name] if form is None else w
         assert (merged[name] - want).abs().max() <= rounding(student[name] - teacher[name]), name
     left = {row["name"] for row in pair.rows if row["form"] == "none"}
@@ -95,7 +97,7 @@ def test_a_lora_of_full_rank_is_the_student(pair):
                            and not n.startswith("txt_in"))
     for name, w in student.items():  # and before they are rounded, to fp32's accuracy
         if w.ndim == 2:
-            A, B = lora.factors(w - teacher[name], min(w.shape), name)
+            A, B = extract_lora.factors(w - teacher[name], min(w.shape), name)
             assert (B @ A - (w - teacher[name])).abs().max() < 1e-5
 
 
@@ -114,8 +116,8 @@ def test_a_difference_of_rank_r_is_exact_at_rank_r_and_not_below(pair):
 @pytest.mark.parametrize("exact", [True, False])
 def test_energy_kept_is_that_of_the_singular_values(pair, exact, monkeypatch):
     if not exact:  # small matrices by the randomised decomposition too, with few columns
-        monkeypatch.setattr(lora, "EXACT", 0)
-        monkeypatch.setattr(lora, "OVERSAMPLE", 4)
+        monkeypatch.setattr(extract_lora, "EXACT", 0)
+        monkeypatch.setattr(extract_lora, "OVERSAMPLE", 4)
     _, teacher, student = pair(5)
     for row in pair.rows:
         if row["form"] != "matrix":
@@ -128,11 +130,11 @@ def test_energy_kept_is_that_of_the_singular_values(pair, exact, monkeypatch):
 
 def test_a_large_matrix_s_randomised_decomposition_is_near_the_exact_one():
     delta = draw("large", (1300, 1100)) * torch.linspace(1, 0.01, 1100) ** 2
-    A, B = lora.factors(delta, 24, "large")
+    A, B = extract_lora.factors(delta, 24, "large")
     S = torch.linalg.svdvals(delta).square()
     kept = 1 - ((delta - B @ A).square().sum() / S.sum()).item()
     assert kept == pytest.approx((S[:24].sum() / S.sum()).item(), rel=2e-3)
-    again, _ = lora.factors(delta, 24, "large")
+    again, _ = extract_lora.factors(delta, 24, "large")
     assert torch.equal(A, again)
 
 
@@ -140,7 +142,7 @@ def test_the_command_writes_file_table_and_plot_and_sample_walks_it(tiny_weights
                                                                     tmp_path, capsys):
     config = make_config(n=4, key=[0, 1, 4], lora={"rank": 8})
     write_student(tmp_path / "run/student.safetensors", tiny_weights, moved=0.002)
-    lora.main([str(config), "--rank", "128"])
+    extract_lora.main([str(config), "--rank", "128"])
     assert "energy kept: 1.0000 of all" in capsys.readouterr().out
     out = tmp_path / "run/student_lora_rank128.safetensors"
     about = json.loads(safetensors_metadata(out)["accvideo"])
@@ -152,7 +154,7 @@ def test_the_command_writes_file_table_and_plot_and_sample_walks_it(tiny_weights
     table = json.loads(out.with_suffix(".json").read_text())
     names = dict(build_dit("tiny").named_parameters())
     assert {row["name"] for row in table["rows"]} == names.keys()
-    kinds = lora.by_kind(table["rows"])
+    kinds = extract_lora.by_kind(table["rows"])
     assert len(kinds) == 10 and "ffn.0" in kinds
     assert all([row["block"] for row in of] == list(range(6)) for of in kinds.values())
     text = out.with_suffix(".md").read_text()
@@ -387,7 +389,7 @@ def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_w
 def test_a_lora_made_on_other_weights_says_so(make_config, tiny_weights, tmp_path, capsys):
     write_student(tmp_path / "run/student.safetensors", tiny_weights)
     config = str(make_config(n=4, key=[0, 1, 4]))
-    lora.main([config, "--rank", "2"])
+    extract_lora.main([config, "--rank", "2"])
     other = tmp_path / "other"
     shutil.copytree(tiny_weights, other)
     tensors = {name: t.read().half() for name, t in dit_tensors(tiny_weights).items()}
@@ -400,7 +402,7 @@ def test_a_lora_made_on_other_weights_says_so(make_config, tiny_weights, tmp_pat
     sample.sampling_times(cfg)
     assert "was made on the DiT" in capsys.readouterr().out
     with pytest.raises(ValueError, match="was distilled from teacher"):
-        lora.main([config, "--weights", str(other)])
+        extract_lora.main([config, "--weights", str(other)])
 
 
 def sharded(ranks, folder):
@@ -408,8 +410,8 @@ def sharded(ranks, folder):
     cfg = sample.Config(weights=str(folder / "teacher.safetensors"), lora=str(folder / "l"),
                         preset="small", lora_scale=0.5)
     model.PRESETS["small"] = WAN
-    whole = sample.load_student(cfg, Path(cfg.lora), torch.device("cpu"))
-    parts = sample.load_student(cfg, Path(cfg.lora), torch.device("cpu"), ranks)
+    whole = student_file.load_student(cfg, Path(cfg.lora), torch.device("cpu"))
+    parts = student_file.load_student(cfg, Path(cfg.lora), torch.device("cpu"), ranks)
     for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert torch.allclose(p, q.full_tensor(), atol=1e-6), name
 
@@ -417,9 +419,9 @@ def sharded(ranks, folder):
 def test_ranks_read_and_merge_only_the_rows_that_they_keep(tmp_path, monkeypatch):
     teacher, student, *_ = write_pair(tmp_path, WAN)
     monkeypatch.setitem(model.PRESETS, "small", WAN)
-    cfg = lora.Config(preset="small", weights=str(teacher), student=str(student), rank=3,
+    cfg = extract_lora.Config(preset="small", weights=str(teacher), student=str(student), rank=3,
                       run=str(tmp_path), device="cpu")
-    lora.extract(cfg, student, tmp_path / "l")
+    extract_lora.extract(cfg, student, tmp_path / "l")
     in_processes(2, sharded, tmp_path)
 
 

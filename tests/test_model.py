@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend
 import model
 from common.config import STAGES, Shared, announce, field, load_config
 from common.files import ROOT, read_json, replace_file, write_json, write_text
-from common.folders import dit_tensors, fingerprint
+from common.names import dit_tensors, fingerprint
 from common.names import official_names
 from common.ranks import (
     SDPA_ORDER, Ranks, cli, generator, local_rows, pick_device, prefer_attention, seed_of, shard)

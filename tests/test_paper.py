@@ -16,11 +16,10 @@ import torch
 
 import evaluate
 import synvid
-import taps
 from common.files import ROOT, write_json
 from common.ranks import generator
-from evaluation import paper, tables
-from evaluation.paper import Job, Plan, compare, even_key, is_done, run_jobs, uniform_key
+from tools import runs, tables, taps
+from tools.runs import Job, Plan, compare, even_key, is_done, run_jobs, uniform_key
 from model import time_grid
 from small_world import clips as world
 
@@ -58,12 +57,12 @@ def row(label: str, far: float) -> dict:
 
 def test_shortfalls_are_0_for_the_teacher_and_grow_on_both_sides_of_1():
     best = row("teacher@50", 0.0)
-    for name, shortfall in paper.SHORTFALLS.items():
+    for name, shortfall in runs.SHORTFALLS.items():
         assert shortfall(best, best) == (0.5 if name == "C2ST" else 0), name
         assert shortfall(row("a", 0.2), best) > shortfall(row("b", 0.1), best), name
     wide = row("a", 0.0) | {"hf": (1.3, 0.0), "spread": (0.8, 0.0)}
-    assert paper.SHORTFALLS["HF from 1"](wide, best) == pytest.approx(0.3)
-    assert paper.SHORTFALLS["spread from 1"](wide, best) == pytest.approx(0.2)
+    assert runs.SHORTFALLS["HF from 1"](wide, best) == pytest.approx(0.3)
+    assert runs.SHORTFALLS["spread from 1"](wide, best) == pytest.approx(0.2)
 
 
 # ------------------------------------------------------------------------------ key timesteps
@@ -167,7 +166,7 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
     claims = {entry["claim"]: entry for entry in section.numbers["claims"]}
     assert len(claims) == 3 + 9 + 3
     for entry in claims.values():
-        assert all(entry[name]["verdict"] == "holds" for name in paper.SHORTFALLS), entry
+        assert all(entry[name]["verdict"] == "holds" for name in runs.SHORTFALLS), entry
     one = claims["full nearer than phased consistency on clips of smaller objects"]
     assert one["C2ST"]["pairs"] == 2
     assert all(len(arm["seeds"]) == (2 if "-" in name and "m2" not in name else 3)
@@ -179,8 +178,8 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
 
 def test_all_baselines_share_the_clips_that_table_3_measures(tmp_path):
     plan = plan_of(tmp_path)
-    jobs = [paper.train_job(plan, arm, 0) for arm in tables.arms_of("table3", SETTINGS)]
-    clips = f"clips={paper.clips_folder(plan)}"
+    jobs = [runs.train_job(plan, arm, 0) for arm in tables.arms_of("table3", SETTINGS)]
+    clips = f"clips={runs.clips_folder(plan)}"
     assert [clips in job.command for job in jobs] == [False] * 3 + [True] * 9
 
 
@@ -216,7 +215,7 @@ def test_a_table_and_a_figure_are_one_command_that_goes_on_with_the_same_numbers
     config, out = study
     argv = [str(config), "--paper", "table4,fig5", "options=lr=2e-3"]
     evaluate.main(argv)
-    first = json.loads((out / "paper.json").read_text())
+    first = json.loads((out / "runs.json").read_text())
     arms = first["table4"]["arms"]
     assert [len(arm["seeds"]) for arm in arms.values()] == [2, 2]
     assert arms["full-m2"]["seeds"][0] != arms["full-m2"]["seeds"][1]
@@ -225,7 +224,7 @@ def test_a_table_and_a_figure_are_one_command_that_goes_on_with_the_same_numbers
         "lr: 0.002" in (out / "full-m2/seed1/distill/config.yaml").read_text())
     page = (out / "report.html").read_text()
     assert "://" not in page and page.count('src="data:image/png') == 2
-    assert "cannot be told" in page + (out / "paper.md").read_text()
+    assert "cannot be told" in page + (out / "runs.md").read_text()
 
     done = {path: path.stat().st_mtime_ns for path in out.rglob("done.json")}
     assert len(done) == 1 + 4 + 2  # SynVid, runs, evaluations
@@ -234,7 +233,7 @@ def test_a_table_and_a_figure_are_one_command_that_goes_on_with_the_same_numbers
     (out / "uniform-m2/seed1/student.safetensors").unlink()
     shutil.rmtree(out / "uniform-m2/seed1/distill")
     evaluate.main(argv)
-    again = json.loads((out / "paper.json").read_text())
+    again = json.loads((out / "runs.json").read_text())
 
     def without_seconds(tree):
         if isinstance(tree, dict):

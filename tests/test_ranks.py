@@ -16,12 +16,13 @@ import torch.distributed as dist
 from processes import in_processes, script_command, start_script
 from safetensors.torch import load_file, save_file
 
+from training import data as loading
 import distill
 from common import weights
 from common.files import ROOT
 from common.ranks import AgreedError, raise_together
 from common.weights import safetensors_metadata
-from synvid import trajectory_path
+from artifacts.trajectories import trajectory_path
 
 DIFFERING = Path(__file__).parent / "differing_stage.py"
 QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 100,
@@ -148,7 +149,7 @@ def test_a_damaged_trajectory_loses_nothing_and_the_rerun_after_repair_gives_the
         args += ("eval_every=2",)
     else:  # the one in slot 3 of iteration 4
         epoch, position = divmod(4 * 4 + 3, 8)
-        victim = trajectory_path(run / "synvid", distill.epoch_order(0, epoch, 8)[position])
+        victim = trajectory_path(run / "synvid", loading.epoch_order(0, epoch, 8)[position])
     command = script_command(ROOT / "distill.py", *args, "iterations=40", ranks=ranks)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = run / "distill/log.jsonl"

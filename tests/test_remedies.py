@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from common.config import Shared
 from common.files import ROOT
 
-PLACES = ("", "common", "evaluation", "frozen", "small_world", "training")
+PLACES = ("", "artifacts", "common", "evaluation", "frozen", "small_world", "tools", "training")
 FILES = sorted(path for place in PLACES for path in (ROOT / place).glob("*.py"))
-STAGES = ("synvid", "distill", "sample", "evaluate", "lora", "taps", "bench", "baselines",
-          "small_world.teacher")
+STAGES = ("synvid", "distill", "sample", "evaluate", "tools.extract_lora", "tools.taps", "tools.bench",
+          "tools.baselines", "tools.paper", "small_world.teacher")
 CONFIGS = [importlib.import_module(name).Config for name in STAGES]
 SETTINGS = {f.name for config in (Shared, *CONFIGS) for f in dataclasses.fields(config)}
 OTHERS = {"help", "output_path"}  # of every stage; of VBench

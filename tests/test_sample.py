@@ -8,16 +8,18 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from frozen import unipc
+from artifacts import student as student_file
 import sample
 from common.config import Shared, load_config
 from common.files import write_json
-from common.folders import dit_tensors, fingerprint
+from common.names import dit_tensors, fingerprint
 from common.names import official_names
 from common.ranks import Ranks, Timer, generator
 from common.video import read_video
 from common.weights import open_tensors, safetensors_metadata, save_tensors
 from model import build_dit, key_times, load_dit, time_grid
-from sample import student_facts
+from artifacts.student import student_facts
 
 N, KEY = 4, [0, 1, 4]  # a short grid, with uneven key timesteps
 
@@ -74,7 +76,7 @@ def stub_batch(*means: float) -> tuple[torch.Tensor, list[dict]]:
 def denoise(dit, noise, times, conds, uncond=None, cfg_scale=1.0):
     timer = Timer(torch.device("cpu"))
     unconds = uncond and [uncond] * len(conds)
-    x = sample.sample_batch(dit, noise, times, conds, unconds, cfg_scale, timer,
+    x = unipc.sample_batch(dit, noise, times, conds, unconds, cfg_scale, timer,
                             tqdm(disable=True))
     return x, timer.laps()
 
@@ -103,7 +105,7 @@ def test_guidance_is_uncond_plus_scale_times_the_difference():
 
 
 def record_denoise(monkeypatch) -> list[tuple]:
-    calls, real = [], sample.sample_batch
+    calls, real = [], unipc.sample_batch
 
     def spy(dit, noise, times, conds, uncond, *rest):
         calls.append((noise, times, uncond))
@@ -143,7 +145,7 @@ def test_each_walks_its_own_times_and_only_the_teacher_is_guided(run, student, m
 def test_a_student_with_diffusers_names_is_the_same_student(run, student):
     other = write_student(run.folder / "diffusers.safetensors", run.weights, diffusers=True)
     cpu, shared = torch.device("cpu"), Shared(weights=str(run.weights))
-    a, b = (sample.load_student(shared, path, cpu).state_dict() for path in (student, other))
+    a, b = (student_file.load_student(shared, path, cpu).state_dict() for path in (student, other))
     teacher = load_dit(run.weights, "tiny").state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["head.head.weight"], teacher["head.head.weight"])
@@ -280,7 +282,7 @@ def test_a_student_tells_its_key_times_from_a_folder_and_from_shards_too(form, r
     plain = student_facts(student, load_config(sample.Config, "sample", [str(run.config)]))
     cfg = load_config(sample.Config, "sample", [str(run.config)])
     assert student_facts(folder, cfg) == plain
-    ours, theirs = (sample.load_student(cfg, path, torch.device("cpu")).state_dict()
+    ours, theirs = (student_file.load_student(cfg, path, torch.device("cpu")).state_dict()
                     for path in (folder, student))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

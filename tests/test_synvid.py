@@ -16,12 +16,13 @@ import torch
 from processes import start_script
 from safetensors import safe_open
 
+from artifacts import trajectories
 import model
 import synvid
 from common.config import load_config
 from common.files import ROOT, write_json
 from model import collate, euler_step, load_dit, time_grid, velocity
-from synvid import SynVid, initial_noise, trajectory_path
+from artifacts.trajectories import SynVid, initial_noise, trajectory_path
 
 
 def generate(config: Path, *args) -> Path:
@@ -131,9 +132,9 @@ def test_the_reader_gives_prompts_conditions_and_times_in_order(made, tiny_weigh
 
 def test_text_states_are_stored_without_loss_and_as_bf16_where_that_holds_them():
     exact, other = torch.randn(3, 4).bfloat16().float(), torch.randn(3, 4)
-    assert synvid.shorten(exact).dtype == torch.bfloat16
-    assert torch.equal(synvid.shorten(exact).float(), exact)
-    assert synvid.shorten(other) is other
+    assert trajectories.shorten(exact).dtype == torch.bfloat16
+    assert torch.equal(trajectories.shorten(exact).float(), exact)
+    assert trajectories.shorten(other) is other
 
 
 def test_more_trajectories_than_prompts_take_the_prompts_in_turn(make_config, tmp_path):
@@ -169,10 +170,11 @@ def test_the_cost_is_told_before_and_after_the_first_batch(make_config, capsys):
 
 def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
     folder, _, _ = made
-    manifest, x = synvid.read_manifest(folder), torch.zeros(2, 16, 2, 2, 2, dtype=torch.float16)
+    manifest = trajectories.read_manifest(folder)
+    x = torch.zeros(2, 16, 2, 2, 2, dtype=torch.float16)
     x[1, 3] = torch.inf
     with pytest.raises(ValueError, match=r"000000.safetensors: the latent after step 4 holds NaN"):
-        synvid.write_trajectory(tmp_path, manifest, 0, "a red disc", x, {})
+        trajectories.write_trajectory(tmp_path, manifest, 0, "a red disc", x, {})
     assert contents(tmp_path) == {}
 
 
@@ -204,9 +206,10 @@ def test_compiled_blocks_make_the_same_trajectories_up_to_rounding(make_config, 
     config = make_config(n=4, key=[0, 2, 4], synvid={"count": 2, "batch": 2, "dtype": "fp32"})
     generate(config, "--run", tmp_path / "plain")
     run_stage("synvid", config, "compile=true", f"run={tmp_path / 'compiled'}")
-    manifest = synvid.read_manifest(tmp_path / "plain/synvid")
+    manifest = trajectories.read_manifest(tmp_path / "plain/synvid")
     for i in range(2):
-        ours, theirs = (synvid.read_trajectory(tmp_path / n / "synvid", manifest, i, [2, 4])[0]
+        ours, theirs = (trajectories.read_trajectory(
+            tmp_path / n / "synvid", manifest, i, [2, 4])[0]
                         for n in ("compiled", "plain"))
         assert 0 < (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
@@ -221,9 +224,10 @@ def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rou
     run_stage("synvid", config, f"run={tmp_path / 'pairs'}", "cfg_parallel=true", ranks=4)
     assert contents(tmp_path / "pairs/synvid") == whole
     run_stage("synvid", config, f"run={tmp_path / 'both'}", "cfg_parallel=true", "sp=2", ranks=4)
-    manifest = synvid.read_manifest(tmp_path / "one/synvid")
+    manifest = trajectories.read_manifest(tmp_path / "one/synvid")
     for i in range(5):
-        ours, theirs = (synvid.read_trajectory(tmp_path / name / "synvid", manifest, i, [0, 2, 4])
+        ours, theirs = (trajectories.read_trajectory(
+            tmp_path / name / "synvid", manifest, i, [0, 2, 4])
                         for name in ("both", "one"))
         assert torch.equal(ours[1]["text"], theirs[1]["text"])
         assert (ours[0] - theirs[0]).abs().max() < 1e-5 * theirs[0].abs().max()  # products' shapes
@@ -290,9 +294,9 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(make
     whole = contents(generate(config, "--run", tmp_path / "whole"))
     folder, rng, there = tmp_path / "run/synvid", random.Random(0), {}
     for _ in range(10):
-        enough = len(synvid.find_trajectories(folder)) + rng.choice((1, 2, 3))
+        enough = len(trajectories.find_trajectories(folder)) + rng.choice((1, 2, 3))
         [victim] = start_script(synvid.__file__, config, outputs=(os.devnull, tmp_path / "errors"))
-        while victim.is_alive() and len(synvid.find_trajectories(folder)) < enough:
+        while victim.is_alive() and len(trajectories.find_trajectories(folder)) < enough:
             time.sleep(0.004)
         time.sleep(rng.uniform(0, 0.05))
         victim.kill()
@@ -308,7 +312,7 @@ def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(make
 def test_dying_while_a_file_is_written_leaves_no_final_name(made, tmp_path):
     folder, _, args = made
     copy = Path(shutil.copytree(folder, tmp_path / "synvid"))
-    manifest, path = synvid.read_manifest(copy), trajectory_path(copy, 2)
+    manifest, path = trajectories.read_manifest(copy), trajectory_path(copy, 2)
     with safe_open(path, "pt") as f:
         x, cond = f.get_tensor("x"), {"text": f.get_tensor("cond.text")}
     path.unlink()
@@ -325,7 +329,7 @@ def test_dying_while_a_file_is_written_leaves_no_final_name(made, tmp_path):
         child = os.fork()
         if child == 0:
             setattr(owner, name, death)
-            synvid.write_trajectory(copy, manifest, 2, "a red disc moves up", x, cond)
+            trajectories.write_trajectory(copy, manifest, 2, "a red disc moves up", x, cond)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
     left = contents(copy).keys() - contents(folder).keys()
@@ -572,11 +576,11 @@ def test_a_folder_grows_by_prompts_at_the_end_and_its_trajectories_keep_theirs(m
         longer = [*args, "--run", tmp_path, "--prompts", tmp_path / "more.txt", "--count", 1]
         wanted = len((texts + extra).splitlines()) - 1
         generate(*longer, "--start", wanted)
-    manifest, before = synvid.read_manifest(copy), contents(folder)
+    manifest, before = trajectories.read_manifest(copy), contents(folder)
     assert manifest["count"] == wanted + 1 and len(manifest["earlier"]) == 2
     assert all(contents(copy)[name] == data for name, data in before.items() if "manifest" not in
                name)
-    assert synvid.read_trajectory(copy, manifest, 0, [4])[2] == texts.splitlines()[0]
-    assert synvid.read_trajectory(copy, manifest, wanted, [4])[2] == "and one"
+    assert trajectories.read_trajectory(copy, manifest, 0, [4])[2] == texts.splitlines()[0]
+    assert trajectories.read_trajectory(copy, manifest, wanted, [4])[2] == "and one"
     with pytest.raises(ValueError, match="count is .*, this config wants .*prompts at the end"):
         generate(*args, "--run", tmp_path)  # it does not shrink

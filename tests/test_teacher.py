@@ -181,7 +181,7 @@ def test_a_damaged_training_state_is_named(tmp_path):
 
 def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "GRACE", 0.1)
-    with files.own_folder(tmp_path / "teacher"), pytest.raises(ValueError, match="works here"):
+    with files.lock_folder(tmp_path / "teacher"), pytest.raises(ValueError, match="works here"):
         run(tmp_path)
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "out").exists()
 

@@ -12,6 +12,7 @@ from test_model import (
     KEYS_50, decoded, fixture_file, fixture_weights, near, recording, shards, wan_config)
 from torch import Tensor
 
+from frozen import unipc
 import sample
 from common.config import load_config
 from common.files import ROOT
@@ -157,7 +158,7 @@ def test_key_timesteps_which_start_at_1_are_refused():
 def run(make_config, tmp_path, monkeypatch):
     """sample.main for a small guided config: run(options…) -> a batch's arguments and latents."""
     config = make_config(n=4, key=[0, 1, 4], width=32, cfg_scale=2.0)
-    calls, real = [], sample.sample_batch
+    calls, real = [], unipc.sample_batch
 
     def spy(*args):
         calls.append((args, real(*args)))

@@ -10,8 +10,8 @@ from test_sample import KEY, N, write_student
 import evaluate
 import sample
 from common.ranks import seed_of
-from common.vbench import FLICKERING_VIDEOS, NAME_BYTES, wanted_videos
-from evaluation import vbench
+from tools.vbench import FLICKERING_VIDEOS, NAME_BYTES, wanted_videos
+from tools import vbench
 
 PROMPTS = ['a "red" disc, it\'s moving', "--seed 3", "一只 café 🦊", ".hidden 100% $x {0}"]
 NAMES = {f"{prompt}-{i}.mp4" for prompt in PROMPTS for i in range(5)}

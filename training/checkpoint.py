@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from common.config import read_settings
 from common.files import (
-    crc32_of_file, crc32_of_json, misfit, parse_json, read_json, read_log, short_reason,
+    crc32_of_file, crc32_of_json, shape_error, parse_json, read_json, read_log, error_summary,
     sync_to_disk, write_json, write_remedy)
 from common.ranks import Ranks, local_rows, on_first_rank, raise_together
 from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
@@ -175,7 +175,7 @@ class Saver:
         if not isinstance(self.error, (OSError, ValueError)):
             return self.error
         return ValueError(f"{self.path}: the checkpoint cannot be written "
-                          f"({short_reason(self.error)}): "
+                          f"({error_summary(self.error)}): "
                           f"{write_remedy(self.error)}; older ones are untouched")
 
 
@@ -243,7 +243,7 @@ def read_meta(path: Path) -> dict | str:
             return "meta.json is changed"
         if meta["format"] != FORMAT:
             return f"is of format {meta['format']}; this code reads {FORMAT}"
-        if fault := misfit(meta, {"files": {str: list}}):
+        if fault := shape_error(meta, {"files": {str: list}}):
             return f"meta.json: {fault}"
         if not all(re.fullmatch(r"rank_\d+\.safetensors", name) for name in meta["files"]):
             return "meta.json names other files than a checkpoint's"
@@ -282,7 +282,7 @@ def load_checkpoint(path: Path, state: dict) -> None:
                 raise ValueError(f"it has no {name}")
             read_rows(name, t.detach(), shards[name], sizes[name])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        error = ValueError(f"{path}: the checkpoint cannot be read ({short_reason(e)}): it is "
+        error = ValueError(f"{path}: the checkpoint cannot be read ({error_summary(e)}): it is "
                            "damaged or of another config; remove it to resume from the one before")
         error.__cause__ = e
     raise_together(error)
@@ -366,7 +366,7 @@ def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
     if found is None:
         return on_first_rank(lambda: check_begun(folder, meta))
     path, saved = found
-    if fault := misfit(saved, {"config": dict, "count": int, "step": int}):
+    if fault := shape_error(saved, {"config": dict, "count": int, "step": int}):
         raise ValueError(f"{path}/meta.json: {fault}: remove this checkpoint")
     check_same_run(path, saved, meta)
     if saved["count"] > loader.count:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from artifacts.lora import build_student
 from common.ranks import Ranks, compute_dtype
 from model import sizes_of
-from training.lora import build_student
 
 # Numbers that a block keeps for backward, a token: (fp32, as computed) in its width, (as computed)
 # in its MLP's; with weights that learn, and frozen. And those that a backward takes beside them.
@@ -117,8 +117,6 @@ def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None
     if have is not None:
         lines.append(f"  DOES NOT FIT {lacks}" if lacks else f"  fits in {have / 2 ** 30:.0f} GiB")
     return "memory plan\n" + "\n".join(lines)
-
-
 USABLE_MEMORY = 0.92  # of a GPU's memory; the rest is the framework's
 
 

@@ -21,10 +21,10 @@ from typing import Any
 from tqdm import tqdm
 
 from common.config import load_yaml
-from common.files import ROOT, read_json, shown, write_json
+from common.files import ROOT, read_json, abbreviate, write_json
+
 
 # -------------------------------------------------------------------------------------- runs
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -85,7 +85,7 @@ def is_done(folder: Path, command: list[str], config: str) -> bool:
     found = read_json(path)
     if found != wanted:
         changed = [name for name in wanted if found.get(name) != wanted[name]]
-        got, want = (shown(about.get(changed[0])) for about in (found, wanted))
+        got, want = (abbreviate(about.get(changed[0])) for about in (found, wanted))
         raise ValueError(f"{path}: got another {changed[0]}, {got}; wanted {want}: choose another "
                          f"--run, or remove {folder}")
     return True
@@ -104,9 +104,9 @@ class Job:
         return not is_done(self.folder, list(self.command), self.config)
 
 
-def script(name: str) -> str:
-    """A script of this project as a person in the working directory would name it."""
-    return os.path.relpath(ROOT / name)
+def script(name: str) -> tuple[str, ...]:
+    """The words that start a stage, such as evaluate.py, or a tool, such as tools.baselines."""
+    return (os.path.relpath(ROOT / name),) if name.endswith(".py") else ("-m", name)
 
 
 def started(command: tuple[str, ...]) -> list[str]:
@@ -123,7 +123,7 @@ def run_jobs(jobs: Iterable[Job], plan: Plan, label: str) -> None:
     and go on where they were when the same command is given again.
     """
     waiting, running = [job for job in jobs if job.todo()], {}
-    environment = dict(os.environ)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if plan.threads is not None:
         environment["OMP_NUM_THREADS"] = str(plan.threads)
     bar = tqdm(total=len(waiting), desc=label, unit="run", disable=not waiting or None)
@@ -168,7 +168,7 @@ def run_jobs(jobs: Iterable[Job], plan: Plan, label: str) -> None:
 def command_job(plan: Plan, name: str, label: str, file: str, makes: str, *options: str) -> Job:
     """A script that runs once, in <paper>/<name>, and ends with the file `makes` there."""
     folder = plan.folder / name
-    return Job(label, (*plan.launch, script(file), plan.config, f"run={folder}", *options),
+    return Job(label, (*plan.launch, *script(file), plan.config, f"run={folder}", *options),
                folder, plan.config, makes)
 
 
@@ -180,9 +180,9 @@ def clips_folder(plan: Plan) -> Path:
 def train_job(plan: Plan, arm: Arm, seed: int) -> Job:
     """The run of one arm with one seed."""
     folder = plan.folder / arm.name / f"seed{seed}"
-    own = [f"clips={clips_folder(plan)}"] if arm.script == "baselines.py" else []
+    own = [f"clips={clips_folder(plan)}"] if arm.script == "tools.baselines" else []
     return Job(f"{arm.label}, seed {seed}",
-               (*plan.launch, script(arm.script), plan.config, f"run={folder}", f"seed={seed}",
+               (*plan.launch, *script(arm.script), plan.config, f"run={folder}", f"seed={seed}",
                 *plan.options, *own, *arm.options), folder, plan.config, "student.safetensors")
 
 
@@ -192,7 +192,7 @@ def evaluate_job(plan: Plan, name: str, label: str, students: list[Path],
     folder = plan.folder / name
     options = [f"names={','.join(names)}"] if names else ["pictures=false"]
     return Job(f"{label}, evaluation",
-               (*plan.launch, script("evaluate.py"), plan.config, f"run={folder}",
+               (*plan.launch, *script("evaluate.py"), plan.config, f"run={folder}",
                 f"students={','.join(map(str, students))}",
                 f"teacher_samples={plan.folder / 'teacher.safetensors'}", *plan.evaluate,
                 *options), folder / "evaluate", plan.config, "table.json")
@@ -208,7 +208,6 @@ def student_file(plan: Plan, arm: Arm, seed: int, iteration: int | None = None) 
 
 # 97.5% points of Student's t by degrees of freedom; from 11 on the normal's, 2% too small at most.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
 # How far a row is from the teacher's, less is better: of a table's row and teacher@n's.
 SHORTFALLS = {
     "endpoint error": lambda row, best: row["endpoint"][0],
@@ -309,8 +308,6 @@ def claim_lines(claims: list[dict]) -> list[str]:
             cells.append(f"{found['difference']:+.4f}{half}: {verdict}")
         lines.append(f"| {entry['claim']} | " + " | ".join(cells) + " |")
     return lines
-
-
 HOW_TO_READ = (
     "Rows: mean ± standard error over seeds. Claims: paired difference over the seeds that both "
     "arms have, of how far each is from the teacher, with its 95% interval (Student's t): a claim "

@@ -1,22 +1,25 @@
-"""LoRA files: differences to a DiT's weights, read from every program that writes them; our form.
-
-A matrix [out, in] changes by B·A, "up" [out, r] times "down" [r, in]; other parameters change by a
-tensor of their own shape, "diff". Ours are under the official names with `diffusion_model.` before
-them, which ComfyUI, diffusers and LightX2V take.
-"""
+"""LoRA files of this project and of others: reading, merging, training, writing."""
 
 import math
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
-from common.files import NUMBER, misfit, parse_json
-from common.names import comfy_to_official, official_names
-from common.weights import LazyTensor, kind_of, looks_like, open_tensors, safetensors_metadata
+from common.files import NUMBER, shape_error, parse_json
+from common.linear import Linear, linear
+from common.names import check_sizes, comfy_to_official, dit_tensors, official_names
+from common.ranks import Ranks, generator, shard
+from common.weights import (
+    LazyTensor, full_tensor, file_kind, load_module, describe_model, open_tensors, safetensors_metadata)
+from model import build_dit
+
+
 
 # ------------------------------------------------------------------------------ files of others
 
@@ -60,7 +63,8 @@ def module_names(tensors: Iterable[str]) -> dict[str, str]:
     return {name.replace(".", "_"): official for name, official in names.items()} | names
 
 
-def product(up: LazyTensor, down: LazyTensor, scale: float, shape: tuple[int, ...]) -> LazyTensor:
+def low_rank_product(up: LazyTensor, down: LazyTensor, scale: float,
+                     shape: tuple[int, ...]) -> LazyTensor:
     """scale · up · down in fp32, in the shape of the weight that it changes, by rows if asked."""
     def read(rows: slice | None = None) -> Tensor:
         change = up.read(rows).float().flatten(1) @ down.read().float().flatten(1)
@@ -113,11 +117,12 @@ def changes(path: Path, shapes: dict[str, tuple[int, ...]],
         weight = f"{module}.weight"
         if {"up", "down"} <= parts.keys() and weight in shapes:
             (_, up), (name, down) = parts.pop("up"), parts.pop("down")
-            check_sizes(path, name, up, down, shapes[weight])
+            check_lora_sizes(path, name, up, down, shapes[weight])
             alpha = without_alpha
             if "alpha" in parts:
                 alpha = float(parts.pop("alpha")[1].read()) / down.shape[0]
-            out.setdefault(weight, []).append(product(up, down, scale * alpha, shapes[weight]))
+            out.setdefault(weight, []).append(
+                low_rank_product(up, down, scale * alpha, shapes[weight]))
         for part, (name, t) in parts.items():
             target = module if module in shapes else f"{module}.{part}"
             if shapes.get(target) == t.shape and part not in ("up", "down", "alpha"):
@@ -131,7 +136,7 @@ def changes(path: Path, shapes: dict[str, tuple[int, ...]],
     return out, unused
 
 
-def check_sizes(path: Path, name: str, up: LazyTensor, down: LazyTensor,
+def check_lora_sizes(path: Path, name: str, up: LazyTensor, down: LazyTensor,
                 shape: tuple[int, ...]) -> None:
     """Raise ValueError unless up · down is of the shape of the weight that it changes."""
     got = [up.shape[0], math.prod(down.shape[1:])]
@@ -144,12 +149,12 @@ def check_sizes(path: Path, name: str, up: LazyTensor, down: LazyTensor,
 
 def adapter_scale(path: Path) -> float:
     """alpha / rank of a file that diffusers saved, which has it in its metadata; 1 for others."""
-    if kind_of(path) != "safetensors":
+    if file_kind(path) != "safetensors":
         return 1.0
     where = f"{path}: its lora_adapter_metadata"
     about = parse_json(safetensors_metadata(path).get("lora_adapter_metadata", "{}"), where)
     keys = [key for key in ("transformer.lora_alpha", "transformer.r") if about.get(key)]
-    if fault := misfit(about, dict.fromkeys(keys, NUMBER)):
+    if fault := shape_error(about, dict.fromkeys(keys, NUMBER)):
         raise ValueError(f"{where}: {fault}: save the LoRA anew")
     return about[keys[0]] / about[keys[1]] if len(keys) == 2 else 1.0
 
@@ -157,7 +162,7 @@ def adapter_scale(path: Path) -> float:
 def lora_looks_like(tensors: dict[str, LazyTensor]) -> str:
     """"; it looks like …": what a file that does not fit is, or nothing."""
     if not is_lora(tensors):
-        return f"{looks_like(tensors)}; it is no LoRA"
+        return f"{describe_model(tensors)}; it is no LoRA"
     return next((f"; it looks like a LoRA for {model}" for pattern, model in LOOKS
                  if any(re.search(pattern, name) for name in tensors)), "")
 
@@ -201,3 +206,107 @@ def lora_names(name: str, form: str) -> tuple[str, ...]:
     if form == "matrix":
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
     return (f"{module}.{form}",)
+FACTORS = (".lora_A", ".lora_B")
+
+
+class LoRALinear(Linear):
+    """A linear layer whose weights stay under their official names, and what is added to them."""
+
+    def __init__(self, layer: nn.Linear, rank: int):
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        like = {"device": layer.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **like))
+        self.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + linear(linear(x, self.lora_A), self.lora_B)
+
+
+def build_student(preset: str, rank: int | None) -> nn.Module:
+    """A student's DiT on the meta device; with a rank, only the factors of its LoRA learn."""
+    with torch.device("meta"):
+        dit = build_dit(preset)
+    for block in dit.blocks if rank is not None else ():
+        for name, layer in list(block.named_modules()):
+            if type(layer) is Linear:
+                block.set_submodule(name, LoRALinear(layer, rank))
+    for name, p in dit.named_parameters() if rank is not None else ():
+        p.requires_grad_(name.endswith(FACTORS))
+    return dit
+
+
+def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype) -> nn.Module:
+    """A student with a fresh LoRA of rank cfg.lora on the DiT of `weights`, fp32, sharded.
+
+    A is uniform within 1/√in, by the seed and its name. Raises as model.load_dit.
+    """
+    dit = build_student(cfg.preset, cfg.lora)
+    dit.sp = ranks.sp_group
+    shard(dit, ranks, compute_dtype)
+    check_sizes(cfg.weights, dit.cfg, f"preset '{cfg.preset}'")
+    tensors = dit_tensors(cfg.weights)
+    first = next(iter(tensors.values())).file
+    for name, p in dit.named_parameters():
+        if name.endswith(FACTORS):
+            tensors[name] = fresh_factor(name, tuple(p.shape), cfg.seed, first)
+    return load_module(dit, tensors, f"DiT from {cfg.weights}", device=ranks.device)
+
+
+def fresh_factor(name: str, shape: tuple[int, ...], seed: int, file: Path) -> LazyTensor:
+    """A or B as it is at the start, as if it were in a file."""
+    def read(rows: slice | None = None) -> Tensor:
+        value = torch.zeros(shape)
+        if name.endswith("lora_A"):
+            bound = shape[1] ** -0.5
+            value.uniform_(-bound, bound, generator=generator("lora", seed, name))
+        return value[rows] if rows else value
+
+    return LazyTensor(shape, torch.float32, file, read)
+
+
+def student_tensors(student: nn.Module, path: Path, dtype: torch.dtype) -> dict[str, LazyTensor]:
+    """A sharded student's tensors under official names in a dtype, gathered when they are read; a
+    LoRA is merged in fp32."""
+    learns_lora = any(name.endswith(FACTORS) for name, _ in student.named_parameters())
+    own = {name: full_tensor(p, path, torch.float32 if learns_lora else dtype)
+           for name, p in student.named_parameters()}
+    merged = {name: t for name, t in own.items() if not name.endswith(FACTORS)}
+    for name in [name for name in own if name.endswith("lora_A")]:
+        module = name.removesuffix(".lora_A")
+        weight = merged[f"{module}.weight"]
+        change = low_rank_product(own[f"{module}.lora_B"], own[name], 1.0, weight.shape)
+        merged[f"{module}.weight"] = summed([weight, change])
+    return {name: as_dtype(t, dtype) for name, t in merged.items()}
+
+
+def as_dtype(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """A lazy tensor that is read in another dtype."""
+    return LazyTensor(tensor.shape, dtype, tensor.file,
+                      lambda rows=None: tensor.read(rows).to(dtype))
+
+
+def lora_file(student: nn.Module, path: Path) -> dict[str, LazyTensor]:
+    """What the LoRA file of a sharded student holds: fp16, the form of lora.py, gathered on all
+    ranks when it is read."""
+    own = {name: full_tensor(p, path, torch.float32) for name, p in student.named_parameters()}
+    tensors = {}
+    for name in [name for name in own if name.endswith("lora_A")]:
+        module = name.removesuffix(".lora_A")
+        A, B = own[name], own[f"{module}.lora_B"]
+        names = lora_names(f"{module}.weight", "matrix")
+        for at, side in zip(names, (A, B), strict=True):
+            tensors[at] = LazyTensor(side.shape, torch.float16, path, balanced(A, B, side is A))
+    return tensors
+
+
+def balanced(A: LazyTensor, B: LazyTensor, first: bool) -> Any:
+    """A reader of A (first) or B with equal norms, so that fp16 is as fine for both."""
+    def read(rows: slice | None = None) -> Tensor:
+        a, b = A.read(), B.read()
+        ratio = (b.norm() / a.norm()).sqrt()
+        if ratio == 0:
+            return (a if first else b).half()
+        return (a * ratio if first else b / ratio).half()
+
+    return read

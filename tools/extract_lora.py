@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from artifacts.lora import lora_form, lora_names
+from artifacts.student import student_facts
 from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json, write_text
-from common.folders import dit_tensors, fingerprint
-from common.lora import lora_form, lora_names
-from common.names import official_names
+from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import cli, generator, pick_device
 from common.video import draw_panels
-from common.weights import (
-    CHECKSUM, LazyTensor, looks_like, open_tensors, stream_safetensors)
+from common.weights import CHECKSUM, LazyTensor, describe_model, open_tensors, stream_safetensors
 from model import check_model
-from sample import student_facts
+
 
 
 @dataclass
@@ -143,7 +142,7 @@ def check_pair(path: Path, student: dict[str, LazyTensor], weights: str,
     if a != b:
         name = next(n for n in sorted(a.keys() | b.keys()) if a.get(n) != b.get(n))
         raise ValueError(f"{path}: {name} is {a.get(name)}, in {weights} it is {b.get(name)}"
-                         f"{looks_like(student)}: point `weights` at the student's teacher")
+                         f"{describe_model(student)}: point `weights` at the student's teacher")
 
 
 def extract(cfg: Config, path: Path, out: Path) -> list[dict]:

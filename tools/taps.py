@@ -28,15 +28,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distill
+from artifacts.student import load_student, student_facts
+from artifacts.trajectories import SynVid
 from common.config import announce, field, load_config, settings_to_compare
 from common.files import replace_file, write_json
-from common.folders import fingerprint
+from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compute_dtype, draw_noise, generator, owned, prefer_attention, setup_distributed)
+    Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, prefer_attention, setup_distributed)
 from distill import features, head_loss, make_heads, tap_blocks
 from model import check_model, collate, load_dit, sample_euler
-from sample import load_student, student_facts
-from synvid import SynVid
+
 
 
 @dataclass
@@ -215,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg.videos = cfg.videos or min(128, len(data))
     few = min(8, sizes.num_layers)
     blocks = cfg.blocks or [round((i + 1) * sizes.num_layers / few) - 1 for i in range(few)]
-    with owned(Path(cfg.run) / "taps"):
+    with lock_run_folder(Path(cfg.run) / "taps"):
         out = announce(cfg, "taps", ranks.rank)
         found, taps = look(cfg, data, ranks, blocks), tap_blocks(cfg, sizes.num_layers)
         if ranks.rank == 0:

@@ -40,19 +40,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distill
+from artifacts.student import export_student
+from artifacts.trajectories import SynVid
 from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.folders import fingerprint
+from common.names import fingerprint
 from common.prompts import Prompt
 from common.ranks import (
-    Ranks, Timer, cli, compute_dtype, generator, on_first_rank, owned, prefer_attention,
+    Ranks, Timer, cli, compute_dtype, generator, on_first_rank, lock_run_folder, prefer_attention,
     setup_distributed)
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
-from distill import COLLECTIVE_TIMEOUT, apply_update, build, epoch_order, learning_rate
+from distill import COLLECTIVE_TIMEOUT, apply_update, build, learning_rate
 from frozen.load import encode_prompts, load_conditioner, load_vae
 from model import check_model, collate, key_times, load_dit, time_grid
 from small_world.clips import RADIUS, make_clips
-from synvid import SynVid
-from training.export import export_student
+from training.data import epoch_order
 from training.optimizer import adamw
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -158,8 +159,6 @@ class Data:
     latents: Tensor
     conds: list[dict]
     unconds: list[dict] | None
-
-
 SMALLER = (0.10, 0.14)  # radius of the mismatched clips' objects: less than any of the teacher's
 
 
@@ -303,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     prefer_attention(cfg.attention, ranks.device)
     check_config(cfg, ranks)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
-    with owned(Path(cfg.run) / "distill"):
+    with lock_run_folder(Path(cfg.run) / "distill"):
         announce(cfg, "distill", ranks.rank)
         data = load_data(cfg, ranks.device)
         state = build(cfg, key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1], ranks)

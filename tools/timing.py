@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.files import short_reason
+from common.files import error_summary
 from common.linear import linear
 from common.ranks import compute_dtype, on_first_rank
 
@@ -29,8 +29,6 @@ class Row(NamedTuple):
     plan: float | None = None          # bytes
     runs: int = 3                      # at least; before them one warms up, with a peer two
     extra: float = 0.0                 # seconds that preparing takes, about
-
-
 ENOUGH, MOST = 1.0, 20  # a row that has had its least runs goes on for so many seconds, or runs
 
 
@@ -99,7 +97,7 @@ def measure(row: Row, device: torch.device) -> dict:
             peaks = [memory_now(device) - held]
     except (RuntimeError, ValueError, OSError) as e:  # out of memory, no compiler, no such kernel
         return {"row": row.name, "tokens": row.tokens, "tflop": row.flop / 1e12,
-                "plan_gib": row.plan and row.plan / 2 ** 30, "error": short_reason(e)}
+                "plan_gib": row.plan and row.plan / 2 ** 30, "error": error_summary(e)}
     return figures(row, seconds, peaks)
 
 

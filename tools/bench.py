@@ -21,7 +21,6 @@ the same shapes and weights: runs by turns A, B, A, B; the ratio is of neighbour
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import itertools
 import math
@@ -42,23 +41,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distill
 import synvid
+from artifacts.trajectories import initial_noise, write_trajectory
 from common.config import Shared, field, load_config
 from common.files import commit, read_json, write_json
-from common.measure import Row, Run, count_flops, measure, measure_peak
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     prefer_attention, processor, setup_distributed)
 from common.video import write_video
-from frozen.peers import (
-    VIDEO_SIZE, has_diffusers, peer_dits, peer_sizes, peer_vaes, small_vae)
-from frozen.random import (
-    make_vae, random_dit, random_encoders, random_network, random_states, write_random_dit)
 from frozen.vae import HunyuanVAE, WanVAE
 from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     time_grid)
+from tools.networks import (
+    VIDEO_SIZE, has_diffusers, make_vae, peer_dits, peer_sizes, peer_vaes, random_dit,
+    random_encoders, random_network, random_states, small_vae, write_random_dit)
+from tools.timing import Row, Run, count_flops, measure, measure_peak
 from training.memory import gpu_bytes, memory_parts, shortage
 from training.monitor import step_flops
+
 
 
 @dataclass
@@ -224,13 +224,13 @@ class Bench:
 
         @torch.no_grad()
         def run() -> None:
-            noise = torch.stack([synvid.initial_noise(cfg.seed, i, "a prompt", self.shape)
+            noise = torch.stack([initial_noise(cfg.seed, i, "a prompt", self.shape)
                                  for i in range(cfg.batch)]).to(self.device)
             cond = collate([self.cond] * cfg.batch)
             x = synvid.sample_trajectories(cfg, lambda x, t, cond: x, noise, manifest["stored"],
                                            cond, cond)
             for i in range(cfg.batch):
-                synvid.write_trajectory(folder, manifest, i, "a prompt", x[i], self.cond)
+                write_trajectory(folder, manifest, i, "a prompt", x[i], self.cond)
         return [run]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.files import NUMBER, read_json, replace_file, write_json, write_text
 from common.video import data_uri
 from evaluation.page import html_of
-from evaluation.paper import (
+from tools.runs import (
     HOW_TO_READ, Arm, Measured, Plan, claim, claim_lines, even_key, key_option, mean_error,
     read_measured, student_file, table_lines, uniform_key)
 
@@ -59,7 +59,7 @@ def baseline_arms(s: Settings) -> list[Arm]:
     """Other families of methods on data: on clips where there are any, on samples everywhere."""
     key = key_option(even_key(s.n, s.m))
     return [Arm(f"{method}-{data}", f"{METHODS[method]} on {DATA[data]}", s.m,
-                (key, f"method={method}", f"data={data}"), s.baseline_seeds, "baselines.py")
+                (key, f"method={method}", f"data={data}"), s.baseline_seeds, "tools.baselines")
             for method in METHODS for data in (DATA if s.clips else ("samples",))]
 
 

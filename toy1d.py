@@ -2,18 +2,13 @@
 
     python toy1d.py [--quick] [--seeds N] [--out toy1d]    (--help lists all options)
 
-Writes OUT.png, OUT.pdf and OUT.json (config, every number drawn, claims, CPU seconds) and prints
-which claims hold. One seed takes about two minutes on one core, or half a minute with --quick.
+Reads nothing. Writes OUT.png, OUT.pdf and OUT.json (config, every number that the figure draws,
+claims, CPU seconds) and prints which claims hold. docs/toy1d.md lists what the paper leaves open.
 
-t is in [0, 1]: t = 1 is noise, t = 0 is data. p are the training points, p_d the distillation ones.
-A point x_t, diffused from x_d, is useful iff a teacher trajectory within epsilon of it at t ends at
-the training point nearest to x_d (a tie goes to the lower point). A useless point is either off
-every trajectory (dataset mismatch) or on trajectories that end elsewhere (noise mismatch).
-
-The paper leaves open, and we choose: how p_d is shifted (three ways); n = 50 Euler steps, uniform
-for the analysis and of shift 7 for AccVideo's key timesteps; students use Adam with cosine decay
-and keep the teacher's batch statistics. So students differ only in what they learn from.
-Distribution distillation is not trained; we only measure its guidance (c, d).
+t = 1 is noise, t = 0 is data; p are the training points, p_d the points used for distillation.
+A point x_t, diffused from x_d, is useful if and only if a teacher trajectory that passes within
+epsilon of it at t ends at the training point nearest to x_d. A useless point is off every
+trajectory (dataset mismatch) or only on trajectories that end elsewhere (noise mismatch).
 """
 
 import argparse
@@ -42,23 +37,23 @@ CLASSES = ("useful", "dataset", "noise")  # labels 0, 1, 2
 @dataclass(frozen=True)
 class Config:
     data: tuple = (-3.0, 3.0)  # p (A.1)
-    mismatch: tuple = WAYS     # the first gets the panels a–d, f, g and the controls
+    mismatch: tuple = WAYS     # the first is used for panels a–d, f, g and the controls
     M: tuple = (0.0, 2.0, 4.0, 6.0)
     epsilon: float = 0.05
     seeds: int = 1
-    iterations: int = 10_000   # teacher; batch and lr too (A.1)
-    batch: int = 2048
-    lr: float = 1e-4
-    trajectories: int = 5000   # and diffused points a time
-    n: int = 50                # Euler steps of a trajectory
+    iterations: int = 10_000   # of the teacher (A.1)
+    batch: int = 2048          # of the teacher (A.1)
+    lr: float = 1e-4           # of the teacher (A.1)
+    trajectories: int = 5000   # teacher trajectories, and diffused points per time
+    n: int = 50                # Euler steps per trajectory
     K: int = 5                 # PeRFlow's windows and AccVideo's m
     shift: float = 7.0         # AccVideo: every (n / K)-th time of this grid is a key timestep
-    pairs: int = 40_000        # that a student learns from
+    pairs: int = 40_000        # training pairs per student
     student_iterations: int = 1500
     student_batch: int = 512
     student_lr: float = 1e-3
-    repeats: int = 3           # students of each kind, other batches: their samples are pooled
-    samples: int = 8000        # drawn from each student
+    repeats: int = 3           # trainings per student, on different batches; samples are pooled
+    samples: int = 8000        # samples per student and training
     far: float = 0.5           # "far" is the share of samples farther than this from p
 
 
@@ -67,13 +62,14 @@ QUICK = dict(iterations=2000, lr=1e-3, pairs=10_000, student_iterations=500, stu
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """One random stream for each purpose, so that no draw depends on another."""
+    """A separate random stream for each purpose, so that no draw depends on another."""
     key = hashlib.sha256(f"{seed} {purpose}".encode()).hexdigest()
     return torch.Generator().manual_seed(int(key[:15], 16))
 
 
 # ---------------------------------------------------------------- Sec. 3.2: the data
 def distance_to(x: Tensor, p: Tensor) -> Tensor:
+    """Distance of each x to the nearest point of p."""
     return (x[..., None] - p).abs().amin(-1)
 
 
@@ -88,7 +84,7 @@ def nearest(x: Tensor, p: Tensor) -> Tensor:
 
 
 def shift_data(p: Tensor, way: str, M: float) -> Tensor:
-    """A p_d of mismatch M: the outermost points of p (sorted) move, the others stay."""
+    """A p_d of mismatch M: the outermost points of p (sorted) are moved, the others are kept."""
     low, high = {"outward": (-M / 2, M / 2), "inward": (M / 2, -M / 2), "one-sided": (0, M)}[way]
     return torch.cat([p[:1] + low, p[1:-1], p[-1:] + high])
 
@@ -121,7 +117,7 @@ def exact_velocity(x_t: Tensor, t: Tensor, p: Tensor) -> Tensor:
 
 
 def bayes_floor(p: Tensor, times: int = 1000) -> float:
-    """The least value of Eq. 3: E Var(x_0 | x_t) / t², by quadrature over t and x_1."""
+    """The minimum of Eq. 3: E Var(x_0 | x_t) / t², by quadrature over t and x_1."""
     p = p.double()
     t = (torch.arange(times, dtype=p.dtype)[:, None] + 0.5) / times
     x_1 = torch.linspace(-6, 6, 241, dtype=p.dtype)
@@ -137,7 +133,7 @@ def euler_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 
 
 def time_grid(n: int, shift: float = 1.0) -> Tensor:
-    """t_n = 1 … t_0 = 0, [n+1]: uniform u bent to shift·u / (1 + (shift−1) u)."""
+    """t_n = 1 … t_0 = 0, [n+1]: uniform u mapped to shift·u / (1 + (shift−1) u)."""
     u = torch.linspace(1, 0, n + 1, dtype=torch.float64)
     return (shift * u / (1 + (shift - 1) * u)).float()
 
@@ -152,7 +148,7 @@ def euler_trajectory(v, x: Tensor, times: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- Fig. 13: the network
 class ResNet(nn.Module):
-    """`nets` independent velocity networks side by side (groups); the batch is the length axis."""
+    """`nets` independent velocity networks in one (grouped convolutions over the batch axis)."""
 
     def __init__(self, nets: int = 1, width: int = 32, blocks: int = 3, rng=None):
         super().__init__()
@@ -175,7 +171,7 @@ class ResNet(nn.Module):
         return self.conv_out(h)[0]                                     # [nets, B]
 
     def replicate(self, nets: int) -> "ResNet":
-        """`nets` copies of this network, side by side."""
+        """`nets` copies of this network, as one network."""
         copies = ResNet(nets)
         copies.load_state_dict({name: torch.cat([w] * nets) if w.ndim else w
                                 for name, w in self.state_dict().items()})
@@ -183,7 +179,7 @@ class ResNet(nn.Module):
 
 
 def train(net: ResNet, loss_fn, iterations: int, lr: float, cosine_decay: bool, label: str) -> None:
-    """Adam on loss_fn(). A last loss that is not finite stops the run."""
+    """Minimise loss_fn() by Adam. Raises ValueError if the last loss is not finite."""
     adam = torch.optim.Adam(net.parameters(), lr, fused=True)
     for i in tqdm(range(iterations), label, disable=None):
         if cosine_decay:
@@ -193,11 +189,11 @@ def train(net: ResNet, loss_fn, iterations: int, lr: float, cosine_decay: bool, 
         loss.backward()
         adam.step()
     if not torch.isfinite(loss):
-        raise ValueError(f"{label}: the loss became {loss.item()}; got lr {lr}, wanted a lower one")
+        raise ValueError(f"{label}: expected a finite loss, got {loss.item()}: lower lr ({lr})")
 
 
 def train_teacher(cfg: Config, p: Tensor, seed: int):
-    """Train v_θ by Eq. 3; a batch is p repeated (A.1). Returns the network and v(x, t)."""
+    """Train v_θ by Eq. 3; a batch is p, repeated (A.1). Returns the network and v(x, t)."""
     rng = generator(seed, "teacher")
     net = ResNet(rng=rng)
     x_0 = p.repeat(math.ceil(cfg.batch / len(p)))[None, :cfg.batch]
@@ -215,8 +211,8 @@ def train_teacher(cfg: Config, p: Tensor, seed: int):
 # ---------------------------------------------------------------- Fig. 2 f: distillation
 @dataclass
 class Student:
-    """A student of K steps at `times`. It learns from `pairs`: x_high, x_low, t_high, t_low, [N]
-    each; at a uniform t between them (PeRFlow), or at t_high only (Eq. 6)."""
+    """A student of K steps at `times`. It learns from `pairs` (x_high, x_low, t_high, t_low, each
+    [N]) at a uniform t between them (PeRFlow), or at t_high only (Eq. 6)."""
     name: str
     p_d: Tensor
     pairs: tuple
@@ -230,7 +226,7 @@ def segment_velocity(x_high: Tensor, x_low: Tensor, t_high: Tensor, t_low: Tenso
 
 
 def perflow_pairs(v, x: Tensor, window: Tensor, K: int, n: int) -> tuple:
-    """PeRFlow: v carries x [N] from the start of its window (of K, from t = 1) to its end."""
+    """PeRFlow: solve v from x [N] at the start of its window (of K, from t = 1) to its end."""
     t_high = 1 - window / K
     x_low, t = x, t_high
     for _ in range(n // K):
@@ -239,13 +235,13 @@ def perflow_pairs(v, x: Tensor, window: Tensor, K: int, n: int) -> tuple:
 
 
 def make_students(cfg: Config, p: Tensor, v, paths: Tensor, key_paths: Tensor, seed: int) -> list:
-    """Every student of one seed, in the order of M. All share windows, trajectories and noises."""
+    """All students of a seed, in the order of M. They share windows, trajectories and noise."""
     rng, N, stride = generator(seed, "pairs"), cfg.pairs, cfg.n // cfg.K
     window = torch.randint(cfg.K, (N,), generator=rng)
     row = torch.randint(cfg.trajectories, (N,), generator=rng)
     source = torch.randint(len(p), (N,), generator=rng)
     x_1, half = torch.randn(N, generator=rng), torch.rand(N, generator=rng) < 0.5
-    on = paths[::stride][window, row]  # window starts that lie on teacher trajectories
+    on = paths[::stride][window, row]  # window starts on teacher trajectories
     key = time_grid(cfg.n, cfg.shift)[::stride]
     eq6 = key_paths[window, row], key_paths[window + 1, row], key[window], key[window + 1]
     students = [Student("AccVideo", p, eq6, key, interpolate=False)]
@@ -268,10 +264,10 @@ def make_students(cfg: Config, p: Tensor, v, paths: Tensor, key_paths: Tensor, s
 
 
 def distill(cfg: Config, teacher: ResNet, students: list, x_1: Tensor, seed: int, repeat: int):
-    """Train all students side by side; each starts as the teacher. Returns their few-step samples
-    [students, N] from the noises x_1 [N]."""
+    """Train all students at once, each from the teacher's weights. Returns their few-step samples
+    [students, N] from the noise x_1 [N]."""
     rng = generator(seed, f"distill {repeat}")
-    net = teacher.replicate(len(students)).eval()  # the batch statistics stay the teacher's
+    net = teacher.replicate(len(students)).eval()  # eval: keep the teacher's batch statistics
     pairs = torch.stack([torch.stack(student.pairs) for student in students], 1)  # [4, S, N]
     interpolate = torch.tensor([[student.interpolate] for student in students])
     def loss():
@@ -280,7 +276,7 @@ def distill(cfg: Config, teacher: ResNet, students: list, x_1: Tensor, seed: int
         share = torch.where(interpolate, torch.rand(cfg.student_batch, generator=rng), 0.0)
         x_t, t = torch.lerp(x_high, x_low, share), torch.lerp(t_high, t_low, share)
         target = segment_velocity(x_high, x_low, t_high, t_low)
-        return (net(x_t, t) - target).square().mean(1).sum()  # a sum: no student sees another
+        return (net(x_t, t) - target).square().mean(1).sum()  # a sum keeps the students independent
 
     train(net, loss, cfg.student_iterations, cfg.student_lr, True,
           f"seed {seed}: students, {repeat + 1} of {cfg.repeats}")
@@ -291,8 +287,8 @@ def distill(cfg: Config, teacher: ResNet, students: list, x_1: Tensor, seed: int
 
 # ---------------------------------------------------------------- Sec. 3.2: useless data points
 def classify(x_t: Tensor, x_d: Tensor, states: Tensor, ends: Tensor, p: Tensor, epsilon: float):
-    """Labels (CLASSES) of points x_t [N] diffused from x_d [N], by the teacher's trajectories,
-    which are at states [R] at this t and end at ends [R]."""
+    """Label points x_t [N], diffused from x_d [N], by the teacher's trajectories, which are at
+    states [R] at this t and end at ends [R]. Returns indices into CLASSES, [N]."""
     states, order = states.sort()
     arrivals = nn.functional.one_hot(nearest(ends[order], p), len(p)).cumsum(0)
     arrivals = nn.functional.pad(arrivals, (0, 0, 1, 0))  # [R+1, len(p)]: arrivals before a state
@@ -304,13 +300,13 @@ def classify(x_t: Tensor, x_d: Tensor, states: Tensor, ends: Tensor, p: Tensor, 
 
 
 def crossing_probability(x_d: Tensor, t: Tensor, p: Tensor) -> Tensor:
-    """P(x_t lies on the other point's side) = Φ(−|x_d − μ| (1−t) / t), [len(x_d), len(t)]: with two
+    """P(x_t is on the other point's side) = Φ(−|x_d − μ| (1−t) / t), [len(x_d), len(t)]: with two
     points of mean μ the exact flow never crosses (1−t) μ, by symmetry."""
     return torch.special.ndtr(-(x_d[:, None] - p.mean()).abs() * (1 - t) / t)
 
 
 def endpoints(v, x_t: Tensor, times: Tensor) -> Tensor:
-    """Where v takes x_t [n−1, N], row i of which starts at times[i+1], at t = 0."""
+    """Endpoints at t = 0 of v from x_t [n−1, N]; row i starts at times[i+1]."""
     x = x_t.clone()
     for i in range(1, len(times) - 1):
         x[:i] = euler_step(x[:i], v(x[:i], times[i].expand_as(x[:i])), times[i], times[i + 1])
@@ -318,7 +314,7 @@ def endpoints(v, x_t: Tensor, times: Tensor) -> Tensor:
 
 
 def measure_teacher(v, p: Tensor, seed: int) -> dict:
-    """How near the teacher is to the exact field, on random points."""
+    """Compare the teacher with the exact field on random points."""
     rng = generator(seed, "evaluate")
     x_0 = p[torch.randint(len(p), (1 << 18,), generator=rng)]
     x_1, t = torch.randn(x_0.shape, generator=rng), 1 - torch.rand(x_0.shape, generator=rng)
@@ -329,9 +325,9 @@ def measure_teacher(v, p: Tensor, seed: int) -> dict:
 
 
 def measure_useless(cfg: Config, v, paths: Tensor, times: Tensor, p: Tensor, seed: int):
-    """Fig. 2 e for every way and M, at the times strictly inside (0, 1). For the first way also the
-    teacher's guidance by class: the error t |v_θ − v| of the data point it predicts, and the
-    distance from p at which its trajectories end; and the points and labels of each M."""
+    """Shares of useless points at the times inside (0, 1), by way and M (Fig. 2 e). For the first
+    way also the teacher's guidance by class (the error t |v_θ − v| of the data point it predicts,
+    and the distance from p at which its trajectories end), and the points and labels of each M."""
     x_1 = torch.randn(cfg.n - 1, cfg.trajectories, generator=generator(seed, "diffusion"))
     t, useless, measured = times[1:-1, None], {}, []
     for way in cfg.mismatch:
@@ -358,7 +354,7 @@ def measure_useless(cfg: Config, v, paths: Tensor, times: Tensor, p: Tensor, see
 
 
 def measure_deviation(cfg: Config, samples: list, p: Tensor) -> dict:
-    """How far the samples (name, p_d, x) of every model are from p, and from p and p_d."""
+    """Distance of every model's samples (name, p_d, x) to p, and to the nearer of p and p_d."""
     deviation = {name: {"to p": [], "to either": [], "far": []} for name, *_ in samples}
     for name, p_d, x in samples:
         to_p, to_either = distance_to(x, p), distance_to(x, torch.cat([p, p_d]))
@@ -373,7 +369,7 @@ def measure_deviation(cfg: Config, samples: list, p: Tensor) -> dict:
 
 # ---------------------------------------------------------------- the main experiment
 def run_seed(cfg: Config, seed: int) -> tuple[dict, dict]:
-    """Every number of one seed (lists are over cfg.M), and what the figure draws of it."""
+    """All numbers of a seed (lists are over cfg.M), and the data that the figure draws."""
     p, times, stride = torch.tensor(cfg.data), time_grid(cfg.n), cfg.n // cfg.K
     net, v = train_teacher(cfg, p, seed)
     noise = torch.randn(cfg.trajectories, generator=generator(seed, "trajectories"))
@@ -392,16 +388,16 @@ def run_seed(cfg: Config, seed: int) -> tuple[dict, dict]:
 
 
 def figure_data(cfg: Config, v, p, paths, times, points: list, samples: list) -> dict:
-    """What panels a–d and f draw: trajectories, diffused points and where the teacher takes them,
-    its error on a grid, histograms. Panels a–d show M = 0 and the last M but one."""
-    way, shown = cfg.mismatch[0], (0, max(1, len(cfg.M) - 2))
-    widest, p_d = (shift_data(p, way, cfg.M[i]) for i in (-1, shown[1]))
+    """Data of panels a–d and f: trajectories, diffused points and the teacher's paths from them,
+    its error on a grid, histograms. Panels a–d show M = 0 and the second largest M."""
+    way, panels = cfg.mismatch[0], (0, max(1, len(cfg.M) - 2))
+    widest, p_d = (shift_data(p, way, cfg.M[i]) for i in (-1, panels[1]))
     edges = torch.linspace(float(widest.min()) - 1.5, float(widest.max()) + 1.5, 121)
     x, t = torch.linspace(float(p_d.min()) - 2, float(p_d.max()) + 2, 81), times[:-1]
     grid = torch.meshgrid(x, t, indexing="xy")  # [n, 81] each
     error = (grid[1] * (v(*grid) - exact_velocity(*grid, p)).abs()).T
     starts = range(cfg.n // cfg.K - 1, cfg.n - 1, cfg.n // cfg.K)  # of PeRFlow's windows
-    points = [points[i] for i in shown]
+    points = [points[i] for i in panels]
     rollouts = [[{"class": label[i, j], "t": times[i + 1:],
                   "x": euler_trajectory(v, x_t[i, j], times[i + 1:])}
                  for i in starts for j in range(0, 1000, 127)] for x_t, label in points]
@@ -409,19 +405,19 @@ def figure_data(cfg: Config, v, p, paths, times, points: list, samples: list) ->
               "class": label[:, :1000:251].flatten()} for x_t, label in points]
     share = {name: [torch.histogram(x.clamp(edges[0], edges[-1]), edges).hist / len(x)
                     for other, _, x in samples if other == name] for name in (way, "AccVideo")}
-    return {"M": [cfg.M[i] for i in shown], "t": times, "trajectories": paths[:, :40].T,
+    return {"M": [cfg.M[i] for i in panels], "t": times, "trajectories": paths[:, :40].T,
             "rollouts": rollouts, "points": cloud, "edges": edges, "share": share,
             "p_d": [shift_data(p, way, M) for M in cfg.M], "error": {"t": t, "x": x, "abs": error}}
 
 
 def to_json(tree, digits: int):
-    """`tree` as JSON holds it: tensors become lists, and floats are rounded."""
+    """`tree` after a round trip through JSON: tensors become lists, floats are rounded."""
     return json.loads(json.dumps(tree, default=Tensor.tolist),
                       parse_float=lambda number: round(float(number), digits))
 
 
 def summarise(trees: list):
-    """Mean, least and largest over seeds of every number of the same-shaped `trees`."""
+    """Mean, minimum and maximum over seeds of every number in `trees`, which have one shape."""
     if None in trees:
         return None
     if isinstance(trees[0], dict):
@@ -513,8 +509,8 @@ def caption(cfg: Config, mean: dict) -> str:
 
 
 def analyse(cfg: Config) -> dict:
-    """What OUT.json holds, but for the CPU seconds: a function of cfg alone."""
-    torch.set_num_threads(1)  # one order of summation, so the same numbers each time
+    """The content of OUT.json without command and CPU seconds: a function of cfg alone."""
+    torch.set_num_threads(1)  # a fixed order of summation gives the same numbers each time
     seeds, data = zip(*(run_seed(cfg, seed) for seed in range(cfg.seeds)), strict=True)
     mean = summarise(seeds)
     return {"format": 1, "config": json.loads(json.dumps(asdict(cfg))), "seeds": seeds,
@@ -534,8 +530,6 @@ SHIFT = {"outward": "outermost points moved apart", "inward": "outermost points 
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "text.color": INK,
          "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
          "legend.frameon": False, "legend.fontsize": 8.5, "hatch.linewidth": 0.6}
-
-
 TITLES = ("Setup: the teacher's paths take\nnoise to the training data",
           "a)  knowledge distillation: the teacher\ndenoises diffused data, here its own (M = 0)",
           "b)  with other data (M = {M:.3g}) it starts\nwhere none of its paths go",
@@ -544,12 +538,13 @@ TITLES = ("Setup: the teacher's paths take\nnoise to the training data",
 
 
 def band(values: list) -> list:
+    """Mean, minimum and maximum of each of `values`, as three arrays."""
     return [np.array([value[key] for value in values]) for key in ("mean", "min", "max")]
 
 
 @rc_context(STYLE)
 def draw_figure(report: dict, out: str) -> None:
-    """OUT.png (1200 px wide) and OUT.pdf, from what OUT.json holds."""
+    """Draw OUT.png (1200 px wide) and OUT.pdf from the content of OUT.json."""
     cfg, data, mean = report["config"], report["drawn"], report["summary"]
     Ms, ways = cfg["M"], cfg["mismatch"]
     fig = Figure(figsize=(12, 16), dpi=100)
@@ -570,13 +565,13 @@ def draw_figure(report: dict, out: str) -> None:
              weight="bold", va="top")
     fig.text(0.055, 0.008, textwrap.fill(report["caption"], 165).replace("p_d", "$p_d$"),
              va="bottom", linespacing=1.3)
-    for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):  # beside, then renamed
+    for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
         fig.savefig(f"{out}.tmp.{kind}", metadata=metadata)
         os.replace(f"{out}.tmp.{kind}", f"{out}.{kind}")
 
 
 def draw_paths(upper: list, guidance: list, cfg: dict, data: dict):
-    """The setup, where the teacher takes diffused points (a, b), and its error there (c, d)."""
+    """The setup, the teacher's paths from diffused points (a, b), and its error there (c, d)."""
     error, (setup, *rollouts) = data["error"], upper
     for ax, title in zip((*upper, *guidance), TITLES, strict=True):
         ax.set(title=title.format(M=data["M"][1]), xlabel="t", ylim=(error["x"][0], error["x"][-1]),
@@ -690,20 +685,21 @@ def draw_drift(ax, Ms: list, way: str, deviation: dict) -> None:
 
 # ---------------------------------------------------------------- command line
 def parse_args(argv=None) -> tuple[Config, str]:
-    """The configuration and OUT; a bad value ends with a message that names its option."""
+    """The configuration and OUT. A bad value ends with a message that names its option."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="fewer iterations: rough numbers in half a minute")
+    add("--quick", action="store_true", help="fewer iterations: rough numbers in 20 seconds")
     add("--seeds", type=int, default=1, metavar="N", help="average over seeds 0 to N - 1")
     add("--data", type=float, nargs="+", default=Config.data, metavar="X", help="training points")
-    add("--mismatch", nargs="+", default=WAYS, choices=WAYS, help="the first gets a–d, f and g")
-    add("--M", type=float, nargs="+", help="from 0 up; default: four, at most half-way inward")
-    add("--epsilon", type=float, default=Config.epsilon, help="how near a trajectory must pass")
+    add("--mismatch", nargs="+", default=WAYS, choices=WAYS,
+        help="how p_d is moved; the first way is used for panels a–d, f and g")
+    add("--M", type=float, nargs="+", help="increasing from 0; default: four that suit every way")
+    add("--epsilon", type=float, default=Config.epsilon, help="radius of a trajectory")
     add("--out", default="toy1d", help="the path of the three files, without suffix")
     args = parser.parse_args(argv)
-    def check(ok: bool, option: str, got, wanted: str) -> None:
+    def check(ok: bool, option: str, value, expected: str) -> None:
         if not ok:
-            parser.error(f"{option}: got {got}; wanted {wanted}")
+            parser.error(f"{option}: expected {expected}, got {value}")
 
     p, ways, out = sorted(args.data), args.mismatch, Path(args.out)
     check(all(map(math.isfinite, p)) and len(set(p)) == len(p) >= 2, "--data", args.data,
@@ -711,7 +707,7 @@ def parse_args(argv=None) -> tuple[Config, str]:
     limit = min(p[1] - p[0], p[-1] - p[-2])
     Ms = [limit * i / 3 for i in range(4)] if args.M is None else args.M
     check(len(Ms) > 1 and Ms[0] == 0 and Ms[-1] < math.inf and min(np.diff(Ms)) > 0, "--M", Ms,
-          "two or more increasing numbers, the first of them 0 (what the others are compared with)")
+          "two or more increasing numbers, the first of them 0")
     check("inward" not in ways or Ms[-1] <= limit, "--M", Ms[-1], f"at most {limit:g} for inward")
     check(len(set(ways)) == len(ways), "--mismatch", ways, "each way once")
     check(0 < args.epsilon < math.inf, "--epsilon", args.epsilon, "a number above 0")
@@ -733,8 +729,8 @@ def main(argv=None) -> None:
     draw_figure(report, out)
     print(f"\nMean of {cfg.seeds} seed(s), over M =", *(f"{M:.3g}" for M in cfg.M))
     for c in report["claims"]:
-        some = f"{c['holds']} of {c['of']} seeds"
-        verdict = {0: "does not hold", c["of"]: "holds"}.get(c["holds"], some)
+        verdict = {0: "does not hold", c["of"]: "holds"}.get(
+            c["holds"], f"{c['holds']} of {c['of']} seeds")
         print(f"{verdict:>13}  {c['claim']}\n{'':18}{c['numbers']}")
     print(f"{out}.png  {out}.pdf  {out}.json   {time.process_time():.0f} CPU seconds")
 

@@ -1,4 +1,4 @@
-"""toy1d.py against the analytic field, closed forms and points constructed by hand."""
+"""toy1d.py against the analytic field, closed forms and hand-made points."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from toy1d import Config, generator, time_grid
 P = torch.tensor([-3.0, 3.0])
 TINY = Config(M=(0.0, 6.0), iterations=400, batch=1024, lr=2e-3, trajectories=1500, pairs=2000,
               student_iterations=15, student_batch=64, repeats=2, samples=500)
+SHORT = replace(TINY, iterations=30, trajectories=200, pairs=500, samples=100)  # plumbing only
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_exact_velocity_reaches_the_bayes_floor_and_nothing_near_it_does():
     floor = toy1d.bayes_floor(P)
     assert loss(1.0) == pytest.approx(floor, rel=0.015)  # sampling error, below 0.5%
     assert min(loss(0.95), loss(1.05)) > loss(1.0)
-    assert toy1d.bayes_floor(P[:1]) == pytest.approx(0, abs=1e-9)  # one point: nothing is uncertain
+    assert toy1d.bayes_floor(P[:1]) == pytest.approx(0, abs=1e-9)  # one point: no uncertainty
 
 
 def test_euler_step_is_eq_5_and_exact_on_a_straight_path():
@@ -82,7 +83,7 @@ def test_every_tenth_time_of_the_shifted_grid_is_a_key_timestep_of_the_paper():
 
 
 # ---------------------------------------------------------------- the network
-def test_students_start_as_the_teacher_and_do_not_see_each_other():
+def test_students_start_as_the_teacher_and_are_independent():
     teacher = toy1d.ResNet(rng=generator(0, "test"))
     x, t = torch.randn(1, 64, generator=generator(1, "test")), torch.full((1, 64), 0.3)
     teacher(x, t)  # moves the batch statistics off their initial values
@@ -103,7 +104,7 @@ def test_M_sums_the_distances_to_the_nearest_training_point():
 
 @pytest.mark.parametrize("way", toy1d.WAYS)
 @pytest.mark.parametrize("p", [P, torch.tensor([-1.0, 0.0, 4.0])])
-def test_each_way_of_shifting_the_data_has_the_M_it_is_asked_for(way, p):
+def test_each_way_of_shifting_the_data_has_the_given_M(way, p):
     for M in (0.0, 0.5, 1.0):
         assert toy1d.mismatch(toy1d.shift_data(p, way, M), p).item() == pytest.approx(M)
 
@@ -113,7 +114,7 @@ def classes(x_t, x_d, states, ends):
     return [toy1d.CLASSES[label] for label in labels]
 
 
-def test_a_point_is_useful_only_near_a_trajectory_that_ends_at_its_own_training_point():
+def test_a_point_is_useful_only_near_a_trajectory_that_ends_at_its_training_point():
     states, ends = [0.5, -0.5, 0.04, 0.0], [3.01, -2.98, 2.97, -3.02]
     assert classes([0.52, 0.52, 0.7, -0.45], [3.0, -3.0, 3.0, -5.0], states, ends) == \
         ["useful", "noise", "dataset", "useful"]
@@ -159,7 +160,7 @@ def test_with_the_exact_field_no_point_is_off_every_trajectory_at_M_0_and_some_a
 
 
 # ---------------------------------------------------------------- distillation
-def test_perflow_on_straight_paths_is_taught_the_velocity_target():
+def test_perflow_on_straight_paths_learns_the_velocity_target():
     x_0, x_1, _ = diffused(200, p=P[:1])  # one training point: the exact flow is straight
     window = torch.arange(200) % 5
     start = toy1d.forward_diffusion(x_0, x_1, 1 - window / 5)
@@ -180,7 +181,7 @@ def test_an_euler_step_with_the_target_of_eq_6_lands_on_the_next_key_latent():
     torch.testing.assert_close(toy1d.euler_step(l_high, target, t_high, t_low), l_low)
 
 
-def test_accvideos_student_sees_teacher_states_only_and_nothing_of_p_d():
+def test_accvideos_student_learns_from_teacher_states_only():
     def v(x, t):
         return toy1d.exact_velocity(x, t, P)
     noise, key = torch.randn(1500, generator=generator(0, "test")), time_grid(50, 7.0)
@@ -196,7 +197,7 @@ def test_accvideos_student_sees_teacher_states_only_and_nothing_of_p_d():
     assert torch.isin(half.pairs[0], paths).float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
-# ---------------------------------------------------------------- the whole, in miniature
+# ---------------------------------------------------------------- the experiment, in miniature
 def test_the_teacher_nears_the_bayes_floor_and_useless_points_grow_with_M(report):
     numbers = report["seeds"][0]
     assert numbers["teacher"]["loss"] < 1.1 * numbers["teacher"]["Bayes floor"]
@@ -205,15 +206,15 @@ def test_the_teacher_nears_the_bayes_floor_and_useless_points_grow_with_M(report
         assert numbers["useless"][way]["M"] == [0, 6]
 
 
-def test_the_same_seed_gives_the_same_numbers_whatever_runs_beside_it(report):
-    both = json.loads(json.dumps(toy1d.analyse(replace(TINY, seeds=2))))
-    assert both["seeds"][0] == report["seeds"][0] and both["drawn"] == report["drawn"]
-    assert both["seeds"][1] != report["seeds"][0]
+def test_the_same_seed_gives_the_same_numbers_whatever_else_runs():
+    one, both = (json.loads(json.dumps(toy1d.analyse(replace(SHORT, seeds=n)))) for n in (1, 2))
+    assert both["seeds"][0] == one["seeds"][0] and both["drawn"] == one["drawn"]
+    assert both["seeds"][1] != one["seeds"][0]
     assert both["summary"]["teacher"]["loss"]["mean"] == pytest.approx(
         sum(seed["teacher"]["loss"] for seed in both["seeds"]) / 2)
 
 
-def test_the_figure_is_drawn_from_the_json_alone_and_leaves_nothing_aside(report, tmp_path):
+def test_the_figure_is_drawn_from_the_json_alone_without_temporary_files(report, tmp_path):
     toy1d.draw_figure(report, str(tmp_path / "f"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.pdf", "f.png"]
     width = int.from_bytes((tmp_path / "f.png").read_bytes()[16:20], "big")
@@ -221,8 +222,7 @@ def test_the_figure_is_drawn_from_the_json_alone_and_leaves_nothing_aside(report
 
 
 def test_three_data_points_and_one_way_of_shifting_run_through(tmp_path):
-    cfg = replace(TINY, data=(-4.0, 0.0, 3.0), mismatch=("one-sided",), M=(0.0, 1.0, 3.0),
-                  iterations=50)
+    cfg = replace(SHORT, data=(-4.0, 0.0, 3.0), mismatch=("one-sided",), M=(0.0, 1.0, 3.0))
     found = toy1d.analyse(cfg)
     toy1d.draw_figure(json.loads(json.dumps(found)), str(tmp_path / "f"))
     assert found["summary"]["useless"]["one-sided"]["crossing"] == [None] * 3  # no closed form
@@ -237,7 +237,7 @@ def test_options_reach_the_configuration_and_M_follows_the_data():
     assert toy1d.parse_args(["--quick"])[0] == replace(Config(), **toy1d.QUICK)
 
 
-@pytest.mark.parametrize("argv, option, wanted", [
+@pytest.mark.parametrize("argv, option, expected", [
     (["--data", "3"], "--data", "two or more different"),
     (["--data", "3", "3"], "--data", "two or more different"),
     (["--data", "nan", "3"], "--data", "two or more different"),
@@ -251,13 +251,13 @@ def test_options_reach_the_configuration_and_M_follows_the_data():
     (["--seeds", "0"], "--seeds", "1 or more"),
     (["--out", "."], "--out", "a file's path"),
 ])
-def test_a_bad_value_is_refused_by_the_name_of_its_option(argv, option, wanted, capsys):
+def test_a_bad_value_is_refused_with_the_name_of_its_option(argv, option, expected, capsys):
     with pytest.raises(SystemExit):
         toy1d.parse_args(argv)
     message = capsys.readouterr().err
-    assert option in message.splitlines()[-1] and wanted in message
+    assert option in message.splitlines()[-1] and expected in message
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name():
-    with pytest.raises(ValueError, match="seed 0: teacher: the loss became"):
+    with pytest.raises(ValueError, match="seed 0: teacher: expected a finite loss, got"):
         toy1d.train_teacher(replace(TINY, iterations=30, lr=1e20), P, 0)

@@ -1,7 +1,10 @@
-# make demo: own environment, then the small world end to end on a CPU
-# make i2v: the same with image-to-video, its teacher trained first
-# RANKS: processes that make trajectories or run tests, one a core
-# PIP_ARGS: more arguments for pip, as --extra-index-url https://download.pytorch.org/whl/cpu
+# make demo: the small world end to end on a CPU, in an environment of its own (.venv)
+# make i2v: the same for image-to-video, which trains its teacher first (stage 0)
+# make test: ruff and all tests
+# make toy: the 1D analysis, toy1d.png
+# make clean: remove .venv, caches, toy1d's files and the runs of make demo and make i2v
+# RANKS: processes that make trajectories or run tests; one per core
+# PIP_ARGS: more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
@@ -9,7 +12,7 @@ RANKS ?= 2
 
 .PHONY: demo i2v test toy clean
 
-# two students side by side, of 5 and of 2 steps: one thread a process, processes for cores
+# Two students are trained at the same time, of 5 and of 2 steps; each process has one thread.
 demo: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) synvid.py configs/tiny.yaml
@@ -34,8 +37,10 @@ test: .venv/installed-test
 toy: .venv/installed
 	$(BIN)/python toy1d.py
 
+# Other runs may hold weeks of work: only what the targets above have made is removed.
 clean:
-	rm -rf .venv runs toy1d.png toy1d.pdf toy1d.json .pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf .venv runs/tiny runs/tiny-2 runs/tiny-i2v toy1d.png toy1d.pdf toy1d.json
+	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11 …')"

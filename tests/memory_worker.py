@@ -24,7 +24,7 @@ import distill
 import model
 import sample
 from common.files import write_json
-from tools.timing import allocated
+from tools.bench import allocated
 from common.ranks import cli, generator, local_rows, setup_distributed
 from common.weights import save_tensors
 from tools.networks import random_dit

@@ -15,7 +15,7 @@ import distill
 import model
 from common.config import load_config
 from common.files import ROOT
-from tools.timing import allocated
+from tools.bench import allocated
 from common.ranks import Ranks, generator
 from common.weights import open_tensors, save_tensors
 from training.memory import host_plan, memory_parts, memory_plan, print_plans

@@ -882,12 +882,8 @@ def test_every_shipped_config_loads_in_every_stage(path, stage):
     assert model.check_model(cfg) is model.PRESETS[cfg.preset]
 
 
-def test_the_project_is_a_checkout_to_run_and_names_what_it_needs():
-    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "build-system" not in about and "setuptools" not in about["tool"]
-    pinned = {line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().split("\n")
-              if line and line[0] != "#"}
-    assert {name.split(">=")[0] for name in about["project"]["dependencies"]} == pinned
+def test_pyproject_holds_settings_of_tools_and_nothing_that_cannot_be_installed():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text()).keys() == {"tool"}
 
 
 ARROWS = {"common": {"common"}, "model": {"model", "common"},

@@ -1,27 +1,19 @@
-"""How fast and how large is it here: every part with random weights, measured; needs no files.
+"""How fast each part runs on this machine, and in how much memory. Random weights, no files needed.
 
-    python bench.py [CONFIG] [--minutes 8]             torchrun --nproc-per-node 8 bench.py CONFIG
-    python bench.py CONFIG --only "DiT" --out bench.json        # rows with this in their name
+    python -m tools.bench [CONFIG] [--minutes 8]
+    python -m tools.bench CONFIG --only "DiT"            (only the rows whose name contains "DiT")
+    torchrun --nproc-per-node 8 -m tools.bench CONFIG
 
-In:   sizes of CONFIG, and what its synvid: and distill: say of batches, checkpointing and so on.
-Out:  a Markdown table, and in the JSON file --out under bench → device → config's name the same;
-      all else in that file stays. It is written after each row.
-Cost: at most about --minutes; the most telling rows come first, and what was left out is listed.
-      Needs disk for one DiT in the folder of temporary files, in which it leaves nothing.
+In:   the sizes of CONFIG and the settings of its synvid: and distill: sections.
+Out:  a Markdown table, and <run>/bench.json (or --out FILE), which is written after each row.
+Cost: about --minutes; the most important rows come first, rows that are left out are listed. It
+      needs disk space for one DiT in the temporary folder, which it removes.
 
-Columns: seconds are the median over runs after a warm-up, ± half the range over the median; TFLOP
-of a DiT as model.py counts them (its blocks), of other networks as torch does; MFU of the peak that
-a large linear layer reached in the same run, and of the datasheet's (peak_tflops); peak memory,
-on a GPU of all that is allocated, on a CPU what came to the process, beside diffusers of tensors;
-plan: what training/memory.py foretells of it; floor: TFLOP over the measured peak.
-
-On a CPU there are also small networks of both families against diffusers, if it is installed, with
-the same shapes and weights: runs by turns A, B, A, B; the ratio is of neighbours, ours over theirs.
+docs/scaling.md, "Measure your machine", explains the columns and the comparison with diffusers.
 """
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import math
 import shlex
@@ -31,19 +23,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import synvid
 from artifacts.trajectories import initial_noise, write_trajectory
 from common.config import Shared, field, load_config
-from common.files import commit, read_json, write_json
+from common.files import commit, error_summary, read_json, write_json
+from common.linear import linear
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     prefer_attention, processor, setup_distributed)
@@ -53,30 +50,147 @@ from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     time_grid)
 from tools.networks import (
-    VIDEO_SIZE, has_diffusers, make_vae, peer_dits, peer_sizes, peer_vaes, random_dit,
+    VIDEO_SIZE, Run, diffusers_version, make_vae, peer_dits, peer_sizes, peer_vaes, random_dit,
     random_encoders, random_network, random_states, small_vae, write_random_dit)
-from tools.timing import Row, Run, count_flops, measure, measure_peak
+from training.data import Batch, Latents, pinned
 from training.memory import gpu_bytes, memory_parts, shortage
 from training.monitor import step_flops
-
 
 
 @dataclass
 class Config(Shared):
     """Settings of a measurement."""
-    minutes: float | None = field(None, "time for all rows; none: 8 on a GPU, 2 on a CPU",
+    minutes: float | None = field(None, "time for all rows; defaults to 8 on a GPU, 2 on a CPU",
                                   "[0, 10000]")
-    only: str = field("", "measure only rows whose name has this in it")
-    out: str = field("assets/results.json", "JSON file that the results go into")
-    peak_tflops: float | None = field(None, "device's dense peak, as 989; none: distill's",
+    only: str = field("", "measure only rows whose name contains this text")
+    out: str | None = field(None, "JSON file for the results; defaults to <run>/bench.json")
+    peak_tflops: float | None = field(None, "device's dense peak, e.g. 989; defaults to distill's",
                                       "(0, inf)")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses)", "[1, inf)")
+
+
+# -------------------------------------------------------------------------- seconds and memory
+
+class Row(NamedTuple):
+    """One line of the table: what is timed, and how much work it is."""
+    name: str
+    prepare: Callable[[], list[Run]]   # builds networks; returns our run, and diffusers' if any
+    flop: float = 0.0
+    tokens: int | None = None
+    plan: float | None = None          # bytes, from training/memory.py
+    runs: int = 3                      # at least; if more than one, another one warms up first
+    extra: float = 0.0                 # approximate seconds of preparation
+
+
+ENOUGH_SECONDS, MOST_RUNS = 1.0, 20  # a row is repeated for so long, or for so many runs
+
+
+def clock(run: Run, device: torch.device) -> float:
+    """Seconds of one run, including the device's work."""
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
+    """The result of work(), the bytes of CPU tensors that it leaves, and their peak meanwhile.
+
+    Counted from torch's allocations: the growth of the process depends on what it freed before.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events()
+              if e.name() == "[memory]"]
+    sizes = list(itertools.accumulate((size for _, size in sorted(events, key=lambda e: e[0])),
+                                      initial=0))
+    return result, sizes[-1], max(sizes)
+
+
+def run_row(row: Row, device: torch.device) -> tuple[list[list[float]], list[int]]:
+    """The seconds of each run, and the peak bytes (none on a CPU if the row runs once), of ours and
+    of diffusers' if it takes part. Collective."""
+    on_gpu, warm_up = device.type == "cuda", row.runs > 1
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        work = row.prepare()
+        for run in work if warm_up else []:
+            clock(run, device)
+    else:
+        work, held, _ = allocated(row.prepare)
+        peaks = [allocated(run)[2] for run in work if warm_up]
+        if len(work) == 1:  # against diffusers only what a run adds is compared
+            peaks = [held + peak for peak in peaks]
+    started, seconds = time.perf_counter(), [[] for _ in work]
+
+    def unfinished() -> bool:
+        done = len(seconds[0])
+        return done < row.runs or (done < MOST_RUNS
+                                   and time.perf_counter() - started < ENOUGH_SECONDS)
+
+    while on_first_rank(unfinished):
+        for run, times in zip(work, seconds, strict=True):
+            times.append(clock(run, device))
+    if on_gpu:
+        peaks = [torch.cuda.max_memory_allocated(device)]
+    return seconds, peaks
+
+
+def measure(row: Row, device: torch.device, peak: float, datasheet: float | None = None) -> dict:
+    """A row's figures, or the error that it ended with. Collective.
+
+    Args: peak, measured FLOP/s of the device; datasheet, its TFLOP/s on paper.
+    """
+    found = {"row": row.name, "tokens": row.tokens, "tflop": row.flop / 1e12,
+             "floor_seconds": row.flop / peak, "plan_gib": row.plan and row.plan / 2 ** 30}
+    try:
+        seconds, peaks = run_row(row, device)
+    except (RuntimeError, ValueError, OSError) as e:  # out of memory, no compiler, no such kernel
+        seconds, peaks = [], []
+        found["error"] = error_summary(e)
+    if seconds:
+        ours = statistics.median(seconds[0])
+        found |= {"seconds": ours, "range": [min(seconds[0]), max(seconds[0])],
+                  "runs": len(seconds[0]), "tflops": found["tflop"] / ours,
+                  "mfu": found["floor_seconds"] / ours,
+                  "mfu_datasheet": datasheet and found["tflop"] / ours / datasheet,
+                  "peak_gib": peaks and peaks[0] / 2 ** 30}
+    if len(seconds) > 1:
+        ratios = [a / b for a, b in zip(*seconds, strict=True)]
+        found |= {"diffusers_seconds": statistics.median(seconds[1]),
+                  "diffusers_peak_gib": peaks[1] / 2 ** 30, "ratio": statistics.median(ratios),
+                  "ratio_range": [min(ratios), max(ratios)]}
+    return {name: value for name, value in found.items() if value}
+
+
+def measure_peak(device: torch.device) -> float:
+    """FLOP/s of a large linear layer in the dtype that networks compute in."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=compute_dtype(device))
+    return 2 * n ** 3 / min(clock(lambda: linear(a, b), device) for _ in range(10))
+
+
+def count_flops(make: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> float:
+    """Floating-point operations of run(make()) by torch's count, on the meta device."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run(make())
+    return float(counter.get_total_flops())
+
+
+def vae_flops(make: Callable[[], nn.Module], way: str, *size: int) -> float:
+    """Floating-point operations to encode or decode a video of frames × height × width."""
+    shape = latent_shape(*size) if way == "decode" else (3, *size)
+    return count_flops(make, lambda vae: getattr(vae, way)(torch.empty(1, *shape)))
 
 
 # ------------------------------------------------------------------------- rows of the config
 
 class Bench:
-    """What the rows of a config share: settings of the stages, sizes, inputs, a folder for files.
+    """What the rows of a config share: settings of the stages, sizes, inputs, a temporary folder.
+
+    Each method that returns a list of one Run is a row's `prepare`.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks, folder: Path):
@@ -92,7 +206,7 @@ class Bench:
         with torch.device("meta"):
             self.dit = build_dit(cfg.preset)
         self.tokens = math.prod(self.dit.token_grid(*self.shape[1:]))
-        self.flop = self.dit.flops(self.tokens)              # of one evaluation of one sample
+        self.flop = self.dit.flops(self.tokens)              # one evaluation of one sample
         self.bytes = sum(p.numel() for p in self.dit.parameters()) * compute_dtype(
             self.device).itemsize
         self.cond = random_states(cfg)
@@ -106,7 +220,7 @@ class Bench:
 
     def forward(self, backend: SDPBackend | None = None, compiled: bool = False,
                 batch: int = 1) -> list[Run]:
-        """One evaluation, by one kind of attention kernels or by those preferred."""
+        """One evaluation, with the attention kernels of `backend` or with the preferred ones."""
         dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs(batch)
         if compiled:
             torch.compiler.reset()
@@ -119,17 +233,17 @@ class Bench:
         return [run]
 
     def backward(self) -> list[Run]:
-        """Forward, and backward to all weights; checkpointed as distill.py does it."""
+        """Forward, and backward to all weights, with distill.py's activation checkpointing."""
         dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs()
         dit.requires_grad_(True)
         for block in dit.blocks:
             block.checkpointing = self.distill.checkpointing
         return [lambda: (dit(*inputs).square().mean().backward(), dit.zero_grad())]
 
-    def attention(self, anew: bool) -> list[Run]:
-        """Attention of one layer, forward and backward; `anew`, each run at a prompt's length that
-        no run has had, for which cuDNN first makes plans (docs/scaling.md)."""
-        sizes, lengths = self.dit.cfg, itertools.count(1) if anew else itertools.repeat(1)
+    def attention(self, new_lengths: bool) -> list[Run]:
+        """Attention of one layer, forward and backward; with `new_lengths` each run has a length
+        of prompt that is new, for which cuDNN first makes a plan (docs/scaling.md)."""
+        sizes, lengths = self.dit.cfg, itertools.count(1) if new_lengths else itertools.repeat(1)
         heads, dim = sizes.num_heads // self.ranks.sp, sizes.dim // sizes.num_heads
 
         def run() -> None:
@@ -140,19 +254,19 @@ class Bench:
         return [run]
 
     def write_weights(self) -> None:
-        """A file of noise with the DiT's weights, made once."""
+        """Write the DiT's weights, as noise, once."""
         path = Path(self.distill.weights)
         on_first_rank(lambda: path.exists() or write_random_dit(
             self.cfg, path, compute_dtype(self.device)))
 
     def loading(self) -> list[Run]:
-        """The DiT out of a file that the system still has in its cache."""
+        """Load the DiT from a file that is still in the system's cache."""
         self.write_weights()
         return [lambda: load_dit(self.distill.weights, self.cfg.preset, compute_dtype(self.device),
                                  self.device, self.ranks.sp_ranks)]
 
     def k_step(self) -> list[Run]:
-        """An iteration of Algorithm 1 of one micro-batch a rank, as distill.py runs it."""
+        """An iteration of Algorithm 1 with one micro-batch per rank, as distill.py runs it."""
         cfg, m = self.distill, len(self.cfg.key) - 1
         lacks = shortage(cfg, self.shape, self.ranks, gpu_bytes(self.ranks))
         if lacks and not cfg.force_plan:
@@ -162,28 +276,26 @@ class Bench:
         state = distill.build(cfg, t_key, self.ranks)
         slots, (_, _, cond) = list(range(cfg.micro_batch)), self.inputs(cfg.micro_batch)
 
-        def loader(step: int) -> list[distill.Batch]:
-            latents = {k: distill.pinned(torch.randn(cfg.micro_batch, *self.shape), self.device)
+        def loader(step: int) -> list[Batch]:
+            latents = {k: pinned(torch.randn(cfg.micro_batch, *self.shape), self.device)
                        for k in range(m + 1)}
-            return [distill.Batch(distill.Latents(latents, self.device), cond, slots)]
+            return [Batch(Latents(latents, self.device), cond, slots)]
         steps = distill.algorithm_1(cfg, state, loader)
         return [lambda: next(steps)]
 
     def k_step_flops(self) -> float:
-        """Floating-point operations of a k-step on this rank's share, the mean over k."""
-        cfg = self.distill
-        state = distill.TrainState(self.dit, self.dit, nn.ModuleList(), {}, [],
-                                   distill.tap_blocks(cfg, len(self.dit.blocks)), [])
-        each = [step_flops(cfg, state, k, self.tokens) for k in range(len(cfg.key) - 1)]
-        return statistics.mean(each) / self.ranks.world
+        """Floating-point operations of a k-step per rank, the mean over k."""
+        cfg, taps = self.distill, distill.tap_blocks(self.distill, len(self.dit.blocks))
+        state = SimpleNamespace(student=self.dit, teacher=self.dit, taps=taps)
+        return statistics.mean(step_flops(cfg, state, k, self.tokens)
+                               for k in range(len(cfg.key) - 1)) / self.ranks.world
 
-    def walk(self, times: list[float], guided: bool) -> list[Run]:
-        """Prompt to video file: text, steps, VAE, save; its networks are all in memory."""
-        cfg, device = self.cfg, self.device
+    def prompt_to_video(self, times: list[float], guided: bool) -> list[Run]:
+        """Text encoders, Euler steps, VAE and video file, with all networks in memory."""
+        cfg, device, dit = self.cfg, self.device, random_dit(self.cfg, self.device,
+                                                             self.ranks.sp_ranks)
         encoders = [(random_network(make, device), run) for _, make, run in random_encoders(cfg)]
-        dit = random_dit(cfg, device, self.ranks.sp_ranks)
-        vae = self.vae()
-        path = self.folder / f"walk_{self.ranks.rank}.mp4"
+        vae, path = self.vae(), self.folder / f"video_{self.ranks.rank}.mp4"
 
         @torch.no_grad()
         def run() -> None:
@@ -198,27 +310,30 @@ class Bench:
         return [run]
 
     def vae(self) -> WanVAE | HunyuanVAE:
+        """The config's VAE; a tiled one spreads its tiles over the ranks of a sample."""
         vae = random_network(lambda: make_vae(self.cfg), self.device)
         if vae.tiled:
             vae.group = self.ranks.sp_group
         return vae
 
     def decode(self) -> list[Run]:
+        """Decode one sample's latents."""
         vae, latents = self.vae(), self.inputs()[0]
         return [torch.no_grad()(lambda: vae.decode(latents))]
 
     def encode(self) -> list[Run]:
+        """Encode one video."""
         vae, cfg = self.vae(), self.cfg
         video = torch.zeros(1, 3, cfg.frames, cfg.height, cfg.width, device=self.device)
         return [torch.no_grad()(lambda: vae.encode(video))]
 
-    def text(self, make: Callable[[], nn.Module], run: Callable) -> list[Run]:
+    def encode_prompt(self, make: Callable[[], nn.Module], run: Callable) -> list[Run]:
+        """Run one of the prompt's encoders."""
         network = random_network(make, self.device)
         return [torch.no_grad()(lambda: run(network))]
 
     def synvid_rest(self) -> list[Run]:
-        """A batch of trajectories with a teacher that takes no time: noise, Euler steps, storing.
-        """
+        """Noise, Euler steps and files of a batch of trajectories, without the teacher."""
         cfg, folder = self.synvid, self.folder / f"synvid_{self.ranks.rank}"
         manifest = {"seed": cfg.seed, "dtype": cfg.dtype, "stored": list(cfg.key[1:])}
 
@@ -235,105 +350,87 @@ class Bench:
 
 
 def settings_of(cls: type, stage: str, cfg: Config) -> Any:
-    """A stage's settings from the same file, with what all stages share as it is here."""
-    own = load_config(cls, stage, [str(cfg.path), "weights=random"])
-    return dataclasses.replace(own, **{f.name: getattr(cfg, f.name)
-                                       for f in dataclasses.fields(Shared)})
-
-
-def vae_flops(make: Callable[[], nn.Module], way: str, *size: int) -> float:
-    """Work to encode or decode a video of frames × height × width; a clip that is taken in chunks
-    is counted whole, which is the same."""
-    shape = latent_shape(*size) if way == "decode" else (3, *size)
-    whole = {"decode": "reconstruct", "encode": "moments"}[way]
-    return count_flops(make, lambda vae: getattr(vae, way if vae.tiled else whole)(
-        torch.empty(1, *shape)))
+    """A stage's settings from the same file, with this run's values of the shared settings."""
+    settings = load_config(cls, stage, [str(cfg.path), "weights=random"])
+    return dataclasses.replace(settings, **{f.name: getattr(cfg, f.name)
+                                            for f in dataclasses.fields(Shared)})
 
 
 def config_rows(b: Bench) -> Iterator[Row]:
-    """The rows of a config, the most telling first."""
-    cfg, tokens, F, share = b.cfg, b.tokens, b.flop, 1 / b.ranks.sp
-    few, full = (key_times(cfg.family, cfg.n, cfg.shift, cfg.key),
-                 time_grid(cfg.family, cfg.n, cfg.shift).tolist())
+    """The rows of a config, the most important first."""
+    cfg, tokens, batch, gpu = b.cfg, b.tokens, b.synvid.batch, b.device.type == "cuda"
+    flop, evaluations = b.flop / b.ranks.sp, 1 if cfg.cfg_scale == 1 else 2
+    key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     decode, encode = (vae_flops(lambda: make_vae(cfg), way, cfg.frames, cfg.height, cfg.width)
                       for way in ("decode", "encode"))
     text = {name: count_flops(make, run) for name, make, run in random_encoders(cfg)}
-    rest, evaluations = decode + sum(text.values()), 1 if cfg.cfg_scale == 1 else 2
-    parts = memory_parts(b.distill, b.shape, b.device, b.ranks.world, b.ranks.sp)
-    gpu = b.device.type == "cuda"
+    rest = decode + sum(text.values())
+    plan = sum(memory_parts(b.distill, b.shape, b.device, b.ranks.world, b.ranks.sp).values())
 
-    yield Row("DiT forward", b.forward, F * share, tokens)
+    yield Row("DiT forward", b.forward, flop, tokens)
     yield Row("distill.py, one k-step of one micro-batch a rank", b.k_step, b.k_step_flops(),
-              tokens * b.distill.micro_batch, sum(parts.values()), len(few) - 1, b.bytes / 5e8)
-    yield Row(f"prompt to video, {len(few) - 1} steps", lambda: b.walk(few, False),
-              F * share * (len(few) - 1) + rest, tokens)
+              tokens * b.distill.micro_batch, plan, len(key) - 1, b.bytes / 5e8)
+    yield Row(f"prompt to video, {len(key) - 1} steps", partial(b.prompt_to_video, key, False),
+              flop * (len(key) - 1) + rest, tokens)
     yield Row("VAE decode", b.decode, decode)
     yield Row("VAE encode", b.encode, encode)
     for name, make, run in random_encoders(cfg):
-        yield Row(f"prompt: {name}", lambda make=make, run=run: b.text(make, run), text[name])
-    yield Row("DiT forward + backward", b.backward, 3 * F * share, tokens)
+        yield Row(f"prompt: {name}", partial(b.encode_prompt, make, run), text[name])
+    yield Row("DiT forward + backward", b.backward, 3 * flop, tokens)
     yield Row("DiT from a file, in the system's cache", b.loading, extra=b.bytes / 5e8)
-    if b.synvid.batch > 1:
-        yield Row(f"DiT forward, {b.synvid.batch} samples", lambda: b.forward(
-            batch=b.synvid.batch), F * share * b.synvid.batch, tokens * b.synvid.batch)
-    yield Row(f"synvid.py without the teacher's forwards, {b.synvid.batch} trajectories",
-              b.synvid_rest)
+    if batch > 1:
+        yield Row(f"DiT forward, {batch} samples", partial(b.forward, batch=batch), flop * batch,
+                  tokens * batch)
+    yield Row(f"synvid.py without the teacher's forwards, {batch} trajectories", b.synvid_rest)
     if gpu and cfg.family == "hunyuan":
-        for lengths, anew in (("at a new length of prompt each time", True),
-                              ("at one length", False)):
+        for lengths, new in ("at a new length of prompt each time", True), ("at one length", False):
             yield Row(f"attention of a layer, forward + backward, {lengths}",
-                      lambda anew=anew: b.attention(anew),
-                      3 * 4 * tokens ** 2 * b.dit.cfg.dim * share, tokens)
+                      partial(b.attention, new),
+                      3 * 4 * tokens ** 2 * b.dit.cfg.dim / b.ranks.sp, tokens)
     for kind in (("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if gpu
                  else ("FLASH_ATTENTION", "MATH")):
         backend = getattr(SDPBackend, kind)
-        yield Row(f"DiT forward, {kind.lower()}", lambda backend=backend: b.forward(backend),
-                  F * share, tokens)
+        yield Row(f"DiT forward, {kind.lower()}", partial(b.forward, backend), flop, tokens)
         if gpu:
-            yield Row(f"DiT forward, {kind.lower()}, compiled",
-                      lambda backend=backend: b.forward(backend, True), F * share, tokens, extra=60)
-    yield Row(f"prompt to video, {cfg.n} steps", lambda: b.walk(full, evaluations > 1),
-              F * share * evaluations * cfg.n + rest, tokens, runs=1)
+            yield Row(f"DiT forward, {kind.lower()}, compiled", partial(b.forward, backend, True),
+                      flop, tokens, extra=60)
+    grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
+    yield Row(f"prompt to video, {cfg.n} steps", partial(b.prompt_to_video, grid, evaluations > 1),
+              flop * evaluations * cfg.n + rest, tokens, runs=1)
     if not gpu:
         yield from peer_rows()
-        yield Row("DiT forward, compiled", lambda: b.forward(compiled=True), F, tokens, extra=40)
+        yield Row("DiT forward, compiled", partial(b.forward, compiled=True), flop, tokens,
+                  extra=40)
 
 
 # ------------------------------------------------------------------------ against diffusers
 
-# Width, heads, layers; samples and latent frames, height, width of a sample: two thirds of a second
-# at most on a core. The first is the small world's.
+# Width, heads, blocks; samples; frames, height and width of their latents. The first is the small
+# world's DiT; each takes at most two thirds of a second on one core.
 PEER_SIZES = ((128, 4, 6, 32, (3, 6, 6)), (384, 6, 2, 1, (3, 32, 32)), (768, 12, 2, 1, (5, 32, 32)))
-FRAMES = 9  # of the VAEs' video
-GROWTH_DIT = tuple((384, 6, 2, 1, (3, side, side)) for side in (16, 24, 32, 48))
-GROWTH_FRAMES = (5, FRAMES, 17, 33)
+GROWTH_SIZES = tuple((384, 6, 2, 1, (3, side, side)) for side in (16, 24, 48))  # forward alone
 
 
 def peer_rows() -> list[Row]:
-    """Small networks of both families against diffusers, and how cost grows; short ones first."""
-    def dit_row(family: str, dim: int, heads: int, layers: int, batch: int,
-                latents: tuple[int, int, int], learn: bool) -> Row:
-        sizes = peer_sizes(family, dim, heads, layers)
-        tokens = math.prod(latents) // 4
-        with torch.device("meta"):
-            flop = batch * build_dit(sizes).flops(tokens) * (3 if learn else 1)
-        shape = f"{batch} × {tokens}" if batch > 1 else str(tokens)
-        return Row(f"{family} DiT {'forward + backward' if learn else 'forward'}, {dim} wide, "
-                   f"{layers} blocks, {shape} tokens",
-                   lambda: peer_dits(sizes, batch, latents, learn), flop, batch * tokens,
-                   runs=5 if flop < 2e10 else 3)
-
-    def vae_row(family: str, way: str, frames: int) -> Row:
-        flop = vae_flops(lambda: small_vae(family), way, frames, *VIDEO_SIZE)
-        return Row(f"{family} VAE {way}, {frames} frames", lambda: peer_vaes(family, way, frames),
-                   flop, runs=5)
-
+    """Small networks of both families against diffusers', in growing sizes; short rows first."""
+    cases = [(size, backward) for size in PEER_SIZES for backward in (False, True)]
+    cases += [(size, False) for size in GROWTH_SIZES]
     rows = []
     for family in ("wan", "hunyuan"):
-        rows += [dit_row(family, *size, learn) for size in PEER_SIZES for learn in (False, True)]
-        rows += [dit_row(family, *size, False) for size in GROWTH_DIT if size not in PEER_SIZES]
-        rows += [vae_row(family, "encode", FRAMES)]
-        rows += [vae_row(family, "decode", frames) for frames in GROWTH_FRAMES]
+        for (dim, heads, blocks, batch, latents), backward in cases:
+            sizes, tokens = peer_sizes(family, dim, heads, blocks), math.prod(latents) // 4
+            with torch.device("meta"):
+                flop = batch * build_dit(sizes).flops(tokens) * (3 if backward else 1)
+            passes = "forward + backward" if backward else "forward"
+            count = f"{batch} × {tokens}" if batch > 1 else str(tokens)
+            rows.append(Row(f"{family} DiT {passes}, {dim} wide, {blocks} blocks, {count} tokens",
+                            partial(peer_dits, sizes, batch, latents, backward), flop,
+                            batch * tokens, runs=5 if flop < 2e10 else 3))
+        for way, frames in ("encode", 9), *(("decode", frames) for frames in (5, 9, 17, 33)):
+            rows.append(Row(f"{family} VAE {way}, {frames} frames",
+                            partial(peer_vaes, family, way, frames),
+                            vae_flops(partial(small_vae, family), way, frames, *VIDEO_SIZE),
+                            runs=5))
     return sorted(rows, key=lambda row: row.flop)
 
 
@@ -345,31 +442,18 @@ COLUMNS = {"row": "", "seconds": "seconds", "spread": "±", "tokens": "tokens", 
            "ratio": "ours / diffusers"}
 
 
-def with_peaks(found: dict, peak: float, datasheet: float | None) -> dict:
-    """A row's figures with its parts of both peaks (FLOP/s, TFLOP/s) and its floor."""
-    if found["tflop"]:
-        found["floor_seconds"] = found["tflop"] * 1e12 / peak
-        if "seconds" in found:
-            found["mfu"] = found["floor_seconds"] / found["seconds"]
-            if datasheet is not None:
-                found["mfu_datasheet"] = found["tflops"] / datasheet
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def cell(found: dict, name: str) -> str:
-    """A figure as the table shows it."""
+    """A figure of a row as the table shows it."""
     if name == "spread" and "range" in found:
         low, high = found["range"]
         return f"{(high - low) / 2 / found['seconds']:.0%}"
     if name == "seconds" and "error" in found:
         return found["error"].replace("|", "/")
-    value = found.get(name)
-    if value is None or value == 0:
-        return ""
-    if name == "ratio":
+    value = found.get(name, "")
+    if name == "ratio" and value:
         low, high = found["ratio_range"]
         return f"{value:.3f} ({low:.2f} … {high:.2f})"
-    if name.startswith("mfu"):
+    if name.startswith("mfu") and value:
         return f"{value:.1%}"
     return f"{value:.3g}" if isinstance(value, float) else f"{value}"
 
@@ -377,94 +461,69 @@ def cell(found: dict, name: str) -> str:
 def table(result: dict) -> str:
     """A device's result as Markdown."""
     rows = result["rows"]
-    shown = [name for name in COLUMNS if any(cell(found, name) for found in rows)]
-    lines = ["| " + " | ".join(COLUMNS[name] for name in shown) + " |",
-             "|---" * len(shown) + "|"]
-    lines += ["| " + " | ".join(cell(found, name) for name in shown) + " |" for found in rows]
-    lines += ["", f"{result['device']}, {result['dtype']}, torch {result['torch']}; measured peak "
-              f"{result['peak_tflops']:.3g} TFLOP/s; diffusers: {result['diffusers']}; "
-              f"{result['seconds']:.0f} s in all"]
-    if result.get("synvid_share") is not None:
-        lines.append(f"synvid.py: {result['synvid_share']:.2%} of its time are not the teacher's "
-                     "forwards")
-    if result["left_out"]:
-        lines += ["left out:", *(f"- {name}: {why}" for name, why in result["left_out"].items())]
-    return "\n".join(lines)
-
-
-def synvid_share(rows: list[dict], batch: int, evaluations: int) -> float | None:
-    """Share of synvid.py's time that is not the teacher's forwards, if both rows were measured."""
-    seconds = {found["row"]: found.get("seconds") for found in rows}
-    forward = seconds.get(f"DiT forward, {batch} samples" if batch > 1 else "DiT forward")
-    rest = next((s for name, s in seconds.items() if name.startswith("synvid.py")), None)
-    if forward is None or rest is None:
-        return None
-    return rest / (rest + evaluations * forward)
+    columns = [name for name in COLUMNS if any(cell(found, name) for found in rows)]
+    lines = [[COLUMNS[name] for name in columns], ["---"] * len(columns),
+             *([cell(found, name) for name in columns] for found in rows)]
+    return "\n".join([
+        *(f"| {' | '.join(line)} |" for line in lines), "",
+        f"{result['device']}, {result['dtype']}, torch {result['torch']}; measured peak "
+        f"{result['peak_tflops']:.3g} TFLOP/s; diffusers: {result['diffusers']}; "
+        f"{result['seconds']:.0f} s in all",
+        *(f"left out: {name}: {why}" for name, why in result["left_out"].items())])
 
 
 def store(path: Path, device: str, name: str, result: dict) -> None:
-    """Put a result under bench → device → name of a JSON file; all else in it stays."""
-    everything = read_json(path) if path.exists() else {}
-    if not isinstance(everything, dict):
-        raise ValueError(f"{path}: got a {type(everything).__name__}; wanted a JSON object: give "
-                         "another --out")
-    everything.setdefault("bench", {}).setdefault(device, {})[name] = result
-    write_json(path, everything)
+    """Put a result under bench → device → name of a JSON file and keep the rest of the file."""
+    results = read_json(path) if path.exists() else {}
+    results.setdefault("bench", {}).setdefault(device, {})[name] = result
+    write_json(path, results)
 
 
-def diffusers_version() -> str:
-    return importlib.metadata.version("diffusers") if has_diffusers() else (
-        "not installed, so nothing is compared; it comes with pip install .[test]")
-
-
-def too_long(row: Row, peak: float, left: float) -> str | None:
-    """Why a row is left out: it needs, at half the peak, more seconds than are left."""
-    needs = row.extra + 2 * (row.runs + (row.runs > 1)) * row.flop / peak
-    return f"{max(left, 0):.0f} s left, needs about {needs:.0f} s" if needs >= left else None
+def reason_to_skip(row: Row, peak: float, left: float) -> str | None:
+    """Why a row is left out: at half the peak it needs more seconds than are left."""
+    needed = row.extra + 2 * (row.runs + (row.runs > 1)) * row.flop / peak
+    return f"{max(left, 0):.0f} s left, needs about {needed:.0f} s" if needed >= left else None
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure row by row until the time is over; print and store what was found."""
+    """Measure row by row until the time is over; print and store the results."""
     started = time.perf_counter()
     cfg = load_config(Config, "bench", argv, __doc__)
-    sizes = check_model(cfg)
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads)
+    ranks = setup_distributed(cfg.device, cfg.sp, check_model(cfg).num_heads)
     prefer_attention(cfg.attention, ranks.device)
-    on_gpu, first = ranks.device.type == "cuda", ranks.rank == 0
-    device = device_name(ranks.device) if on_gpu else f"{processor()}, " + device_name(
-        ranks.device).removeprefix("CPU, ")
+    on_gpu, out = ranks.device.type == "cuda", Path(cfg.out or Path(cfg.run) / "bench.json")
+    device = device_name(ranks.device)
+    if not on_gpu:
+        device = f"{processor()}, {device.removeprefix('CPU, ')}"
     minutes = cfg.minutes if cfg.minutes is not None else 8 if on_gpu else 2
     peak = measure_peak(ranks.device)
-    result = {"command": shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None
-                                                              else argv)]),
+    arguments = sys.argv[1:] if argv is None else argv
+    result = {"command": shlex.join(["python", "-m", "tools.bench", *arguments]),
               "commit": commit(), "device": device, "ranks": ranks.world,
               "dtype": str(compute_dtype(ranks.device)).removeprefix("torch."),
-              "torch": torch.__version__, "diffusers": diffusers_version(),
+              "torch": torch.__version__, "diffusers": diffusers_version() or "not installed",
               "peak_tflops": peak / 1e12, "seconds": 0.0, "rows": [], "left_out": {}}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        folder = Path(on_first_rank(lambda: folder))
-        bench = Bench(cfg, ranks, folder)
-        datasheet = cfg.peak_tflops or bench.distill.peak_tflops
-        result["datasheet_tflops"] = datasheet if on_gpu or cfg.peak_tflops else None
+        bench = Bench(cfg, ranks, Path(on_first_rank(lambda: folder)))
+        if on_gpu or cfg.peak_tflops:
+            result["datasheet_tflops"] = cfg.peak_tflops or bench.distill.peak_tflops
         for row in config_rows(bench):
             if cfg.only not in row.name:
                 continue
             left = 60 * minutes - (time.perf_counter() - started)
-            if why := on_first_rank(lambda row=row, left=left: too_long(row, peak, left)):
+            if why := on_first_rank(partial(reason_to_skip, row, peak, left)):
                 result["left_out"][row.name] = why
                 continue
-            found = with_peaks(measure(row, ranks.device), peak, result["datasheet_tflops"])
+            found = measure(row, ranks.device, peak, result.get("datasheet_tflops"))
             result["rows"].append(found)
             result["seconds"] = time.perf_counter() - started
-            if first:
+            if ranks.rank == 0:
                 print(f"{row.name}: {found.get('error') or cell(found, 'seconds') + ' s'}",
                       flush=True)
-                store(Path(cfg.out), device, cfg.path.stem, result)
-    evaluations = cfg.n * (1 if cfg.cfg_scale == 1 else 2)
-    result["synvid_share"] = synvid_share(result["rows"], bench.synvid.batch, evaluations)
-    if first:
-        store(Path(cfg.out), device, cfg.path.stem, result)
-        print(f"\n{table(result)}\nstored in {cfg.out}")
+                store(out, device, cfg.path.stem, result)
+    if ranks.rank == 0:
+        store(out, device, cfg.path.stem, result)
+        print(f"\n{table(result)}\nstored in {out}")
 
 
 if __name__ == "__main__":

@@ -120,9 +120,9 @@ def run_row(row: Row, device: torch.device) -> tuple[list[list[float]], list[int
             clock(run, device)
     else:
         work, held, _ = allocated(row.prepare)
-        peaks = [allocated(run)[2] for run in work if warm_up]
-        if len(work) == 1:  # against diffusers only what a run adds is compared
-            peaks = [held + peak for peak in peaks]
+        if len(work) > 1:  # against diffusers only what a later run adds is compared
+            held, _ = 0, [run() for run in work]
+        peaks = [held + allocated(run)[2] for run in work if warm_up]
     started, seconds = time.perf_counter(), [[] for _ in work]
 
     def unfinished() -> bool:

@@ -83,7 +83,7 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
             if prompt.image is not None and not images:
                 raise ValueError(f'{place} has an "image"; the preset\'s model takes none')
         if not prompts:
-            raise ValueError("expected one prompt per line, got an empty prompt file")
+            raise ValueError("got an empty prompt file; expected one prompt per line")
         if images and os.environ.get("RANK", "0") == "0":
             check_images(places)
     except ValueError as e:

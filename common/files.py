@@ -144,11 +144,13 @@ def read_text(path: str | Path, largest: int = LARGEST) -> str:
     if (size := path.stat().st_size) > largest:
         raise ValueError(f"{path}: expected at most {largest} bytes, got {size}: this is not the "
                          "file its name suggests; name or restore the right one")
+    data = path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8")
+        return data.decode()
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: is not UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8, "
-                         "or restore it") from e
+        line, byte = data.count(b"\n", 0, e.start) + 1, e.start - data.rfind(b"\n", 0, e.start)
+        raise ValueError(f"{path}: line {line} is not UTF-8 ({e.reason} at its byte {byte}): save "
+                         "it as UTF-8, or restore it") from e
 
 
 def read_json(path: str | Path, shape: Any = dict, remedy: str = "restore or remove it") -> Any:
@@ -174,7 +176,7 @@ KIND_NAMES = {dict: "a JSON object", list: "a list", str: "text", int: "an integ
 
 
 def shape_error(value: Any, shape: Any, name: str = "") -> str:
-    """What in a JSON value differs from a shape, as "weight_map: expected …, got [1]"; "" if it fits.
+    """What in a JSON value differs from a shape, as "weight_map: expected …, got [1]"; or "".
 
     Args: shape, a type or union of types; [shape], a list of such values; {key: shape, …}, an
     object that has these keys and may have others; {str: shape}, an object of such values only.
@@ -322,7 +324,7 @@ def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
 
 
 def find_owner(folder: Path, first: int, stop: int) -> str:
-    """A living owner of any of the items first … stop - 1: "process 7 on host x, since …,"; or ""."""
+    """A living owner of any of the items first … stop - 1, as "process 7 on host x, …"; or ""."""
     for path in folder.glob(".owner.*-*"):
         a, _, b = path.name[7:].partition("-")
         if not (a.isdecimal() and b.isdecimal() and int(a) < stop and first < int(b)):

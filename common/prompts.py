@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import files
 from common.files import abbreviate
 from common.video import decode_image
 
@@ -65,23 +66,16 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
     if reader is None:
         raise ValueError(f"{path}: expected prompts as .txt, .jsonl, .json, .csv or .tsv, got a "
                          f"{path.suffix} file: convert it")
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-    try:
-        text = data.decode().replace("\r\n", "\n")
-    except UnicodeDecodeError as e:
-        line, byte = data.count(b"\n", 0, e.start) + 1, e.start - data.rfind(b"\n", 0, e.start)
-        raise ValueError(f"{path}: line {line} is not UTF-8 ({e.reason} at its byte {byte}): save "
-                         "the file as UTF-8") from e
+    text = files.read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")
     prompts, places = [], {}
     try:
         for place, entry in reader(text):
             prompts.append(prompt := to_prompt(entry, place, path.parent))
             places.setdefault(prompt.image, place)
-            if images and prompt.image is None:
-                raise ValueError(f'{place} has no "image"; the preset\'s model starts from one: '
-                                 f"give lines {EXAMPLE} in a .jsonl file")
-            if prompt.image is not None and not images:
-                raise ValueError(f'{place} has an "image"; the preset\'s model takes none')
+            if images != (prompt.image is not None):
+                needs = f"starts from one: give lines {EXAMPLE} in a .jsonl file"
+                raise ValueError(f'{place} has {"no" if images else "an"} "image"; the preset\'s '
+                                 f"model {needs if images else 'takes none'}")
         if not prompts:
             raise ValueError("got an empty prompt file; expected one prompt per line")
         if images and os.environ.get("RANK", "0") == "0":
@@ -147,8 +141,8 @@ def read_table(text: str, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
             if any(row.values()):
                 yield f"line {rows.line_num}", row
     except csv.Error as e:
-        raise ValueError(f"line {rows.line_num + 1} is not a row of a table ({e}): quote a cell that "
-                         'contains quotes, and double those: "say ""hi"""') from e
+        raise ValueError(f"line {rows.line_num + 1} is not a row of a table ({e}): quote a cell "
+                         'that contains quotes, and double those: "say ""hi"""') from e
 
 
 READERS = {"": read_text, ".txt": read_text, ".jsonl": read_json_lines, ".ndjson": read_json_lines,

@@ -352,17 +352,6 @@ def watch_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def exit_process(status: int) -> None:
-    """End this process without Python's shutdown.
-
-    A gloo thread may still release the tensors of the last collective, which needs the interpreter;
-    during shutdown that would abort the process after all work is done.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 def print_error(error: str) -> None:
     """Print an error on a line of its own. Before the ranks are connected all may have the same
     one: the first prints it, and torchrun ends the others before they do."""
@@ -376,20 +365,20 @@ def print_error(error: str) -> None:
 def cli(main: Callable[[], None]) -> None:
     """Run a stage's main. An error that a user can cause is one line on stderr and exit status 1.
 
-    Once there is a process group, the process always ends by exit_process(). A rank that fails does
-    so at once, without a shutdown that needs the other ranks, so that torchrun sees it and stops
-    them.
+    With a process group, the process always ends without Python's shutdown. A rank that fails then
+    does not wait for the others, so that torchrun sees it and stops them; and a gloo thread may
+    still release the tensors of the last collective, which aborts the process during shutdown.
     """
-    status = 1
+    status, has_group = 1, False
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows what it can
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            exit_process(0)
-        return
+        if not dist.is_initialized():
+            return
+        dist.destroy_process_group()
+        status, has_group = 0, True
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
@@ -410,8 +399,10 @@ def cli(main: Callable[[], None]) -> None:
         traceback.print_exc()
         if dist.get_world_size() > 1:
             time.sleep(1)  # if it only lost another rank, torchrun sees that one end first
-    if dist.is_initialized():
-        exit_process(status)
+    if has_group or dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     raise SystemExit(status)
 
 

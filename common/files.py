@@ -139,11 +139,9 @@ def read_text(path: str | Path, largest: int = LARGEST) -> str:
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: expected a text file, got something that is not a regular "
-                         "file: name another one")
+        raise ValueError(f"{path}: is not a regular file: name a text file")
     if (size := path.stat().st_size) > largest:
-        raise ValueError(f"{path}: expected at most {largest} bytes, got {size}: this is not the "
-                         "file its name suggests; name or restore the right one")
+        raise ValueError(f"{path}: expected at most {largest} bytes, got {size}: name another file")
     data = path.read_bytes()
     try:
         return data.decode()
@@ -356,6 +354,6 @@ def remove_leftovers(folder: Path, age: float = 0.0) -> None:
     """
     for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part*")]:
         with contextlib.suppress(OSError):
-            if (LEFTOVER.fullmatch(part.name) and part.is_file()
-                    and (not age or time.time() - part.stat().st_mtime >= age)):
+            old = not age or time.time() - part.stat().st_mtime >= age
+            if old and LEFTOVER.fullmatch(part.name) and part.is_file():
                 part.unlink()

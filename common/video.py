@@ -272,15 +272,11 @@ def tile(videos: Sequence[np.ndarray], captions: Sequence[str | None], columns: 
 
 
 def label_strip(text: str, width: int, height: int) -> np.ndarray:
-    """uint8 [height, width, 3]: text in black on white, made smaller and then cut to fit."""
-    strip = Image.new("RGB", (width, height), "white")
-    text, room = re.sub(r"[^\x20-\u017f\u2010-\u2026]+", "…", " ".join(text.split())), width - 4
-    for size in (14, 13, 12, 11, 10, 9):
-        font = ImageFont.load_default(size)
-        if font.getlength(text) <= room:
-            break
-    while text and font.getlength(text) > room:
-        text = text.rstrip("…")[:-1] + "…" if len(text) > 2 else ""
+    """uint8 [height, width, 3]: text in black on white, cut to fit."""
+    strip, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(12)
+    text = re.sub(r"[^\x20-\u017f\u2010-\u2026]+", "…", " ".join(text.split()))
+    while len(text) > 1 and font.getlength(text) > width - 4:
+        text = text.rstrip("…")[:-1] + "…"
     ImageDraw.Draw(strip).text((2, height // 2), text, "black", font, anchor="lm")
     return np.asarray(strip)
 

@@ -148,7 +148,7 @@ def test_comfyui_s_folder_of_models_is_a_weight_folder(comfy):
     same_folders(models, official)
     (models / "diffusion_models/sub").mkdir()
     shutil.copy(official / FULL, models / "diffusion_models/sub/wan2.1_i2v.safetensors")
-    with pytest.raises(ValueError, match=r"dit: expected one file, got .*sub/wan2.1_i2v.safet.*name the one"):
+    with pytest.raises(ValueError, match=r"dit: expected one file, .*sub/wan2.1_i2v.safet.*name"):
         find_dit(models)
     (models / "vae/wan_2.1_vae.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="vae: expected one file, got no such file"):
@@ -336,8 +336,8 @@ def test_tensors_of_another_kind_are_refused_before_a_network_is_built(tensors, 
 
 
 @pytest.mark.parametrize("index, message", [
-    ({"weight_map": {"a": "../b.safetensors"}}, "expected files in its own folder only, got ../b"),
-    ({"weight_map": {"a": "/etc/b.safetensors"}}, "expected files in its own folder only, got /etc"),
+    ({"weight_map": {"a": "../b.safetensors"}}, "in its own folder only, got ../b"),
+    ({"weight_map": {"a": "/etc/b.safetensors"}}, "in its own folder only, got /etc"),
     ({"weight_map": {"a": 3}}, "weight_map.a: expected text, got 3"),
     ([1], "expected weights as .safetensors"), ({"other": 1}, "the object has no key weight_map")])
 def test_an_index_of_another_shape_or_that_points_outside_is_refused(index, message, tmp_path):
@@ -362,7 +362,8 @@ def test_a_released_checkpoint_is_recognised_by_its_names_and_shapes(keys, model
     shapes = json.loads((KEYS / f"{keys}.json").read_text())["keys"]
     tensors = {name: LazyTensor(tuple(shape), torch.bfloat16, Path("a"), lambda rows=None: None)
                for name, shape in shapes.items()}
-    assert describe_model(plain_names(tensors, "transformer")).startswith(f"; it looks like {model}")
+    found = describe_model(plain_names(tensors, "transformer"))
+    assert found.startswith(f"; it looks like {model}")
 
 
 def test_the_wrong_model_is_named(tmp_path):

@@ -31,7 +31,7 @@ from common.prompts import read_prompts
 from common.ranks import cli
 from common.weights import save_tensors
 from model import PRESETS, check_model
-from tools import runs
+from tools import paper
 from training.checkpoint import Saver, latest_checkpoint, load_checkpoint
 
 SECONDS = 10        # of CPU time for one case; each takes a few hundredths
@@ -212,8 +212,8 @@ def test_a_student_with_a_damaged_header_is_refused(tmp_path, config):
 def store(config, tmp_path, monkeypatch):
     """A SynVid of two trajectories, made without a network, and its reader."""
     cfg = load_config(synvid.Config, "synvid", [str(config)])
-    folder, teacher = tmp_path / "run/synvid", synvid.fingerprint(cfg.weights)
-    monkeypatch.setattr(synvid, "fingerprint", lambda weights: teacher)  # not damaged here
+    folder, teacher = tmp_path / "run/synvid", trajectories.fingerprint(cfg.weights)
+    monkeypatch.setattr(trajectories, "fingerprint", lambda weights: teacher)  # not damaged here
     manifest = trajectories.make_manifest(cfg, read_prompts(cfg.prompts))
     trajectories.open_manifest(folder, manifest)
     for i in range(2):
@@ -242,7 +242,7 @@ def test_a_synvid_with_a_damaged_manifest_or_header_is_refused(store):
 def test_prompts_out_of_a_damaged_synvid_are_refused(store):
     folder, _ = store
     path = folder / "000/000001.safetensors"
-    survive(in_header(path, 60, "fig5"), lambda _: runs.stored_prompt(path))
+    survive(in_header(path, 60, "fig5"), lambda _: paper.stored_prompt(path))
 
 
 def signed(meta: Any) -> Any:
@@ -289,7 +289,7 @@ STAGES = {"synvid": synvid.Config, "distill": distill.Config, "sample": sample.C
 def settings(stage: str, argv: list[str]) -> None:
     """Read a stage's settings as the stage does, help too."""
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None):
-        check_model(load_config(STAGES[stage], stage, argv))
+        check_model(load_config({**STAGES, "paper": paper.Config}[stage], stage, argv))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -369,7 +369,7 @@ def test_a_damaged_log_keeps_its_complete_lines(tmp_path):
 
 @pytest.mark.parametrize("stage, option", [
     ("synvid", "count"), ("synvid", "batch"), ("sample", "count"), ("sample", "steps"),
-    ("evaluate", "steps"), ("evaluate", "seeds"), ("distill", "batch"), ("distill", "head_dim")])
+    ("paper", "steps"), ("paper", "seeds"), ("distill", "batch"), ("distill", "head_dim")])
 def test_a_size_that_a_typo_makes_is_refused_when_settings_are_read(stage, option):
     for value in ("1e9", "1e12", "1e999999999"):
         with pytest.raises(ValueError, match=f"{option}: expected .* got "):

@@ -93,7 +93,7 @@ def replace_folder(path: Path, aside: Path) -> None:
 
 def sync_to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk and not only in its cache.
-    Disks that cannot sync a folder exist; that is no error."""
+    Disks that cannot sync a folder are accepted."""
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -249,16 +249,16 @@ def compile_blocks(dit: nn.Module) -> None:
         block.compile()
 
 
-def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:
+def shard(module: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) -> nn.Module:
     """Shard parameters over all ranks (FSDP2): each block separately, then the rest.
 
-    compute_dtype: what a block's weights are cast to when gathered (None: as stored). The
-    embeddings and the head around the blocks stay as stored. Gradients are reduced in fp32.
+    dtype: what a block's weights are cast to when gathered (None: as stored). The embeddings and
+    the head around the blocks stay as stored. Gradients are reduced in fp32.
     """
     # The root reshards too: else a forward without backward would leave it unsharded, and a
     # checkpoint taken then would miss the optimizer's state of its sharded parameters.
     options = {"mesh": ranks.mesh, "reshard_after_forward": True}
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32,
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in getattr(module, "blocks", []):
         fully_shard(block, mp_policy=policy, **options)

@@ -76,7 +76,7 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
             imageio.imwrite(aside.resolve(), frames, plugin="FFMPEG", extension=".mp4",  # or .gif
                             fps=float(fps), quality=None, macro_block_size=1,
                             ffmpeg_log_level="error", **encode)
-        except OSError as error:  # its other lines are the whole command
+        except OSError as error:  # its other lines are the command
             raise OSError(str(error).partition("\n")[0]) from error
         if (written := len(read_frames(aside))) != len(frames):
             raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")

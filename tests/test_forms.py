@@ -265,7 +265,7 @@ def write_form(folder: Path, form: str, state: dict[str, Tensor]) -> Path:
         (folder / "snapshots/abc").mkdir(parents=True)
         (folder / "snapshots/abc" / FULL).symlink_to("../../blobs/0a1b2c")
         return folder / "snapshots/abc"
-    elif form == "full beside variant":
+    elif form == "full next to variant":
         save_file({name: t + 1 for name, t in state.items()},
                   folder / "diffusion_pytorch_model.fp16.safetensors")
         save_file(state, folder / FULL)
@@ -277,7 +277,7 @@ def write_form(folder: Path, form: str, state: dict[str, Tensor]) -> Path:
 
 @pytest.mark.parametrize("form", [
     "fp16 variant", "bin", "bin shards", "fp16 shards", "old torch", "another suffix",
-    "hub cache", "full beside variant", "module", "state_dict", "ema"])
+    "hub cache", "full next to variant", "module", "state_dict", "ema"])
 def test_each_stored_form_is_read(form, tmp_path):
     state = state_of()
     weights = write_form(tmp_path, form, state)

@@ -3,12 +3,10 @@
 Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image [3, H, W].
 """
 
-import base64
 import re
 import subprocess
 import textwrap
 import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -16,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.files import replace_file
@@ -117,12 +115,6 @@ def read_video(path: str | Path) -> Tensor:
     return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def data_uri(path: Path) -> str:
-    """A .png, .gif or .mp4 as an address that contains the complete file."""
-    kind = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 # ------------------------------------------------------------------------ sheets of frames, curves
 
 def drawable(text: str) -> str:
@@ -144,7 +136,7 @@ def picture_sheet(path: str | Path, rows: list[tuple[str, list[tuple[np.ndarray,
 
     columns = max(len(cells) for _, cells in rows)
     heights = [max(cells[0][0].shape[0] / cells[0][0].shape[1], 0.1) for _, cells in rows]
-    size = 2 + inches * columns, 0.9 + sum(inches * height + 0.3 for height in heights)
+    size = 2 + inches * columns, 0.6 + sum(inches * height + 0.25 for height in heights)
     figure = Figure(size, dpi=140, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for heading, axes in zip(headings, grid[0], strict=False):
@@ -180,27 +172,6 @@ def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int
     picture_sheet(path, cells, 1.1, title)
 
 
-def comparison_sheet(path: str | Path, headings: list[str],
-                     rows: list[tuple[str, list[tuple[Tensor, str]]]],
-                     title: str | None = None) -> None:
-    """Write a PNG with one column per heading and one row per label: first, middle and last frame
-    of each video over its note.
-
-    rows: (label, [(video, note), …, one for each heading]).
-    """
-    picture_sheet(path, [(label, [(still_strip(video), note) for video, note in cells])
-                         for label, cells in rows], 3.6, title, headings)
-
-
-def still_strip(video: Tensor | np.ndarray) -> np.ndarray:
-    """First, middle and last frame of a video next to each other, uint8 [H, W, 3]."""
-    frames = to_uint8(video)
-    times = dict.fromkeys((0, len(frames) // 2, len(frames) - 1))
-    gap = max(1, frames.shape[2] // 48)
-    padded = [np.pad(frames[t], ((0, 0), (0, gap), (0, 0)), constant_values=255) for t in times]
-    return np.concatenate(padded, axis=1)[:, :-gap]
-
-
 def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tuple[str, ...] = (),
                 colours: int = 10) -> None:
     """Draw the curves of a log as one PNG of panels, two per row.
@@ -224,61 +195,6 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8)
     replace_file(path, lambda aside: fig.savefig(aside, dpi=90, format="png"))
-
-
-# ------------------------------------------------------------------------------- videos of videos
-
-def side_by_side(videos: list[Tensor], labels: list[str] | None = None,
-                 scale: int | None = None) -> np.ndarray:
-    """One video of several, uint8 [T, H, W, 3], left to right, each under its label, if any.
-
-    Args: videos of one shape; scale, integer enlargement by nearest neighbour (None: the least that
-    makes frames 192 pixels high). Raises ValueError if shapes or counts differ.
-    """
-    frames = [to_uint8(video) for video in videos]
-    shapes = [list(f.shape) for f in frames]
-    count = len(frames) if labels is None else len(labels)
-    if not frames or count != len(frames) or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"side_by_side: expected one label a video and one shape, got {count} "
-                         f"labels for videos of shapes {shapes}")
-    scale = scale or max(1, -(-192 // shapes[0][1]))
-    frames = [video.repeat(scale, axis=1).repeat(scale, axis=2) for video in frames]
-    return tile(frames, labels or [None] * count, count, 4)[:, :-4, :-4]
-
-
-def video_wall(tiles: list[tuple[str, np.ndarray]], width: int = 1300) -> np.ndarray:
-    """One video of several, uint8 [T, H, W, 3], each under its caption, as many per line as fit.
-
-    tiles: (caption, frames uint8 [T, h, w, 3] of one shape). width: of a line, in pixels.
-    """
-    captions, videos = zip(*tiles, strict=True)
-    return tile(videos, captions, max(1, min(len(tiles), width // (videos[0].shape[2] + 12))), 12)
-
-
-def tile(videos: Sequence[np.ndarray], captions: Sequence[str | None], columns: int,
-         gap: int) -> np.ndarray:
-    """Frames uint8 [T, h, w, 3] of one shape in lines of `columns`, each under its caption, with a
-    white gap to the right and below."""
-    cells = []
-    for frames, caption in zip(videos, captions, strict=True):
-        if caption is not None:
-            strip = label_strip(caption, frames.shape[2], 22)                     # 22 w 3
-            strip = np.broadcast_to(strip, (len(frames), *strip.shape))
-            frames = np.concatenate([strip, frames], axis=1)                      # T 22+h w 3
-        cells.append(np.pad(frames, ((0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255))
-    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
-    lines = [np.concatenate(cells[a:a + columns], axis=2) for a in range(0, len(cells), columns)]
-    return np.concatenate(lines, axis=1)
-
-
-def label_strip(text: str, width: int, height: int) -> np.ndarray:
-    """uint8 [height, width, 3]: text in black on white, cut to fit."""
-    strip, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(12)
-    text = re.sub(r"[^\x20-\u017f\u2010-\u2026]+", "…", " ".join(text.split()))
-    while len(text) > 1 and font.getlength(text) > width - 4:
-        text = text.rstrip("…")[:-1] + "…"
-    ImageDraw.Draw(strip).text((2, height // 2), text, "black", font, anchor="lm")
-    return np.asarray(strip)
 
 
 def thumbnail(video: Tensor, height: int = 256) -> Tensor:

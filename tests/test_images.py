@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.video import contact_sheet, drawable, image_size, label_strip, read_image
+from common.video import contact_sheet, drawable, image_size, read_image
+from evaluation.sheets import label_strip
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_processes, script_command, start_script
+from processes import in_processes, run_script, script_command, start_script
 from safetensors.torch import load_file, save_file
 
 import distill
@@ -46,8 +46,7 @@ def finished(tmp_path_factory, tiny_weights, run_stage):
 
 def failed_pair(override: str, stage: str, *args: object) -> str:
     """The errors of two ranks, of which the second also has `override`; they must fail."""
-    done = subprocess.run(script_command(DIFFERING, override, stage, *args, ranks=2),
-                          capture_output=True, text=True, timeout=120, check=False)
+    done = run_script(DIFFERING, override, stage, *args, ranks=2)
     assert done.returncode == 1
     return done.stderr
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_processes, run_script, script_command, start_script
+from processes import PATIENCE, in_processes, run_script, script_command, start_script
 from safetensors.torch import load_file, save_file
 
 import distill
@@ -265,17 +265,24 @@ time.sleep(100)
 """
 
 
+def has_socket(pid: int) -> bool:
+    """Whether a process has opened a socket, by which it waits for other ranks."""
+    return any(int(fd.name) > 2 and os.readlink(fd).startswith("socket:")
+               for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
+
+
 def test_a_rank_whose_launcher_was_killed_ends_although_it_waits_for_others(finished, tmp_path):
     _, config = finished
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, sys.executable,
                                  str(ROOT / "distill.py"), config, f"run={tmp_path / 'run'}"],
                                 stdout=subprocess.PIPE, text=True)
-    stat = Path(f"/proc/{int(launcher.stdout.readline())}/stat")
-    time.sleep(6)  # until it waits for the other one
-    assert stat.exists()
+    worker = int(launcher.stdout.readline())
+    while not has_socket(worker):
+        time.sleep(0.1)
+    stat = Path(f"/proc/{worker}/stat")
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while stat.exists() and " Z " not in stat.read_text():
         time.sleep(0.1)
         assert time.monotonic() < deadline, "the worker is still running"

@@ -57,11 +57,11 @@ from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, prefer_attention,
     setup_distributed)
-from common.video import (
-    centre_crop, comparison_sheet, read_image, side_by_side, thumbnail, video_wall, write_video)
+from common.video import centre_crop, read_image, thumbnail, write_video
 from common.weights import open_safetensors, open_tensors, save_tensors
 from evaluation.measures import Samples, endpoint_error, gates, mean_row, measure
 from evaluation.page import LOOP_SECONDS, Example, draw_table, markdown, write_ladder, write_page
+from evaluation.sheets import comparison_sheet, side_by_side, video_wall
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_batch, unipc_grid
 from model import check_model, latent_shape, load_dit, time_grid

@@ -1,7 +1,7 @@
-"""Settings: what a config file says, what the command line changes, what is wrong with either.
+"""Settings: defaults, overridden by a YAML file, overridden by the command line.
 
-A stage's Config is a dataclass that extends `Shared`. Its defaults, then its YAML file, then the
-command line decide a value; every key is known, typed and explained by --help.
+A stage's Config is a dataclass that extends `Shared`. Every key is known, typed, checked against
+its interval and explained by --help.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,25 +20,25 @@ from typing import Any, Literal
 
 import yaml
 
-from common.files import ROOT, read_text, remove_leftovers, abbreviate, write_text
+from common.files import ROOT, abbreviate, read_text, remove_leftovers, write_text
 
 STAGES = ("teacher", "synvid", "distill", "sample", "evaluate", "paper", "lora", "bench")
 
 
 def field(default: Any, help: str, within: str | None = None) -> Any:
-    """A dataclass field with its help text (meaning and unit); lists are copied.
+    """A dataclass field with its help text (meaning and unit); a list is copied.
 
     within: the interval of its numbers, as "[1, inf)" or "(0, 1]", which load_config checks.
     """
-    about = {"help": help, "within": within}
+    metadata = {"help": help, "within": within}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
-    return dataclasses.field(default=default, metadata=about)
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class Shared:
-    """What all stages of a run agree on: the top level of a YAML file."""
+    """The settings that all stages of a run share: the top level of a YAML file."""
     family: Literal["wan", "hunyuan"] = field("wan", "network family")
     preset: str = field("tiny", "sizes of the DiT, a name of model.PRESETS")
     weights: str = field("assets/tiny", "teacher: an official or a diffusers folder")
@@ -60,18 +61,25 @@ class Shared:
                                                          "cudnn on Hopper, else flash")
 
     def __post_init__(self) -> None:
-        # No settings: where the values come from, for a person and for another stage.
+        # Not settings: where the values come from, for messages and for another stage.
         self.origin, self.path = "the defaults", ROOT / "configs/tiny.yaml"
 
 
 def nearest(name: str, names: Any) -> str:
-    """ "; did you mean …?" with the closest of the names, or nothing."""
+    """"; did you mean …?" with the closest of the names, or ""."""
     close = difflib.get_close_matches(name, list(names), 1, 0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def interval_text(interval: str, key: str) -> str:
+    """An interval in words: 1 ≤ batch, 0 < fps ≤ 1000, 0 ≤ beta1 < 1."""
+    low, high = (end.strip() for end in interval[1:-1].split(","))
+    text = f"{low} {'≤' if interval[0] == '[' else '<'} {key}"
+    return text if high == "inf" else f"{text} {'≤' if interval[-1] == ']' else '<'} {high}"
+
+
 def check_within(value: Any, interval: str | None, key: str, where: str) -> None:
-    """Raise ValueError for a number, or one of a list, that is outside of its field's interval."""
+    """Raise ValueError for a number, or one of a list, that is outside its field's interval."""
     if interval is None or value is None:
         return
     low, high = map(float, interval[1:-1].split(","))
@@ -79,63 +87,50 @@ def check_within(value: Any, interval: str | None, key: str, where: str) -> None
         above = number >= low if interval[0] == "[" else number > low
         below = number <= high if interval[-1] == "]" else number < high
         if not (above and below):
-            raise ValueError(f"{where}: {key}: got {number}; wanted {words_of(interval, key)}")
+            raise ValueError(f"{where}: {key}: expected {interval_text(interval, key)}, got "
+                             f"{number}")
 
 
-def words_of(interval: str, key: str) -> str:
-    """An interval in words: 1 or more, more than 0, 0 ≤ beta1 < 1."""
-    low, high = (end.strip() for end in interval[1:-1].split(","))
-    if high == "inf":
-        return f"{low} or more" if interval[0] == "[" else f"more than {low}"
-    signs = {"[": "≤", "]": "≤", "(": "<", ")": "<"}
-    return f"{low} {signs[interval[0]]} {key} {signs[interval[-1]]} {high}"
+BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True),
+            **dict.fromkeys(("false", "0", "no", "off"), False)}
+# Exact at any size, 1e3 and 2.0 too; 010 is 8 to some; limited, since Fraction expands powers.
+INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,39})(\.[0-9]{0,39})?([eE][+-]?[0-9]{1,2})?")
 
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
     """A value of YAML or the command line as its field's type. Raises ValueError naming the key."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+    if typing.get_origin(kind) is types.UnionType:  # X | None
         if value is None or value in ("none", "null", "~", ""):
             return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-    wanted = " | ".join(choices) or (str(kind) if typing.get_origin(kind) else kind.__name__)
+        kind = typing.get_args(kind)[0]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     try:
-        if choices:
-            if value not in choices:
-                raise ValueError
+        if origin is Literal and value in arguments:
             return value
-        if typing.get_origin(kind) is list:
+        if origin is list:
             items = value.replace(",", " ").split() if isinstance(value, str) else value
-            if not isinstance(items, list):
-                raise ValueError
-            return [coerce(v, typing.get_args(kind)[0], key, where) for v in items]
-        if kind is bool:
-            if str(value).lower() not in ("true", "false", "1", "0", "yes", "no", "on", "off"):
-                raise ValueError
-            return str(value).lower() in ("true", "1", "yes", "on")
-        if value is None or isinstance(value, (dict, list)) or isinstance(value, bool):
-            raise ValueError
-        if kind is int:
-            if len(str(value)) > 40 or re.match(r"[+-]?0\d", str(value)):  # 010 is 8 to some
-                raise ValueError
-            mantissa, _, power = str(value).lower().partition("e")
-            if power and abs(int(power)) > 30:  # Fraction would write it out
-                raise ValueError
-            number = Fraction(str(value))  # reads 1e3 too, and any size exactly
-            if number.denominator != 1:
-                raise ValueError
-            return int(number)
-        out = kind(value)
-        if kind is float and not math.isfinite(out):
-            raise ValueError
-        return out
-    except (ValueError, TypeError, OverflowError) as e:
-        raise ValueError(f"{where}: {key}: got {abbreviate(value)}; wanted {wanted}") from e
+            if isinstance(items, list):
+                return [coerce(item, arguments[0], key, where) for item in items]
+        elif kind is bool:
+            return BOOLEANS[str(value).lower()]
+        elif kind is int and not isinstance(value, bool) and INTEGER.fullmatch(str(value)):
+            number = Fraction(str(value))
+            if number.denominator == 1:
+                return int(number)
+        elif not origin and kind is not int and isinstance(value, str | int | float) \
+                and not isinstance(value, bool):
+            number = kind(value)
+            if kind is not float or math.isfinite(number):
+                return number
+    except (ValueError, KeyError, OverflowError):
+        pass
+    name = " | ".join(arguments) if origin is Literal else str(kind) if origin else kind.__name__
+    raise ValueError(f"{where}: {key}: expected {name}, got {abbreviate(value)}")
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML as people mean it: whole and decimal numbers, true, false and null; all else stays text,
-    where YAML itself reads 010 as 8, 1:30 as 90 and 2026-01-01 as a date. No key twice."""
+    """YAML with decimal numbers, true, false and null only; other scalars stay text, where YAML
+    itself reads 010 as 8, 1:30 as 90 and 2026-01-01 as a date. Repeated keys are errors."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict] = {}
 
@@ -158,17 +153,22 @@ for tag, pattern in (
 
 
 def load_yaml(path: Path) -> Any:
-    """The value of a YAML file. Raises ValueError naming it when it is none."""
-    text = read_text(path, 1 << 18)  # its parser takes a second for each 100 KB
+    """The value of a YAML file. Raises ValueError naming the file if it is not valid."""
+    text = read_text(path, 1 << 18)  # parsing takes a second per 100 KB
     try:
         return yaml.load(text, PlainLoader)
     except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError,
-            OverflowError) as e:  # PyYAML has many for a value that its tag does not fit
+            OverflowError) as e:  # PyYAML raises all of these for a value that its tag does not fit
         reason = " ".join(str(e).split()) or type(e).__name__
         raise ValueError(f"{path}: is not valid YAML: {reason:.300}: correct it") from e
 
 
-NO_SUCH = "; remove it; --help lists all"
+def check_keys(keys: Iterable[Any], known: Iterable[str], where: str, prefix: str = "") -> None:
+    """Raise ValueError naming a key that is not known, and the nearest one."""
+    for key in keys:
+        if key not in known:
+            near = nearest(str(key), known) or "; remove it; --help lists all"
+            raise ValueError(f"{where}: unknown key '{prefix}{key!s:.80}'{near}")
 
 
 def read_yaml(path: Path, stage: str, fields: dict) -> dict:
@@ -177,21 +177,14 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
         near = nearest(path.name, [p.name for p in (ROOT / "configs").glob("*.yaml")])
         raise FileNotFoundError(f"{path}: no such config{near}; the shipped ones are in configs/")
     data = load_yaml(path) or {}
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: got {abbreviate(data)}; wanted keys with values")
-    shared = {f.name for f in dataclasses.fields(Shared)}
-    own = data.get(stage) or {}
-    if not isinstance(own, dict):
-        raise ValueError(f"{path}: {stage}: got {abbreviate(own)}; wanted keys with values")
-    for key in data:
-        if key not in shared and key not in STAGES:
-            near = nearest(str(key), [*shared, *STAGES])
-            raise ValueError(f"{path}: unknown key '{key!s:.80}'{near or NO_SUCH}")
-    for key in own:
-        if key not in fields:
-            near = nearest(str(key), fields)
-            raise ValueError(f"{path}: unknown key '{stage}.{key!s:.80}'{near or NO_SUCH}")
-    return {**{k: v for k, v in data.items() if k in shared}, **own}
+    section = data.get(stage) or {} if isinstance(data, dict) else {}
+    for part, name in ((data, ""), (section, f" {stage}:")):
+        if not isinstance(part, dict):
+            raise ValueError(f"{path}:{name} expected keys with values, got {abbreviate(part)}")
+    shared = [f.name for f in dataclasses.fields(Shared)]
+    check_keys(data, [*shared, *STAGES], str(path))
+    check_keys(section, fields, str(path), f"{stage}.")
+    return {**{key: data[key] for key in shared if key in data}, **section}
 
 
 def print_help(cfg: Any, script: str, doc: str) -> None:
@@ -201,7 +194,7 @@ def print_help(cfg: Any, script: str, doc: str) -> None:
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         choices = " | ".join(typing.get_args(f.type)) if "Literal" in str(f.type) else ""
-        limits = f"; {words_of(within, f.name)}" if (within := f.metadata["within"]) else ""
+        limits = f"; {interval_text(within, f.name)}" if (within := f.metadata["within"]) else ""
         print(f"  --{f.name:<18} {choices}{': ' if choices else ''}{f.metadata['help']}{limits} "
               f"[{'none' if value is None else value}]")
 
@@ -211,15 +204,35 @@ def names_config(args: list[str]) -> bool:
     return bool(args) and not args[0].startswith("-") and "=" not in args[0]
 
 
+def parse_options(args: list[str], fields: dict) -> dict[str, Any]:
+    """The overrides of a command line by field. Raises ValueError naming an unknown option."""
+    given, args = {}, [arg for arg in args if arg not in ("--help", "-h")]
+    while args:
+        arg = args.pop(0)
+        name, equals, value = arg.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not (arg.startswith("--") or equals) or name not in fields:
+            raise ValueError(f"command line: unknown option {abbreviate(arg)}"
+                             f"{nearest(name, fields)}; see --help")
+        if not equals and fields[name] is bool and (not args or args[0].startswith("--")):
+            value = True
+        elif not equals:
+            if not args:
+                raise ValueError(f"command line: {abbreviate(arg)}: expected a value, got nothing")
+            value = args.pop(0)
+        given[name] = value
+    return given
+
+
 def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str = "",
                 script: str | None = None) -> Any:
     """A stage's Config from a YAML file (default configs/tiny.yaml) and overrides of its fields.
 
-    Args: cls, the stage's dataclass (a Shared); stage, its section's name; argv without program
-    name; doc, shown by --help with the name of the script (none: the stage's). An override is
-    `--field value`, `--field=value` or `field=value` (the one that torchrun's own parser leaves
-    alone); a bare --flag sets a bool field. Relative paths are the user's. Raises ValueError
-    naming the key, what was got and the nearest known key.
+    Args: cls, the stage's dataclass, a Shared; stage, the name of its section; argv without the
+    program's name; doc and script, the docstring and command that --help prints. An override is
+    `--field value`, `--field=value` or `field=value` (the form that torchrun's own parser ignores);
+    `--field` alone sets a bool. Relative paths are relative to the working directory.
+    Raises ValueError naming the key, its value and the nearest known key.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
@@ -227,58 +240,42 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     named = names_config(args)
     path = Path(args.pop(0)) if named else ROOT / "configs/tiny.yaml"
     values = read_yaml(path, stage, fields) if named or not wants_help else {}
-    where, given = dict.fromkeys(values, str(path)), {}
-    while args:
-        arg = args.pop(0)
-        if arg in ("--help", "-h"):
-            continue
-        name, equals, value = arg.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not (arg.startswith("--") or equals) or name not in fields:
-            near = nearest(name, fields)
-            raise ValueError(f"command line: unknown option {abbreviate(arg)}{near}; see --help")
-        if not equals and fields[name] is bool and (not args or args[0].startswith("--")):
-            value = True
-        elif not equals:
-            if not args:
-                raise ValueError(f"command line: {abbreviate(arg)}: got nothing; wanted a value")
-            value = args.pop(0)
-        given[name], where[name] = value, "command line"
-    values = {k: coerce(v, fields[k], k, where[k]) for k, v in {**values, **given}.items()}
-    for f in dataclasses.fields(cls):
-        if f.name in values:
-            check_within(values[f.name], f.metadata["within"], f.name, where[f.name])
-    cfg = cls(**{k: os.path.expanduser(v) if k in PATHS and v else v for k, v in values.items()})
-    for name in PATHS & fields.keys() - given.keys():  # what is shipped is there from everywhere
-        value = getattr(cfg, name)
-        if value and value.startswith("assets/") and not Path(value).exists():
-            setattr(cfg, name, str(ROOT / value))
+    given = parse_options(args, fields)
+    intervals = {f.name: f.metadata["within"] for f in dataclasses.fields(cls)}
+    for name, value in {**values, **given}.items():
+        where = "command line" if name in given else str(path)
+        values[name] = coerce(value, fields[name], name, where)
+        check_within(values[name], intervals[name], name, where)
+    cfg = cls(**values)
+    for name in PATHS & fields.keys():
+        if value := getattr(cfg, name):
+            value = os.path.expanduser(value)
+            if name not in given and value.startswith("assets/") and not Path(value).exists():
+                value = str(ROOT / value)  # shipped files are found from any directory
+            setattr(cfg, name, value)
     cfg.path = path
-    start = str(path) if named or not wants_help else cfg.origin
-    cfg.origin = "  ".join([start, *(f"{name}={getattr(cfg, name)}" for name in given)])
+    cfg.origin = "  ".join([str(path) if named or not wants_help else cfg.origin,
+                            *(f"{name}={getattr(cfg, name)}" for name in given)])
     if wants_help:
-        own = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
-        print_help(cfg, script or own, doc)
+        default = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
+        print_help(cfg, script or default, doc)
         raise SystemExit(0)
-    own = Path(cfg.run) / "teacher/weights"  # where stage 0 of the same config writes
-    if stage not in ("teacher", "bench") and Path(cfg.weights) == own and not own.exists():
-        raise FileNotFoundError(f"{own}: there is no teacher yet; train it by `python -m "
+    trained = Path(cfg.run) / "teacher/weights"  # where stage 0 of the same config writes
+    if stage not in ("teacher", "bench") and Path(cfg.weights) == trained and not trained.exists():
+        raise FileNotFoundError(f"{trained}: there is no teacher yet; train it by `python -m "
                                 f"small_world.teacher {path}`")
     return cfg
 
 
-OLD = 3600.0  # seconds without a write after which a half-written file is a killed process's
-
-
 def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
-    """On the first rank, print where the settings come from and save them all as
-    <run>/<stage>/config.yaml; returns that folder."""
+    """Print where the settings come from and save them as <run>/<stage>/config.yaml, on the first
+    rank; returns that folder."""
     folder = Path(cfg.run) / stage
     if rank == 0:
         print(f"{stage}: {cfg.origin}; all settings: {folder / 'config.yaml'}", flush=True)
         text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True)
         write_text(folder / "config.yaml", text)
-        remove_leftovers(folder, OLD)
+        remove_leftovers(folder, 3600.0)  # an hour without a write: its process was killed
     return folder
 
 
@@ -291,14 +288,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-# Where things lie may differ from rank to rank; what they hold may not.
+# Paths may differ from rank to rank; the contents of the files may not.
 PATHS = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
          "out", "base", "teacher_samples", "clips", "vbench", "vbench_prompts",
          "vbench_flickering", "vbench_scores", "how"}
-LOCAL = PATHS | {"device"}
 
 
 def settings_to_compare(cfg: Any, **contents: Any) -> dict[str, Any]:
-    """What all ranks must agree on: every setting but where files lie, and what those hold."""
+    """What all ranks must agree on: every setting but paths and the device, and `contents`, which
+    identify the files at the paths."""
     values = dataclasses.asdict(cfg)
-    return {name: values[name] for name in values if name not in LOCAL} | contents
+    return {name: values[name] for name in values if name not in PATHS | {"device"}} | contents

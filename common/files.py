@@ -1,11 +1,10 @@
-"""Files: written beside their place and renamed, JSON, logs, checksums, one owner for a folder.
+"""Files: atomic writing, JSON and logs with checked shapes, checksums, one owner per folder.
 
-Nothing here knows of networks. Nothing is ever unpickled.
+Nothing here depends on networks, and nothing is ever unpickled.
 """
 
 import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
@@ -15,7 +14,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +22,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("error: this code runs on Linux and macOS: this system has no file locks "
+                     "(fcntl)") from None
+
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = secrets.token_hex(4)  # of this process: containers may have the same process ids
 
@@ -31,9 +35,10 @@ TOKEN = secrets.token_hex(4)  # of this process: containers may have the same pr
 # ------------------------------------------------------------------------------------ writing
 
 def replace_file(path: str | Path, write: Callable[[Path], None], wait: bool = True) -> None:
-    """Write a file beside its place and rename it, so that its name never shows a part of it.
+    """Write a file under a temporary name next to it and rename it, so that it is never partial.
 
-    wait: until its name, too, is on the disk; else a power cut may leave what was there before.
+    Args: write, which writes the file at the path that it is given; wait, whether to return only
+    when the new name is on the disk, too: otherwise a power cut may bring the old file back.
     Raises ValueError naming the path when the disk is full or the folder read-only.
     """
     path = Path(path)
@@ -53,22 +58,22 @@ def replace_file(path: str | Path, write: Callable[[Path], None], wait: bool = T
             aside.unlink()
 
 
+REMEDIES = (((errno.EACCES, errno.EPERM, errno.EROFS), "make this place writable"),
+            ((errno.ENAMETOOLONG,), "choose a shorter name"),
+            ((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "move what has this name"),
+            ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"))
+
+
 def write_remedy(error: BaseException) -> str:
     """What helps against an error of writing."""
-    number, elsewhere = getattr(error, "errno", None), "choose another run folder (`--run`)"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"get the right to write there, or {elsewhere}"
-    if number == errno.ENAMETOOLONG:
-        return "choose a shorter name"
-    if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-        return f"move what stands in its place, or {elsewhere}"
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "space" in str(error):
-        return f"free some space, or {elsewhere}"
-    return f"see what it says of the disk or the settings, or {elsewhere}"
+    other = "free some space" if "space" in str(error) else "check the disk and the settings"
+    remedy = next((remedy for numbers, remedy in REMEDIES
+                   if getattr(error, "errno", None) in numbers), other)
+    return f"{remedy}, or choose another run folder (`--run`)"
 
 
 def replace_folder(path: Path, aside: Path) -> None:
-    """Give a folder that was filled aside its name; what had that name before goes.
+    """Rename the finished folder `aside` to `path`; a folder of that name is removed.
 
     Raises ValueError naming the path if that cannot be done.
     """
@@ -83,111 +88,12 @@ def replace_folder(path: Path, aside: Path) -> None:
         sync_to_disk(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
-        raise ValueError(f"{path}: cannot be replaced by {aside} ({e}): choose another run folder "
-                         "(`--run`)") from e
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 text file aside and rename it."""
-    replace_file(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as indented JSON, aside and renamed."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-LARGEST = 1 << 26  # bytes of JSON, settings or facts: what is larger is another file
-
-
-def read_text(path: str | Path, largest: int = LARGEST) -> str:
-    """A UTF-8 text file. Raises ValueError naming it when it is none, or larger than `largest`."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is no plain file; wanted a text file: name another one")
-    if (size := path.stat().st_size) > largest:
-        raise ValueError(f"{path}: has {size} bytes; wanted {largest} at most: it is another file "
-                         "than its name says, name or restore the right one")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: is not UTF-8 ({e.reason} at byte {e.start}): save it as UTF-8, "
-                         "or restore it") from e
-
-
-def read_json(path: str | Path, shape: Any = dict, remedy: str = "restore or remove it") -> Any:
-    """A JSON file's value, of a shape as `shape_error` has it. Raises ValueError naming the file."""
-    return parse_json(read_text(path), str(path), shape, remedy)
-
-
-def parse_json(text: str, where: str, shape: Any = dict, remedy: str = "make it anew") -> Any:
-    """The value of JSON text, of a shape as `shape_error` has it. Raises ValueError beginning `where`.
-
-    The value is of the shape; what else an object holds is not looked at.
-    """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: is not valid JSON ({e}): {remedy}") from e
-    if fault := shape_error(value, shape):
-        raise ValueError(f"{where}: {fault}: {remedy}")
-    return value
-NUMBER = int | float
-KINDS = {dict: "a JSON object", list: "a list", str: "text", int: "a whole number",
-         NUMBER: "a number"}
-
-
-def shape_error(value: Any, shape: Any, name: str = "") -> str:
-    """What of a JSON value is of another shape, as "weight_map is [1]; wanted …"; "" if nothing.
-
-    Args: shape, a type or union of types; [shape], a list of such; {key: shape, …}, an object that
-    has these keys and may have others; {str: shape}, one whose values all are such.
-    """
-    kind = type(shape) if isinstance(shape, dict | list) else shape
-    # JSON's true is no number, and neither is what it reads as infinite or NaN
-    broken = isinstance(value, float) and not math.isfinite(value)
-    if not isinstance(value, kind) or isinstance(value, bool) or (broken and kind == NUMBER):
-        return f"{name or 'it'} is {abbreviate(value)}; wanted {KINDS.get(kind, kind)}"
-    items: Any = ()
-    if isinstance(shape, list):
-        items = ((f"{name}[{i}]", x, shape[0]) for i, x in enumerate(value))
-    elif isinstance(shape, dict) and str in shape:
-        items = ((f"{name}.{key:.60}".lstrip("."), x, shape[str]) for key, x in value.items())
-    elif isinstance(shape, dict):
-        lacking = [key for key in shape if key not in value]
-        if lacking:
-            return f"{name or 'it'} lacks {lacking[0]}"
-        items = ((f"{name}.{key}".lstrip("."), value[key], shape[key]) for key in shape)
-    return next((fault for part in items if (fault := shape_error(part[1], part[2], part[0]))), "")
-
-
-def path_hint(path: Path) -> str:
-    """Words for an error: where a file that is not in this directory is in the project's; or ""."""
-    home = ROOT / path
-    if path.is_absolute() or path.exists() or not home.exists():
-        return ""
-    return f" (it is in {home}: give that path, or run the command in {ROOT})"
-SHORT = reprlib.Repr()
-SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 2, 80, 80, 40
-
-
-def abbreviate(value: Any) -> str:
-    """A value for an error: in at most about 80 characters, however large or nested it is."""
-    text = " ".join(SHORT.repr(value).split())
-    return text if len(text) <= 80 else f"{text[:79]}…"
-
-
-def commit() -> str | None:
-    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
-                              capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+        raise ValueError(f"{path}: cannot be replaced by {aside} ({e}): {write_remedy(e)}") from e
 
 
 def sync_to_disk(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk, not only in its cache; there
-    are disks that cannot sync a folder."""
+    """Wait until a file, or a folder's list of names, is on the disk and not only in its cache.
+    Disks that cannot sync a folder are accepted."""
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -196,8 +102,18 @@ def sync_to_disk(path: Path) -> None:
             os.close(handle)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
 def append_log(path: Path, line: dict) -> None:
-    """Append one line of JSON; after a line that was cut off it begins a new one.
+    """Append one line of JSON. If the log ends in an incomplete line, start a new one first.
 
     Raises ValueError naming the file when it cannot be written.
     """
@@ -206,16 +122,85 @@ def append_log(path: Path, line: dict) -> None:
         with path.open("ab+") as log:
             if log.tell():
                 log.seek(-1, os.SEEK_END)
-            cut = log.read(1) not in (b"", b"\n")
-            log.write(b"\n" * cut + json.dumps(line).encode() + b"\n")
+            incomplete = log.read(1) not in (b"", b"\n")
+            log.write(b"\n" * incomplete + json.dumps(line).encode() + b"\n")
     except OSError as e:
         raise ValueError(f"{path}: cannot be written ({e}): {write_remedy(e)}; the same command "
-                         "then goes on from what was last saved") from e
+                         "then resumes from the last save") from e
+
+
+# ------------------------------------------------------------------------------------ reading
+
+LARGEST = 1 << 26  # bytes of JSON or text; a larger file is not what its name claims
+
+
+def read_text(path: str | Path, largest: int = LARGEST) -> str:
+    """The text of a UTF-8 file. Raises ValueError for another file, or more bytes than `largest`.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is not a regular file: name a text file")
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path}: expected at most {largest} bytes, got {size}: name another file")
+    data = path.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        line, byte = data.count(b"\n", 0, e.start) + 1, e.start - data.rfind(b"\n", 0, e.start)
+        raise ValueError(f"{path}: line {line} is not UTF-8 ({e.reason} at its byte {byte}): save "
+                         "it as UTF-8, or restore it") from e
+
+
+def read_json(path: str | Path, shape: Any = dict, remedy: str = "restore or remove it") -> Any:
+    """The value of a JSON file; see parse_json."""
+    return parse_json(read_text(path), str(path), shape, remedy)
+
+
+def parse_json(text: str, where: str, shape: Any = dict, remedy: str = "make it again") -> Any:
+    """The value of JSON text. Raises ValueError that starts with `where` and ends with `remedy` if
+    it is not valid JSON or not of the shape (see shape_error)."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where}: is not valid JSON ({e}): {remedy}") from e
+    if error := shape_error(value, shape):
+        raise ValueError(f"{where}: {error}: {remedy}")
+    return value
+
+
+NUMBER = int | float
+KIND_NAMES = {dict: "a JSON object", list: "a list", str: "text", int: "an integer",
+              NUMBER: "a number"}
+
+
+def shape_error(value: Any, shape: Any, name: str = "") -> str:
+    """What in a JSON value differs from a shape, as "weight_map: expected …, got [1]"; or "".
+
+    Args: shape, a type or union of types; [shape], a list of such values; {key: shape, …}, an
+    object that has these keys and may have others; {str: shape}, an object of such values only.
+    """
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    # JSON's true is not a number here, nor is a number that Python reads as infinite or NaN.
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    if not isinstance(value, kind) or isinstance(value, bool) or (infinite and kind == NUMBER):
+        where = f"{name}: " if name else ""
+        return f"{where}expected {KIND_NAMES.get(kind, kind)}, got {abbreviate(value)}"
+    parts: Any = ()
+    if isinstance(shape, list):
+        parts = ((x, shape[0], f"{name}[{i}]") for i, x in enumerate(value))
+    elif isinstance(shape, dict):
+        missing = [key for key in shape if key is not str and key not in value]
+        if missing:
+            return f"{name or 'the object'} has no key {missing[0]}"
+        keys = value if str in shape else shape
+        parts = ((value[key], shape.get(str, shape.get(key)), f"{name}.{key:.60}".lstrip("."))
+                 for key in keys)
+    return next((error for part in parts if (error := shape_error(*part))), "")
 
 
 def read_log(path: Path, *keys: str) -> list[dict]:
-    """A log's lines that are JSON objects with a number for all of `keys`; others, as one that a
-    crash cut off, are dropped."""
+    """The lines of a log that are JSON objects with a number for each of `keys`. Other lines, such
+    as one that a crash left incomplete, are dropped."""
     lines = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
@@ -224,10 +209,8 @@ def read_log(path: Path, *keys: str) -> list[dict]:
     return lines
 
 
-# ---------------------------------------------------------------------------- checksums, errors
-
 def crc32_of_json(value: Any) -> str:
-    """Checksum of JSON values, whatever the order of their keys."""
+    """Checksum of a JSON value; the order of keys does not matter."""
     return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
@@ -241,130 +224,136 @@ def crc32_of_file(path: Path, start: int = 0) -> str:
     return f"{total:08x}"
 
 
+def commit() -> str | None:
+    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
+                              capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+# ------------------------------------------------------------------------- words for messages
+
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 2, 80, 80, 40
+
+
+def abbreviate(value: Any) -> str:
+    """A value in about 80 characters at most, however large or nested it is."""
+    text = " ".join(SHORT.repr(value).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 def error_summary(error: BaseException) -> str:
-    """What happened, in one line, out of the pages that torch says."""
+    """The first line of an error's text; torch adds pages of advice to it."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
     text = re.split(r"(?<=\w)\. |\n", text)[0] or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-# ------------------------------------------------------------------------- one owner for a folder
-
-HEARTBEAT = 20.0  # seconds between two signs of life
-SILENCE = 90.0    # seconds without one, after which an owner on another host counts as dead
-GRACE = 5.0       # seconds that a process that was just killed may take to end
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
-    """Hold a folder, or the items first … stop - 1 in it, so that no other process works there.
-
-    The owner's file names host, process and start. A lock of the operating system holds it, which
-    a killed process loses at once; and it is touched every HEARTBEAT seconds, which tells hosts
-    whose shared disk does not share locks.
-    Raises ValueError naming the owner if there is one.
-    """
-    path = folder / f".owner.{first:06d}-{stop:06d}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".owners"):
-            deadline = time.monotonic() + GRACE
-            while owner := next(living_owners(folder, first, stop), None):
-                if time.monotonic() > deadline:
-                    raise ValueError(f"{folder}: {owner} works here: wait for it, stop it, or "
-                                     "choose another --run")
-                time.sleep(0.2)
-            if next(living_owners(folder, 0, 1 << 62), None) is None:
-                remove_leftovers(folder)
-            handle = path.open("w")
-            lock(handle)
-            handle.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(),
-                                     "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
-            handle.flush()
-    except OSError as e:
-        raise ValueError(f"{folder}: cannot be written ({e}): {write_remedy(e)}") from e
-    ended = threading.Event()
-    threading.Thread(target=show_life, args=(path, ended), daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-        with contextlib.suppress(OSError):
-            path.unlink()
-        handle.close()
-LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)  # of replace_file
-
-
-def remove_leftovers(folder: Path, age: float = 0.0) -> None:
-    """Remove what killed processes left half-written in a folder, and one level below, if it was
-    not written to for `age` seconds."""
-    for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part*")]:
-        with contextlib.suppress(OSError):
-            if (LEFTOVER.fullmatch(part.name) and part.is_file()
-                    and (not age or time.time() - part.stat().st_mtime >= age)):
-                part.unlink()
-
-
-def living_owners(folder: Path, first: int, stop: int) -> Iterator[str]:
-    """Owners of any of the items first … stop - 1, as "process 7 on host x, since …"."""
-    for path in folder.glob(".owner.*"):
-        a, _, b = path.name[7:].partition("-")
-        if not (a.isdecimal() and b.isdecimal() and int(a) < stop and first < int(b)):
-            continue
-        with contextlib.suppress(FileNotFoundError), path.open("r+") as handle:
-            free, text = lock(handle), handle.read()
-            try:
-                owner = json.loads(text)
-                host, known = owner["host"], f"process {owner['process']} on host {owner['host']}"
-                known += f", since {owner['since']},"
-            except (ValueError, LookupError, TypeError):
-                host, known = None, "another process"
-            silent = time.time() - path.stat().st_mtime
-            lock_tells = free is not None and host in (None, socket.gethostname())
-            if free is False or (not lock_tells and silent < SILENCE):
-                yield known
-
-
-def lock(handle: Any) -> bool | None:
-    """Lock an open file if no other process has it locked; it is unlocked when it is closed.
-
-    None on a disk that has no locks, where signs of life must do.
-    """
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock for a moment; others wait for it."""
-    with path.open("a") as handle:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def show_life(path: Path, ended: threading.Event) -> None:
-    """Touch an owner's file from time to time until `ended`."""
-    while not ended.wait(HEARTBEAT):
-        with contextlib.suppress(OSError):
-            os.utime(path)
+def path_hint(path: Path) -> str:
+    """Where a relative path that is missing here exists in the project, for a message; or ""."""
+    home = ROOT / path
+    if path.is_absolute() or path.exists() or not home.exists():
+        return ""
+    return f" (it is in {home}: give that path, or run the command in {ROOT})"
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as a short human duration: 45 s, 12 min, 3.4 h."""
+    """Seconds as a short duration: 45 s, 12 min, 3.4 h."""
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def format_bytes(count: float) -> str:
-    """Bytes as a short human size."""
+    """Bytes as a short size: 12.3 MB, 450 GB."""
     for unit in ("bytes", "KB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.3g} {unit}" if count < 100 or unit == "TB" else f"{count:.0f} {unit}"
         count /= 1000
+
+
+# ------------------------------------------------------------------------- one owner per folder
+
+GRACE = 5.0  # seconds that a process which was just killed may take to end
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
+    """Own a folder, or the items first … stop - 1 in it, so that no other process works there.
+
+    The owner holds a lock (flock) on a file that contains its process and host. The system frees
+    the lock when the process ends, however it ends. On a disk without locks a warning is printed.
+    Raises ValueError naming the owner if there is one.
+    """
+    path = folder / f".owner.{first:06d}-{stop:06d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".owners").open("a") as turn:  # one process at a time looks for owners
+            try:
+                fcntl.flock(turn, fcntl.LOCK_EX)
+            except OSError as e:
+                print(f"warning: {folder}: this disk has no file locks ({e.strerror}): make sure "
+                      "that no other process works here", flush=True)
+            deadline = time.monotonic() + GRACE
+            while owner := find_owner(folder, first, stop):
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{folder}: {owner} works here: wait for it, stop it, or "
+                                     "choose another --run")
+                time.sleep(0.2)
+            if not find_owner(folder, 0, 1 << 62):
+                remove_leftovers(folder)
+            handle = path.open("w")
+            try_lock(handle)
+            handle.write(f"process {os.getpid()} on host {socket.gethostname()}, since "
+                         f"{time.strftime('%Y-%m-%d %H:%M:%S')},")
+            handle.flush()
+    except OSError as e:
+        raise ValueError(f"{folder}: cannot be written ({e}): {write_remedy(e)}") from e
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        handle.close()
+
+
+def find_owner(folder: Path, first: int, stop: int) -> str:
+    """A living owner of any of the items first … stop - 1, as "process 7 on host x, …"; or ""."""
+    for path in folder.glob(".owner.*-*"):
+        a, _, b = path.name[7:].partition("-")
+        if not (a.isdecimal() and b.isdecimal() and int(a) < stop and first < int(b)):
+            continue
+        with contextlib.suppress(FileNotFoundError), path.open("r+") as handle:
+            if not try_lock(handle):
+                return handle.read(200) or "another process"
+    return ""
+
+
+def try_lock(handle: Any) -> bool:
+    """Lock an open file until it is closed; False if another process holds the lock. A disk without
+    locks counts every file as free."""
+    with contextlib.suppress(OSError):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)  # of replace_file
+
+
+def remove_leftovers(folder: Path, age: float = 0.0) -> None:
+    """Remove incomplete files that killed processes left in a folder and one level below it.
+
+    age: only those that were last written to at least so many seconds ago.
+    """
+    for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part*")]:
+        with contextlib.suppress(OSError):
+            old = not age or time.time() - part.stat().st_mtime >= age
+            if old and LEFTOVER.fullmatch(part.name) and part.is_file():
+                part.unlink()

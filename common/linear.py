@@ -1,7 +1,7 @@
-"""Linear layers and GELU as torch has them, in less time on CPUs with AVX-512.
+"""Linear layers and GELU as in torch, faster on CPUs with AVX-512.
 
-torch multiplies fp32 matrices by MKL, which takes half of the width of a vector unit that is not
-Intel's. oneDNN, which torch brings as well, takes all of it: half the time on an AMD EPYC 9005.
+torch multiplies fp32 matrices with MKL, which uses half of the vector width on CPUs that are not
+Intel's. oneDNN, which torch includes as well, uses all of it: half the time on an AMD EPYC 9005.
 """
 
 import math
@@ -15,13 +15,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 HAS_ONEDNN = (torch.backends.mkldnn.is_available()
               and hasattr(torch.ops.mkldnn, "_linear_pointwise")
               and torch.backends.cpu.get_cpu_capability() == "AVX512")
-WORTH = 2 ** 21  # multiplications: with fewer, calling oneDNN takes longer than it saves,
-ROWS = 4         # and with fewer rows of x (one: up to twice as long as MKL)
+WORTH = 2 ** 21  # with fewer multiplications, calling oneDNN takes longer than it saves;
+ROWS = 4         # with fewer rows of x, too (a single row: up to twice as long as MKL)
 
 
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN is to multiply: much fp32 on this CPU, in the usual forms (it checks none),
-    not compiled, no autocast."""
+    """Whether oneDNN should multiply: large fp32 tensors on this CPU, of the usual shapes (it does
+    not check them), not compiled, no autocast."""
     return (HAS_ONEDNN and x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32
             and x.ndim > 1 and weight.ndim == 2 and x.shape[-1] == weight.shape[1]
             and (bias is None or bias.is_cpu and bias.is_contiguous()
@@ -31,7 +31,7 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
             and not torch.compiler.is_compiling())
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times the transpose of weight [out, in], plus bias, by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -41,9 +41,9 @@ class OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        of_x, of_weight, _ = ctx.needs_input_grad  # what is frozen costs no memory
+        of_x, of_weight, _ = ctx.needs_input_grad  # frozen tensors cost no memory
         ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
-        return product(x, weight, bias)
+        return multiply(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -51,10 +51,10 @@ class OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         to_weight = None
-        if of_weight:  # first, before there is more: its left matrix is copied, so the narrower one
+        if of_weight:  # first, at the lowest memory; the narrower matrix is left: it is copied
             wide = grad.shape[1] > x.shape[1]
-            to_weight = product(x.t(), grad.t()).t() if wide else product(grad.t(), x.t())
-        return (product(grad, weight.t()) if of_x else None, to_weight,
+            to_weight = multiply(x.t(), grad.t()).t() if wide else multiply(grad.t(), x.t())
+        return (multiply(grad, weight.t()) if of_x else None, to_weight,
                 grad.sum(0) if of_bias else None)
 
 
@@ -63,12 +63,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not by_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
-        return product(x, weight, bias)
+        return multiply(x, weight, bias)
     return OneDNNLinear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Linear):
-    """nn.Linear by `linear`."""
+    """nn.Linear computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -78,7 +78,7 @@ SLOPE = 2 * math.sqrt(2 / math.pi)  # GELU(x) = x·sigmoid(SLOPE·(x + 0.044715�
 
 
 class SigmoidGELU(torch.autograd.Function):
-    """The tanh form of GELU by sigmoid, which takes less than half of tanh's time on a CPU."""
+    """The tanh form of GELU by a sigmoid, which takes less than half of tanh's time on a CPU."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -93,14 +93,14 @@ class SigmoidGELU(torch.autograd.Function):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """F.gelu(x, approximate="tanh"), which a GPU has as one kernel and compilers fuse."""
+    """F.gelu(x, approximate="tanh"); a GPU has one kernel for it and compilers fuse it."""
     if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     return SigmoidGELU.apply(x)
 
 
 class GELU(nn.Module):
-    """nn.GELU(approximate="tanh") by `gelu`."""
+    """nn.GELU(approximate="tanh") computed by `gelu`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return gelu(x)

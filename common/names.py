@@ -1,6 +1,7 @@
-"""Names of other programs: prefixes and wrappers, ComfyUI's and diffusers' names, scales of fp8.
+"""Names and folders of weights: prefixes and wrappers, ComfyUI's and diffusers' names, fp8 scales;
+where each network's file is; identities.
 
-Official names are ours; every function here leads to them, or from them to diffusers'.
+Official names are the ones used here; every function maps to them, or from them to diffusers'.
 """
 
 import dataclasses
@@ -15,17 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import load_yaml, nearest
-from common.files import ROOT, read_json, abbreviate
+from common.config import check_keys, load_yaml
+from common.files import ROOT, abbreviate, read_json
 from common.weights import WEIGHT_SUFFIXES, LazyTensor, only_weights, open_tensors
-
-
 
 # -------------------------------------------------------------------- prefixes, scales, refusals
 
 # What training programs leave inside names, at any place.
 WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Of each component, a tensor that every form of it has: what stands before it is a prefix.
+# For each component, a tensor that every form of it has: what precedes its name is a prefix.
 ANCHORS = {
     "transformer": ("patch_embedding.weight", "img_in.proj.weight", "x_embedder.proj.weight"),
     "vae": ("encoder.conv1.weight", "encoder.conv_in.weight", "encoder.conv_in.conv.weight"),
@@ -37,53 +36,47 @@ SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def below_anchor(tensors: dict, anchors: tuple[str, ...]) -> dict:
-    """The tensors under the prefix that stands before an anchor, named without it; others, which
-    are of other networks in the file, go. Raises ValueError if several prefixes have anchors."""
-    prefixes = {name.removesuffix(anchor) for name in tensors for anchor in anchors
-                if name == anchor or name.endswith(f".{anchor}")}
-    if len(prefixes) > 1:
-        file = next(iter(tensors.values())).file
-        raise ValueError(f"{file}: holds several networks of this kind, under "
-                         f"{', '.join(sorted(map(repr, prefixes)))}: save the one you mean alone")
-    prefix = prefixes.pop() if prefixes else ""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
 def plain_names(tensors: dict, component: str) -> dict:
-    """Tensors without other programs' wrappers and prefixes, fp8 ones with their scales applied,
-    ComfyUI's HunyuanVideo names made official. Raises ValueError for a LoRA and whole numbers."""
+    """Lazy tensors without other programs' wrappers and prefixes, fp8 ones with their scales
+    applied, ComfyUI's HunyuanVideo names made official. Tensors outside the prefix are dropped.
+
+    Raises ValueError for a LoRA, integer weights, and several networks of the kind in one file.
+    """
     if not tensors or not isinstance(next(iter(tensors.values())), LazyTensor):
         return tensors
-    refuse_other_kinds(tensors)
+    for name, t in tensors.items():
+        if LORA.fullmatch(name):
+            raise ValueError(f"{t.file}: is a LoRA ({name}), which changes a model: point "
+                             "`weights` at the model, and give this file as --lora")
+        if name.endswith("weight") and len(t.shape) > 1 and not t.dtype.is_floating_point:
+            raise ValueError(f"{t.file}: {name} holds {str(t.dtype).removeprefix('torch.')}: the "
+                             "weights are quantised to integers in a form that is not supported: "
+                             "use bf16, fp16, fp32 or fp8 weights")
+    file = next(iter(tensors.values())).file
     tensors = {WRAPPERS.sub("", name): t for name, t in tensors.items()}
-    tensors = with_scales(below_anchor(tensors, ANCHORS[component]))
+    prefixes = {name.removesuffix(anchor) for name in tensors for anchor in ANCHORS[component]
+                if name == anchor or name.endswith(f".{anchor}")} or {""}
+    if len(prefixes) > 1:
+        raise ValueError(f"{file}: contains several networks of this kind, under "
+                         f"{', '.join(sorted(map(repr, prefixes)))}: save the one you mean alone")
+    prefix = prefixes.pop()
+    tensors = with_scales({name.removeprefix(prefix): t for name, t in tensors.items()
+                           if name.startswith(prefix)})
     if component == "transformer" and "double_blocks.0.img_attn.qkv.weight" in tensors:
         tensors = {comfy_to_official(name): t for name, t in tensors.items()}
     return tensors
 
 
-def refuse_other_kinds(tensors: dict[str, LazyTensor]) -> None:
-    """Raise ValueError for a LoRA, and for weights stored as whole numbers."""
-    for name, t in tensors.items():
-        if LORA.fullmatch(name):
-            raise ValueError(f"{t.file}: is a LoRA ({name}), which goes on top of a model: point "
-                             "`weights` at the model, and give this file as --lora")
-        if name.endswith("weight") and len(t.shape) > 1 and not t.dtype.is_floating_point:
-            raise ValueError(f"{t.file}: {name} holds {str(t.dtype).removeprefix('torch.')}: the "
-                             "weights are quantised to whole numbers in a form that is not read "
-                             "here: wanted bf16, fp16, fp32 or fp8")
-
-
 def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Tensors with fp8 weights times their scales, which go, as does ComfyUI's marker."""
+    """Tensors with fp8 weights multiplied by their scales, without the scales and ComfyUI's marker.
+    """
     def scaled(t: LazyTensor, scale: LazyTensor) -> LazyTensor:
         def read(rows: slice | None = None) -> Tensor:
             factor = scale.read().float()
             factor = factor.reshape(-1, *[1] * (len(t.shape) - 1)) if factor.numel() > 1 else factor
             return t.read(rows).float() * (factor[rows] if rows and factor.numel() > 1 else factor)
 
-        return LazyTensor(t.shape, torch.float32, t.file, read)
+        return dataclasses.replace(t, dtype=torch.float32, read=read)
 
     out = {}
     for name, t in tensors.items():
@@ -92,15 +85,15 @@ def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         if name.endswith(SCALES) or name in ("scaled_fp8", "comfy_quant"):
             continue
         if t.dtype in FLOAT8:
-            tell_fp8(t.file, scale is not None)
+            warn_of_fp8(t.file, scale is not None)
             t = t if scale is None else scaled(t, scale)
         out[name] = t
     return out
 
 
 @functools.lru_cache
-def tell_fp8(file: Path, scaled: bool) -> None:
-    """Say once what fp8 weights cost; measured on the small world's student."""
+def warn_of_fp8(file: Path, scaled: bool) -> None:
+    """Print once per file what fp8 weights cost, as measured on the small world's student."""
     cost = ("a quarter more endpoint error" if scaled else
             "velocities 6 to 8% off, twice the endpoint error")
     if os.environ.get("RANK", "0") == "0":
@@ -148,7 +141,9 @@ def name_rules(family: str, component: str, reverse: bool) -> list[tuple[re.Patt
 
 
 def joined(parts: list[LazyTensor]) -> LazyTensor:
-    """Several tensors one after the other along their first dimension, as one; read lazily."""
+    """Several tensors concatenated along their first dimension, read lazily; plain ones are too."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
     ends = list(itertools.accumulate(part.shape[0] for part in parts))
 
     def read(rows: slice | None = None) -> Tensor:
@@ -158,48 +153,30 @@ def joined(parts: list[LazyTensor]) -> LazyTensor:
                   if a < end and b > end - part.shape[0]]
         return torch.cat(inside)
 
-    first = parts[0]
-    return LazyTensor((ends[-1], *first.shape[1:]), first.dtype, first.file, read)
-
-
-def rows_of(tensor: LazyTensor | Tensor, start: int, stop: int) -> LazyTensor | Tensor:
-    """Rows start … stop - 1 of a tensor; of a lazy one, lazily."""
-    if isinstance(tensor, Tensor):
-        return tensor[start:stop]
-
-    def read(rows: slice | None = None) -> Tensor:
-        rows = rows or slice(0, stop - start)
-        return tensor.read(slice(start + rows.start, start + rows.stop))
-
-    return LazyTensor((stop - start, *tensor.shape[1:]), tensor.dtype, tensor.file, read)
-
-
-def swap_halves(tensor: LazyTensor | Tensor) -> LazyTensor | Tensor:
-    """A tensor with the second half of its rows first."""
-    rows = tensor.shape[0]
-    halves = [rows_of(tensor, rows // 2, rows), rows_of(tensor, 0, rows // 2)]
-    return torch.cat(halves) if isinstance(tensor, Tensor) else joined(halves)
+    return dataclasses.replace(parts[0], shape=(ends[-1], *parts[0].shape[1:]), read=read)
 
 
 def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """A small tensor in another shape; it is read whole."""
+    """A small tensor in another shape; all of it is read at once."""
     def read(rows: slice | None = None) -> Tensor:
         value = tensor.read().reshape(shape)
         return value[rows] if rows else value
 
-    return LazyTensor(shape, tensor.dtype, tensor.file, read)
+    return dataclasses.replace(tensor, shape=shape, read=read)
+
+
 HUNYUAN_MARKS = {"context_embedder.proj_in.weight", "txt_in.input_embedder.weight"}
 
 
 def official_names(tensors: dict, component: str, reverse: bool = False) -> dict:
     """Rename diffusers or transformers tensors to official names (reverse: the other way).
 
-    Args: component, "transformer", "vae", "text_encoder" or "image_encoder". A name without a rule
-    is kept, as official names are, so that strict loading can name it. Some diffusers layouts have
-    q, k, v (and the MLP's input) apart, in the order of its rules, and [scale, shift] for [shift,
-    scale] in the last layer: forward takes lazy tensors, reverse takes plain ones too.
-    Forward also takes off what other programs add to names, and applies the scales of fp8 weights.
-    Raises ValueError if the tensors are a LoRA, or whole numbers.
+    Args: tensors, lazy or plain; component, "transformer", "vae", "text_encoder" or
+    "image_encoder". A name without a rule is kept, so that strict loading reports it. Some
+    diffusers layouts have q, k, v (and the MLP's input) apart, in the order of its rules, and
+    [scale, shift] for [shift, scale] in the last layer.
+    Forward also removes what other programs add to names, and applies the scales of fp8 weights.
+    Raises ValueError as plain_names does.
     """
     if not reverse:
         tensors = plain_names(tensors, component)
@@ -208,29 +185,26 @@ def official_names(tensors: dict, component: str, reverse: bool = False) -> dict
     rules, found = name_rules("hunyuan" if hunyuan else "wan", component, reverse), {}
     for name, value in tensors.items():
         hits = [(i, match.expand(template)) for i, (pattern, template) in enumerate(rules)
-                if (match := pattern.fullmatch(name))]
-        if fused and reverse and hits:  # one official tensor, or the parts of it
-            parts, D = [value], tensors["img_in.proj.bias"].shape[0]
-            if len(hits) > 1:
-                ends = [*(D, 2 * D, 3 * D)[:len(hits) - 1], value.shape[0]]
-                parts = [rows_of(value, a, b) for a, b in itertools.pairwise([0, *ends])]
-            elif name.startswith("final_layer.adaLN"):
-                parts = [swap_halves(value)]
-            found |= {target: [(i, part)] for (i, target), part in zip(hits, parts, strict=True)}
-            continue
-        i, target = hits[0] if hits else (0, name)
-        if fused and hits and target.startswith("final_layer.adaLN"):
-            value = swap_halves(value)
-        found.setdefault(target, []).append((i, value))
+                if (match := pattern.fullmatch(name))] or [(0, name)]
+        if hits[0][1] != name and "final_layer.adaLN" in f"{name} {hits[0][1]}":
+            half = value.shape[0] // 2
+            value = joined([value[half:], value[:half]])
+        if fused and reverse and len(hits) > 1:  # split into the parts that diffusers keeps apart
+            D = tensors["img_in.proj.bias"].shape[0]
+            ends = [*(D, 2 * D, 3 * D)[:len(hits) - 1], value.shape[0]]
+            found |= {target: [(i, value[a:b])] for (i, target), a, b
+                      in zip(hits, [0, *ends], ends, strict=False)}
+        else:
+            found.setdefault(hits[0][1], []).append((hits[0][0], value))
     return {name: joined([v for _, v in sorted(parts, key=lambda part: part[0])])
             if fused and len(parts) > 1 else parts[-1][1] for name, parts in found.items()}
 
 
-# ------------------------------------------------------------- a list of files, ComfyUI's folder
+# ------------------------------------------------------------ a list of files, ComfyUI's folder
 
 ROLES = ("dit", "vae", "text_encoder", "text_encoder_2", "image_encoder", "tokenizer",
          "tokenizer_2")
-# Under ComfyUI/models: folders of a role, and how names of its files begin for each family.
+# Under ComfyUI/models: the folders of a role, and how its file's name starts for each family.
 COMFY_FOLDERS = {"dit": (("diffusion_models", "unet"), {"wan": "", "hunyuan": ""}),
          "vae": (("vae",), {"wan": "wan_2.1_vae", "hunyuan": "hunyuan_video_vae"}),
          "text_encoder": (("text_encoders", "clip"), {"wan": "umt5", "hunyuan": "llava_llama3"}),
@@ -238,45 +212,35 @@ COMFY_FOLDERS = {"dit": (("diffusion_models", "unet"), {"wan": "", "hunyuan": ""
          "image_encoder": (("clip_vision",), {"wan": "clip_vision_h"})}
 
 
-def read_list(path: Path) -> dict[str, Path]:
-    """A YAML file that names the file or folder of each network, relative to itself.
-
-    Raises ValueError if it is none, naming the key.
-    """
-    values = load_yaml(path)
-    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
-        raise ValueError(f"{path}: wanted lines such as `dit: file.safetensors`, of "
-                         f"{', '.join(ROLES)}")
-    for key in values:
-        if key not in ROLES:
-            raise ValueError(f"{path}: unknown key '{key!s:.80}'{nearest(str(key), ROLES)}; wanted "
-                             f"{', '.join(ROLES)}")
-    return {key: path.parent / Path(value).expanduser() for key, value in values.items()}
-
-
 def is_list(weights: Path) -> bool:
     """Whether `weights` is a YAML file that names the files."""
     return weights.is_file() and weights.suffix in (".yaml", ".yml")
 
 
-def is_comfy(weights: Path) -> bool:
-    """Whether `weights` is ComfyUI's folder of models."""
-    return any((weights / folder).is_dir() for folder in COMFY_FOLDERS["dit"][0])
+def read_list(path: Path) -> dict[str, Path]:
+    """The file or folder of each network by a YAML file, relative to it. Raises ValueError naming
+    the key if it is not such a list."""
+    values = load_yaml(path)
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise ValueError(f"{path}: expected lines such as `dit: file.safetensors`, for "
+                         f"{', '.join(ROLES)}")
+    check_keys(values, ROLES, str(path))
+    return {key: path.parent / Path(value).expanduser() for key, value in values.items()}
 
 
 def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | None:
-    """The file of one network that a list or ComfyUI's folder has; None where neither is there.
+    """The file of one network by a list or in ComfyUI's folder; None if `weights` is neither.
 
-    Raises FileNotFoundError if they lack it, ValueError if ComfyUI's folder has several.
+    Raises FileNotFoundError if it is missing there, ValueError if ComfyUI's folder has several.
     """
     weights = Path(weights)
     if is_list(weights):
         path = read_list(weights).get(role)
         if path is None or not path.exists():
-            raise FileNotFoundError(f"{weights}: {role}: got {path}; wanted the file or folder of "
-                                    "this network")
+            raise FileNotFoundError(f"{weights}: {role}: expected the file or folder of this "
+                                    f"network, got {path}: correct this line")
         return path
-    if not is_comfy(weights):
+    if not any((weights / folder).is_dir() for folder in COMFY_FOLDERS["dit"][0]):
         return None
     folders, begin = COMFY_FOLDERS.get(role, ((), {}))
     found = sorted(p for folder in folders for p in (weights / folder).rglob("*")
@@ -285,12 +249,12 @@ def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | Non
     if len(found) != 1:
         got = ", ".join(str(p.relative_to(weights)) for p in found[:6]) or "no such file"
         raise (ValueError if found else FileNotFoundError)(
-            f"{weights}: {role}: got {got}; wanted one file: name the one you mean in a small "
+            f"{weights}: {role}: expected one file, got {got}: name the one you mean in a small "
             f"file.yaml with lines such as `{role}: {weights}/…`, and point `weights` at that")
     return found[0]
 
 
-# --------------------------------------------------------------------------- the DiT's folder
+# --------------------------------------------------------------------- the DiT's file, identities
 
 # Where official folders keep a DiT: HunyuanVideo's ckpts, AccVideo's release.
 OFFICIAL_DITS = ("hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt",
@@ -304,8 +268,7 @@ def find_dit(weights: str | Path) -> Path:
     for name in OFFICIAL_DITS:
         if (weights / name).is_file():
             return weights / name
-    own = role_file(weights, "dit")
-    weights = weights if own is None else own
+    weights = role_file(weights, "dit") or weights
     if (weights / "transformer").is_dir():
         weights = weights / "transformer"
     if not weights.is_dir():
@@ -313,7 +276,7 @@ def find_dit(weights: str | Path) -> Path:
     file = weights / "diffusion_pytorch_model.safetensors"
     index = Path(f"{file}.index.json")
     if index.exists() and file.exists():
-        raise ValueError(f"{weights}: holds both {file.name} and {index.name}, which may be a "
+        raise ValueError(f"{weights}: contains both {file.name} and {index.name}, which may be a "
                          "student and its teacher: point `weights` at the file you mean")
     if index.exists() or file.exists():
         return index if index.exists() else file
@@ -322,16 +285,16 @@ def find_dit(weights: str | Path) -> Path:
 
 
 def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
-    """Raise ValueError if a folder's config.json tells other sizes than `sizes` of `what`."""
-    config = find_dit(weights).with_name("config.json")
-    if not (Path(weights).is_dir() and config.exists()):
+    """Raise ValueError if a folder's config.json has other sizes than `sizes`, of `what`."""
+    path = find_dit(weights).with_name("config.json")
+    if not (Path(weights).is_dir() and path.exists()):
         return
-    own = dataclasses.asdict(sizes)
-    for key, got in read_json(config).items():
+    expected = dataclasses.asdict(sizes)
+    for key, got in read_json(path).items():
         name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
-        if name in own and got is not None and got != own[name]:
-            raise ValueError(f"{config}: {key} is {abbreviate(got)}, {what} has {own[name]}: choose the "
-                             "preset that belongs to these weights, or add one")
+        if name in expected and got is not None and got != expected[name]:
+            raise ValueError(f"{path}: {key} is {abbreviate(got)}, {what} has {expected[name]}: "
+                             "choose the preset that belongs to these weights, or add one")
 
 
 def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
@@ -342,8 +305,8 @@ def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
 def fingerprint(weights: str | Path) -> str:
     """Identity of a DiT's weights: a hash over each tensor's name, shape and first row.
 
-    The same for official, diffusers, sharded and single files of one dtype. It tells models apart;
-    it is no proof against damage.
+    The same for official, diffusers, sharded and single files of one dtype. It distinguishes
+    models; it does not detect damage.
     """
     tensors, digest = dit_tensors(weights), hashlib.sha256()
     for name in sorted(tensors):
@@ -354,14 +317,14 @@ def fingerprint(weights: str | Path) -> str:
 
 
 def fingerprint_files(weights: str | Path) -> str:
-    """Identity of all weight files of a folder: names, sizes, first and last bytes of each.
+    """Identity of all weight files of a folder: names, sizes, first and last 64 KB of each.
 
-    It tells whether two hosts have the same encoders, as far as a look at 128 KB of each can.
+    It shows whether two hosts have the same encoders; a change elsewhere in a file is not seen.
     """
     digest, weights = hashlib.sha256(), Path(weights)
     top = weights.parent if weights.is_file() else weights
-    under = list(read_list(weights).values()) if is_list(weights) else [weights]
-    for path in sorted(p for start in under for p in (start, *start.rglob("*"))
+    starts = list(read_list(weights).values()) if is_list(weights) else [weights]
+    for path in sorted(p for start in starts for p in (start, *start.rglob("*"))
                        if p.suffix in WEIGHT_SUFFIXES and p.is_file()):
         size = path.stat().st_size
         with path.open("rb") as f:

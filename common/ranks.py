@@ -1,4 +1,4 @@
-"""Processes: how they find each other, share weights (FSDP2) and sequences (Ulysses), and seeds.
+"""Processes: how they find each other, shard weights (FSDP2) and sequences (Ulysses); seeds.
 
 Shapes: B batch, L tokens, D width, N heads.
 """
@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -36,15 +35,15 @@ from tqdm import tqdm
 
 from common.files import lock_folder
 
-# -------------------------------------------------------------------- processes and sharding
+# ----------------------------------------------------------------------- processes and devices
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among the others: its rank, their number, its device and the mesh of all.
 
-    With sequence parallelism `sp` successive ranks work on one batch, and with guidance in parallel
-    two such groups. Those that share a batch are one data-parallel replica: `dp_rank` is its
-    number, `dp_size` how many there are. Without either every rank is a replica.
+    With sequence parallelism `sp` successive ranks work on one batch, and with parallel guidance
+    two such groups do. The ranks that share a batch are one data-parallel replica: `dp_rank` is its
+    number, `dp_size` how many replicas there are. Otherwise every rank is a replica.
     """
     rank: int
     world: int
@@ -52,7 +51,7 @@ class Ranks:
     mesh: DeviceMesh
     sp: int = 1
     sp_group: dist.ProcessGroup | None = None
-    cfg_group: dist.ProcessGroup | None = None  # this rank and its fellow in the other group
+    cfg_group: dist.ProcessGroup | None = None  # this rank and its counterpart in the other group
 
     @property
     def replica_size(self) -> int:
@@ -68,64 +67,61 @@ class Ranks:
 
     @property
     def sp_ranks(self) -> "Ranks | None":
-        """The ranks that share each sample's tokens, as those over which a DiT that is only run is
-        sharded: they are in step, replicas are not. None if there is only this one."""
+        """The ranks over which a DiT that is only evaluated is sharded: those that share a sample's
+        tokens, since they are in step and replicas are not. None if there is only this one."""
         if self.sp_group is None:
             return None
-        mesh = DeviceMesh.from_group(self.sp_group, self.device.type)
-        return replace(self, mesh=mesh)
+        return replace(self, mesh=DeviceMesh.from_group(self.sp_group, self.device.type))
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes what its replica made."""
+        """Whether this rank writes the results of its replica."""
         return self.rank % self.replica_size == 0
 
 
 def pick_device(device: str) -> torch.device:
     """"auto" is this process's GPU if there is one, else the CPU. Raises ValueError for others."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if count else "cpu"
     if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device):
-        raise ValueError(f"device: got '{device}'; wanted cpu, cuda, cuda:0, … or auto")
-    if device == "cpu":
-        return torch.device(device)
-    if not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu, cuda, cuda:0, … or auto, got '{device}'")
+    if device.startswith("cuda") and not count:
         raise ValueError(f"device: got '{device}', but torch sees no GPU; use --device cpu")
-    count = torch.cuda.device_count()
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
-    if int(device[5:]) >= count:
-        raise ValueError(f"device: got '{device}'; torch sees {count} GPU(s): wanted cuda:0 … "
-                         f"cuda:{count - 1}")
+    if device != "cpu" and int(device[5:]) >= count:
+        raise ValueError(f"device: expected cuda:0 … cuda:{count - 1}, got '{device}': torch sees "
+                         f"{count} GPU(s)")
     return torch.device(device)
 
 
 def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
                       timeout: timedelta = timedelta(hours=12), cfg_parallel: bool = False,
                       same: dict[str, Any] | None = None) -> Ranks:
-    """Join the processes torchrun started, or be the only one: the same code path from one up.
+    """Join the processes that torchrun started, or be the only one: one code path for both.
 
-    Args: sp, ranks that share each sample's tokens; heads, attention heads of the DiT, which they
-    share out; timeout, how long a rank waits for the others in a collective before it gives up;
-    cfg_parallel, whether two groups share the evaluations of guidance; same, what all ranks must
-    agree on (require_same).
+    Args: sp, number of ranks that share each sample's tokens; heads, attention heads of the DiT,
+    which these ranks divide; timeout, how long a rank waits for the others in a collective;
+    cfg_parallel, whether two groups share the two evaluations of guidance; same, what all ranks
+    must agree on (see require_same).
     Raises ValueError if they do not, or if sp does not divide both the ranks and the heads.
     """
     where = pick_device(device)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    elif "OMP_NUM_THREADS" not in os.environ:  # the count changes last bits; and processes are a
-        torch.set_num_threads(1)               # better use of cores than threads are
+    elif "OMP_NUM_THREADS" not in os.environ:  # the number of threads changes last bits; and
+        torch.set_num_threads(1)               # processes use cores better than threads do
     if not dist.is_initialized():
         join_processes("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     require_same(same or {})
-    fits = [n for n in range(1, world + 1) if world % n == 0 and heads % n == 0]
-    if sp not in fits:
-        raise ValueError(f"sp: got {sp} with {world} rank(s) and {heads} attention heads; wanted "
-                         f"what divides both: {', '.join(map(str, fits))}")
+    divisors = [n for n in range(1, world + 1) if world % n == 0 and heads % n == 0]
+    if sp not in divisors:
+        raise ValueError(f"sp: got {sp} with {world} rank(s) and {heads} attention heads; expected "
+                         f"a divisor of both: {', '.join(map(str, divisors))}")
     if world % (sp * (1 + cfg_parallel)):
-        raise ValueError(f"cfg_parallel: got {world} rank(s) with sp {sp}; wanted a multiple of "
+        raise ValueError(f"cfg_parallel: got {world} rank(s) with sp {sp}; expected a multiple of "
                          f"{2 * sp}")
     groups = [dist.new_group(list(range(a, a + sp)), timeout)
               for a in range(0, world, sp)] if sp > 1 else []
@@ -137,7 +133,7 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
 
 
 def join_processes(backend: str, timeout: timedelta) -> None:
-    """Make the process group of all ranks that torchrun started, or of this process alone."""
+    """Create the process group of all ranks that torchrun started, or of this process alone."""
     store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -152,14 +148,14 @@ def join_processes(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-SDPA_ORDER: list[Any] = []  # kept, else it would be left when it is collected
+SDPA_ORDER: list[Any] = []  # keeps the context alive: it would be left when collected
 
 
 def prefer_attention(kernels: str, device: torch.device) -> None:
-    """Have attention try one kind of GPU kernels first from here on; those it lacks go elsewhere.
+    """From here on, attention on a GPU tries one kind of kernel first; the others remain available.
 
-    Args: kernels, flash | cudnn | auto: cudnn on Hopper, flash on others. On an H100 cuDNN's were
-    measured 1.7 to 2.3 times as fast as torch's flash kernels, on an A100 0.8 times.
+    kernels: flash | cudnn | auto, which is cudnn on Hopper and flash on others. On an H100 cuDNN's
+    were measured 1.7 to 2.3 times as fast as torch's flash kernels, on an A100 0.8 times.
     Source: huggingface/transformers, pull request 48163.
     """
     if device.type != "cuda":
@@ -167,16 +163,16 @@ def prefer_attention(kernels: str, device: torch.device) -> None:
     if kernels == "auto":
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         kernels = "cudnn" if hopper else "flash"
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
-             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    order = order if kernels == "flash" else [order[1], order[0], *order[2:]]
-    SDPA_ORDER[:] = [sdpa_kernel(order, set_priority=True)]
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    order = order if kernels == "flash" else order[::-1]
+    SDPA_ORDER[:] = [sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+                                 set_priority=True)]
     SDPA_ORDER[0].__enter__()  # and never left
 
 
 class Timer:
-    """Seconds by name, from lap to lap: the clock's on a CPU; on a GPU those of events in its
-    stream, so that nothing waits before the seconds are asked for."""
+    """Seconds by name, from lap to lap: by the clock on a CPU; on a GPU by events in its stream, so
+    that nothing synchronises before the seconds are read."""
 
     def __init__(self, device: torch.device):
         self.device, self.total = device, {}
@@ -190,11 +186,11 @@ class Timer:
         return event
 
     def lap(self, name: str) -> None:
-        """Count the time since the last lap as `name`'s."""
+        """Count the time since the last lap as `name`."""
         self.marks.append((name, self.now()))
 
     def laps(self) -> list[float]:
-        """Seconds of each lap since this was last asked."""
+        """Seconds of each lap since the last call."""
         if self.device.type == "cuda":
             self.marks[-1][1].synchronize()
         out = []
@@ -211,7 +207,8 @@ class Timer:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory this process has held: on the GPU if it is there, else of the whole process."""
+    """The most memory this process has used: of its GPU if it has one, else of the host."""
+    import resource
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -219,7 +216,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What the numbers were measured on."""
+    """The device as reports call it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -227,11 +224,11 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """Name of the processor, where the system tells it."""
+    """Name of the processor; where the system has none, its architecture."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8") if info.exists() else ""
-    names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()
+    found = re.search(r"model name\s*: *(.*\S)", text)
+    return found[1] if found else platform.machine()
 
 
 def check_compiler(device: torch.device) -> None:
@@ -240,40 +237,37 @@ def check_compiler(device: torch.device) -> None:
         raise ValueError("compile: found no g++ for torch.compile: install it, or --compile=false")
 
 
-MOST_VARIANTS = 64  # of a block; 20 were seen: with and without gradients, of weights or of inputs
-#                     alone, samples of a batch, tokens fixed or free, odd or even for two ranks
-
-
 def compile_blocks(dit: nn.Module) -> None:
-    """torch.compile every block of a DiT; Dynamo's own limit of 8 variants would leave HunyuanVideo
-    uncompiled after a few prompts, with a warning only. Raises as check_compiler."""
+    """torch.compile every block of a DiT. Raises as check_compiler."""
     import torch._dynamo
     check_compiler(next(dit.parameters()).device)
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, MOST_VARIANTS)
+    # Dynamo's own limit of 8 variants would leave HunyuanVideo uncompiled after a few prompts, with
+    # only a warning. 20 were seen: with and without gradients, of weights or of inputs alone,
+    # samples of a batch, tokens fixed or free, odd or even for two ranks.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in dit.blocks:
         block.compile()
 
 
-def shard(module: nn.Module, ranks: Ranks, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """Shard parameters over all ranks (FSDP2): every block by itself, then the rest.
+def shard(module: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) -> nn.Module:
+    """Shard parameters over all ranks (FSDP2): each block separately, then the rest.
 
-    Args: compute_dtype, what a block's weights are cast to when gathered (None: as stored); the
-    embeddings and the head around the blocks stay as stored. Gradients are reduced in fp32.
+    dtype: what a block's weights are cast to when gathered (None: as stored). The embeddings and
+    the head around the blocks stay as stored. Gradients are reduced in fp32.
     """
-    # The root reshards too: else a forward without backward would leave it whole, and a checkpoint
-    # taken then would miss the optimizer's state of its sharded parameters.
-    how = {"mesh": ranks.mesh, "reshard_after_forward": True}
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32,
+    # The root reshards too: else a forward without backward would leave it unsharded, and a
+    # checkpoint taken then would miss the optimizer's state of its sharded parameters.
+    options = {"mesh": ranks.mesh, "reshard_after_forward": True}
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for block in getattr(module, "blocks", []):
-        fully_shard(block, mp_policy=policy, **how)
+        fully_shard(block, mp_policy=policy, **options)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    return fully_shard(module, mp_policy=policy, **how)
+    return fully_shard(module, mp_policy=policy, **options)
 
 
 def local_rows(p: Tensor) -> tuple[Tensor, slice | None]:
-    """This rank's part of a parameter and the rows of the whole that it holds (None: all)."""
+    """This rank's part of a parameter and the rows of the full one that it holds (None: all)."""
     if not isinstance(p, DTensor):
         return p.data, None
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
@@ -281,16 +275,16 @@ def local_rows(p: Tensor) -> tuple[Tensor, slice | None]:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What networks compute in: bf16 on a GPU, fp32 on the CPU."""
+    """The dtype that networks compute in: bf16 on a GPU, fp32 on the CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 # --------------------------------------------------------------------- agreement, start and end
 
 def require_same(facts: dict[str, Any]) -> None:
-    """Raise ValueError on every rank if one works with other settings or files than the first.
+    """Raise ValueError on every rank if one has other settings or files than the first.
 
-    Args: facts, JSON values by name, as config.settings_to_compare gives them.
+    Args: facts, JSON values by name, as config.settings_to_compare returns them.
     """
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, facts)
@@ -304,7 +298,7 @@ def require_same(facts: dict[str, Any]) -> None:
 
 
 def on_first_rank(work: Callable[[], Any]) -> Any:
-    """What `work` gives on rank 0, told to all; its error ends all ranks, and is told once."""
+    """The result of `work` on rank 0, sent to all; its error ends all ranks and is printed once."""
     result = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -323,7 +317,7 @@ class AgreedError(ValueError):
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raise AgreedError on every rank if one or more have an error; the first of them tells it."""
+    """Raise AgreedError on every rank if one or more have an error; the first has its message."""
     rank = dist.get_rank()
     first = torch.tensor(rank if error is not None else dist.get_world_size())
     dist.all_reduce(first, dist.ReduceOp.MIN)
@@ -333,16 +327,16 @@ def raise_together(error: Exception | None) -> None:
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
-    """Hold a folder, or some of its items, for all ranks of this job, as files.lock_folder does."""
+    """files.lock_folder for all ranks of this job."""
     with contextlib.ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(lock_folder(folder, first, stop)))
         yield
 
 
 def watch_launcher() -> None:
-    """Have this process end soon after torchrun's is gone, also where it waits for other ranks.
+    """End this process soon after torchrun ends, even while it waits for other ranks.
 
-    It gets the signal that torchrun would have sent; one that has not yet met the others ends at
+    It gets the signal that torchrun would have sent; before the process group exists it ends at
     once.
     """
     launcher = os.getppid()
@@ -350,7 +344,7 @@ def watch_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(1)
-        print("torchrun is gone: this rank ends", file=sys.stderr, flush=True)
+        print("torchrun exited; stopping this rank", file=sys.stderr, flush=True)
         if not dist.is_initialized():
             os._exit(1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -358,20 +352,9 @@ def watch_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def exit_process(status: int) -> None:
-    """End this process now, without Python's farewell.
-
-    A gloo thread may still let go of the last collective's tensors; it needs the interpreter for
-    that, and one that is being torn down aborts the process after all work is done.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def tell(error: str) -> None:
-    """Print an error on a line of its own. Before ranks know each other all may meet the same one:
-    the first tells it, and torchrun ends the others before they do."""
+def print_error(error: str) -> None:
+    """Print an error on a line of its own. Before the ranks are connected all may have the same
+    one: the first prints it, and torchrun ends the others before they do."""
     if not dist.is_initialized() and os.environ.get("RANK", "0") != "0":
         time.sleep(3)
     for bar in list(getattr(tqdm, "_instances", ())):
@@ -380,30 +363,29 @@ def tell(error: str) -> None:
 
 
 def cli(main: Callable[[], None]) -> None:
-    """Run a stage's main; what a user can cause ends in one line on stderr and exit status 1.
+    """Run a stage's main. An error that a user can cause is one line on stderr and exit status 1.
 
-    With a process group, which a stage has from early on, it always ends by exit_process(). A rank
-    that fails does so at once, without the farewell that the others cannot answer, so that torchrun
-    sees it and stops them.
+    With a process group, the process always ends without Python's shutdown. A rank that fails then
+    does not wait for the others, so that torchrun sees it and stops them; and a gloo thread may
+    still release the tensors of the last collective, which aborts the process during shutdown.
     """
-    status = 1
-    for stream in (sys.stdout, sys.stderr):  # a terminal that is not UTF-8 shows what it can
+    status, has_group = 1, False
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows what it can
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            exit_process(0)
-        return
-    except BrokenPipeError:  # who read the output has gone, as `head` does
+        if not dist.is_initialized():
+            return
+        dist.destroy_process_group()
+        status, has_group = 0, True
+    except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
-        where = f"{e.filename}: " if e.filename and e.strerror else ""
-        tell(f"{where}{e.strerror if where else e}")
+        print_error(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e))
     except ValueError as e:
-        if str(e):
-            tell(str(e))
+        if str(e):  # only one rank has the message of an AgreedError
+            print_error(str(e))
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         status = 130
@@ -416,26 +398,28 @@ def cli(main: Callable[[], None]) -> None:
             raise
         traceback.print_exc()
         if dist.get_world_size() > 1:
-            time.sleep(1)  # if it only lost another rank, torchrun sees that one die first
-    if dist.is_initialized():
-        exit_process(status)
+            time.sleep(1)  # if it only lost another rank, torchrun sees that one end first
+    if has_group or dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     raise SystemExit(status)
 
 
 # ---------------------------------------------------------------------- sequence parallelism
 
 class SequenceShard(NamedTuple):
-    """The tokens of a sequence that this rank holds: all, or one of `sp` equal parts in order."""
+    """The tokens of a sequence on this rank: all, or one of `sp` equal parts in order."""
     rope: Tensor                          # cos, sin of its image tokens, [images,1,head_dim/2,2]
-    images: int                           # its image tokens; they come first
-    total: int                            # tokens of the whole sequence, padding not counted
-    group: dist.ProcessGroup | None       # of the ranks that share the sequence; None: no others
-    keys: tuple[int, ...] | None = None   # the first so many are attended to, by sample; None: all
+    images: int                           # number of its image tokens, which come first
+    total: int                            # tokens of the full sequence, without padding
+    group: dist.ProcessGroup | None       # of the ranks that share the sequence; None: only this
+    keys: tuple[int, ...] | None = None   # tokens attended to, per sample; None: all
 
 
 def shard_sequence(h: Tensor, rope: Tensor,
                    group: dist.ProcessGroup | None) -> tuple[Tensor, SequenceShard]:
-    """This rank's tokens of h [B,L,D], whose first len(rope) are image tokens, as a shard.
+    """This rank's tokens of h [B,L,D], whose first len(rope) tokens are the image's.
 
     The sequence is padded with zeros to equal parts; attention never sees the padding.
     """
@@ -475,7 +459,7 @@ def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard) -> tupl
 
 
 def heads_to_tokens(out: Tensor, seq: SequenceShard) -> Tensor:
-    """The other way: this rank's tokens of all heads, [B,l,N,d], of [B,L,N/sp,d]."""
+    """The inverse: this rank's tokens of all heads, [B,l,N,d], from [B,L,N/sp,d]."""
     sp = seq.group.size()
     out = F.pad(out, (0, 0, 0, 0, 0, -seq.total % sp))
     out = AllToAll.apply(out.unflatten(1, (sp, -1)).movedim(1, 0), seq.group)
@@ -483,10 +467,10 @@ def heads_to_tokens(out: Tensor, seq: SequenceShard) -> Tensor:
 
 
 class AllGather(torch.autograd.Function):
-    """All ranks' parts x [B,l,…], one after the other: [B,sp·l,…]. Backward sums over the ranks.
+    """All ranks' parts x [B,l,…] concatenated: [B,sp·l,…]. Backward sums over the ranks.
 
-    Every rank computes the loss of the whole sequence, so this sum is sp times its gradient; the
-    mean over all ranks that FSDP takes then is the mean over samples, as without parts.
+    Every rank computes the loss of the full sequence, so this sum is sp times its gradient; FSDP's
+    mean over all ranks then is the mean over samples, as without sequence parallelism.
     """
 
     @staticmethod
@@ -500,31 +484,31 @@ class AllGather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         sp, B = ctx.group.size(), len(grad)
         parts = torch.cat(grad.chunk(sp, 1))                                     # sp·B l …
-        own = torch.empty_like(parts[:B])
-        # torch 2.13 gives the function another name and warns of the old one
+        out = torch.empty_like(parts[:B])
+        # torch 2.13 renames the function and warns about the old name.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(own, parts, group=ctx.group)
-        return own, None
+        scatter(out, parts, group=ctx.group)
+        return out, None
 
 
 def gather_sequence(x: Tensor, seq: SequenceShard) -> Tensor:
-    """The whole sequence of which x [B,l,…] is this rank's part, without padding."""
+    """The full sequence, without padding, from this rank's part x [B,l,…]."""
     return x if seq.group is None else AllGather.apply(x, seq.group)[:, :seq.total]
 
 
 # ------------------------------------------------------------------------------------ seeding
 
 def seed_of(*key: int | str) -> int:
-    """A 63-bit seed from integers and strings; every different key gives an unrelated one."""
+    """A 63-bit seed from integers and strings; different keys give unrelated seeds."""
     digest = hashlib.sha256(json.dumps(key, ensure_ascii=False).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator for one draw. Rank, world size and restarts cannot change what it gives."""
+    """A CPU generator for one draw, which rank, world size and restarts cannot change."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 def draw_noise(shape: Iterable[int], keys: list[tuple]) -> Tensor:
-    """Noise ~ N(0, I), fp32 [B, *shape] on the CPU, of each key (name, seed, index, …) one draw."""
+    """Noise ~ N(0, I), fp32 [B, *shape] on the CPU: one draw per key (name, seed, index, …)."""
     return torch.stack([torch.randn(tuple(shape), generator=generator(*key)) for key in keys])

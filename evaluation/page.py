@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from common.files import ROOT, replace_file, write_text
-from common.video import (
-    comparison_sheet, data_uri, side_by_side, video_wall, write_video)
+from common.video import write_video
 from evaluation.measures import COLUMNS
+from evaluation.sheets import comparison_sheet, data_uri, side_by_side, video_wall
 from small_world import clips as world
 
 LOOP_SECONDS = 4  # that an mp4 lasts at least: players stop at its end

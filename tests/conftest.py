@@ -1,5 +1,5 @@
-"""What several test files need: one CPU thread, random weights in the official layout, configs, and
-stages as commands."""
+"""Fixtures of several test files: one CPU thread, random weights in the official layout, configs,
+and stages as commands."""
 
 import os
 
@@ -35,7 +35,7 @@ SLOW_FIRST = ("test_resume.py", "test_ranks.py", "test_distill.py", "test_parall
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of long tests first, so that no process of tests ends long after the other."""
+    """Files of long tests first, so that parallel test processes end at about the same time."""
     rank = {name: i for i, name in enumerate(SLOW_FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
@@ -46,7 +46,7 @@ CAPTIONS = [f"a {colour} {shape} moves {direction}" for colour in ("red", "green
 
 @pytest.fixture(params=("torch", "onednn"))
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who multiplies matrices, of any size: torch's own library or oneDNN."""
+    """The library that multiplies matrices of any size: torch's own or oneDNN."""
     if request.param == "onednn" and not common.linear.HAS_ONEDNN:
         pytest.skip("this CPU has no AVX-512: torch's own library multiplies")
     monkeypatch.setattr(common.linear, "WORTH", 1 if request.param == "onednn" else math.inf)
@@ -80,17 +80,17 @@ def write_weights(folder: Path, seed: int = 0, sizes: WanConfig = PRESETS["tiny"
     """Random teacher, VAE, umT5 and tokenizer in Wan's official layout, and a prompts.txt.
 
     Sizes of an image-to-video DiT bring a small image encoder.
-    Args: folder, made anew; sizes of the DiT: the preset `tiny` for commands, any others where the
-    test itself puts them into model.PRESETS. Returns the folder.
+    Args: folder, which must not exist; sizes of the DiT: the preset `tiny` for commands, others
+    where the test itself adds them to model.PRESETS. Returns the folder.
     """
     dit = WanDiT(sizes)
     dit.init_weights(generator(seed, "dit"))
-    with torch.no_grad():  # the official start is a head of zeros: no velocity at all
+    with torch.no_grad():  # the official initial head is zero: no velocity at all
         dit.head.head.weight.normal_(std=sizes.dim ** -0.5, generator=generator(seed, "head"))
     save_tensors(folder / "diffusion_pytorch_model.safetensors", dit.state_dict(), {})
-    own = {key: getattr(sizes, key) for key in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim",
+    arguments = {key: getattr(sizes, key) for key in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim",
            "model_type", "num_heads", "num_layers", "out_dim", "text_len")}
-    write_json(folder / "config.json", {"_class_name": "WanModel", **own})
+    write_json(folder / "config.json", {"_class_name": "WanModel", **arguments})
     vae = {"dim": 4, "num_res_blocks": 1}
     save_tensors(folder / "Wan2.1_VAE.safetensors", randomise(WanVAE(**vae), seed, "vae"),
                  {"config": json.dumps(vae)})
@@ -154,14 +154,14 @@ def run_stage() -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture
 def ranks():
-    """This process alone, as every stage sets itself up."""
+    """This process alone, set up as in every stage."""
     yield setup_distributed("cpu")
     dist.destroy_process_group()
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A folder on a disk of its own, with 256 KiB."""
+    """A folder on a disk of its own, of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]

@@ -1,7 +1,7 @@
-"""Scripts and functions in processes of their own, forked from one that has imported what they need
-and run nothing: importing torch takes longer than most of them. Where a fork may be unsafe, which
-is elsewhere than on Linux, they start anew. What puts something else into a module before others
-import from it needs a command line (script_command)."""
+"""Scripts and functions in separate processes, forked from one that has only imported what they
+need: importing torch takes longer than most of them. Except on Linux, where a fork is safe, each
+starts from nothing. A test that patches a module before others import from it needs a command line
+(script_command)."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -33,7 +33,7 @@ def script_command(script: Path, *args: Any, ranks: int = 1, torchrun: str = "")
 
 
 def rank_variables(world: int) -> list[dict[str, str]]:
-    """The environment by which each process of a group finds the others; alone it needs none."""
+    """The environment by which the processes of a group find each other; one alone needs none."""
     if world == 1:
         return [{}]
     with socket.socket() as s:
@@ -54,14 +54,14 @@ def start_each(world: int, target: Callable, *args: Any) -> list[Process]:
 
 
 def as_function(variables: Mapping[str, str], work: Callable, folder: Path) -> None:
-    """What each process of in_processes does; it leaves as a stage does."""
+    """The target of in_processes; it ends as a stage does."""
     os.environ.update(variables)
     cli(lambda: work(setup_distributed("cpu"), folder))
 
 
 def as_script(variables: Mapping[str, str], argv: list[str], where: str,
               environment: Mapping[str, str], outputs: tuple[Path | str, Path | str]) -> None:
-    """What each process of start_script does."""
+    """The target of start_script."""
     for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.environ.clear()
@@ -92,7 +92,7 @@ def wait_for(processes: list[Process]) -> int:
 
 
 def in_processes(world: int, work: Callable, folder: Path) -> None:
-    """Run work(ranks, folder), a function of a module, in `world` processes that know each other.
+    """Run work(ranks, folder), a function of a module, in `world` connected processes.
 
     Fails if one of them does.
     """
@@ -103,7 +103,7 @@ def start_script(script: Path, *args: Any, ranks: int = 1,
                  outputs: tuple[Path, Path] | None = None) -> list[Process]:
     """Start a script as `python script args …`, or as torchrun would with several ranks.
 
-    Args: outputs, files that what it prints and its errors are added to; none: nowhere.
+    Args: outputs, files that stdout and stderr are appended to; None: they are discarded.
     """
     return start_each(ranks, as_script, [str(script), *map(str, args)], os.getcwd(),
                       dict(os.environ), outputs or (os.devnull, os.devnull))

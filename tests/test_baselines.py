@@ -195,8 +195,8 @@ def test_a_method_s_student_is_one_that_evaluate_reads(method, config, tiny_weig
 
 
 def test_bad_settings_of_a_method_are_refused_by_name(config, ranks):
-    for option, message in (("fake_updates=0", "fake_updates: got 0; wanted 1 or more"),
-                            ("method=cd", "method: got 'cd'; wanted perflow | pcm | dmd"),
+    for option, message in (("fake_updates=0", "fake_updates: expected 1 ≤ fake_updates"),
+                            ("method=cd", "method: expected perflow | pcm | dmd, got"),
                             ("batch=3", "batch: got 3; wanted a multiple"),
                             ("synvid=nowhere data=samples", "nowhere.*: no SynVid|nowhere")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

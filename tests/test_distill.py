@@ -398,10 +398,10 @@ def test_operations_of_an_iteration_are_those_torch_counts(weights, tmp_path, ra
 @pytest.mark.parametrize("own, message", [
     ({"batch": 5, "micro_batch": 2}, "batch: got 5; wanted a multiple of micro_batch 2"),
     ({"traj": False, "adv": False}, "traj and adv are both off"),
-    ({"iterations": 0}, "iterations: got 0"), ({"held_out": 0}, "held_out: got 0"),
-    ({"tap": 6}, "tap: got 6; wanted a block 0 … 5"), ({"lr": -1.0}, "lr: got -1.0"),
-    ({"beta1": 1.0}, "beta1: got 1.0"), ({"head_dim": 12}, "head_dim: got 12"),
-    ({"peak_tflops": 0.0}, "peak_tflops: got 0.0")])
+    ({"iterations": 0}, "iterations: expected .*, got 0"), ({"held_out": 0}, "held_out: expected .*, got 0"),
+    ({"tap": 6}, "tap: got 6; wanted a block 0 … 5"), ({"lr": -1.0}, "lr: expected .*, got -1.0"),
+    ({"beta1": 1.0}, "beta1: expected .*, got 1.0"), ({"head_dim": 12}, "head_dim: got 12"),
+    ({"peak_tflops": 0.0}, "peak_tflops: expected .*, got 0.0")])
 def test_settings_that_cannot_work_are_named(own, message):
     with pytest.raises(ValueError, match=message):
         cfg = load_config(distill.Config, "distill", [f"{key}={own[key]}" for key in own])

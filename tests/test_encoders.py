@@ -23,9 +23,9 @@ import frozen.load
 from common.names import official_names
 from common.prompts import read_prompts
 from common.ranks import generator
-from common.video import (
-    comparison_sheet, contact_sheet, read_video, side_by_side, still_strip, to_uint8, write_video)
+from common.video import contact_sheet, read_video, to_uint8, write_video
 from common.weights import save_tensors
+from evaluation.sheets import comparison_sheet, side_by_side, still_strip
 from frozen.load import load_text, load_vae
 from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text
 from frozen.vae import HunyuanVAE, WanVAE

@@ -16,11 +16,12 @@ import sample
 from common.config import load_config
 from common.prompts import Prompt
 from common.ranks import generator
-from common.video import data_uri, read_video, write_image
+from common.video import read_video, write_image
 from evaluation.measures import (
     c2st, distances, endpoint_error, energy_distance, gates, jackknife, mean_error, mean_row,
     projections, set_distances, sliced_wasserstein, spread)
 from evaluation.page import html_of
+from evaluation.sheets import data_uri
 from small_world import clips as world
 
 

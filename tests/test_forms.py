@@ -1,5 +1,5 @@
-"""The forms in which weights lie on people's disks: each is read right, or refused in one line that
-says what it is."""
+"""The forms in which people store weights: each is read correctly, or refused in one line that says
+what it is."""
 
 import io
 import json
@@ -50,13 +50,13 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("preset", ["tiny", "hunyuan-tiny"])
-def test_a_prefix_before_every_name_is_taken_off(prefix, preset, tmp_path):
+def test_a_prefix_before_every_name_is_stripped(prefix, preset, tmp_path):
     state = state_of(preset)
     save_file({prefix + name: t for name, t in state.items()}, tmp_path / "a.safetensors")
     assert_same(loaded(tmp_path / "a.safetensors", preset), state)
 
 
-def test_wrappers_inside_names_and_other_networks_beside_are_taken_off(tmp_path):
+def test_wrappers_inside_names_and_other_networks_in_the_file_are_stripped(tmp_path):
     state = state_of()
     wrapped = {re.sub(r"blocks\.(\d+)\.", r"blocks.\1._checkpoint_wrapped_module._orig_mod.",
                       f"_fsdp_wrapped_module.{name}"): t for name, t in state.items()}
@@ -148,10 +148,10 @@ def test_comfyui_s_folder_of_models_is_a_weight_folder(comfy):
     same_folders(models, official)
     (models / "diffusion_models/sub").mkdir()
     shutil.copy(official / FULL, models / "diffusion_models/sub/wan2.1_i2v.safetensors")
-    with pytest.raises(ValueError, match=r"dit: got .*sub/wan2.1_i2v.safetensors, .*name the one"):
+    with pytest.raises(ValueError, match=r"dit: expected one file, .*sub/wan2.1_i2v.safet.*name"):
         find_dit(models)
     (models / "vae/wan_2.1_vae.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="vae: got no such file; wanted one file"):
+    with pytest.raises(FileNotFoundError, match="vae: expected one file, got no such file"):
         load_vae(models)
 
 
@@ -167,9 +167,9 @@ def test_a_list_of_files_is_a_weight_folder(comfy, tmp_path):
         (official / "Wan2.1_VAE.safetensors").read_bytes() + b" ")
     assert fingerprint_files(path) != before
     for text, message in (("diT: a\n", "unknown key 'diT'; did you mean 'dit'"),
-                          ("- a\n", "wanted lines such as `dit: file.safetensors`"),
+                          ("- a\n", "expected lines such as `dit: file.safetensors`"),
                           ("dit: [\n", "is not valid YAML"),
-                          ("vae: nowhere\n", "vae: got .*nowhere; wanted the file or folder")):
+                          ("vae: nowhere\n", "vae: expected the file or folder .*nowhere")):
         path.write_text(text)
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             role_file(path, "vae")
@@ -180,7 +180,7 @@ def test_a_list_of_files_is_a_weight_folder(comfy, tmp_path):
 @pytest.mark.parametrize("dtype, atol", [
     (torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float64, 1e-7),
     (torch.float8_e4m3fn, 0.07), (torch.float8_e5m2, 0.13)])
-def test_floats_of_every_width_are_read_as_what_they_are(dtype, atol, tmp_path, capsys):
+def test_floats_of_every_width_are_read(dtype, atol, tmp_path, capsys):
     state = {name: t.clamp(-0.5, 0.5) for name, t in state_of().items()}
     save_file({name: t.to(dtype) for name, t in state.items()}, tmp_path / "a.safetensors")
     assert_same(loaded(tmp_path / "a.safetensors"), state, atol)
@@ -265,7 +265,7 @@ def write_form(folder: Path, form: str, state: dict[str, Tensor]) -> Path:
         (folder / "snapshots/abc").mkdir(parents=True)
         (folder / "snapshots/abc" / FULL).symlink_to("../../blobs/0a1b2c")
         return folder / "snapshots/abc"
-    elif form == "full beside variant":
+    elif form == "full next to variant":
         save_file({name: t + 1 for name, t in state.items()},
                   folder / "diffusion_pytorch_model.fp16.safetensors")
         save_file(state, folder / FULL)
@@ -277,8 +277,8 @@ def write_form(folder: Path, form: str, state: dict[str, Tensor]) -> Path:
 
 @pytest.mark.parametrize("form", [
     "fp16 variant", "bin", "bin shards", "fp16 shards", "old torch", "another suffix",
-    "hub cache", "full beside variant", "module", "state_dict", "ema"])
-def test_a_form_on_people_s_disks_is_read_right(form, tmp_path):
+    "hub cache", "full next to variant", "module", "state_dict", "ema"])
+def test_each_stored_form_is_read(form, tmp_path):
     state = state_of()
     weights = write_form(tmp_path, form, state)
     assert_same(loaded(weights), state)
@@ -299,10 +299,10 @@ REFUSED = {
     "an LFS pointer": (LFS, "is a Git LFS pointer, not the weights: fetch them by `git lfs pull`"),
     "an empty file": (b"", "is empty: copy or download it again"),
     "a web page": (b"<!DOCTYPE html><html>login</html>", "is a web page, not weights"),
-    "GGUF": (b"GGUF\x03\0\0\0", "is a GGUF file, whose weights are quantised: wanted bf16"),
-    "a cut file": (b"\xff\xff\xff\0\0\0\0\0{\"a\"", "not a whole safetensors file"),
-    "noise": (b"\x12\x34" * 40, "not a whole safetensors file"),
-    "torch's": (torch_with_code(), "is a file of torch.save, whatever its name says: let its name")}
+    "GGUF": (b"GGUF\x03\0\0\0", "is a GGUF file, whose weights are quantised: use bf16"),
+    "a cut file": (b"\xff\xff\xff\0\0\0\0\0{\"a\"", "not a complete safetensors file"),
+    "noise": (b"\x12\x34" * 40, "not a complete safetensors file"),
+    "torch's": (torch_with_code(), "is a file of torch.save despite its name: let its name")}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -311,14 +311,14 @@ def test_a_file_of_another_kind_is_refused_by_what_it_is(kind, tmp_path):
     path = tmp_path / FULL
     path.write_bytes(content)
     for read in (open_tensors, fingerprint):
-        with pytest.raises(ValueError, match=re.escape(message)) as told:
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
             read(path)
-        assert str(path) in str(told.value) and "\n" not in str(told.value)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
     (tmp_path / "code.pt").write_bytes(torch_with_code())
-    with pytest.raises(ValueError, match="damaged, or holds code, which is never read"):
+    with pytest.raises(ValueError, match="damaged, or contains code, which is never read"):
         open_tensors(tmp_path / "code.pt")
     (tmp_path / "noise.bin").write_bytes(b"\x12\x34" * 40)
-    with pytest.raises(ValueError, match="is no weight file that is known here .*wanted .safeten"):
+    with pytest.raises(ValueError, match="expected weights as .safetensors .*starts with"):
         open_tensors(tmp_path / "noise.bin")
 
 
@@ -327,8 +327,8 @@ def test_a_file_of_another_kind_is_refused_by_what_it_is(kind, tmp_path):
     ({"diffusion_model.blocks.0.ffn.0.lora_up.weight": torch.ones(4, 8)}, "is a LoRA"),
     ({"lora_unet_blocks_0.hada_w1_a": torch.ones(4, 8)}, "is a LoRA"),
     ({"patch_embedding.weight": torch.ones(4, 8, dtype=torch.int8)}, "holds int8: .*quantised"),
-    ({"a.weight": torch.ones(4, 1, dtype=torch.uint8)}, "holds uint8: .*quantised to whole")])
-def test_tensors_that_are_no_model_s_are_refused_before_a_network_is_built(tensors, message,
+    ({"a.weight": torch.ones(4, 1, dtype=torch.uint8)}, "holds uint8: .*quantised to integers")])
+def test_tensors_of_another_kind_are_refused_before_a_network_is_built(tensors, message,
                                                                            tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=message):
@@ -336,21 +336,20 @@ def test_tensors_that_are_no_model_s_are_refused_before_a_network_is_built(tenso
 
 
 @pytest.mark.parametrize("index, message", [
-    ({"weight_map": {"a": "../b.safetensors"}}, "names ../b.safetensors; wanted files of its own"),
-    ({"weight_map": {"a": "/etc/b.safetensors"}}, "names /etc/b.safetensors; wanted files of its"),
-    ({"weight_map": {}}, "weight_map is empty: as an index of shards has"),
-    ({"weight_map": {"a": 3}}, "weight_map.a is 3; wanted text"),
-    ([1], "is no weight file that is known here"), ({"other": 1}, "it lacks weight_map")])
-def test_an_index_that_is_none_or_points_outside_is_refused(index, message, tmp_path):
+    ({"weight_map": {"a": "../b.safetensors"}}, "in its own folder only, got ../b"),
+    ({"weight_map": {"a": "/etc/b.safetensors"}}, "in its own folder only, got /etc"),
+    ({"weight_map": {"a": 3}}, "weight_map.a: expected text, got 3"),
+    ([1], "expected weights as .safetensors"), ({"other": 1}, "the object has no key weight_map")])
+def test_an_index_of_another_shape_or_that_points_outside_is_refused(index, message, tmp_path):
     write_json(tmp_path / f"{FULL}.index.json", index)
     with pytest.raises(ValueError, match=message):
         dit_tensors(tmp_path)
 
 
-def test_a_student_beside_its_teacher_s_shards_is_not_taken_for_it(tmp_path):
+def test_a_student_next_to_its_teacher_s_shards_is_refused_as_ambiguous(tmp_path):
     save_file(state_of(), tmp_path / FULL)
     write_json(tmp_path / f"{FULL}.index.json", {"weight_map": {"a": FULL}})
-    with pytest.raises(ValueError, match="holds both .* which may be a student and its teacher"):
+    with pytest.raises(ValueError, match="contains both .* which may be a student and its teacher"):
         find_dit(tmp_path)
 
 
@@ -359,11 +358,12 @@ def test_a_student_beside_its_teacher_s_shards_is_not_taken_for_it(tmp_path):
     ("wan_i2v_14b", "Wan 2.1 I2V 14B"), ("hunyuan_dit", "HunyuanVideo"),
     ("wan_vae", "Wan's VAE"), ("wan_umt5_xxl", "umT5"), ("hunyuan_vae", "HunyuanVideo's VAE"),
     ("hunyuan_llm", "a LLaMA"), ("hunyuan_clip", "CLIP's text half")])
-def test_a_released_checkpoint_is_told_by_its_names_and_shapes(keys, model):
+def test_a_released_checkpoint_is_recognised_by_its_names_and_shapes(keys, model):
     shapes = json.loads((KEYS / f"{keys}.json").read_text())["keys"]
     tensors = {name: LazyTensor(tuple(shape), torch.bfloat16, Path("a"), lambda rows=None: None)
                for name, shape in shapes.items()}
-    assert describe_model(plain_names(tensors, "transformer")).startswith(f"; it looks like {model}")
+    found = describe_model(plain_names(tensors, "transformer"))
+    assert found.startswith(f"; it looks like {model}")
 
 
 def test_the_wrong_model_is_named(tmp_path):

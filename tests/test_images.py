@@ -1,4 +1,4 @@
-"""Images and texts that people have: their size, depth and script."""
+"""Images and texts of unusual size, depth and script."""
 
 import warnings
 
@@ -7,21 +7,22 @@ import pytest
 import torch
 from PIL import Image
 
-from common.video import contact_sheet, drawable, image_size, label_strip, read_image
+from common.video import contact_sheet, drawable, image_size, read_image
+from evaluation.sheets import label_strip
 
 
-def test_an_image_of_more_pixels_than_fit_is_refused_before_it_is_decoded(tmp_path):
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
     Image.new("1", (13_300, 13_300)).save(tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size < 50_000
     for read in (read_image, image_size):
-        with pytest.raises(ValueError, match="a.png .*13300×13300 pixels; wanted .*make it small"):
+        with pytest.raises(ValueError, match="a.png .*13300×13300 pixels, expected .*make it"):
             read(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("dtype, white", [
     (np.uint16, 65535), (np.uint16, 4095), (np.uint16, 255), (np.int32, 2 ** 31 - 1),
     (np.int32, 65535)])
-def test_an_integer_tiff_is_as_bright_as_it_was_meant(dtype, white, tmp_path):
+def test_an_integer_tiff_has_its_intended_brightness(dtype, white, tmp_path):
     ramp = np.linspace(0, white, 64).astype(dtype).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "a.tiff")
     want = torch.linspace(-1, 1, 64).view(1, 8, 8).expand(3, 8, 8)
@@ -30,7 +31,7 @@ def test_an_integer_tiff_is_as_bright_as_it_was_meant(dtype, white, tmp_path):
 
 @pytest.mark.parametrize("text, drawn", [
     ("a café", "a café"), ("一只狐狸", "…"), ("a 狐狸 runs\n狗", "a … runs\n…"), ("Кот", "Кот")])
-def test_what_the_font_lacks_is_left_out_without_boxes_or_warnings(text, drawn, tmp_path):
+def test_characters_missing_in_the_font_are_replaced_without_warnings(text, drawn, tmp_path):
     assert drawable(text) == drawn
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""common/linear.py: the same numbers and gradients as torch's own, whoever multiplies."""
+"""common/linear.py: the same numbers and gradients as torch's own, with either library."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_results_and_gradients_are_those_of_float64(shape, bias, products):
         near(p.grad, d.grad)
 
 
-def test_what_lies_otherwise_in_memory_is_read_as_it_is(products):
+def test_any_memory_layout_gives_the_same_numbers(products):
     x, weight, bias, _ = inputs(40, 64)
     flat = x.detach().t().contiguous().t()
     part = torch.cat([x, x], 1).detach()[:, :64]
@@ -47,7 +47,7 @@ def test_what_lies_otherwise_in_memory_is_read_as_it_is(products):
             near(linear(same, weight, bias).reshape(40, 128), want)
 
 
-def test_biases_and_inputs_of_other_forms_are_torch_s(products):
+def test_biases_and_inputs_of_other_shapes_are_left_to_torch(products):
     x, weight, bias, _ = (p.detach() for p in inputs(40, 64))
     for other in (bias[:1].expand(128), torch.stack((bias, bias), 1)[:, 0], bias[:1], bias[None]):
         near(linear(x, weight, other), F.linear(x.double(), weight.double(), other.double()))
@@ -56,7 +56,7 @@ def test_biases_and_inputs_of_other_forms_are_torch_s(products):
         linear(x[:, :50], weight, bias)
 
 
-def test_what_does_not_learn_gets_no_gradient_and_no_work(products):
+def test_frozen_tensors_get_no_gradient_and_no_work(products):
     x, weight, bias, grad = inputs(30, 64)
     weight.requires_grad_(False)
     y = linear(x, weight, bias)
@@ -85,7 +85,7 @@ def test_onednn_takes_large_fp32_products_alone(monkeypatch):
         assert not by_onednn(x, weight) and linear(x, weight).dtype == torch.bfloat16
 
 
-def test_a_layer_is_torch_s_in_names_start_and_numbers(products):
+def test_a_layer_has_torch_s_names_initial_values_and_numbers(products):
     torch.manual_seed(0)
     ours = Linear(96, 128)
     torch.manual_seed(0)

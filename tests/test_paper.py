@@ -248,7 +248,7 @@ def test_a_table_and_a_figure_are_one_command_that_goes_on_with_the_same_numbers
 
 @pytest.mark.parametrize("options, message", [
     (("--paper", "table9"), "paper: got 'table9'; wanted all, or of ladder, table3"),
-    (("--paper", "table3", "seeds=0"), "seeds: got 0; wanted 1 ≤ seeds"),
+    (("--paper", "table3", "seeds=0"), "seeds: expected 1 ≤ seeds"),
     (("--paper", "table3", "paper_m=9"), "got 9; wanted 1 … 4"),
     (("--paper", "table3", "options=lambada_adv=1"), "unknown option 'lambada_adv=1'; did you"),
 ])

@@ -1,4 +1,4 @@
-"""Ranks that see other settings or files than the first, that fail, or whose launcher is gone."""
+"""Ranks that have other settings or files than the first, that fail, or whose launcher ended."""
 
 import errno
 import json
@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_processes, script_command, start_script
+from processes import PATIENCE, in_processes, run_script, script_command, start_script
 from safetensors.torch import load_file, save_file
 
-from training import data as loading
 import distill
+from artifacts.trajectories import trajectory_path
 from common import weights
 from common.files import ROOT
 from common.ranks import AgreedError, raise_together
 from common.weights import safetensors_metadata
-from artifacts.trajectories import trajectory_path
+from training import data as loading
 
 DIFFERING = Path(__file__).parent / "differing_stage.py"
 QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 100,
@@ -45,9 +45,8 @@ def finished(tmp_path_factory, tiny_weights, run_stage):
 
 
 def failed_pair(override: str, stage: str, *args: object) -> str:
-    """What two ranks print, of which the second has `override` as well; they must fail."""
-    done = subprocess.run(script_command(DIFFERING, override, stage, *args, ranks=2),
-                          capture_output=True, text=True, timeout=120, check=False)
+    """The errors of two ranks, of which the second also has `override`; they must fail."""
+    done = run_script(DIFFERING, override, stage, *args, ranks=2)
     assert done.returncode == 1
     return done.stderr
 
@@ -69,7 +68,7 @@ def differing(ranks, folder: Path) -> None:
             f.write(f"{said}\n")
 
 
-def test_a_rank_with_other_settings_or_weights_is_named_before_anything_is_trained(
+def test_a_rank_with_other_settings_or_weights_is_named_before_training_starts(
         finished, make_weights):
     folder, _ = finished
     make_weights(folder / "other", seed=5)
@@ -78,7 +77,7 @@ def test_a_rank_with_other_settings_or_weights_is_named_before_anything_is_train
     names = [override.partition("=")[0] for override in OVERRIDES] + ["teacher"]
     assert [line.partition(":")[0] for line in said] == names
     assert all("rank 1 has" in line and "nothing was written" in line for line in said)
-    assert (folder / "said1.txt").read_text() == "1\n" * len(names)  # one rank speaks
+    assert (folder / "said1.txt").read_text() == "1\n" * len(names)  # only rank 0 has a message
     assert not (folder / "new").exists()
 
 
@@ -117,7 +116,7 @@ def test_ranks_never_evaluate_or_sample_different_students(finished, tmp_path):
 
 
 def failing(ranks, folder: Path) -> None:
-    """A process of three, of which two have an error."""
+    """One of three processes, two of which have an error."""
     error = ValueError(f"rank {ranks.rank} is ill") if ranks.rank else None
     with pytest.raises(AgreedError) as caught:
         raise_together(error)
@@ -125,13 +124,13 @@ def failing(ranks, folder: Path) -> None:
     raise_together(None)
 
 
-def test_an_error_of_some_ranks_is_one_of_all_and_told_once(tmp_path):
+def test_an_error_of_some_ranks_is_raised_on_all_and_printed_once(tmp_path):
     in_processes(3, failing, tmp_path)
     assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["", "rank 1 is ill", ""]
 
 
 def damage(path: Path) -> bytes:
-    """Flip a bit in the middle of a file; returns what it was."""
+    """Flip a bit near the end of a file; returns its former content."""
     data = path.read_bytes()
     path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
     return data
@@ -167,11 +166,11 @@ def test_a_damaged_trajectory_loses_nothing_and_the_rerun_after_repair_gives_the
     victim.write_bytes(data)
     again = run_stage("distill", *args, f"iterations={max(6, lines[-1] + 1)}", ranks=ranks)
     assert f"step_{lines[-1]:06d}" in again.stdout
-    whole = tmp_path / "whole"
-    shutil.copytree(folder / "run/synvid", whole / "synvid")
-    run_stage("distill", args[0], f"run={whole}", *args[2:],
+    reference = tmp_path / "reference"
+    shutil.copytree(folder / "run/synvid", reference / "synvid")
+    run_stage("distill", args[0], f"run={reference}", *args[2:],
               f"iterations={max(6, lines[-1] + 1)}", ranks=ranks)
-    ours, theirs = (load_file(p / "student.safetensors") for p in (run, whole))
+    ours, theirs = (load_file(p / "student.safetensors") for p in (run, reference))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(
         range(1, max(6, lines[-1] + 1) + 1))
@@ -209,7 +208,7 @@ def test_the_last_checkpoint_and_the_export_get_a_second_try(place, failures, fi
     assert not list(run.rglob(".owner.*"))
 
 
-def test_a_second_start_in_one_folder_is_told_and_nothing_is_lost(finished, run_stage, tmp_path):
+def test_a_second_start_in_one_folder_is_refused_and_nothing_is_lost(finished, run_stage, tmp_path):
     folder, config = finished
     run, more = tmp_path / "run", ["iterations=100", "eval_every=200"]
     shutil.copytree(folder / "run/synvid", run / "synvid")
@@ -218,7 +217,7 @@ def test_a_second_start_in_one_folder_is_told_and_nothing_is_lost(finished, run_
     while not (log.exists() and log.read_text()):
         time.sleep(0.01)
         assert process.is_alive()
-    os.kill(process.pid, signal.SIGSTOP)  # it waits while others try
+    os.kill(process.pid, signal.SIGSTOP)  # it is suspended while others try
     try:
         for other in ([], ["lr=0.5"]):
             second = run_stage("distill", config, f"run={run}", *more, *other, check=False)
@@ -229,7 +228,7 @@ def test_a_second_start_in_one_folder_is_told_and_nothing_is_lost(finished, run_
         process.join()
     count = log.read_text().count("\n")
     args = ("distill", config, f"run={run}", f"iterations={count + 2}")
-    other = run_stage(*args, "lr=0.5", check=False)  # not begun anew over the first one's log
+    other = run_stage(*args, "lr=0.5", check=False)  # does not overwrite the first one's log
     assert other.returncode == 1 and "began with lr=0.001" in other.stderr
     assert log.read_text().count("\n") == count
     run_stage(*args)
@@ -266,17 +265,24 @@ time.sleep(100)
 """
 
 
-def test_a_rank_whose_launcher_was_killed_ends_though_it_waits_for_others(finished, tmp_path):
+def has_socket(pid: int) -> bool:
+    """Whether a process has opened a socket, by which it waits for other ranks."""
+    return any(int(fd.name) > 2 and os.readlink(fd).startswith("socket:")
+               for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
+
+
+def test_a_rank_whose_launcher_was_killed_ends_although_it_waits_for_others(finished, tmp_path):
     _, config = finished
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, sys.executable,
                                  str(ROOT / "distill.py"), config, f"run={tmp_path / 'run'}"],
                                 stdout=subprocess.PIPE, text=True)
-    stat = Path(f"/proc/{int(launcher.stdout.readline())}/stat")
-    time.sleep(6)  # until it waits for the other one
-    assert stat.exists()
+    worker = int(launcher.stdout.readline())
+    while not has_socket(worker):
+        time.sleep(0.1)
+    stat = Path(f"/proc/{worker}/stat")
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while stat.exists() and " Z " not in stat.read_text():
         time.sleep(0.1)
-        assert time.monotonic() < deadline, "the worker lives on"
+        assert time.monotonic() < deadline, "the worker is still running"

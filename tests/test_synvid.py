@@ -233,7 +233,7 @@ def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rou
         assert (ours[0] - theirs[0]).abs().max() < 1e-5 * theirs[0].abs().max()  # products' shapes
     few = run_stage("synvid", config, f"run={tmp_path / 'few'}", "cfg_parallel=true", check=False)
     assert few.returncode == 1
-    assert "cfg_parallel: got 1 rank(s) with sp 1; wanted a multiple of 2" in few.stderr
+    assert "cfg_parallel: got 1 rank(s) with sp 1; expected a multiple of 2" in few.stderr
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -524,9 +524,9 @@ def test_prompts_that_look_like_flags_paths_or_markup_are_text(make_config, tmp_
 
 
 @pytest.mark.parametrize("args, wrong", [
-    (["--keep", "some"], "keep: got 'some'; wanted key | all"),
-    (["--dtype", "bf16"], "dtype: got 'bf16'; wanted fp16 | fp32"),
-    (["--count", 0], "count: got 0; wanted 1 ≤ count"), (["--start", -1], "start: got -1"),
+    (["--keep", "some"], "keep: expected key | all, got 'some'"),
+    (["--dtype", "bf16"], "dtype: expected fp16 | fp32, got 'bf16'"),
+    (["--count", 0], "count: expected 1 ≤ count"), (["--start", -1], "start: expected 0 ≤ start"),
     (["--batch", 0], "batch: got 0"), (["--videos", -1], "videos: got -1"),
     (["--start", 27], "start: got 27 with no count.*--count"),
     (["--preset", "tinny"], "preset: got 'tinny'.*did you mean 'tiny'")])

@@ -232,7 +232,7 @@ def test_unipc_is_refused_for_hunyuan_video(who):
 
 
 def test_an_unknown_solver_and_other_steps_than_a_student_s_are_refused(run, tiny_weights):
-    with pytest.raises(ValueError, match=r"solver: got 'unipcc'; wanted euler \| unipc"):
+    with pytest.raises(ValueError, match=r"solver: expected euler \| unipc, got 'unipcc'"):
         run("--solver", "unipcc")
     student = str(tiny_weights / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="steps: got 3; .* was distilled for 2 steps"):

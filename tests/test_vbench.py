@@ -219,7 +219,7 @@ def test_a_missing_dimension_is_named_and_gives_no_total(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, results, message", [
-    ("a_eval_results.json", [1], r"it is \[1\]; wanted .*{dimension: \[score"),
+    ("a_eval_results.json", [1], r"expected a JSON object, got \[1\]: .*{dimension: \[sc"),
     ("a_eval_results.json", {"colour": [0.5]}, "got the dimension colour; wanted one of subject_c"),
     ("a_eval_results.json", {"color": 0.5}, r"color: got 0.5; wanted \[score"),
     ("a_eval_results.json", {"color": []}, r"color: got \[\]; wanted \[score"),

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.files import NUMBER, read_json, replace_file, write_json, write_text
-from common.video import data_uri
 from evaluation.page import html_of
+from evaluation.sheets import data_uri
 from tools.runs import (
     HOW_TO_READ, Arm, Measured, Plan, claim, claim_lines, even_key, key_option, mean_error,
     read_measured, student_file, table_lines, uniform_key)

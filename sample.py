@@ -241,10 +241,10 @@ def video_settings(cfg: Config, who: str, times: list[float]) -> dict[str, Any]:
     dit = student_path(cfg) if not cfg.teacher and cfg.lora is None else cfg.weights
     lora = {} if cfg.lora is None else {"lora": fingerprint_files(cfg.lora),
                                         "lora_scale": cfg.lora_scale}
-    names = ("solver", "height", "width", "frames", "fps", "cfg_scale", "negative_prompt",
+    names = ("solver", "height", "width", "frames", "cfg_scale", "negative_prompt",
              "embedded_guidance")
     return {"who": who, "dit": fingerprint(dit), **lora, "encoders": fingerprint_files(cfg.weights),
-            "times": times, **{name: getattr(cfg, name) for name in names}}
+            "times": times, "fps": float(cfg.fps), **{name: getattr(cfg, name) for name in names}}
 
 
 # ------------------------------------------------------------------------------------ report

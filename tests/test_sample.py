@@ -104,8 +104,14 @@ def test_guidance_is_uncond_plus_scale_times_the_difference():
     assert len(dit.calls) == 2
 
 
-def no_sheets(monkeypatch) -> None:
-    """A contact sheet takes a second."""
+def fast_videos(monkeypatch) -> None:
+    """Videos are written as their pixels' bytes: H.264 and a contact sheet take a second."""
+    def write(path: Path, video: torch.Tensor, fps: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(video.numpy().tobytes())
+
+    monkeypatch.setattr(sample, "write_video", write)
+    monkeypatch.setattr(videos, "read_video", lambda path: torch.zeros(3, 1, 16, 16))
     monkeypatch.setattr(videos, "contact_sheet", lambda *_, **__: None)
 
 
@@ -117,7 +123,7 @@ def record_denoise(monkeypatch) -> list[tuple]:
         return real(dit, noise, times, conds, uncond, *rest)
 
     monkeypatch.setattr(sample, "sample_batch", spy)
-    no_sheets(monkeypatch)
+    fast_videos(monkeypatch)
     return calls
 
 
@@ -208,7 +214,7 @@ def test_only_missing_videos_are_made_again(run, student, monkeypatch, capsys):
 
 
 def test_another_student_setting_or_prompt_makes_new_files(run, student, monkeypatch):
-    no_sheets(monkeypatch)
+    fast_videos(monkeypatch)
     out, same = run("--prompt", "a red disc"), ("--prompt", "a red disc")
     old = {path: path.read_bytes() for path in out.glob("*/*.mp4")}
     run("--prompt", "a red disc?")
@@ -220,7 +226,7 @@ def test_another_student_setting_or_prompt_makes_new_files(run, student, monkeyp
 
 
 def test_a_prompt_is_text_whatever_it_looks_like(run, student, monkeypatch):
-    no_sheets(monkeypatch)
+    fast_videos(monkeypatch)
     for prompt in ("--teacher", "../../etc/<b>$x^2$ %s {0}", "none", "一只 🦊", "🦊"):
         out = run(f"--prompt={prompt}")
         assert read_report(out)["videos"][0]["prompt"] == prompt
@@ -229,7 +235,7 @@ def test_a_prompt_is_text_whatever_it_looks_like(run, student, monkeypatch):
 
 
 def test_a_prompt_of_10000_words_is_cut_with_a_warning(run, student, monkeypatch):
-    no_sheets(monkeypatch)
+    fast_videos(monkeypatch)
     with pytest.warns(UserWarning, match="the text encoder reads 15"):
         run("--prompt", "red " * 10_000)
 
@@ -240,7 +246,7 @@ def test_a_prompt_takes_precedence_over_the_config_s_prompt_file():
 
 
 def test_the_report_has_the_seconds_of_every_phase(run, capsys, monkeypatch):
-    no_sheets(monkeypatch)
+    fast_videos(monkeypatch)
     out = run("--teacher", "--prompt", "a red disc", "--count", "2")
     report = json.loads((out / "teacher4.json").read_text())
     rank, phases = report["ranks"][0], {"load", "text", "noise", "steps", "decode", "save"}
@@ -254,7 +260,7 @@ def test_the_report_has_the_seconds_of_every_phase(run, capsys, monkeypatch):
 def test_two_ranks_write_what_one_writes(run, student, monkeypatch):
     prompts = run.folder / "prompts.txt"
     prompts.write_text("a red disc\na blue disc\na green disc\n")
-    no_sheets(monkeypatch)
+    fast_videos(monkeypatch)
     alone = run.folder / "one"
     run("--prompt_file", str(prompts), "--out", str(alone))
     missing, gathered = {}, [None, None]

@@ -56,7 +56,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
         raise FileNotFoundError(f"{path}: there is no student yet{path_hint(path)}; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
     tensors = open_tensors(path)  # raises an error for a damaged file
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the whole file is read: once on each host
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # it reads all of the file: once on each host
         for file in dict.fromkeys(t.file for t in tensors.values()):
             if file_kind(file) == "safetensors":
                 check_data(file)

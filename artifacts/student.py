@@ -1,4 +1,11 @@
-"""A student's file: what it says about itself, loading, export, and its page of instructions."""
+"""A student's file: what it says about itself, loading, export, and its page of instructions.
+
+<name>.safetensors       the DiT under official names; its metadata "accvideo" holds the times
+                         t_key, the teacher's fingerprint and the settings of distillation
+<name>_lora.safetensors  the LoRA that distill.py --lora trained, with the same metadata
+<name>_diffusers/        transformer/ and scheduler/ as diffusers loads them (--export diffusers)
+<name>.md                how other programs run it, from the templates assets/student*.md
+"""
 
 import itertools
 import json
@@ -7,17 +14,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from artifacts.lora import is_lora, lora_file, student_tensors, with_lora
+from artifacts.lora import is_lora, lora_changes, lora_file, student_tensors, with_lora
 from common.config import Shared
 from common.files import (
-    NUMBER, path_hint, shape_error, parse_json, replace_file, replace_folder, abbreviate, write_json,
-    write_text)
+    NUMBER, ROOT, abbreviate, parse_json, path_hint, replace_file, replace_folder, shape_error,
+    write_json, write_text)
 from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
 from common.weights import (
@@ -25,67 +33,67 @@ from common.weights import (
     stream_safetensors)
 from model import Sizes, empty_dit, key_times, sizes_of
 
-
-
-# ---------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------- what a student's file says
 
 FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
-KINDS = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int, "key": [int],
-         "shift": NUMBER, "cfg_scale": NUMBER}  # of what is computed with
+FACT_TYPES = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int,
+              "key": [int], "shift": NUMBER, "cfg_scale": NUMBER}
 
 
 def student_facts(path: Path, cfg: Shared, foreign: bool = False,
                   same_teacher: bool = False) -> dict:
     """What a student says about itself, checked against the config.
 
-    Args: path, a file, an index of shards or a folder of them; foreign, whether it may be of
+    Args: path, a file, an index of shards or a folder of them; foreign, whether it may come from
     another project and say nothing, as AccVideo's own release does: then the config's key timesteps
     are taken, and teacher is None; same_teacher, whether `weights` must hold the DiT that it was
-    distilled from: to sample it none is needed.
-    Returns FACTS and more: teacher is its weights' fingerprint, t_key are the times from 1 (noise)
-    to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not fit.
+    distilled from, which sampling does not need.
+    Returns FACTS and more: teacher is the fingerprint of its weights, t_key are the times from 1
+    (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not
+    fit.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no student yet{path_hint(path)}; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
-    tensors = open_tensors(path)  # names a damaged file
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # it reads all: once on each host
-    for file in dict.fromkeys(t.file for t in tensors.values()) if first else ():
-        if file_kind(file) == "safetensors":
-            check_data(file)
+    tensors = open_tensors(path)  # raises an error for a damaged file
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # it reads all of the file: once on each host
+        for file in dict.fromkeys(t.file for t in tensors.values()):
+            if file_kind(file) == "safetensors":
+                check_data(file)
     facts = facts_of(tensors)
-    if foreign and not facts:
-        print(f"{path} does not say what it is: it walks the config's key timesteps", flush=True)
-        return {**{name: getattr(cfg, name, None) for name in FACTS},
-                "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
-    check_facts(path, facts)
-    for name in ("family", "preset", "embedded_guidance"):
-        if facts[name] != getattr(cfg, name):
-            raise ValueError(f"{path}: the student's {name} is {abbreviate(facts[name])}, the config's "
-                             f"'{getattr(cfg, name)}': use the config that it was distilled with")
-    if same_teacher and facts["teacher"] != (teacher := fingerprint(cfg.weights)):
-        raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, the "
-                         f"weights in {cfg.weights} are {teacher}: point `weights` at its teacher, "
-                         "or distill again with `python distill.py CONFIG`")
-    if not is_lora(tensors):
-        warn_of_another_model(path, tensors, cfg)
+    if facts or not foreign:
+        check_facts(path, facts)
+        for name in ("family", "preset", "embedded_guidance"):
+            if facts[name] != getattr(cfg, name):
+                raise ValueError(f"{path}: the student's {name} is {abbreviate(facts[name])}, the "
+                                 f"config's '{getattr(cfg, name)}': use the config that it was "
+                                 "distilled with")
+        if same_teacher and facts["teacher"] != (teacher := fingerprint(cfg.weights)):
+            raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, "
+                             f"the weights in {cfg.weights} are {teacher}: point `weights` at its "
+                             "teacher, or distill again with `python distill.py CONFIG`")
+    else:
+        print(f"{path} does not say what it is: the config's key timesteps are used", flush=True)
+        facts = {**{name: getattr(cfg, name, None) for name in FACTS},
+                 "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
+    warn_of_another_model(path, tensors, facts["teacher"], cfg)
     return facts
 
 
-def check_facts(path: Path, facts: dict, wanted: tuple[str, ...] = FACTS) -> None:
-    """Raise ValueError if a student says too little about itself, or no times that can be walked.
-    """
-    absent = [name for name in wanted if name not in facts]
+def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> None:
+    """Raise ValueError if a student says too little about itself, or has no valid times."""
+    absent = [name for name in required if name not in facts]
     if absent:
-        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}; wanted a "
+        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}; expected a "
                          "student written by distill.py (to sample another DiT, point `weights` "
                          "at it and add --teacher)")
-    if fault := shape_error(facts, {name: kind for name, kind in KINDS.items() if name in facts}):
-        raise ValueError(f"{path}: 'accvideo' metadata: {fault}: distill it again")
+    types = {name: kind for name, kind in FACT_TYPES.items() if name in facts}
+    if error := shape_error(facts, types):
+        raise ValueError(f"{path}: 'accvideo' metadata: {error}: distill it again")
     t = facts["t_key"]
     if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
-        raise ValueError(f"{path}: t_key is {abbreviate(t)}; wanted times falling from 1 (noise) to 0 "
-                         "(data)")
+        raise ValueError(f"{path}: t_key: expected times falling from 1 (noise) to 0 (data), got "
+                         f"{abbreviate(t)}: distill it again")
 
 
 def facts_of(tensors: dict[str, LazyTensor]) -> dict:
@@ -95,81 +103,82 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
 
 
 def facts_in(file: Path) -> dict:
-    """What a student's file says about itself; {} if it says nothing. ValueError if it is damaged.
-    """
+    """What a student's file says about itself; {} for nothing. ValueError if it is damaged."""
     if file_kind(file) != "safetensors":
         return {}
     return parse_json(safetensors_metadata(file).get("accvideo", "{}"), f"{file}: 'accvideo' "
                       "metadata", remedy="distill it again, or remove the metadata")
 
 
-def how_to_use(path: Path) -> str:
-    """The text of a student's student.md, from what its file says about itself.
+def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: str | None,
+                          cfg: Shared) -> None:
+    """Print a line if the DiT of `weights` has other sizes than the student (its text encoder and
+    VAE may then be another model's), or is not the one that a LoRA was made on.
 
-    Raises FileNotFoundError if there is none, ValueError if it says too little.
+    Raises ValueError if a LoRA does not fit the DiT. Other students do not need it.
     """
-    facts = facts_of(open_tensors(path))
-    check_facts(path, facts, (*FACTS, "key"))
-    name = path.name if path.suffix == ".safetensors" else "student.safetensors"
-    return student_readme(facts, sizes_of(facts["preset"]).takes_image, name)
+    first = os.environ.get("RANK", "0") == "0"
+    if is_lora(tensors):
+        lora_changes(path, {name: t.shape for name, t in dit_tensors(cfg.weights).items()})
+        if teacher and teacher != (found := fingerprint(cfg.weights)) and first:
+            print(f"{path} was made on the DiT {teacher}; {cfg.weights} has {found}: the same "
+                  "model in another dtype is fine, another model is not", flush=True)
+    elif teacher:
+        try:
+            dit = dit_tensors(cfg.weights)
+        except (FileNotFoundError, ValueError):
+            return
+        student = official_names(tensors, "transformer")
+        if first and {n: t.shape for n, t in student.items()} != {
+                n: t.shape for n, t in dit.items()}:
+            print(f"{path} is of another model than the DiT in {cfg.weights}: are its text encoder "
+                  "and VAE the right ones?", flush=True)
 
 
-def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], cfg: Shared) -> None:
-    """Say so if `weights` has a DiT, and it is of other sizes than the student: its text encoder
-    and VAE may be another model's, too."""
-    try:
-        teacher = {name: t.shape for name, t in dit_tensors(cfg.weights).items()}
-    except (FileNotFoundError, ValueError):  # it is not needed
-        return
-    own = {name: t.shape for name, t in official_names(tensors, "transformer").items()}
-    if own != teacher and os.environ.get("RANK", "0") == "0":
-        print(f"{path} is of another model than the DiT in {cfg.weights}: are its text encoder and "
-              "VAE the right ones?", flush=True)
+# ----------------------------------------------------------------------------- loading, export
+
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_student(cfg: Shared, path: Path, device: torch.device, ranks: Ranks | None = None,
                  scale: float = 1.0) -> nn.Module:
     """A student's DiT, frozen, sharded if `ranks` is given; official or diffusers names.
 
-    A LoRA, times `scale`, is merged into the DiT of `weights` in fp32, and rounded once to what
-    that computes in. Raises ValueError as common.lora.changes.
+    A LoRA, times `scale`, is merged into the DiT of `weights` in fp32, and rounded once to the
+    dtype of computation. Raises ValueError as artifacts.lora.lora_changes.
     """
     dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
     tensors = open_tensors(path)
     tensors = (with_lora(dit_tensors(cfg.weights), path, scale) if is_lora(tensors) else
                official_names(tensors, "transformer"))
     return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
-EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHARD = 5 * 10 ** 9  # bytes at most in a file of a diffusers folder, but for a larger tensor
 
 
 def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "student") -> Path:
-    """Write <run>/<name>.safetensors and <name>.md, and by --export diffusers <name>_diffusers,
-    after --lora <name>_lora.safetensors.
+    """Write <run>/<name>.safetensors and the other files of the list above.
 
     Args: cfg, distill.Config; state, its TrainState; meta["teacher"], the teacher's fingerprint.
-    A write that fails is tried once more. Raises AgreedError on all ranks after that, and for
-    weights that export_dtype cannot hold.
+    Raises AgreedError on all ranks if a file cannot be written, or if export_dtype cannot hold a
+    weight.
     """
     path, dtype = Path(cfg.run) / f"{name}.safetensors", EXPORT_DTYPES[cfg.export_dtype]
     keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance")
     facts = {key: getattr(cfg, key) for key in keys}
     facts |= {"t_key": state.t_key[::-1], "teacher": meta["teacher"], "iterations": state.step,
               "dtype": cfg.export_dtype}
-    about = {"format": "pt", "accvideo": json.dumps(facts), "crc32": CHECKSUM}
-    sizes = sizes_of(cfg.preset)
+    metadata = {"format": "pt", "accvideo": json.dumps(facts), "crc32": CHECKSUM}
     if dtype == torch.float16:
         check_range(state.student, dtype)
     tensors = student_tensors(state.student, path, dtype)
-    write_together(path, tensors, about, ranks)
+    write_together(path, tensors, metadata, ranks)
     if cfg.lora is not None:
         write_together(path.with_name(f"{name}_lora.safetensors"), lora_file(state.student, path),
-                       about, ranks)
+                       metadata, ranks)
     if cfg.export == "diffusers":
-        export_diffusers(path.with_name(f"{name}_diffusers"), tensors, about, sizes,
-                         state.t_key[::-1], ranks)
-    text = student_readme(facts, sizes.takes_image, path.name)
-    on_rank_0(lambda: write_text(path.with_suffix(".md"), text), ranks)
+        export_diffusers(path.with_name(f"{name}_diffusers"), tensors, metadata,
+                         sizes_of(cfg.preset), facts["t_key"], ranks)
+    page = student_page(facts, path.name)
+    on_rank_0(lambda: write_text(path.with_suffix(".md"), page), ranks)
     return path
 
 
@@ -179,7 +188,7 @@ def bytes_a_parameter(cfg: Any) -> int:
 
 
 def check_range(student: nn.Module, dtype: torch.dtype) -> None:
-    """Raise AgreedError on all ranks if a weight would be infinite in dtype; each rank looks at its
+    """Raise AgreedError on all ranks if a weight would be infinite in dtype; each rank checks its
     own rows."""
     error = None
     for name, p in student.named_parameters():
@@ -193,24 +202,21 @@ def check_range(student: nn.Module, dtype: torch.dtype) -> None:
     raise_together(error)
 
 
-def write_together(path: Path, tensors: dict[str, LazyTensor], about: dict[str, str],
+def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
                    ranks: Ranks) -> None:
-    """Write a safetensors file, its tensors gathered on all ranks, aside and renamed; a write that
+    """Write a safetensors file whose tensors all ranks gather, aside and renamed; a write that
     fails is tried once more. Raises AgreedError on all ranks after that."""
+    def write() -> None:
+        for part in path.parent.glob(f".{path.name}.*.part*"):  # left by a killed process
+            part.unlink(missing_ok=True)
+        replace_file(path, lambda aside: stream_safetensors(aside, tensors, metadata))
+
+    def gather() -> None:
+        stream_safetensors(path, tensors, metadata, write=False)
+
     for retry in (True, False):
-        error = None
         try:
-            if ranks.rank == 0:
-                for left in path.parent.glob(f".{path.name}.*.part*"):  # by one that was killed
-                    left.unlink(missing_ok=True)
-                replace_file(path, lambda aside: stream_safetensors(aside, tensors, about))
-            else:
-                stream_safetensors(path, tensors, about, write=False)
-        except ValueError as e:
-            error = e
-        try:
-            raise_together(error)
-            return
+            return on_rank_0(write, ranks, gather)
         except AgreedError as e:
             if not retry:
                 raise
@@ -218,43 +224,46 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], about: dict[str, 
                 print(f"{e}; trying once more", flush=True)
 
 
-def on_rank_0(work: Callable[[], Any], ranks: Ranks) -> None:
-    """Do something that writes on rank 0; its ValueError is an AgreedError on all ranks."""
+def on_rank_0(work: Callable[[], Any], ranks: Ranks,
+              elsewhere: Callable[[], Any] = lambda: None) -> None:
+    """Do `work` on rank 0, `elsewhere` on others; a ValueError becomes an AgreedError on all."""
     error = None
-    if ranks.rank == 0:
-        try:
-            work()
-        except ValueError as e:
-            error = e
+    try:
+        (work if ranks.rank == 0 else elsewhere)()
+    except ValueError as e:
+        error = e
     raise_together(error)
 
 
 # ---------------------------------------------------------------------------- diffusers' folder
 
-def export_diffusers(folder: Path, tensors: dict[str, LazyTensor], about: dict[str, str],
+SHARD = 5 * 10 ** 9  # bytes of a file at most, unless one tensor is larger
+
+
+def export_diffusers(folder: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
                      sizes: Sizes, t_key: list[float], ranks: Ranks) -> None:
     """Write a folder with transformer/ and scheduler/ as diffusers loads them, aside and renamed.
 
-    Args: tensors under official names; about, the files' metadata; t_key from 1 to 0.
+    Args: tensors under official names; metadata of each file; t_key from 1 to 0.
     Raises AgreedError on all ranks if it cannot be written.
     """
     aside = folder.with_name(f".{folder.name}.part")
 
     def start() -> None:
-        shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
         write_json(aside / "transformer/config.json", transformer_config(sizes))
         write_json(aside / "scheduler/scheduler_config.json", scheduler_config(sizes, t_key))
 
     on_rank_0(start, ranks)
     parts = shards_of(official_names(tensors, "transformer", reverse=True))
-    base = "diffusion_pytorch_model"
-    files = [f"{base}.safetensors"] if len(parts) == 1 else [
-        f"{base}-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    base, count = "diffusion_pytorch_model", len(parts)
+    files = [f"{base}.safetensors"] if count == 1 else [
+        f"{base}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for file, part in zip(files, parts, strict=True):
-        write_together(aside / "transformer" / file, part, about, ranks)
+        write_together(aside / "transformer" / file, part, metadata, ranks)
 
     def finish() -> None:
-        if len(parts) > 1:
+        if count > 1:
             size = sum(bytes_in(t) for part in parts for t in part.values())
             write_json(aside / f"transformer/{base}.safetensors.index.json", {
                 "metadata": {"total_size": size},
@@ -267,7 +276,7 @@ def export_diffusers(folder: Path, tensors: dict[str, LazyTensor], about: dict[s
 
 def bytes_in(tensor: LazyTensor | Tensor) -> int:
     """A tensor's size in a file."""
-    return tensor.dtype.itemsize * torch.Size(tensor.shape).numel()
+    return tensor.dtype.itemsize * math.prod(tensor.shape)
 
 
 def shards_of(tensors: dict[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
@@ -303,33 +312,23 @@ def transformer_config(sizes: Sizes) -> dict[str, Any]:
 
 
 def scheduler_config(sizes: Sizes, t_key: list[float]) -> dict[str, Any]:
-    """scheduler_config.json of a stock scheduler that walks t_key.
+    """scheduler_config.json of a stock scheduler whose times are t_key.
 
-    Where none does, its shift is 1 and student.md has the lines that hand it the times.
+    Where none has them, its shift is 1 and student.md has the lines that pass it the times.
     """
     settings = stock_scheduler(sizes.family, t_key) or {"shift": 1.0}
     return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
             **settings}
-TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-# Repositories of whole pipelines under diffusers' names, and the official ones, by preset.
-TEACHERS = {
-    "wan-t2v-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-1.3B"),
-    "wan-t2v-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan2.1-T2V-14B"),
-    "wan-i2v-14b": ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan2.1-I2V-14B-480P"),
-    "hunyuan-t2v": ("hunyuanvideo-community/HunyuanVideo", "HunyuanVideo")}
-ACCVIDEO = {False: (50, 5), True: (40, 4)}  # its Wan scripts' steps, and every how many one is key
 
-
-# --------------------------------------------------------------------- a scheduler of diffusers
 
 def stock_scheduler(family: str, t_key: list[float]) -> dict[str, float] | None:
-    """Settings with which diffusers' FlowMatchEulerDiscreteScheduler walks t_key by itself.
+    """Settings with which diffusers' FlowMatchEulerDiscreteScheduler makes the times t_key itself.
 
     Args: t_key, times from 1 to 0; the pipeline is given as many steps. Returns None if there are
     none: the key timesteps are not evenly spread over the teacher's grid.
-    HunyuanVideo: the shift alone. Wan: WanPipeline names no times, so that the scheduler takes even
-    ones from 1 to its own end. There k / (1 - t_k) is a line A - B k with B / A = (a - 1) / a · d,
-    d the step before shift a, and shift_terminal stretches it by what is left.
+    HunyuanVideo: the shift alone. Wan: WanPipeline passes no times, so that the scheduler takes
+    even ones from 1 to its own end. There k / (1 - t_k) is a line A - B k with B / A = (a - 1) / a
+    · d, d the step before shift a, and shift_terminal stretches it by what is left.
     """
     t, steps = t_key, len(t_key) - 1
     if family == "hunyuan":
@@ -346,14 +345,14 @@ def stock_scheduler(family: str, t_key: list[float]) -> dict[str, float] | None:
             return None
         shift = 2 * 999 / (999 * (1 - r) + math.sqrt(root))
         settings = {"shift": round(shift, 7), "shift_terminal": t[-2]}
-    walked = stock_times(family, steps, **settings)
-    near = all(abs(a - b) < 1e-6 for a, b in zip(walked, t, strict=True))
+    times = stock_times(family, steps, **settings)
+    near = all(abs(a - b) < 1e-6 for a, b in zip(times, t, strict=True))
     return settings if near else None
 
 
 def stock_times(family: str, steps: int, shift: float,
                 shift_terminal: float | None = None) -> list[float]:
-    """The times that diffusers' pipeline and FlowMatchEulerDiscreteScheduler walk, 1 to 0."""
+    """The times of diffusers' pipeline with FlowMatchEulerDiscreteScheduler, 1 to 0."""
     end = shift / (999 + shift) if family == "wan" else 1 / steps
     even = [1 + (end - 1) * k / max(steps - 1, 1) for k in range(steps)]
     times = [shift * u / (1 + (shift - 1) * u) for u in even]
@@ -363,216 +362,92 @@ def stock_times(family: str, steps: int, shift: float,
     return [*times, 0.0]
 
 
-# ------------------------------------------------------------------------------------ the text
+# --------------------------------------------------------------------- the page of instructions
 
-def student_readme(facts: dict[str, Any], takes_image: bool, file: str) -> str:
-    """student.md: what a student is, and the settings that run it elsewhere.
+# A preset's teacher: the repository of its diffusers pipeline, and the official folder.
+TEACHERS = {
+    "wan-t2v-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-1.3B"),
+    "wan-t2v-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan2.1-T2V-14B"),
+    "wan-i2v-14b": ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan2.1-I2V-14B-480P"),
+    "hunyuan-t2v": ("hunyuanvideo-community/HunyuanVideo", "HunyuanVideo")}
+ACCVIDEO = {False: (50, 5), True: (40, 4)}  # steps of its Wan scripts; every how many is key
+SET_SIGMAS = """
+set_timesteps = pipe.scheduler.set_timesteps  # WanPipeline passes no sigmas: they are set here
+pipe.scheduler.set_timesteps = lambda steps, device=None: set_timesteps(
+    sigmas=[{}], device=device)"""
 
-    Args: facts, its metadata; takes_image, whether videos start from an image; file, its name.
+
+def how_to_use(path: Path) -> str:
+    """The text of a student's student.md, from what its file says about itself.
+
+    Raises FileNotFoundError if there is none, ValueError if it says too little.
     """
-    about = {**facts, "takes_image": takes_image, "file": file,
-             "stem": file.removesuffix(".safetensors")}
-    parts = [what_it_is(about), diffusers_part(about), comfyui_part(about)]
+    facts = facts_of(open_tensors(path))
+    check_facts(path, facts, (*FACTS, "key"))
+    return student_page(facts, path.name if path.suffix == ".safetensors" else
+                        "student.safetensors")
+
+
+def student_page(facts: dict[str, Any], file: str) -> str:
+    """student.md: what a student is, and how diffusers, ComfyUI, LightX2V, the official code and
+    this project run it, by the templates assets/student*.md.
+
+    Args: facts, its metadata; file, its name.
+    """
+    t_key, steps, n = facts["t_key"], len(facts["t_key"]) - 1, facts["n"]
+    image, dtype = sizes_of(facts["preset"]).takes_image, facts.get("dtype", "fp32")
+    stock, stem = stock_scheduler(facts["family"], t_key), file.removesuffix(".safetensors")
+    teacher, official = TEACHERS.get(facts["preset"], ("teacher-diffusers",
+                                                       "the teacher's official folder"))
+    values = {
+        **facts, "file": file, "stem": stem, "steps": steps, "points": steps + 1,
+        "times": digits(t_key), "thousandths": [round(1000 * t) for t in t_key[:-1]],
+        "key": ", ".join(map(str, facts["key"])), "shift": f"{facts['shift']:g}",
+        "dtype": dtype, "torch_dtype": str(EXPORT_DTYPES[dtype]).removeprefix("torch."),
+        "task": "image to video" if image else "text to video",
+        "import_load_image": ", load_image" if image else "",
+        "image_argument": ', image=load_image("photo.jpg")' if image else "",
+        "image_option": " --image photo.jpg" if image else "",
+        "teacher": teacher, "official": official,
+        "scheduler": ", ".join(f"{k}={v}" for k, v in (stock or {"shift": 1.0}).items()),
+        "scheduler_note": f"`{stem}_diffusers/scheduler`\nholds the same." if stock else
+        "No stock\nscheduler has these times: the sigmas are passed to it."}
+    manual, embedded = fill("student_sigmas", values), facts["embedded_guidance"]
     if facts["family"] == "wan":
-        parts.append(lightx2v_part(about))
-    return "\n".join([*parts, official_part(about), own_part(about)])
+        steps_of_script, every = ACCVIDEO[image]
+        published = n == steps_of_script and facts["key"] == list(range(0, n + 1, every))
+        values |= {
+            "model": "Wan 2.1", "network": "WanTransformer3DModel", "fps": 16,
+            "pipeline": "WanImageToVideoPipeline" if image else "WanPipeline",
+            "guidance": "Without guidance: one evaluation per step.", "guidance_scale": 1.0,
+            "sigmas_setting": "", "comfyui": manual,
+            "set_sigmas": "" if stock else SET_SIGMAS.format(digits(t_key[:-1])),
+            "accvideo": "AccVideo's copy samples at these times with `--sample_solver euler "
+            f"--sample_steps {n} --sample_shift {values['shift']}`." if published else
+            "No official script samples at these times."}
+    else:
+        simple = ("" if stock is None else f"ModelSamplingSD3: shift {stock['shift']:g}. KSampler "
+                  f"or BasicScheduler: sampler euler, scheduler simple, {steps} steps.\nThat gives "
+                  "the times above.\n") if 1000 % steps == 0 else ""  # it picks from 1000 times
+        values |= {
+            "model": "HunyuanVideo", "network": "HunyuanVideoTransformer3DModel", "fps": 24,
+            "pipeline": "HunyuanVideoPipeline", "guidance": "Without true guidance; the embedded "
+            f"guidance, an input of the network, is {embedded}.", "guidance_scale": embedded,
+            "sigmas_setting": "" if stock else f', "sigmas": [{digits(t_key[:-1])}]',
+            "set_sigmas": "",
+            "comfyui": f"FluxGuidance: {embedded}. cfg 1.\n{simple or manual}",
+            "options": "No option of either gives these times." if stock is None else
+            f"Both: `--infer-steps {steps} --flow-shift {stock['shift']:g} --flow-reverse "
+            f"--cfg-scale 1 --embedded-cfg-scale {embedded}`."}
+    return fill("student", {**values, "family_part": fill(f"student_{facts['family']}", values)})
 
 
-def numbers(t_key: list[float]) -> str:
+def digits(t_key: list[float]) -> str:
     """Times as text, seven digits of each."""
     return ", ".join(f"{t:.7g}" if t in (0, 1) else f"{t:.7f}" for t in t_key)
 
 
-def what_it_is(about: dict[str, Any]) -> str:
-    """Which model, its times, and what holds in every program."""
-    model = {"hunyuan": "HunyuanVideo"}.get(about["family"], "Wan 2.1")
-    kind = "image to video" if about["takes_image"] else "text to video"
-    t_key, guidance = about["t_key"], "Without guidance: one evaluation a step."
-    if about["family"] == "hunyuan":
-        guidance = ("Without true guidance; the embedded guidance, an input of the network, is "
-                    f"{about['embedded_guidance']}.")
-    return f"""# {about["file"]}
-
-A student of {model}, {kind}, preset `{about["preset"]}`. It makes a video in {len(t_key) - 1} \
-steps.
-
-- Times (sigmas), 1 is noise: `{numbers(t_key)}`. They are final: no program may shift them again.
-- Solver: Euler. {guidance}
-- They are the steps {", ".join(map(str, about["key"]))} of its teacher's {about["n"]}, shift \
-{about["shift"]:g}.
-- Tensors: official names, {about.get("dtype", "fp32")}. Text encoder and VAE are the teacher's.
-"""
-
-
-def diffusers_part(about: dict[str, Any]) -> str:
-    """Code to paste: a transformer, by the file or by the folder; the pipeline; a video."""
-    hunyuan, steps = about["family"] == "hunyuan", len(about["t_key"]) - 1
-    network = "HunyuanVideoTransformer3DModel" if hunyuan else "WanTransformer3DModel"
-    image = about["takes_image"]
-    pipeline = ("HunyuanVideoPipeline" if hunyuan else
-                "WanImageToVideoPipeline" if image else "WanPipeline")
-    teacher = TEACHERS.get(about["preset"], ("teacher-diffusers", ""))[0]
-    scheduler, settings = scheduler_code(about)
-    settings = ", ".join([f'"num_inference_steps": {steps}', *settings])
-    holds = (f"`{about['stem']}_diffusers/scheduler`\nholds the same." if stock_scheduler(
-        about["family"], about["t_key"]) else "No stock\nscheduler walks these times by itself: "
-        "the sigmas are handed to it.")
-    given = '"…", image=load_image("photo.jpg")' if image else '"…"'
-    fps = 24 if hunyuan else 16
-    return f"""## diffusers
-
-Needs `pip install diffusers accelerate`.
-
-```python
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, {pipeline}, {network}
-from diffusers.utils import export_to_video{", load_image" if image else ""}
-
-teacher = "{teacher}"  # or its folder on your disk
-dtype = torch.{TORCH_DTYPES[about.get("dtype", "fp32")]}
-```
-
-The network, from this one file:
-
-```python
-transformer = {network}.from_single_file(
-    "{about["file"]}", config=teacher, subfolder="transformer", torch_dtype=dtype)
-```
-
-or from the folder that `distill.py --export diffusers` wrote:
-
-```python
-transformer = {network}.from_pretrained(
-    "{about["stem"]}_diffusers/transformer", torch_dtype=dtype)
-```
-
-The pipeline. The scheduler that it comes with walks other times: it must be replaced. {holds}
-
-```python
-pipe = {pipeline}.from_pretrained(teacher, transformer=transformer, torch_dtype=dtype)
-{scheduler}
-settings = {{{settings}}}
-```
-
-A video; add height, width and num_frames if the pipeline's own are not the ones you want:
-
-```python
-pipe.to("cuda")
-export_to_video(pipe({given}, **settings).frames[0], "video.mp4", fps={fps})
-```
-"""
-
-
-def scheduler_code(about: dict[str, Any]) -> tuple[str, list[str]]:
-    """Lines that give `pipe` a scheduler for t_key, and the call's settings beside its steps."""
-    family, t_key = about["family"], about["t_key"]
-    hunyuan, stock = family == "hunyuan", stock_scheduler(family, t_key)
-    guidance = f'"guidance_scale": {about["embedded_guidance"] if hunyuan else 1.0}'
-    options = ", ".join(f"{key}={value}" for key, value in (stock or {"shift": 1.0}).items())
-    code = f"pipe.scheduler = FlowMatchEulerDiscreteScheduler({options})"
-    sigmas = f"[{numbers(t_key[:-1])}]"
-    if stock is not None:
-        return code, [guidance]
-    if hunyuan:
-        return code, [guidance, f'"sigmas": {sigmas}']
-    return f"""{code}
-set_timesteps = pipe.scheduler.set_timesteps  # WanPipeline hands no sigmas on: so they go in here
-pipe.scheduler.set_timesteps = lambda steps, device=None: set_timesteps(
-    sigmas={sigmas}, device=device)""", [guidance]
-
-
-def comfyui_part(about: dict[str, Any]) -> str:
-    """Nodes and their settings."""
-    t_key = about["t_key"]
-    stock = stock_scheduler(about["family"], t_key)
-    text = f"""## ComfyUI
-
-Put `{about["file"]}` into `models/diffusion_models` and load it by Load Diffusion Model.
-"""
-    if about["family"] == "hunyuan":
-        text += f"FluxGuidance: {about['embedded_guidance']}. cfg 1.\n"
-        if stock is not None and 1000 % (len(t_key) - 1) == 0:  # simple picks from 1000 times
-            return text + (f"ModelSamplingSD3: shift {stock['shift']:g}. KSampler or "
-                           f"BasicScheduler: sampler euler, scheduler simple, {len(t_key) - 1} "
-                           "steps.\nThat gives the times above.\n")
-    return text + f"""ModelSamplingSD3: shift 1. SamplerCustom: cfg 1, KSamplerSelect: euler. \
-None of the schedulers to choose from gives
-these times: paste them into ManualSigmas (older versions: CustomSigmas of KJNodes with \
-interpolate_to_steps {len(t_key)}):
-
-```
-{numbers(t_key)}
-```
-
-WanVideoWrapper shifts the sigmas that it is given: set shift 1 there too.
-"""
-
-
-def lightx2v_part(about: dict[str, Any]) -> str:
-    """Keys of its config."""
-    steps = [round(1000 * t) for t in about["t_key"][:-1]]
-    return f"""## LightX2V
-
-In the config of a `step_distill` model, which takes whole thousandths (an error of at most 0.0005):
-
-```json
-{{"infer_steps": {len(steps)}, "denoising_step_list": {steps}, "sample_shift": 1, \
-"enable_cfg": false}}
-```
-"""
-
-
-def official_part(about: dict[str, Any]) -> str:
-    """Wan's, HunyuanVideo's and AccVideo's own code."""
-    steps, shift, title = len(about["t_key"]) - 1, about["shift"], "## The official code\n\n"
-    if about["family"] == "hunyuan":
-        text = f"""AccVideo's copy reads `--dit-weight {about["file"]}`. HunyuanVideo's own reads \
-only torch's files:
-
-```python
-import torch
-from safetensors.torch import load_file
-
-torch.save(load_file("{about["file"]}"), "{about["stem"]}.pt")
-```
-"""
-        stock = stock_scheduler("hunyuan", about["t_key"])
-        how = ("No option of either gives these times." if stock is None else
-               f"Both: `--infer-steps {steps} --flow-shift {stock['shift']:g} --flow-reverse "
-               f"--cfg-scale 1 --embedded-cfg-scale {about['embedded_guidance']}`.")
-        return f"{title}{text}\n{how}\n"
-    folder = TEACHERS.get(about["preset"], ("", "the teacher's official folder"))[1]
-    n, every = ACCVIDEO[about["takes_image"]]
-    own = about["n"] == n and about["key"] == list(range(0, n + 1, every))
-    times = (f"AccVideo's copy walks these times with `--sample_solver euler --sample_steps {n} "
-             f"--sample_shift {shift:g}`." if own else
-             "No official script walks these times.")
-    return f"""{title}It loads whatever lies in the teacher's folder. **In a copy of {folder}, \
-remove the teacher's index and
-shards first** (`diffusion_pytorch_model*.safetensors` and \
-`diffusion_pytorch_model.safetensors.index.json`): while they are
-there it loads the teacher and says nothing. Then put `{about["file"]}` there as \
-`diffusion_pytorch_model.safetensors`,
-beside the `config.json` that stays.
-
-{times}
-
-Wan's own script has no Euler. `--sample_solver unipc --sample_steps {steps} --sample_shift \
-{shift:g} --sample_guide_scale 1` walks
-times near them.
-"""
-
-
-def own_part(about: dict[str, Any]) -> str:
-    """This project's command."""
-    image = " --image photo.jpg" if about["takes_image"] else ""
-    return f"""## This project
-
-```
-python sample.py CONFIG --prompt "…"{image} --student {about["file"]}
-```
-
-CONFIG is the one that it was distilled with. The times are read from the file. This page is \
-printed by
-`python sample.py --how {about["file"]}`.
-"""
+def fill(template: str, values: dict[str, Any]) -> str:
+    """A template of assets/ with the values at its $names."""
+    text = (ROOT / f"assets/{template}.md").read_text(encoding="utf-8")
+    return Template(text).substitute(values)

@@ -1,11 +1,12 @@
-"""UniPC: the solver of Wan's official commands, as a grid of times and a walk along it.
+"""UniPC, the solver of Wan's official commands: its grid of times and its steps; and the denoising
+of a batch by either solver.
 
 It is multistep UniPC (arXiv 2302.04867) of order 2, variant B2(h) = e^h - 1 ("bh2"), on predictions
-of x0. A step costs one evaluation, as Euler's does: the predictor goes on to the next time, and the
-evaluation there first corrects where the predictor went.
+of x0. A step costs one evaluation, as Euler's does: the predictor steps to the next time, and the
+evaluation there first corrects the predicted latent.
 
-The grid is not `time_grid`'s: it starts below 1, and the DiT is asked at its times cut down to
-1/1000, as the official code gives it integers of 1000·t. The steps go by the uncut times.
+The grid is not `time_grid`'s: it starts below 1, and the DiT is evaluated at its times cut down to
+1/1000, as the official code gives it integers of 1000·t. The steps use the uncut times.
 
 Symbols: λ(t) = ln((1 - t) / t) · h = λ(t_next) - λ(t) · m[i] the x0 predicted at times[i].
 """
@@ -43,13 +44,13 @@ def sample_unipc(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
                  cfg_group: dist.ProcessGroup | None = None) -> Iterator[Tensor]:
     """Denoise x along `times`, yielding the latent after each UniPC step, without gradient.
 
-    Args: x [B,C,T,H,W] fp32 at times[0]; times falling, below 1, as of unipc_grid; the rest as
-    `velocity`. The state stays fp32; what multiplies it is computed in float64.
+    Args: x [B,C,T,H,W] fp32 at times[0]; times falling, below 1, as from unipc_grid; the rest as in
+    `velocity`. The state stays fp32; its factors are computed in float64.
     ValueError for a time of 1, where λ is infinite. Source: arXiv 2302.04867; Wan 2.1's release.
     """
     if max(times) >= 1:
-        raise ValueError(f"times: got one of {max(times)}; UniPC wants them below 1 (noise), as "
-                         "unipc_grid makes them: walk these by sample_euler")
+        raise ValueError(f"times: UniPC expects times below 1 (noise), as from unipc_grid, got "
+                         f"{max(times)}: sample along these by sample_euler")
     lam = [math.log((1 - t) / t) if t > 0 else math.inf for t in times]
     m, before = [], x
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
@@ -65,13 +66,13 @@ def sample_unipc(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
 
 
 def data_step(x: Tensor, x0: Tensor, t: float, t_next: float) -> Tensor:
-    """From t to t_next on the straight path to x0; at t_next = 0 that is x0 itself."""
+    """A step from t to t_next on the straight path to x0; at t_next = 0 that is x0 itself."""
     # The solver's factor of x0, (1 - t_next)·(1 - e^-h), is 1 - t_next / t with this λ.
     return t_next / t * x + (1 - t_next / t) * x0
 
 
 def predicted(m: list[Tensor], lam: list[float]) -> Tensor:
-    """x0 that the predictor of order 2 steps with: the line through m[-2:], half a step ahead in λ.
+    """x0 for the predictor's step of order 2: the line through m[-2:], half a step ahead in λ.
 
     Args: m, up to the present; lam, up to the next time. Source: UniP-2.
     """
@@ -81,7 +82,7 @@ def predicted(m: list[Tensor], lam: list[float]) -> Tensor:
 
 
 def corrected(m: list[Tensor], lam: list[float]) -> Tensor:
-    """x0 that the last step should have been taken with, now that m[-1] is known at its end.
+    """x0 with which the last step is taken again, given m[-1] at its end.
 
     Args: m and lam, up to the present. With two m the order is 1, with three 2. Source: UniC.
     """
@@ -99,18 +100,19 @@ def corrected(m: list[Tensor], lam: list[float]) -> Tensor:
 def sample_batch(dit: nn.Module, noise: Tensor, times: list[float], conds: list[dict],
                  unconds: list[dict] | None, cfg_scale: float, timer: Timer, bar: tqdm,
                  solver: str = "euler") -> Tensor:
-    """Denoise a batch from noise to data; returns latents [B,C,T,H,W]; each step is a lap.
+    """Denoise a batch from noise to data; returns latents [B,C,T,H,W]. Eq. 5.
 
-    Args: noise [B,C,T,H,W]; times to 0 and the solver that walks them; conds and unconds, one a
-    video (no guidance: None). Source: Eq. 5.
+    Args: noise [B,C,T,H,W]; times, falling to 0; conds and unconds, one per video (no guidance:
+    None); timer, which gets a lap "steps" per step; bar, advanced by B per step; solver, euler or
+    unipc.
     """
-    def batch(of: list[dict]) -> dict:
-        return {name: c.to(timer.device) for name, c in collate(of).items()}
+    def batch(samples: list[dict]) -> dict[str, Tensor]:
+        return {name: c.to(timer.device) for name, c in collate(samples).items()}
 
     x = noise.to(timer.device)
     uncond = None if unconds is None else batch(unconds)
-    walk = sample_unipc if solver == "unipc" else sample_euler
-    for latents in walk(dit, x, times, batch(conds), uncond, cfg_scale):
+    steps = sample_unipc if solver == "unipc" else sample_euler
+    for latents in steps(dit, x, times, batch(conds), uncond, cfg_scale):
         x = latents
         timer.lap("steps")
         bar.update(len(conds))

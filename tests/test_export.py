@@ -1,4 +1,4 @@
-"""A student in other programs: its file, its diffusers folder, the code that student.md says."""
+"""A student in other programs: its file, its diffusers folder, the code in student.md."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 import distill
 import model
 import sample
+from artifacts import student as student_file
+from artifacts.student import stock_scheduler, student_page
 from common.names import official_names
 from common.ranks import AgreedError, generator
-from artifacts.student import lightx2v_part, stock_scheduler, student_readme
 from common.weights import save_tensors
 from model import PRESETS
-from artifacts import student as student_file
 
 GRIDS = {"wan": (7.0, [0, 2, 4, 5, 7]), "hunyuan": (7.0, [0, 1, 4, 7])}   # uneven: no stock one
 EVEN = {"wan": (5.0, [0, 2, 4, 6, 7]), "hunyuan": (7.0, [0, 2, 4, 6])}
@@ -52,8 +52,8 @@ def blocks_of(file: Path) -> list[str]:
 
 
 def pasted(file: Path, monkeypatch, folder: bool) -> dict:
-    """What student.md's code gives up to its last block, which makes a video on a GPU; beside it
-    lies a pipeline. folder: load the network from the folder, not the file."""
+    """The names that student.md's code defines up to its last block, which makes a video on a GPU;
+    a pipeline is next to it. folder: load the network from the folder, not the file."""
     monkeypatch.chdir(file.parent)
     names, blocks = {}, blocks_of(file)
     for block in (blocks[0], blocks[2 if folder else 1], blocks[3]):
@@ -85,8 +85,8 @@ def save_pipeline(folder: Path, pipeline: type, preset: str, **parts) -> None:
              **parts).save_pretrained(folder)
 
 
-def walked(student: torch.nn.Module, noise: torch.Tensor, times: list[float],
-           cond: dict) -> torch.Tensor:
+def sampled(student: torch.nn.Module, noise: torch.Tensor, times: list[float],
+            cond: dict) -> torch.Tensor:
     """Our latents at the end of the times."""
     return list(model.sample_euler(student, noise, times, cond))[-1]
 
@@ -122,7 +122,7 @@ def test_wan_in_diffusers_by_student_md_ends_where_ours_does(make_student, monke
     latents = names["pipe"](
         prompt_embeds=text, latents=noise, height=32, width=48, num_frames=5,
         output_type="latent", **names["settings"]).frames
-    near(latents, walked(student, noise, t_key_of(file), {"text": text}), 1e-5)
+    near(latents, sampled(student, noise, t_key_of(file), {"text": text}), 1e-5)
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -142,14 +142,14 @@ def test_wan_i2v_in_diffusers_by_student_md_ends_where_ours_does(make_student, m
     text, image = (torch.randn(1, n, c, generator=draw) for n, c in ((512, 64), (37, 32)))
     noise, picture = torch.randn(1, 16, 2, 4, 6, generator=draw), Image.new("RGB", (48, 32), "red")
     pipe = names["pipe"]
-    # the pipeline wants the picture itself; what its image encoder would say of it is put in here
+    # the pipeline takes the picture itself; the features of its image encoder are given here
     monkeypatch.setattr(pipe, "encode_image", lambda *_: image)
     latents = pipe(picture, prompt_embeds=text, latents=noise, height=32, width=48, num_frames=5,
                    output_type="latent", **names["settings"]).frames
     pixels = pipe.video_processor.preprocess(picture, height=32, width=48).float()
     _, frames = pipe.prepare_latents(pixels, 1, 16, 32, 48, 5, torch.float32, "cpu", None, noise)
     cond = {"text": text, "image": image, "frames": frames}
-    near(latents, walked(student, noise, t_key_of(file), cond), 1e-5)
+    near(latents, sampled(student, noise, t_key_of(file), cond), 1e-5)
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -173,16 +173,16 @@ def test_hunyuan_in_diffusers_by_student_md_ends_where_ours_does(make_student, m
         prompt_attention_mask=torch.ones(1, 24, dtype=torch.long), num_frames=5,
         output_type="latent", **names["settings"]).frames
     cond = {"text": text, "pooled": pooled, "guidance": torch.tensor([6.016])}
-    near(latents, walked(student, noise, t_key_of(file), cond), 1e-5)
+    near(latents, sampled(student, noise, t_key_of(file), cond), 1e-5)
 
 
 @pytest.mark.parametrize("config", [
     "tiny", "tiny-i2v", "wan-t2v-14b-480p", "wan-t2v-1.3b-480p", "wan-i2v-14b-480p",
     "hunyuan-t2v-544p", "hunyuan-t2v-720p"])
-def test_the_exported_scheduler_walks_the_key_timesteps_of_every_shipped_config(config, tmp_path):
+def test_the_exported_scheduler_has_the_key_timesteps_of_every_shipped_config(config, tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler
     cfg = distill.load_config(distill.Config, "distill", [f"configs/{config}.yaml",
-                                                               "weights=assets/tiny"])
+                                                          "weights=assets/tiny"])
     t_key = model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     about = student_file.scheduler_config(PRESETS[cfg.preset], t_key)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(about))
@@ -199,11 +199,37 @@ def test_the_exported_scheduler_walks_the_key_timesteps_of_every_shipped_config(
     ("wan-i2v-14b-480p", [1000, 963, 921, 871, 813, 741, 654, 544, 400, 206]),
     ("wan-t2v-1.3b-480p", [1000, 986, 969, 948, 922, 886, 838, 767, 653, 438])])
 def test_lightx2v_s_step_list_is_the_known_one(config, steps):
-    cfg = distill.load_config(distill.Config, "distill", [f"configs/{config}.yaml"])
-    text = lightx2v_part({"t_key": model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)})
+    text = page_of(config)
     settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
     assert settings == {"infer_steps": 10, "denoising_step_list": steps, "sample_shift": 1,
                         "enable_cfg": False}
+
+
+def page_of(config: str, key: list[int] | None = None) -> str:
+    """The page of a student of a shipped config, or of one with other key timesteps up to n - 1."""
+    cfg = distill.load_config(distill.Config, "distill", [f"configs/{config}.yaml",
+                                                          "weights=assets/tiny"])
+    facts = {name: getattr(cfg, name) for name in ("family", "preset", "n", "shift", "cfg_scale",
+                                                   "embedded_guidance")}
+    facts["key"] = cfg.key if key is None else [*key, cfg.n]
+    facts["t_key"] = model.key_times(cfg.family, cfg.n, cfg.shift, facts["key"])
+    return student_page(facts, "student.safetensors")
+
+
+@pytest.mark.parametrize("config", [
+    "tiny", "tiny-i2v", "wan-t2v-14b-480p", "wan-i2v-14b-480p", "hunyuan-t2v-544p"])
+@pytest.mark.parametrize("even", [True, False])
+def test_a_page_is_complete_for_every_family_and_key_timesteps(config, even):
+    text = page_of(config, None if even else [0, 1, 20])
+    wan = not config.startswith("hunyuan")
+    assert re.findall(r"^## .*", text, re.MULTILINE) == [
+        "## diffusers", "## ComfyUI", *["## LightX2V"] * wan, "## The official code",
+        "## This project"]
+    assert "$" not in text and ("load_image" in text) == ("i2v" in config)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "student.md", "exec")
+    assert ("No stock\nscheduler" in text) == (not even)
+    assert ("ManualSigmas" in text) == (wan or not even)
 
 
 # ------------------------------------------------------------------------------- files, dtypes
@@ -309,12 +335,8 @@ def test_how_of_a_missing_file_or_of_no_student_is_one_line(tmp_path, run_stage,
         assert f"error: {path}: " in done.stderr and fault in done.stderr
 
 
-def test_the_official_code_s_own_key_timesteps_are_told_apart_from_others():
-    cfg = distill.load_config(distill.Config, "distill", ["configs/wan-i2v-14b-480p.yaml"])
-    facts = {name: getattr(cfg, name) for name in ("family", "preset", "key", "n", "shift",
-                                                   "cfg_scale", "embedded_guidance")}
-    facts["t_key"] = model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
-    text = student_readme(facts, True, "student.safetensors")
+def test_the_page_knows_the_official_code_s_own_key_timesteps():
+    text = page_of("wan-i2v-14b-480p")
     assert "`--sample_solver euler --sample_steps 40 --sample_shift 3`" in text
-    facts |= {"key": cfg.key[::2]}
-    assert "No official script" in student_readme(facts, True, "student.safetensors")
+    text = page_of("wan-i2v-14b-480p", key=[0, 8, 16, 24, 32])
+    assert "No official script" in text

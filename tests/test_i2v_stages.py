@@ -123,7 +123,7 @@ def test_sample_makes_a_video_in_each_image_s_shape_near_the_config_s_area(disti
     done = run_stage("sample", path, "--teacher", "--prompt", TEXTS[1], "--image",
                      root / "images/1.png", "--out", root / "one")
     one = json.loads((root / "one/teacher6.json").read_text())
-    assert one["videos"][0]["evaluations"] == 12 and "teacher6_0000_seed0.mp4" in done.stdout
+    assert one["videos"][0]["evaluations"] == 12 and one["videos"][0]["file"] in done.stdout
 
 
 def test_evaluate_tells_how_near_the_first_frames_are_to_their_images(distilled, run_stage):
@@ -146,7 +146,7 @@ def test_every_stage_runs_in_bf16_as_it_does_on_a_gpu(world, tmp_path):
     stored = load_file(tmp_path / "synvid/000/000000.safetensors")
     assert stored["cond.text"].dtype == torch.bfloat16  # the encoder ran in it
     assert stored["cond.image"].dtype == stored["cond.frames"].dtype == torch.float32
-    made = read_video(tmp_path / "samples/student3_0000_seed0.mp4")
+    made = read_video(next((tmp_path / "samples/student3").glob("*.mp4")))
     assert made.shape == (3, 13, 32, 48) and made.std() > 0
 
 

@@ -9,21 +9,21 @@ import torch
 from processes import in_processes
 from test_sample import write_student
 
-from artifacts import student as student_file
 import distill
-from tools import extract_lora
 import model
 import sample
+from artifacts import student as student_file
+from artifacts.lora import (
+    build_student, is_lora, load_lora_student, lora_changes, lora_file, lora_form, student_tensors,
+    with_lora)
+from artifacts.student import write_together
 from common.config import load_config
-from common.names import dit_tensors, fingerprint
-from artifacts.lora import changes, is_lora, lora_form, with_lora
-from common.names import official_names
+from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import generator
 from common.video import read_video
 from common.weights import open_tensors, safetensors_metadata, save_tensors
 from model import HunyuanConfig, WanConfig, build_dit, key_times
-from artifacts.student import write_together
-from artifacts.lora import build_student, load_lora_student, lora_file, student_tensors
+from tools import extract_lora
 from training.memory import memory_parts
 from training.monitor import Log
 
@@ -66,9 +66,9 @@ def pair(request, tmp_path, monkeypatch):
 
     def extract(rank, of=None):
         teacher, student, w_teacher, w_student = write_pair(tmp_path, sizes, of)
-        cfg = extract_lora.Config(family=sizes.family, preset="small",
-                                  weights=str(teacher), rank=rank,
-                          student=str(student), run=str(tmp_path), device="cpu")
+        cfg = extract_lora.Config(family=sizes.family, preset="small", weights=str(teacher),
+                                  rank=rank, student=str(student), run=str(tmp_path),
+                                  device="cpu")
         extract.rows = extract_lora.extract(cfg, student, tmp_path / "lora.safetensors")
         merged = with_lora(dit_tensors(teacher), tmp_path / "lora.safetensors")
         return {name: t.read() for name, t in merged.items()}, w_teacher, w_student
@@ -97,7 +97,7 @@ def test_a_lora_of_full_rank_is_the_student(pair):
                            and not n.startswith("txt_in"))
     for name, w in student.items():  # and before they are rounded, to fp32's accuracy
         if w.ndim == 2:
-            A, B = extract_lora.factors(w - teacher[name], min(w.shape), name)
+            A, B = extract_lora.low_rank_factors(w - teacher[name], min(w.shape), name)
             assert (B @ A - (w - teacher[name])).abs().max() < 1e-5
 
 
@@ -130,16 +130,16 @@ def test_energy_kept_is_that_of_the_singular_values(pair, exact, monkeypatch):
 
 def test_a_large_matrix_s_randomised_decomposition_is_near_the_exact_one():
     delta = draw("large", (1300, 1100)) * torch.linspace(1, 0.01, 1100) ** 2
-    A, B = extract_lora.factors(delta, 24, "large")
+    A, B = extract_lora.low_rank_factors(delta, 24, "large")
     S = torch.linalg.svdvals(delta).square()
     kept = 1 - ((delta - B @ A).square().sum() / S.sum()).item()
     assert kept == pytest.approx((S[:24].sum() / S.sum()).item(), rel=2e-3)
-    again, _ = extract_lora.factors(delta, 24, "large")
+    again, _ = extract_lora.low_rank_factors(delta, 24, "large")
     assert torch.equal(A, again)
 
 
-def test_the_command_writes_file_table_and_plot_and_sample_walks_it(tiny_weights, make_config,
-                                                                    tmp_path, capsys):
+def test_the_command_writes_file_table_and_plot_and_sample_uses_it(tiny_weights, make_config,
+                                                                   tmp_path, capsys):
     config = make_config(n=4, key=[0, 1, 4], lora={"rank": 8})
     write_student(tmp_path / "run/student.safetensors", tiny_weights, moved=0.002)
     extract_lora.main([str(config), "--rank", "128"])
@@ -154,9 +154,9 @@ def test_the_command_writes_file_table_and_plot_and_sample_walks_it(tiny_weights
     table = json.loads(out.with_suffix(".json").read_text())
     names = dict(build_dit("tiny").named_parameters())
     assert {row["name"] for row in table["rows"]} == names.keys()
-    kinds = extract_lora.by_kind(table["rows"])
-    assert len(kinds) == 10 and "ffn.0" in kinds
-    assert all([row["block"] for row in of] == list(range(6)) for of in kinds.values())
+    layers = extract_lora.rows_by_layer(table["rows"])
+    assert len(layers) == 10 and "ffn.0" in layers
+    assert all([row["block"] for row in rows] == list(range(6)) for rows in layers.values())
     text = out.with_suffix(".md").read_text()
     assert text.count("\n| ") == 1 + len(names) and out.with_suffix(".png").stat().st_size > 1000
     videos = {}
@@ -164,8 +164,8 @@ def test_the_command_writes_file_table_and_plot_and_sample_walks_it(tiny_weights
                          "none": ["--lora", out, "--lora_scale", "0"]}.items():
         sample.main([str(config), "--prompt", "a red disc", *map(str, options),
                      "--out", str(tmp_path / who)])
-        videos[who] = read_video(next((tmp_path / who).glob("*.mp4"))).float()
-    assert next((tmp_path / "lora").glob("*.mp4")).name == "lora2_0000_seed0.mp4"
+        videos[who] = read_video(next((tmp_path / who).glob("*/*.mp4"))).float()
+    assert len(list((tmp_path / "lora/lora2").glob("a-red-disc_*_seed0.mp4"))) == 1
     apart, moved = ((videos[who] - videos["student"]).abs().mean() for who in ("lora", "none"))
     assert apart < 0.25 * moved  # H.264 rounds, too
     assert json.loads((tmp_path / "lora/lora2.json").read_text())["times"] == about["t_key"]
@@ -314,11 +314,11 @@ def test_comfyui_s_names_of_hunyuanvideo_are_read(tmp_path):
     save_tensors(tmp_path / "l.safetensors", {f"{module}.lora_up.weight": draw("u", (72, 2)),
                                               f"{module}.lora_down.weight": draw("d", (2, 24))}, {})
     shapes = {name: t.shape for name, t in dit_tensors(teacher).items()}
-    assert [*changes(tmp_path / "l.safetensors", shapes)[0]] == [
+    assert [*lora_changes(tmp_path / "l.safetensors", shapes)[0]] == [
         "double_blocks.0.img_attn_qkv.weight"]
 
 
-def test_what_is_not_applied_is_said_in_one_line_with_names_and_count(tmp_path, capsys):
+def test_what_is_not_applied_is_printed_in_one_line_with_names_and_count(tmp_path, capsys):
     teacher, *_ = write_pair(tmp_path, WAN)
     q = "diffusion_model.blocks.0.self_attn.q"
     save_tensors(tmp_path / "l.safetensors", {
@@ -347,7 +347,7 @@ def test_a_lora_of_another_model_is_refused_by_what_it_is(tmp_path, module, shap
 
 def test_a_dora_and_a_whole_model_are_refused_as_loras(tmp_path):
     teacher, student, *_ = write_pair(tmp_path, WAN)
-    with pytest.raises(ValueError, match="looks like a Wan DiT, width 24; it is no LoRA"):
+    with pytest.raises(ValueError, match="looks like a Wan DiT, width 24; it is not a LoRA"):
         with_lora(dit_tensors(teacher), student)
     save_tensors(tmp_path / "l.safetensors", {
         "diffusion_model.blocks.0.self_attn.q.dora_scale": draw("d", (24, 1))}, {})
@@ -366,19 +366,19 @@ def foreign(tiny_weights, tmp_path):
     return path
 
 
-def test_a_lora_that_says_nothing_walks_the_config_s_key_timesteps(make_config, foreign, tmp_path,
+def test_a_lora_that_says_nothing_takes_the_config_s_key_timesteps(make_config, foreign, tmp_path,
                                                                    capsys):
     sample.main([str(make_config()), "--prompt", "x", "--lora", str(foreign)])
-    assert "walks the config's key timesteps" in capsys.readouterr().out
+    assert "the config's key timesteps are used" in capsys.readouterr().out
     report = json.loads((tmp_path / "run/samples/lora2.json").read_text())
     assert report["times"] == key_times("wan", 4, 7.0, [0, 2, 4])
 
 
 def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_weights, tmp_path):
     config, prompt = str(make_config()), ["--prompt", "x"]
-    with pytest.raises(ValueError, match="beside --teacher"):
+    with pytest.raises(ValueError, match="together with --teacher"):
         sample.main([config, *prompt, "--lora", str(foreign), "--teacher"])
-    with pytest.raises(FileNotFoundError, match="no such file; make one .* `python lora.py"):
+    with pytest.raises(FileNotFoundError, match="no such file; extract .* tools.extract_lora"):
         sample.main([config, *prompt, "--lora", "nowhere.safetensors"])
     with pytest.raises(ValueError, match="give this file as --lora"):
         sample.main([config, *prompt, "--student", str(foreign)])
@@ -420,7 +420,7 @@ def test_ranks_read_and_merge_only_the_rows_that_they_keep(tmp_path, monkeypatch
     teacher, student, *_ = write_pair(tmp_path, WAN)
     monkeypatch.setitem(model.PRESETS, "small", WAN)
     cfg = extract_lora.Config(preset="small", weights=str(teacher), student=str(student), rank=3,
-                      run=str(tmp_path), device="cpu")
+                              run=str(tmp_path), device="cpu")
     extract_lora.extract(cfg, student, tmp_path / "l")
     in_processes(2, sharded, tmp_path)
 

@@ -1,6 +1,7 @@
-"""sample.py: what is drawn, what is walked, what is written, and what is refused."""
+"""sample.py: its noise and steps, its files and their record, and the errors of bad options."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,18 +9,18 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from frozen import unipc
-from artifacts import student as student_file
 import sample
+from artifacts import student as student_file
+from artifacts import videos
+from artifacts.student import student_facts
 from common.config import Shared, load_config
 from common.files import write_json
-from common.names import dit_tensors, fingerprint
-from common.names import official_names
+from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import Ranks, Timer, generator
 from common.video import read_video
 from common.weights import open_tensors, safetensors_metadata, save_tensors
+from frozen import unipc
 from model import build_dit, key_times, load_dit, time_grid
-from artifacts.student import student_facts
 
 N, KEY = 4, [0, 1, 4]  # a short grid, with uneven key timesteps
 
@@ -57,7 +58,7 @@ def student(run):
 
 
 class Stub(torch.nn.Module):
-    """v(x, t) = mean(text) · x + t, which remembers the times and texts that it was asked at."""
+    """v(x, t) = mean(text) · x + t, which records the times and texts of its calls."""
 
     def __init__(self):
         super().__init__()
@@ -76,12 +77,11 @@ def stub_batch(*means: float) -> tuple[torch.Tensor, list[dict]]:
 def denoise(dit, noise, times, conds, uncond=None, cfg_scale=1.0):
     timer = Timer(torch.device("cpu"))
     unconds = uncond and [uncond] * len(conds)
-    x = unipc.sample_batch(dit, noise, times, conds, unconds, cfg_scale, timer,
-                            tqdm(disable=True))
+    x = unipc.sample_batch(dit, noise, times, conds, unconds, cfg_scale, timer, tqdm(disable=True))
     return x, timer.laps()
 
 
-# ---------------------------------------------------------------------------------- the walk
+# ------------------------------------------------------------------------------ noise and steps
 
 def test_denoising_equals_a_loop_written_by_hand():
     times, (noise, conds) = time_grid("wan", N, 7.0)[KEY].tolist(), stub_batch(0.3, -0.2)
@@ -104,6 +104,17 @@ def test_guidance_is_uncond_plus_scale_times_the_difference():
     assert len(dit.calls) == 2
 
 
+def fast_videos(monkeypatch) -> None:
+    """Videos are written as their pixels' bytes: H.264 and a contact sheet take a second."""
+    def write(path: Path, video: torch.Tensor, fps: float) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(video.numpy().tobytes())
+
+    monkeypatch.setattr(sample, "write_video", write)
+    monkeypatch.setattr(videos, "read_video", lambda path: torch.zeros(3, 1, 16, 16))
+    monkeypatch.setattr(videos, "contact_sheet", lambda *_, **__: None)
+
+
 def record_denoise(monkeypatch) -> list[tuple]:
     calls, real = [], unipc.sample_batch
 
@@ -112,7 +123,7 @@ def record_denoise(monkeypatch) -> list[tuple]:
         return real(dit, noise, times, conds, uncond, *rest)
 
     monkeypatch.setattr(sample, "sample_batch", spy)
-    monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)  # a second a sheet
+    fast_videos(monkeypatch)
     return calls
 
 
@@ -120,14 +131,15 @@ def test_student_and_teacher_start_from_the_same_noise_of_the_seed(run, student,
     calls = record_denoise(monkeypatch)
     run("--prompt", "a red disc", "--seed", "3")
     run("--prompt", "a red disc", "--seed", "3", "--teacher")
-    run("--prompt", "a red disc", "--seed", "2", "--count", "2", "--batch", "2")
+    run("--prompt", "a red disc", "--seed", "2", "--count", "2", "--batch", "2", "--out",
+        str(run.folder / "other"))
     run("--prompt", "a blue disc", "--seed", "3")
     a, b, both, other = (noise for noise, _, _ in calls)
     assert torch.equal(a, b) and torch.equal(a, both[1:])
     assert not torch.equal(both[0], both[1]) and not torch.equal(a, other)
 
 
-def test_each_walks_its_own_times_and_only_the_teacher_is_guided(run, student, monkeypatch):
+def test_each_is_sampled_at_its_own_times_and_only_the_teacher_is_guided(run, student, monkeypatch):
     calls = record_denoise(monkeypatch)
     guided = ("--prompt", "a red disc", "--cfg_scale", "2")
     out = run(*guided)
@@ -153,40 +165,88 @@ def test_a_student_with_diffusers_names_is_the_same_student(run, student):
 
 # --------------------------------------------------------------------------- what is written
 
-def test_the_same_command_twice_writes_the_same_bytes(run, student):
+def test_the_same_command_writes_the_same_bytes_into_another_folder(run, student):
     prompts = run.folder / "prompts.txt"
-    prompts.write_text("a red disc\na blue disc\n")
+    prompts.write_text("A red disc!\na blue disc\n")
     options = ("--prompt_file", str(prompts), "--count", "2", "--batch", "3")
-    run(*options, "--out", str(run.folder / "a"))
-    run(*options, "--out", str(run.folder / "b"))
-    files = sorted(path.name for path in (run.folder / "a").iterdir())
-    videos = [f"student2_000{i}_seed{seed}.mp4" for i in (0, 1) for seed in (0, 1)]
-    assert files == ["student2.json", "student2.png", *videos]
-    a, b = ([(run.folder / x / name).read_bytes() for name in videos] for x in "ab")
-    assert a == b and len(set(a)) == 4
+    a, b = run.folder / "a", run.folder / "b"
+    run(*options, "--out", str(a))
+    run(*options, "--out", str(b))
+    assert sorted(path.name for path in a.iterdir()) == [
+        ".student2", "student2", "student2.json", "student2.jsonl", "student2.png"]
+    files = [video["file"] for video in read_report(a)["videos"]]
+    assert sorted(files) == sorted(f"student2/{path.name}" for path in (a / "student2").iterdir())
+    assert [re.sub("_[0-9a-f]{8}_", "_", file) for file in files] == [
+        f"student2/a-{colour}-disc_seed{seed}.mp4" for colour in ("red", "blue")
+        for seed in (0, 1)]
+    assert len({(a / file).read_bytes() for file in files}) == 4
+    assert all((a / file).read_bytes() == (b / file).read_bytes() for file in files)
 
 
-def test_a_prompt_is_text_whatever_it_looks_like(run, student):
-    for prompt in ("--teacher", "../../etc/<b>$x^2$ %s {0}", "none"):
-        out = run("--prompt", prompt)
-        assert json.loads((out / "student2.json").read_text())["videos"][0]["prompt"] == prompt
-    assert sorted(path.name for path in out.iterdir()) == [
-        "config.yaml", "student2.json", "student2.png", "student2_0000_seed0.mp4"]
+def read_report(out: Path, who: str = "student2") -> dict:
+    return json.loads((out / f"{who}.json").read_text())
+
+
+def test_only_missing_videos_are_made_again(run, student, monkeypatch, capsys):
+    calls = record_denoise(monkeypatch)
+    options = ("--prompt", "a red disc", "--count", "4")
+    out = run(*options)
+    first = read_report(out)["videos"]
+    lost, cut, unrecorded, kept = (out / video["file"] for video in first)
+    before = [path.read_bytes() for path in (lost, cut, unrecorded)]
+    lost.unlink()
+    cut.write_bytes(before[1][:-1])
+    part = cut.with_name(f".{cut.name}.4711-0a1b2c3d.part.mp4")  # left by a killed process
+    part.write_bytes(before[1][:100])
+    record = out / "student2.jsonl"
+    lines = [line for line in record.read_text().splitlines() if unrecorded.name not in line]
+    record.write_text("\n".join([*lines[:-1], lines[-1], '{"file": "stud']))  # killed as it wrote
+    calls.clear()
+    run(*options)
+    assert len(calls) == 3 and not part.exists()
+    assert [path.read_bytes() for path in (lost, cut, unrecorded)] == before
+    again = read_report(out)["videos"]
+    assert again[3] == first[3] and [v["file"] for v in again] == [v["file"] for v in first]
+    assert "3 of 4 videos were made now" in capsys.readouterr().out
+    run(*options)
+    assert len(calls) == 3 and "0 of 4 videos were made now" in capsys.readouterr().out
+    assert read_report(out)["videos"] == again and kept.exists()
+
+
+def test_another_student_setting_or_prompt_makes_new_files(run, student, monkeypatch):
+    fast_videos(monkeypatch)
+    out, same = run("--prompt", "a red disc"), ("--prompt", "a red disc")
+    old = {path: path.read_bytes() for path in out.glob("*/*.mp4")}
+    run("--prompt", "a red disc?")
+    run(*same, "--fps", "9")
+    write_student(student, run.weights, moved=0.03)
+    run(*same)
+    assert len(list(out.glob("*/*.mp4"))) == 4
+    assert all(path.read_bytes() == data for path, data in old.items())
+
+
+def test_a_prompt_is_text_whatever_it_looks_like(run, student, monkeypatch):
+    fast_videos(monkeypatch)
+    for prompt in ("--teacher", "../../etc/<b>$x^2$ %s {0}", "none", "一只 🦊", "🦊"):
+        out = run(f"--prompt={prompt}")
+        assert read_report(out)["videos"][0]["prompt"] == prompt
+    assert sorted(path.name.partition("_")[0] for path in (out / "student2").iterdir()) == [
+        "etc-b-x-2-s-0", "none", "teacher", "video", "一只"]
 
 
 def test_a_prompt_of_10000_words_is_cut_with_a_warning(run, student, monkeypatch):
-    monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)
+    fast_videos(monkeypatch)
     with pytest.warns(UserWarning, match="the text encoder reads 15"):
         run("--prompt", "red " * 10_000)
 
 
-def test_a_prompt_goes_before_the_config_s_prompt_file():
+def test_a_prompt_takes_precedence_over_the_config_s_prompt_file():
     cfg = sample.Config(prompt=" a red disc ", prompt_file="nowhere.txt")
-    assert sample.wanted_prompts(cfg) == [("a red disc", None)]
+    assert sample.collect_prompts(cfg) == [("a red disc", None)]
 
 
-def test_the_report_tells_the_seconds_of_every_phase(run, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)
+def test_the_report_has_the_seconds_of_every_phase(run, capsys, monkeypatch):
+    fast_videos(monkeypatch)
     out = run("--teacher", "--prompt", "a red disc", "--count", "2")
     report = json.loads((out / "teacher4.json").read_text())
     rank, phases = report["ranks"][0], {"load", "text", "noise", "steps", "decode", "save"}
@@ -194,36 +254,38 @@ def test_the_report_tells_the_seconds_of_every_phase(run, capsys, monkeypatch):
     assert [len(v["seconds"]["steps"]) for v in report["videos"]] == [4, 4]
     assert [v["seed"] for v in report["videos"]] == [0, 1]
     printed = capsys.readouterr().out
-    assert "2 videos, 4 evaluations a video" in printed and "teacher4.png" in printed
+    assert "2 videos, 4 evaluations per video" in printed and "teacher4.png" in printed
 
 
 def test_two_ranks_write_what_one_writes(run, student, monkeypatch):
     prompts = run.folder / "prompts.txt"
     prompts.write_text("a red disc\na blue disc\na green disc\n")
-    monkeypatch.setattr(sample, "contact_sheet", lambda *_, **__: None)
+    fast_videos(monkeypatch)
     alone = run.folder / "one"
     run("--prompt_file", str(prompts), "--out", str(alone))
-    gathered = [None, None]
+    missing, gathered = {}, [None, None]
+    monkeypatch.setattr(sample, "on_first_rank", lambda work: missing)  # both find nothing done
     for rank in (1, 0):  # one after the other; the last one gathers
         ranks = Ranks(rank, 2, torch.device("cpu"), None)
 
-        def gather(results, mine, rank=rank):
-            gathered[rank] = mine
+        def gather(results, result, rank=rank):
+            gathered[rank] = result
             results[:] = gathered
 
         monkeypatch.setattr(sample, "setup_distributed", lambda *_, ranks=ranks, **__: ranks)
         monkeypatch.setattr(sample.dist, "all_gather_object", gather)
         out = run("--prompt_file", str(prompts))
-    files = sorted(alone.glob("*.mp4"))
-    assert len(files) == 3 and all(p.read_bytes() == (out / p.name).read_bytes() for p in files)
-    report = json.loads((out / "student2.json").read_text())
+    files = sorted(alone.glob("*/*.mp4"))
+    assert len(files) == 3
+    assert all(p.read_bytes() == (out / "student2" / p.name).read_bytes() for p in files)
+    report = read_report(out)
     assert [v["index"] for v in report["videos"]] == [0, 1, 2] and len(report["ranks"]) == 2
 
 
 # ------------------------------------------------------------------------------------- speed
 
 @pytest.mark.parametrize("who", ["student2", f"teacher{N}"])
-def test_a_run_tells_its_speed(run, student, who, capsys):
+def test_a_run_reports_its_speed(run, student, who, capsys):
     out = run("--prompt", "a red disc", f"--teacher={who != 'student2'}", "--peak_tflops", "0.01")
     report = json.loads((out / f"{who}.json").read_text())
     assert report["tokens"] == 2 * 1 * 2  # 5 frames of 16 × 32 pixels
@@ -246,11 +308,11 @@ def test_a_missing_student_names_the_command_that_makes_it(run):
 
 
 def test_a_student_is_sampled_without_its_teacher_s_dit(run, student, tmp_path, capsys):
-    with_it = read_video(next(run("--prompt", "a red disc").glob("*.mp4")))
+    with_it = read_video(next(run("--prompt", "a red disc").glob("*/*.mp4")))
     own = tmp_path / "no DiT"
     shutil.copytree(run.weights, own, ignore=shutil.ignore_patterns("diffusion_*", "config.json"))
     out = run("--prompt", "a red disc", "--weights", str(own), "--out", str(tmp_path / "b"))
-    assert out and torch.equal(read_video(next((tmp_path / "b").glob("*.mp4"))), with_it)
+    assert out and torch.equal(read_video(next((tmp_path / "b").glob("*/*.mp4"))), with_it)
     assert "another model" not in capsys.readouterr().out
     tensors = {name: t.read().half() for name, t in dit_tensors(run.weights).items()}
     save_tensors(own / "diffusion_pytorch_model.safetensors", tensors, {})  # the same, in 16 bits
@@ -263,8 +325,8 @@ def test_a_student_is_sampled_without_its_teacher_s_dit(run, student, tmp_path, 
 
 
 @pytest.mark.parametrize("form", ["folder", "shards", "diffusers shards"])
-def test_a_student_tells_its_key_times_from_a_folder_and_from_shards_too(form, run, student,
-                                                                         tmp_path):
+def test_a_student_s_key_times_are_read_from_a_folder_and_from_shards_too(form, run, student,
+                                                                          tmp_path):
     tensors = {name: t.read() for name, t in open_tensors(student).items()}
     if form.startswith("diffusers"):
         tensors = official_names(tensors, "transformer", reverse=True)
@@ -287,12 +349,10 @@ def test_a_student_tells_its_key_times_from_a_folder_and_from_shards_too(form, r
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-
-
 @pytest.mark.parametrize("facts, message", [
     ({"preset": "wan-t2v-14b"}, "preset is 'wan-t2v-14b', the config's 'tiny'"),
     ({"family": "hunyuan"}, "family is 'hunyuan', the config's 'wan'"),
-    ({"t_key": [0.0, 0.5, 1.0]}, r"t_key is \[0.0, 0.5, 1.0\]; wanted times falling"),
+    ({"t_key": [0.0, 0.5, 1.0]}, r"t_key: expected times falling .*, got \[0.0, 0.5, 1.0\]"),
 ])
 def test_a_student_of_another_teacher_is_refused_naming_both(run, facts, message):
     write_student(run.folder / "run/student.safetensors", run.weights, **facts)
@@ -312,7 +372,7 @@ def test_files_that_are_no_student_are_refused(run, student):
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_student_of_another_project_walks_the_config_s_key_timesteps(run, student, suffix,
+def test_a_student_of_another_project_takes_the_config_s_key_timesteps(run, student, suffix,
                                                                       capsys):
     path = run.folder / f"released.{suffix}"
     tensors = {name: t.read() for name, t in dit_tensors(student).items()}
@@ -322,7 +382,7 @@ def test_a_student_of_another_project_walks_the_config_s_key_timesteps(run, stud
         save_tensors(path, tensors, {})
     for options, out in (((), "own"), (("--student", str(path)), "foreign")):
         run("--prompt", "a red disc", "--out", str(run.folder / out), *options)
-    own, foreign = (next((run.folder / out).glob("*.mp4")) for out in ("own", "foreign"))
+    own, foreign = (next((run.folder / out).glob("*/*.mp4")) for out in ("own", "foreign"))
     assert own.name == foreign.name and own.read_bytes() == foreign.read_bytes()
     assert "does not say what it is" in capsys.readouterr().out
 

@@ -119,7 +119,7 @@ def draw_table(path: Path, rows: list[dict], title: str) -> None:
         table.scale(1, 1.5)
         for column in range(len(head)):
             table[0, column].set_height(0.5 / text_height)
-        colours = [GREY, *(ORANGE if row["label"].startswith("teacher") else BLUE
+        colours = [GREY, *(ORANGE if row["kind"].startswith("teacher") else BLUE
                            for row in rows[1:])]
         labels = [row["label"].replace(", ", ",\n") for row in rows]
         panels = bottom.subplots(1, len(COLUMN_TITLES))

@@ -98,7 +98,7 @@ class Config(Shared):
     students: str | None = field(None, "files, separated by commas; defaults to "
                                  "<run>/student.safetensors")
     names: str | None = field(None, "names of the students, separated by commas; with names the "
-                              "pictures show every student and there is no mean row")
+                              "pictures show every student and the mean row is left out")
     teacher_steps: list[int] | None = field(None, "further rows: the teacher with these numbers of "
                                             "steps, by Euler and, for Wan, by UniPC", "[1, 10000]")
     count: int = field(96, "videos of each model, and of the independent teacher samples",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from common.files import ROOT, commit, replace_file, write_json, write_text
 from common.video import comparison_sheet, data_uri, side_by_side, video_wall, write_video
 from evaluation.measures import Samples, endpoint_error
 from small_world.clips import ATTRIBUTES
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ORACLE = (*ATTRIBUTES, "all")
 COLUMN_TITLES = {
@@ -40,13 +37,9 @@ def table_columns(rows: list[dict]) -> dict[str, str]:
     return {name: title for name, title in ALL_TITLES.items() if name in rows[0]}
 
 
-def cells(row: dict, columns: dict[str, str]) -> list[str]:
-    """A row's table cells as text."""
-    cells = [row["label"]]
-    for name in columns:
-        digits = 2 if name in (*ORACLE, "first") else 4
-        cells.append(f"{row[name][0]:.{digits}f} ± {row[name][1]:.{digits}f}")
-    return [*cells, str(row["evaluations"]), f"{row['seconds']:.3f}"]
+def plus_minus(value: float, error: float | None, digits: int = 4, sign: str = "") -> str:
+    """A number with its error, if it has one."""
+    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -61,8 +54,10 @@ def markdown(rows: list[dict], gates: list[dict], cfg: Shared, facts: dict) -> s
     lines = [f"{cfg.count} videos of held-out captions, the same noise for every model, "
              f"{cfg.width}×{cfg.height}×{cfg.frames}, teacher guidance {cfg.cfg_scale}, "
              f"{facts['device']}; ± standard error. Columns: `python evaluate.py --help`.", "",
-             *markdown_table(["model", *columns.values(), "evaluations", "DiT s per video"],
-                             [cells(row, columns) for row in rows])]
+             *markdown_table(["model", *columns.values(), "evaluations", "DiT s per video"], [
+                 [row["label"], *(plus_minus(*row[name], 2 if name in (*ORACLE, "first") else 4)
+                                  for name in columns),
+                  str(row["evaluations"]), f"{row['seconds']:.3f}"] for row in rows])]
     decode = sum(row["decode_seconds"] for row in rows) / len(rows)
     lines += ["", f"Decoding takes {decode:.3f} s per video in addition, in every row."]
     if gates:
@@ -89,7 +84,7 @@ GREY, ORANGE, BLUE = "#8a8f98", "#d98032", "#2f6db3"  # teacher@n, teacher@m, st
 
 
 @contextmanager
-def drawing(path: Path, width: float, height: float) -> Iterator["Figure"]:
+def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
     """A figure of a size in inches, which is written as a PNG at the end."""
     from matplotlib.figure import Figure  # takes half a second: only where something is drawn
 
@@ -101,35 +96,23 @@ def drawing(path: Path, width: float, height: float) -> Iterator["Figure"]:
 
 
 def draw_table(path: Path, rows: list[dict], title: str) -> None:
-    """Write the table with a bar chart of each main column as a PNG."""
-    columns = table_columns(rows)
-    text_height = 1.0 + 0.3 * len(rows)
-    with drawing(path, 14, 3.6 + text_height) as figure:
-        top, bottom = figure.subfigures(2, height_ratios=[text_height, 3.6])
-        axes = top.subplots()
-        axes.set_axis_off()
-        axes.set_title(title, fontsize=11, weight="bold", parse_math=False)
-        head = ["model", *(name.replace(": ", ":\n") for name in columns.values()),
-                "evalu-\nations", "DiT s\nper video"]
-        table = axes.table([cells(row, columns) for row in rows], colLabels=head, loc="center",
-                           cellLoc="center", edges="horizontal")
-        table.auto_set_font_size(False)
-        table.set_fontsize(8.5)
-        table.auto_set_column_width(list(range(len(head))))
-        table.scale(1, 1.5)
-        for column in range(len(head)):
-            table[0, column].set_height(0.5 / text_height)
-        colours = [GREY, *(ORANGE if row["kind"].startswith("teacher") else BLUE
-                           for row in rows[1:])]
-        labels = [row["label"].replace(", ", ",\n") for row in rows]
-        panels = bottom.subplots(1, len(COLUMN_TITLES))
-        for axes, (name, heading) in zip(panels, COLUMN_TITLES.items(), strict=True):
+    """Write a PNG with a panel for each column and a bar for each row, ± its error."""
+    columns = {name: text for name, text in table_columns(rows).items() if name not in ATTRIBUTES}
+    colours = [GREY if row["kind"] == "teacher_n" else BLUE if row["kind"] in ("student", "mean")
+               else ORANGE for row in rows]
+    with drawing(path, 2 + 2.1 * len(columns), 1 + 0.34 * len(rows)) as figure:
+        panels = figure.subplots(1, len(columns), sharey=True)
+        for axes, (name, heading) in zip(panels, columns.items(), strict=True):
             values, errors = zip(*(row[name] for row in rows), strict=True)
-            axes.bar(range(len(rows)), values, yerr=errors, color=colours, capsize=3)
-            axes.set_xticks(range(len(rows)), labels, fontsize=8,
-                            rotation=0 if len(rows) < 4 else 40)
+            bars = axes.barh(range(len(rows)), values, color=colours, capsize=2,
+                             xerr=[error or 0.0 for error in errors])
+            axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=3, fontsize=7)
+            axes.axvline(values[0], color=GREY, lw=0.8, ls="--")
+            axes.margins(x=0.25)
             axes.set_title(heading, fontsize=10)
-            axes.axhline(values[0], color=GREY, lw=0.8, ls="--")
+        panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
+        panels[0].invert_yaxis()
+        figure.suptitle(title, fontsize=11, parse_math=False)
 
 
 @dataclass

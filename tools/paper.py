@@ -27,12 +27,12 @@ from common.prompts import read_prompts
 from common.ranks import cli, device_name, pick_device
 from common.weights import open_safetensors, safetensors_metadata
 from evaluation.measures import distances, mean_error
-from evaluation.page import markdown_table
+from evaluation.page import markdown_table, plus_minus
 from model import check_model, time_grid
 from small_world.clips import RADIUS
 from tools import tables
 from tools.baselines import keep_clips
-from tools.runs import Plan, Run, plus_minus, run_all
+from tools.runs import Plan, Run, run_all
 
 
 @dataclass

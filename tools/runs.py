@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common.config import load_yaml
 from common.files import ROOT, abbreviate, read_json, write_json
-from evaluation.page import ALL_TITLES, COLUMN_TITLES, markdown_table
+from evaluation.page import ALL_TITLES, COLUMN_TITLES, markdown_table, plus_minus
 
 # ----------------------------------------------------------------------------------------- runs
 
@@ -175,11 +175,21 @@ def run_all(runs: Iterable[Run], plan: Plan, label: str) -> None:
 class Measured:
     """An arm's rows of the table, one per seed, with those of teacher@n and teacher@m."""
     label: str
-    m: int
     teacher_n: dict
     teacher_m: dict
     rows: list[dict]
     command: str
+
+    @property
+    def m(self) -> int:
+        return self.teacher_m["m"]
+
+    @property
+    def mean(self) -> dict:
+        """The arm's row: by column (mean over seeds, its standard error or None)."""
+        return {"label": self.label, "kind": "mean", "seeds": len(self.rows), **{
+            name: seed_mean([row[name][0] for row in self.rows])
+            for name in ALL_TITLES if name in self.rows[0]}}
 
     def shortfalls(self, name: str) -> list[float]:
         return [SHORTFALLS[name](row, self.teacher_n) for row in self.rows]
@@ -190,7 +200,7 @@ def read_measured(plan: Plan, name: str, label: str) -> Measured:
     table = read_json(plan.folder / name / "evaluate/table.json",
                       {"rows": [{"label": str, "kind": str, "m": int}], "command": str})
     teacher_n, teacher_m, *rows = [row for row in table["rows"] if row["kind"] != "mean"]
-    return Measured(label, teacher_m["m"], teacher_n, teacher_m, rows, table["command"])
+    return Measured(label, teacher_n, teacher_m, rows, table["command"])
 
 
 # How far a row is from the teacher's, less is better: of a table's row and teacher@n's.
@@ -237,26 +247,26 @@ def claim(text: str, ours: Measured, theirs: Measured) -> dict:
                               for name in SHORTFALLS}}
 
 
-def plus_minus(mean: float, error: float | None, sign: str = "") -> str:
-    """A number with its error, if it has one."""
-    return f"{mean:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+def without_errors(row: dict) -> dict:
+    """A row without its standard errors over videos: a table's are over seeds."""
+    return {name: (value[0], None) if name in ALL_TITLES else value for name, value in row.items()}
 
 
-def table_lines(teachers: list[dict], arms: Iterable[Measured]) -> list[str]:
-    """A table with a row for each teacher and each arm, mean ± standard error over seeds."""
-    columns = [name for name in (*COLUMN_TITLES, "all") if name in teachers[0]]
-    rows = [[row["label"], "", *(f"{row[name][0]:.4f}" for name in columns)] for row in teachers]
-    rows += [[arm.label, str(len(arm.rows)),
-              *(plus_minus(*seed_mean([row[name][0] for row in arm.rows])) for name in columns)]
-             for arm in arms]
-    return markdown_table(["", "seeds", *(ALL_TITLES[name] for name in columns)], rows)
+def table_lines(rows: Iterable[dict]) -> list[str]:
+    """A table of teachers and arms, mean ± standard error over seeds."""
+    rows = list(rows)
+    columns = [name for name in (*COLUMN_TITLES, "all") if name in rows[0]]
+    return markdown_table(
+        ["", "seeds", *(ALL_TITLES[name] for name in columns)],
+        [[row["label"], str(row.get("seeds", "")),
+          *(plus_minus(*row[name]) for name in columns)] for row in rows])
 
 
 def claim_lines(claims: list[dict]) -> list[str]:
     """Claims with the paired difference of each shortfall, its 95% interval and the verdict."""
     def cell(result: dict) -> str:
         bold = "" if result["verdict"] == "cannot be told" else "**"
-        return (f"{plus_minus(result['difference'], result['half'], '+')}: "
+        return (f"{plus_minus(result['difference'], result['half'], sign='+')}: "
                 f"{bold}{result['verdict']}{bold}")
 
     return markdown_table(["claim: … nearer to the teacher than …", *SHORTFALLS],

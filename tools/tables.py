@@ -4,15 +4,18 @@ A section is a function of what was measured, so that the page is redrawn in sec
 the numbers of steps of teacher and student, `s` the Settings.
 """
 
-from collections.abc import Callable, Iterable
+import string
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.files import NUMBER, read_json, write_json, write_text
+from common.files import NUMBER, ROOT, read_json, write_json, write_text
 from common.video import data_uri
-from evaluation.page import BLUE, GREY, ORANGE, drawing, html_of, markdown_table
+from evaluation.page import (
+    BLUE, ORANGE, draw_table, drawing, html_of, markdown_table)
 from tools.runs import (
-    HOW_TO_READ, Arm, Measured, Plan, claim, claim_lines, read_measured, seed_mean, table_lines)
+    HOW_TO_READ, Arm, Measured, Plan, claim, claim_lines, read_measured, table_lines,
+    without_errors)
 
 TABLES = ("ladder", "table3", "table4", "fig5", "fig6", "fig8", "fig9")
 METHODS = {"perflow": "PeRFlow-style", "pcm": "phased consistency", "dmd": "distribution matching"}
@@ -137,33 +140,25 @@ def all_numbers(arms: dict[str, Measured], claims: list[dict]) -> dict:
                      for name, arm in arms.items()}, "claims": claims}
 
 
-def seed_means(arms: Iterable[Measured], name: str) -> tuple[list[float], list[float]]:
-    """Means over seeds of one column, and their standard errors (0 for one seed)."""
-    means = [seed_mean([row[name][0] for row in arm.rows]) for arm in arms]
-    return [mean for mean, _ in means], [error or 0.0 for _, error in means]
+def draw_curves(path: Path, panels: dict[str, str], curves: dict[str, tuple], x: str,
+                lines: tuple[dict, ...] = ()) -> None:
+    """A panel for each column {name: title} with one curve for each label, ± standard error.
 
-
-def draw_bars(path: Path, arms: list[Measured], title: str) -> None:
-    """A panel for each column with a bar for each arm, ± standard error; teacher@m dashed."""
-    teacher_n, teacher_m = arms[0].teacher_n, arms[0].teacher_m
-    panels = {"endpoint": "endpoint error", "sliced": "sliced W − teacher's", "hf": "HF",
-              "spread": "spread", "c2st": "C2ST"}
-    with drawing(path, 3.0 * len(panels), 1.6 + 0.34 * len(arms)) as figure:
-        grid = figure.subplots(1, len(panels), sharey=True)
-        for axes, (name, heading) in zip(grid, panels.items(), strict=True):
-            zero = teacher_n["sliced"][0] if name == "sliced" else 0.0
-            means, errors = seed_means(arms, name)
-            axes.barh(range(len(arms)), [mean - zero for mean in means], xerr=errors, color=BLUE,
-                      capsize=2)
-            axes.axvline(teacher_m[name][0] - zero, color=ORANGE, ls="--")
-            if name in ("hf", "spread", "c2st"):
-                axes.axvline(0.5 if name == "c2st" else 1.0, color=GREY, lw=1)
-            axes.set_title(heading, fontsize=10)
-        grid[0].set_yticks(range(len(arms)), [f"{arm.label}, m = {arm.m}" for arm in arms],
-                           fontsize=8)
-        grid[0].invert_yaxis()
-        figure.suptitle(f"{title}; dashed: {teacher_m['label']}, grey: the slow teacher",
-                        fontsize=10)
+    Args: curves, {label: (colour, values of x, rows)}; lines, rows drawn as horizontal lines.
+    """
+    with drawing(path, 3.4 * len(panels), 3.3) as figure:
+        grid = figure.subplots(1, len(panels))
+        for axes, (name, title) in zip(grid, panels.items(), strict=True):
+            for label, (colour, points, rows) in curves.items():
+                values, errors = zip(*(row[name] for row in rows), strict=True)
+                axes.errorbar(points, values, [error or 0.0 for error in errors], color=colour,
+                              marker="o", capsize=3, label=label)
+            for row in lines:
+                axes.axhline(row[name][0], color=ORANGE, ls="--", label=row["label"])
+            axes.set(title=title, xlabel=x, xticks=points)
+            if points[0] > points[-1]:
+                axes.invert_xaxis()
+        grid[0].legend(fontsize=8)
 
 
 def table_section(title: str, plan: Plan, s: Settings, table: str,
@@ -178,9 +173,11 @@ def table_section(title: str, plan: Plan, s: Settings, table: str,
         teachers = [arm.teacher_m if len(grids) == 1 else
                     arm.teacher_m | {"label": f"{arm.teacher_m['label']}, {arm.label}"}
                     for arm in grids.values()]
-        lines += [*table_lines([same_m[0].teacher_n, *teachers], same_m), ""]
+        rows = [*map(without_errors, (same_m[0].teacher_n, *teachers)),
+                *(arm.mean for arm in same_m)]
+        lines += [*table_lines(rows), ""]
         pictures.append(plan.folder / f"{table}-m{m}.png")
-        draw_bars(pictures[-1], same_m, title)
+        draw_table(pictures[-1], rows, title)
     return Section(title, [*lines, *claim_lines(claims)], all_numbers(arms, claims), pictures)
 
 
@@ -215,8 +212,9 @@ def fig8(plan: Plan, s: Settings) -> Section:
     """Pictures of teacher@m, L_traj alone and the complete method."""
     measured = read_measured(plan, "fig8", "seed 0")
     rows = [measured.teacher_n, measured.teacher_m, *measured.rows]
-    return Section(f"Figure 8: what one sees, m = {s.m}, seed 0", table_lines(rows, []),
-                   {"rows": rows}, [plan.folder / "fig8/evaluate/ladder.png"])
+    return Section(f"Figure 8: what one sees, m = {s.m}, seed 0",
+                   table_lines(map(without_errors, rows)), {"rows": rows},
+                   [plan.folder / "fig8/evaluate/ladder.png"])
 
 
 def fig9(plan: Plan, s: Settings) -> Section:
@@ -230,41 +228,28 @@ def fig9(plan: Plan, s: Settings) -> Section:
     claims = [claim("with L_traj nearer than L_adv alone, at the end", full, adv)]
     panels = {"endpoint": "endpoint error", "hf": "HF", "spread": "spread", "c2st": "C2ST"}
     path = plan.folder / "fig9.png"
-    with drawing(path, 3.4 * len(panels), 3.2) as figure:
-        grid = figure.subplots(1, len(panels))
-        for axes, (name, heading) in zip(grid, panels.items(), strict=True):
-            for (label, curve), colour in zip(curves.items(), ("#b3402f", BLUE), strict=True):
-                axes.errorbar(points, *seed_means(curve.values(), name), color=colour, marker="o",
-                              capsize=3, label=label)
-            axes.axhline(adv.teacher_m[name][0], color=ORANGE, ls="--",
-                         label=adv.teacher_m["label"])
-            axes.set(title=heading, xlabel="iteration")
-        grid[0].legend(fontsize=7)
-    lines = [*table_lines([adv.teacher_n, adv.teacher_m], arms.values()), "", *claim_lines(claims)]
-    return Section(f"Figure 9: L_adv alone, m = {s.m}", lines, all_numbers(arms, claims), [path])
+    draw_curves(path, panels, {
+        label: (colour, points, [arm.mean for arm in curve.values()])
+        for (label, curve), colour in zip(curves.items(), ("#b3402f", BLUE), strict=True)},
+        "iteration", (adv.teacher_m,))
+    lines = table_lines([*map(without_errors, (adv.teacher_n, adv.teacher_m)),
+                         *(arm.mean for arm in arms.values())])
+    return Section(f"Figure 9: L_adv alone, m = {s.m}", [*lines, "", *claim_lines(claims)],
+                   all_numbers(arms, claims), [path])
 
 
 def ladder(plan: Plan, s: Settings) -> Section:
     """Teacher and student with fewer and fewer steps: pictures and the curve."""
-    measured = read_measured(plan, "ladder", "seed 0")
-    rows = [measured.teacher_m, *measured.rows]
+    measured, path = read_measured(plan, "ladder", "seed 0"), plan.folder / "ladder.png"
+    rows, curves = [measured.teacher_n, measured.teacher_m, *measured.rows], {}
+    for kind, label, colour in (("teacher_m", "teacher", ORANGE), ("student", "student", BLUE)):
+        curve = [row for row in rows if row["kind"] == kind]
+        curves[label] = colour, [row["m"] for row in curve], curve
     panels = {"endpoint": "endpoint error", "hf": "HF, 1 = slow teacher's"}
-    path = plan.folder / "ladder.png"
-    with drawing(path, 7, 3.4) as figure:
-        grid = figure.subplots(1, 2)
-        for axes, (name, heading) in zip(grid, panels.items(), strict=True):
-            for kind, label, colour in (("teacher_m", "teacher", ORANGE),
-                                        ("student", "student", BLUE)):
-                curve = [row for row in rows if row["kind"] == kind]
-                axes.errorbar([row["m"] for row in curve], [row[name][0] for row in curve],
-                              [row[name][1] for row in curve], color=colour, marker="o", capsize=3,
-                              label=label)
-            axes.set(title=heading, xlabel="steps", xticks=s.ladder)
-            axes.invert_xaxis()
-        grid[0].legend()
-    rows = [measured.teacher_n, *rows]
-    return Section("The ladder: fewer and fewer steps, seed 0", table_lines(rows, []),
-                   {"rows": rows}, [plan.folder / "ladder/evaluate/ladder.gif", path])
+    draw_curves(path, panels, curves, "steps")
+    return Section("The ladder: fewer and fewer steps, seed 0",
+                   table_lines(map(without_errors, rows)), {"rows": rows},
+                   [plan.folder / "ladder/evaluate/ladder.gif", path])
 
 
 def fig5(plan: Plan, prompts: list[str]) -> Section:
@@ -302,22 +287,6 @@ def fig6(plan: Plan) -> Section:
 
 # ----------------------------------------------------------------------------------------- page
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,">
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 0 auto; padding: 1rem; max-width: 80rem; font: 16px/1.5 system-ui, sans-serif; }}
-img {{ max-width: 100%; background: #fff; padding: 6px; box-sizing: border-box; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }}
-td {{ padding: .3rem .5rem; border-bottom: 1px solid #8886; vertical-align: top; }}
-td:first-child {{ font-weight: 600; }} h2 {{ margin-top: 2.2rem; }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""
-
-
 def write_report(plan: Plan, sections: dict[str, Section], facts: dict) -> Path:
     """Write paper.json, paper.md and report.html into the plan's folder; returns the page."""
     title, out = "The paper's tables and figures on this teacher", plan.folder
@@ -336,5 +305,6 @@ def write_report(plan: Plan, sections: dict[str, Section], facts: dict) -> Path:
         text += section.lines
         body.append(html_of("\n".join(section.lines)))
     write_text(out / "paper.md", "\n".join(text) + "\n")
-    write_text(out / "report.html", PAGE.format(title=title, body="\n".join(body)))
+    template = string.Template((ROOT / "assets/paper_template.html").read_text(encoding="utf-8"))
+    write_text(out / "report.html", template.substitute(title=title, body="\n".join(body)))
     return out / "report.html"

@@ -176,7 +176,7 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
         base = {"traj-m2": 0.3, "shared-m2": 0.2, "full-m2": 0.1}.get(arm.name, 0.5)
         base += 0.2 * arm.name.endswith("-mismatched")
         write_measured(plan, arm.name, [base + x for x in noise[:arm.seeds]])
-    section = tables.table3(plan, SETTINGS)
+    section = tables.arms_table("table3", plan, SETTINGS)
     claims = {entry["claim"]: entry for entry in section.numbers["claims"]}
     assert len(claims) == 3 + 9 + 3
     for entry in claims.values():

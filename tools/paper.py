@@ -149,7 +149,9 @@ def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, synvid:
                                   for path in sorted(synvid.glob("*/*.safetensors"))])
     if name == "fig6":
         return tables.fig6(plan)
-    section = getattr(tables, name)(plan, s)
+    if name in ("fig8", "fig9", "ladder"):
+        return {"fig8": tables.fig8, "fig9": tables.fig9, "ladder": tables.ladder}[name](plan, s)
+    section = tables.arms_table(name, plan, s)
     if name == "table3" and s.clips:
         section.numbers["mismatch"] = mismatches(cfg, plan, synvid)
         section.lines += ["", *mismatch_lines(section.numbers["mismatch"])]

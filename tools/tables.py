@@ -5,7 +5,6 @@ the numbers of steps of teacher and student, `s` the Settings.
 """
 
 import string
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -161,11 +160,26 @@ def draw_curves(path: Path, panels: dict[str, str], curves: dict[str, tuple], x:
         grid[0].legend(fontsize=8)
 
 
-def table_section(title: str, plan: Plan, s: Settings, table: str,
-                  claims_of: Callable[[dict[str, Measured]], list[dict]]) -> Section:
-    """A table of arms with its claims; `claims_of` is called with the arms by name."""
+def claims_of(table: str, s: Settings) -> list[tuple[str, str, str]]:
+    """The claims of a table: text, the arm that should be nearer to the teacher, the other arm."""
+    if table == "table4":
+        return [(f"chosen key timesteps nearer than uniform ones, m = {m}", f"full-m{m}",
+                 f"uniform-m{m}") for m in dict.fromkeys((s.m_config, s.m))]
+    traj, shared, full = (f"{name}-m{s.m}" for name in ("traj", "shared", "full"))
+    return [("one shared head nearer than L_traj alone", shared, traj),
+            ("a head per timestep nearer than L_traj alone", full, traj),
+            ("a head per timestep nearer than one shared head", full, shared),
+            *((f"full nearer than {arm.label}", full, arm.name) for arm in baseline_arms(s)),
+            *((f"{label} on matched clips nearer than on mismatched", f"{method}-matched",
+               f"{method}-mismatched") for method, label in METHODS.items() if s.clips)]
+
+
+def arms_table(table: str, plan: Plan, s: Settings) -> Section:
+    """Table 3, the parts of the method and other methods, or Table 4, the choice of timesteps."""
+    title = {"table3": f"Table 3: the parts of the method, and other methods on data, m = {s.m}",
+             "table4": "Table 4: which key timesteps"}[table]
     arms = {arm.name: read_measured(plan, arm.name, arm.label) for arm in arms_of(table, s)}
-    claims = claims_of(arms)
+    claims = [claim(text, arms[ours], arms[theirs]) for text, ours, theirs in claims_of(table, s)]
     lines, pictures = [], []
     for m in dict.fromkeys(arm.m for arm in arms.values()):
         same_m = [arm for arm in arms.values() if arm.m == m]
@@ -179,33 +193,6 @@ def table_section(title: str, plan: Plan, s: Settings, table: str,
         pictures.append(plan.folder / f"{table}-m{m}.png")
         draw_table(pictures[-1], rows, title)
     return Section(title, [*lines, *claim_lines(claims)], all_numbers(arms, claims), pictures)
-
-
-def table3(plan: Plan, s: Settings) -> Section:
-    """The parts of the method, and other families of methods on data."""
-    def claims_of(arms: dict[str, Measured]) -> list[dict]:
-        traj, shared, full = (arms[f"{name}-m{s.m}"] for name in ("traj", "shared", "full"))
-        claims = [claim("one shared head nearer than L_traj alone", shared, traj),
-                  claim("a head per timestep nearer than L_traj alone", full, traj),
-                  claim("a head per timestep nearer than one shared head", full, shared)]
-        for arm in baseline_arms(s):
-            claims.append(claim(f"full nearer than {arm.label}", full, arms[arm.name]))
-        for method, label in METHODS.items() if s.clips else ():
-            claims.append(claim(f"{label} on matched clips nearer than on mismatched",
-                                arms[f"{method}-matched"], arms[f"{method}-mismatched"]))
-        return claims
-
-    return table_section(f"Table 3: the parts of the method, and other methods on data, m = {s.m}",
-                         plan, s, "table3", claims_of)
-
-
-def table4(plan: Plan, s: Settings) -> Section:
-    """The chosen key timesteps against uniform ones."""
-    def claims_of(arms: dict[str, Measured]) -> list[dict]:
-        return [claim(f"chosen key timesteps nearer than uniform ones, m = {m}", arms[f"full-m{m}"],
-                      arms[f"uniform-m{m}"]) for m in dict.fromkeys((s.m_config, s.m))]
-
-    return table_section("Table 4: which key timesteps", plan, s, "table4", claims_of)
 
 
 def fig8(plan: Plan, s: Settings) -> Section:

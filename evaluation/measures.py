@@ -1,23 +1,43 @@
-"""Measures of how far a model's videos are from the teacher's, in float64, and the table's rows.
+"""How far a model's videos are from the teacher's: the columns of the table, in float64.
 
-What a column means stands in evaluate.py. Legend: N videos, C channels, T frames, H W height and
-width of latents.
+All models start from the same noise on the same captions. N videos have latents x, teacher@n's are
+x50; y are the reference, other teacher@n samples of the same captions, with other noise.
+
+  endpoint     mean of ‖x − x50‖² / ‖x50‖²
+  energy       2 E|x − y| − E|x − x'| − E|y − y'| over pairs of different videos (unbiased, so it
+               may be below 0), |·| root mean square over latent elements. teacher@n's own value
+               is what chance leaves: read it as the zero.
+  sliced W     mean over fixed random unit directions of the Wasserstein-1 distance of x to y
+  HF           power of the videos above half the Nyquist frequency, divided by teacher@n's
+  spread       variance of the latents over videos, summed over elements, divided by teacher@n's
+  C2ST         accuracy of a small classifier that is trained to separate x from y; 0.5 is chance
+  first frame  PSNR of the first frame against the given image (image-to-video only)
+  oracle       fraction of videos that show what their captions say (small world only)
+
+± is a standard error over videos, by jackknife for energy, sliced W, HF and spread. For energy and
+sliced W it is that of the difference from teacher@n's value, since noise and y are shared (in
+teacher@n's own row that of the value). For C2ST it is over three initialisations of the
+classifier. In the mean row of several students it is over students.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from common.ranks import generator
-from small_world import clips as world
+from common.config import Shared
+from common.prompts import Prompt
+from common.ranks import Timer, generator
+from common.video import centre_crop, read_image, thumbnail
+from small_world.clips import caption_attributes, gate, high_frequency, oracle_hits, psnr
 
-# ---------------------------------------------------------------------------------- measures
+# --------------------------------------------------------------------------- distances of latents
 
-Statistic = Callable[[Tensor], float]  # of the videos whose indices it is given
+Statistic = Callable[[Tensor], float]  # of the videos with these indices
 
 
 def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
@@ -44,7 +64,7 @@ def energy_distance(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
 
 
 def projections(x: Tensor, count: int) -> Tensor:
-    """x [N, …] along `count` fixed random unit directions, float64 [N, count]."""
+    """x [N, …] projected onto `count` fixed random unit directions, float64 [N, count]."""
     x, g = x.double().flatten(1), generator("sliced Wasserstein")
     out = []
     for _ in range(count):  # one by one: large latents have millions of elements
@@ -66,55 +86,55 @@ def set_distances(x: Tensor, y: Tensor, directions: int) -> dict[str, Statistic]
             "sliced": lambda i: sliced_wasserstein(p[i], q[i])}
 
 
+def spread(x: Tensor, reference: Tensor) -> Statistic:
+    """Variance of x [N, …] over videos, summed over elements, divided by reference's [N, …]."""
+    def variance(z: Tensor) -> Statistic:
+        z = z.double().flatten(1)
+        squares = z.square().sum(1)
+        return lambda i: float(squares[i].sum() - z[i].sum(0).square().sum() / len(i))
+
+    numerator, denominator = variance(x), variance(reference)
+    return lambda i: numerator(i) / denominator(i)
+
+
 def mean_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error, of values [N]."""
+    """Mean of values [N] and its standard error."""
     values = values.double()
     return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
 def jackknife(statistic: Statistic, n: int) -> tuple[float, float]:
     """A statistic of n videos, given their indices, and its leave-one-out standard error."""
-    every = torch.arange(n)
-    left = torch.tensor([statistic(every[every != i]) for i in range(n)], dtype=torch.float64)
-    return statistic(every), float(((n - 1) * left.var(correction=0)).sqrt())
-
-
-def spread(x: Tensor, of: Tensor) -> Statistic:
-    """Variance of latents x [N, …] over videos, summed over elements, over that of `of` [N, …]."""
-    def variance(z: Tensor) -> Statistic:
-        z = z.double().flatten(1)
-        squares = z.square().sum(1)
-        return lambda i: float(squares[i].sum() - z[i].sum(0).square().sum() / len(i))
-
-    own, other = variance(x), variance(of)
-    return lambda i: own(i) / other(i)
+    indices = torch.arange(n)
+    left = torch.tensor([statistic(indices[indices != i]) for i in range(n)], dtype=torch.float64)
+    return statistic(indices), float(((n - 1) * left.var(correction=0)).sqrt())
 
 
 C2ST_FITS, C2ST_BATCH = 3, 16  # initialisations; videos of each kind in an iteration
 
 
 def c2st(x: Tensor, y: Tensor, steps: int, device: torch.device) -> tuple[float, float]:
-    """Accuracy of a classifier trained for some steps to tell x from y [N,C,T,H,W]; 0.5: it cannot.
+    """Accuracy of a classifier that is trained to separate x from y [N,C,T,H,W]; 0.5 is chance.
 
-    Half of the videos train it and the other half asks it, then the other way round. Returns mean
+    Half of the videos train it and the other half test it, then the other way round. Returns mean
     and standard error over C2ST_FITS initialisations.
     Source: the classifier two-sample test, Lopez-Paz and Oquab, 2017.
     """
-    both, right = torch.stack((x, y)).float(), []                       # 2 N C T H W
+    both, accuracies = torch.stack((x, y)).float(), []                  # 2 N C T H W
     for fit in range(C2ST_FITS):
         hits = [classify(both[:, fold::2], both[:, 1 - fold::2], steps, fit, device)
                 for fold in (0, 1)]
-        right.append(sum(hits) / (2 * len(x)))
-    return mean_error(torch.tensor(right))
+        accuracies.append(sum(hits) / (2 * len(x)))
+    return mean_error(torch.tensor(accuracies))
 
 
-def classify(known: Tensor, asked: Tensor, steps: int, fit: int, device: torch.device) -> int:
-    """How many of `asked` [2,M,C,T,H,W] a small network puts on the right side of x and y, when
-    it has learned from `known` in so many steps; fit numbers its initialisation and order."""
+def classify(train: Tensor, test: Tensor, steps: int, fit: int, device: torch.device) -> int:
+    """Number of `test` videos [2,M,C,T,H,W] that a small network assigns to the right one of x and
+    y after `steps` iterations on `train`; `fit` seeds its initialisation and order."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit)
         net = nn.Sequential(
-            nn.Conv3d(known.shape[2], 32, 3, padding=1), nn.SiLU(),
+            nn.Conv3d(train.shape[2], 32, 3, padding=1), nn.SiLU(),
             nn.Conv3d(32, 64, 3, stride=(1, 2, 2), padding=1), nn.SiLU(),
             nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(64, 1))
     net, g = net.to(device), generator("classifier", fit)
@@ -122,87 +142,131 @@ def classify(known: Tensor, asked: Tensor, steps: int, fit: int, device: torch.d
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     signs = torch.tensor([1.0, -1.0], device=device)[:, None]
     for _ in range(steps):
-        pick = torch.randint(known.shape[1], (min(C2ST_BATCH, known.shape[1]),), generator=g)
-        logits = net(known[:, pick].to(device).flatten(0, 1)).view(2, -1)
+        pick = torch.randint(train.shape[1], (min(C2ST_BATCH, train.shape[1]),), generator=g)
+        logits = net(train[:, pick].to(device).flatten(0, 1)).view(2, -1)
         F.softplus(-signs * logits).mean().backward()
         opt.step()
         opt.zero_grad()
         schedule.step()
     with torch.no_grad():
-        logits = torch.cat([net(some.to(device)) for some in asked.flatten(0, 1).split(C2ST_BATCH)])
+        logits = torch.cat([net(batch.to(device))
+                            for batch in test.flatten(0, 1).split(C2ST_BATCH)])
     return int((signs * logits.view(2, -1) > 0).sum())
 
 
+# ------------------------------------------------------------------------------ decoded videos
+
 @dataclass
 class Samples:
-    """A model's latents [N,C,T,H,W], and after measure_videos what its videos showed."""
+    """Latents [N,C,T,H,W] that one model made, and what measure_videos found in their videos.
+
+    kind: "teacher_n", "teacher_m", "student", or "teacher_steps" for a row of that setting.
+    """
     label: str
+    kind: str
+    m: int                                        # steps
     latents: Tensor
-    evaluations: int
-    seconds: float                                # of the DiT, a video
-    hf: Tensor | None = None                      # [N]
-    first: Tensor | None = None                   # [N], dB, if the videos start from images
-    hits: dict[str, Tensor] | None = None         # [N] bool for each attribute, and "all"
-    shown: dict[int, Tensor] | None = None        # by index, small
-    decode_seconds: float = 0.0                   # a video
+    evaluations: int                              # of the network per video
+    seconds: float                                # of the network per video
+    values: dict[str, Tensor] = field(default_factory=dict)  # [N] by column: HF, PSNR, oracle
+    examples: dict[int, Tensor] = field(default_factory=dict)  # small videos to show, by index
+    decode_seconds: float = 0.0                   # per video
 
 
-# --------------------------------------------------------------------------------- the table
+def is_small_world(captions: list[str], cfg: Shared) -> bool:
+    """Whether every caption names a colour, a shape and a direction that the oracle can read."""
+    named = [caption_attributes(caption) for caption in captions]
+    return cfg.height == cfg.width and all(min(n.values()) >= 0 for n in named)
 
-COLUMNS = {"endpoint": "endpoint error ↓", "energy": "energy distance", "sliced": "sliced W ↓",
-           "hf": "HF, 1 = teacher's",
-           "spread": "spread, 1 = teacher's", "c2st": "C2ST, .5 = alike"}
+
+def first_frames(prompts: list[Prompt], cfg: Shared) -> list[Tensor]:
+    """The prompts' images [3,H,W] in the videos' shape; empty for text-to-video."""
+    size = cfg.height, cfg.width
+    return [F.interpolate(centre_crop(read_image(prompt.image), *size)[None], size,
+                          mode="bicubic")[0].clamp(-1, 1)
+            for prompt in prompts if prompt.image is not None]
 
 
-def measure(samples: Samples, best: Samples, reference: Tensor, directions: int, c2st_steps: int,
-            device: torch.device) -> dict:
-    """One row of the table: {"label", "evaluations", "seconds", column: (value, standard error)}.
+@torch.no_grad()
+def measure_videos(samples: Samples, vae: nn.Module, indices: range, captions: list[str],
+                   images: list[Tensor], oracle: bool, examples: set[int],
+                   device: torch.device) -> None:
+    """Decode the videos one by one; fill in samples.values and samples.examples.
 
-    Args: best, teacher@n from the same noise; reference, independent teacher@n latents [N,…].
+    Args: indices and captions of these videos; images, the first frames [3,H,W] that they were
+    given, if any; oracle, whether to compare with the captions; examples, indices to keep.
+    """
+    timer, values = Timer(device), []
+    bar = tqdm(samples.latents, f"decode {samples.label}", disable=indices.start > 0 or None)
+    for j, (i, latents) in enumerate(zip(indices, bar, strict=True)):
+        timer.lap("other")
+        video = vae.decode(latents[None].to(device))[0]
+        timer.lap("decode")
+        value = {"hf": high_frequency(video[None])}
+        if images:
+            value["first"] = float(psnr(video[None, :, :1].cpu(), images[j][None, :, None]))
+        if oracle:
+            hits = oracle_hits(video[None], captions[j:j + 1])
+            value |= {name: float(hit) for name, hit in hits.items()}
+        values.append(value)
+        if i in examples:
+            samples.examples[i] = thumbnail(video.cpu())
+    samples.values = {name: torch.tensor([value[name] for value in values], dtype=torch.float64)
+                      for name in values[0]}
+    samples.decode_seconds = timer.seconds()["decode"] / len(values)
+
+
+# ------------------------------------------------------------------------------------ the table
+
+def table_row(samples: Samples, teacher_n: Samples, reference: Tensor, directions: int,
+              c2st_steps: int, device: torch.device) -> dict:
+    """One row of the table: text and numbers, and by column (value, standard error).
+
+    Args: teacher_n from the same noise; reference, teacher@n's latents [N, …] from other noise.
     """
     n = len(samples.latents)
-    row = {"label": samples.label, "evaluations": samples.evaluations, "seconds": samples.seconds,
+    hf, hf_n = samples.values["hf"], teacher_n.values["hf"]
+    row = {"label": samples.label, "kind": samples.kind, "m": samples.m,
+           "evaluations": samples.evaluations, "seconds": samples.seconds,
            "decode_seconds": samples.decode_seconds,
-           "endpoint": mean_error(endpoint_error(samples.latents, best.latents)),
-           "hf": jackknife(lambda i: float(samples.hf[i].sum() / best.hf[i].sum()), n),
-           "spread": jackknife(spread(samples.latents, best.latents), n),
+           "endpoint": mean_error(endpoint_error(samples.latents, teacher_n.latents)),
+           "hf": jackknife(lambda i: float(hf[i].sum() / hf_n[i].sum()), n),
+           "spread": jackknife(spread(samples.latents, teacher_n.latents), n),
            "c2st": c2st(samples.latents, reference, c2st_steps, device)}
-    zero = set_distances(best.latents, reference, directions)
+    zero = set_distances(teacher_n.latents, reference, directions)
     for name, distance in set_distances(samples.latents, reference, directions).items():
         row[name] = jackknife(distance, n)
-        if samples is not best:
+        if samples is not teacher_n:
             gap = jackknife(lambda i, d=distance, z=zero[name]: d(i) - z(i), n)
             row[name] = (row[name][0], gap[1])
-    if samples.first is not None:
-        row["first"] = mean_error(samples.first)
-    for name, hits in (samples.hits or {}).items():
-        row[name] = mean_error(hits)
-    return row
+    return row | {name: mean_error(value) for name, value in samples.values.items()
+                  if name != "hf"}
 
 
 def mean_row(rows: list[dict]) -> dict:
     """The mean of several students' rows, ± the standard error over students."""
-    out = {"label": f"{rows[0]['label'].split(' #')[0]}, mean of {len(rows)}",
-           "evaluations": rows[0]["evaluations"]}
-    for name in rows[0].keys() - out.keys():
-        if isinstance(rows[0][name], tuple):
+    out = {**rows[0], "kind": "mean",
+           "label": f"{rows[0]['label'].removesuffix(' #1')}, mean of {len(rows)}"}
+    for name, value in rows[0].items():
+        if isinstance(value, tuple):
             out[name] = mean_error(torch.tensor([row[name][0] for row in rows]))
-        else:
+        elif isinstance(value, float):
             out[name] = sum(row[name] for row in rows) / len(rows)
     return out
 
 
-def gates(best: dict, few: dict, student: dict) -> list[dict]:
+def gates(teacher_n: dict, teacher_m: dict, student: dict) -> list[dict]:
     """The small world's gates, from the rows of teacher@n, teacher@m and the (mean) student."""
-    near, far = (abs(row["energy"][0] - best["energy"][0]) for row in (student, few))
-    if "first" in student:  # the image settles what few steps would blur
-        second = world.gate("student's first frame against its image, dB", student["first"][0], 30)
+    gap, gap_m = (abs(row["energy"][0] - teacher_n["energy"][0]) for row in (student, teacher_m))
+    if "first" in student:  # the image fixes the details that few steps would blur
+        second = gate("student's first frame against its image, dB", student["first"][0], 30)
     else:
-        second = world.gate(f"{few['label']}: high-frequency energy", few["hf"][0], most=0.85)
+        second = gate(f"{teacher_m['label']}: high-frequency energy", teacher_m["hf"][0],
+                      most=0.85)
     return [
-        world.gate(f"{best['label']}: all attributes right", best["all"][0], 0.9), second,
-        world.gate(f"student's endpoint error / {few['label']}'s",
-                   student["endpoint"][0] / few["endpoint"][0], most=0.5),
-        world.gate("student's high-frequency energy", student["hf"][0], 0.95, 1.05),
-        world.gate(f"student's energy distance from {best['label']}'s, at most {few['label']}'s",
-                   near, most=far)]
+        gate(f"{teacher_n['label']}: all attributes right", teacher_n["all"][0], 0.9), second,
+        gate(f"student's endpoint error / {teacher_m['label']}'s",
+             student["endpoint"][0] / teacher_m["endpoint"][0], most=0.5),
+        gate("student's high-frequency energy", student["hf"][0], 0.95, 1.05),
+        gate(f"student's energy distance from {teacher_n['label']}'s, at most "
+             f"{teacher_m['label']}'s", gap, most=gap_m)]

@@ -1,105 +1,189 @@
-"""The page, the table and the pictures of an evaluation."""
+"""What an evaluation writes: the table as Markdown, JSON and PNG, videos, and one HTML page."""
 
 import html
+import itertools
 import re
 import string
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from common.files import ROOT, replace_file, write_text
+from common.config import Shared
+from common.files import ROOT, commit, replace_file, write_json, write_text
 from common.video import write_video
-from evaluation.measures import COLUMNS
+from evaluation.measures import Samples, endpoint_error
 from evaluation.sheets import comparison_sheet, data_uri, side_by_side, video_wall
-from small_world import clips as world
+from small_world.clips import ATTRIBUTES
 
-LOOP_SECONDS = 4  # that an mp4 lasts at least: players stop at its end
-
-
-def cells(row: dict, columns: dict[str, str]) -> list[str]:
-    """A row's table cells as text."""
-    def number(name: str) -> str:
-        if name not in row:
-            return ""
-        digits = 2 if name in (*world.ATTRIBUTES, "all", "first") else 4
-        return f"{row[name][0]:.{digits}f} ± {row[name][1]:.{digits}f}"
-
-    return [row["label"], *(number(name) for name in columns), str(row["evaluations"]),
-            f"{row['seconds']:.3f}"]
+ORACLE = (*ATTRIBUTES, "all")
+COLUMN_TITLES = {
+    "endpoint": "endpoint error ↓", "energy": "energy distance", "sliced": "sliced W ↓",
+    "hf": "HF, 1 = teacher's", "spread": "spread, 1 = teacher's", "c2st": "C2ST, .5 = alike"}
+ALL_TITLES = COLUMN_TITLES | {"first": "first frame, dB"} | {
+    name: f"oracle: {name}" for name in ORACLE}
+EXAMPLE_QUANTILES = (0.5, 0.8, 0.9, 0.95, 1.0)  # of teacher@m's endpoint error
+LOOP_SECONDS = 4  # an mp4 lasts at least this long: players stop at its end
 
 
-def columns_of(rows: list[dict]) -> dict[str, str]:
-    """Table columns: key to heading; the oracle's only where it was asked."""
-    first = {"first": "first frame, dB"} if "first" in rows[0] else {}
-    oracle = {name: f"oracle: {name}" for name in (*world.ATTRIBUTES, "all") if name in rows[0]}
-    return COLUMNS | first | oracle
+# ------------------------------------------------------------------------------------ the table
+
+def table_columns(rows: list[dict]) -> dict[str, str]:
+    """Key and title of each column that was measured."""
+    return {name: title for name, title in ALL_TITLES.items() if name in rows[0]}
 
 
-def markdown(rows: list[dict], passed: list[dict], cfg: Any, facts: dict) -> str:
+def plus_minus(value: float, error: float | None, digits: int = 4, sign: str = "") -> str:
+    """A number with its error, if it has one."""
+    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
+            *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def markdown(rows: list[dict], gates: list[dict], cfg: Shared, facts: dict) -> str:
     """The table and the gates as Markdown."""
-    columns = columns_of(rows)
-    head = ["model", *columns.values(), "evaluations", "DiT s a video"]
+    columns = table_columns(rows)
     lines = [f"{cfg.count} videos of held-out captions, the same noise for every model, "
              f"{cfg.width}×{cfg.height}×{cfg.frames}, teacher guidance {cfg.cfg_scale}, "
              f"{facts['device']}; ± standard error. Columns: `python evaluate.py --help`.", "",
-             "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in rows]
+             *markdown_table(["model", *columns.values(), "evaluations", "DiT s per video"], [
+                 [row["label"], *(plus_minus(*row[name], 2 if name in (*ORACLE, "first") else 4)
+                                  for name in columns),
+                  str(row["evaluations"]), f"{row['seconds']:.3f}"] for row in rows])]
     decode = sum(row["decode_seconds"] for row in rows) / len(rows)
-    lines += ["", f"Decoding takes {decode:.3f} s a video on top, for every row."]
-    if passed:
-        lines += ["", "| gate | got | wanted | |", "|---|---|---|---|"]
-        lines += [f"| {g['gate']} | {g['got']:.4f} | {g['wanted']} | "
-                  f"{'pass' if g['pass'] else '**FAIL**'} |" for g in passed]
+    lines += ["", f"Decoding takes {decode:.3f} s per video in addition, in every row."]
+    if gates:
+        lines += ["", *markdown_table(["gate", "measured", "required", ""], [
+            [gate["gate"], f"{gate['got']:.4f}", gate["wanted"],
+             "pass" if gate["pass"] else "**FAIL**"] for gate in gates])]
     return "\n".join(lines) + "\n"
 
 
-def draw_table(path: Path, rows: list[dict], title: str) -> None:
-    """Write the table with a bar chart of each main column as a PNG."""
-    from matplotlib.figure import Figure  # half a second that only those who draw should pay
+def write_table(cfg: Shared, out: Path, rows: list[dict], gates: list[dict],
+                students: list[dict], facts: dict) -> str:
+    """Write table.md and table.json; returns the Markdown text."""
+    facts |= {"commit": commit(), "torch": torch.__version__}
+    text = markdown(rows, gates, cfg, facts)
+    write_text(out / "table.md", text)
+    write_json(out / "table.json", {**facts, "config": asdict(cfg), "rows": rows, "gates": gates,
+                                    "students": students})
+    return text
 
-    columns = columns_of(rows)
-    figure = Figure(figsize=(14, 4.6 + 0.3 * len(rows)), dpi=120, layout="constrained")
-    top, bottom = figure.subfigures(2, height_ratios=[1.0 + 0.3 * len(rows), 3.6])
-    axes = top.subplots()
-    axes.set_axis_off()
-    axes.set_title(title, fontsize=11, weight="bold", parse_math=False)
-    head = ["model", *(name.replace(": ", ":\n") for name in columns.values()), "evalu-\nations",
-            "DiT s\na video"]
-    table = axes.table([cells(row, columns) for row in rows], colLabels=head, loc="center",
-                       cellLoc="center", edges="horizontal")
-    table.auto_set_font_size(False)
-    table.set_fontsize(8.5)
-    table.auto_set_column_width(list(range(len(head))))
-    table.scale(1, 1.5)
-    for column in range(len(head)):
-        table[0, column].set_height(0.5 / (1.0 + 0.3 * len(rows)))
-    panels = bottom.subplots(1, len(COLUMNS))
-    labels = [row["label"].replace(", ", ",\n") for row in rows]
-    for axes, (name, heading) in zip(panels, COLUMNS.items(), strict=True):
-        shade = ["#8a8f98", *("#d98032" if row["label"].startswith("teacher") else "#2f6db3"
-                              for row in rows[1:])]
-        values, errors = zip(*(row[name] for row in rows), strict=True)
-        axes.bar(range(len(rows)), values, yerr=errors, color=shade, capsize=3)
-        axes.set_xticks(range(len(rows)), labels, fontsize=8, rotation=0 if len(rows) < 4 else 40)
-        axes.set_title(heading, fontsize=10)
-        axes.axhline(values[0], color="#8a8f98", lw=0.8, ls="--")
+
+# ------------------------------------------------------------------------------------- pictures
+
+GREY, ORANGE, BLUE = "#8a8f98", "#d98032", "#2f6db3"  # teacher@n, teacher@m, students
+
+
+@contextmanager
+def drawing(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of a size in inches, which is written as a PNG at the end."""
+    from matplotlib.figure import Figure  # takes half a second: only where something is drawn
+
+    figure = Figure((width, height), dpi=120, layout="constrained")
+    yield figure
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     replace_file(path, lambda aside: figure.savefig(aside, format="png"))
 
 
+def draw_table(path: Path, rows: list[dict], title: str) -> None:
+    """Write a PNG with a panel for each column and a bar for each row, ± its error."""
+    columns = {name: text for name, text in table_columns(rows).items() if name not in ATTRIBUTES}
+    colours = [GREY if row["kind"] == "teacher_n" else BLUE if row["kind"] in ("student", "mean")
+               else ORANGE for row in rows]
+    with drawing(path, 2 + 2.1 * len(columns), 1 + 0.34 * len(rows)) as figure:
+        panels = figure.subplots(1, len(columns), sharey=True)
+        for axes, (name, heading) in zip(panels, columns.items(), strict=True):
+            values, errors = zip(*(row[name] for row in rows), strict=True)
+            bars = axes.barh(range(len(rows)), values, color=colours, capsize=2,
+                             xerr=[error or 0.0 for error in errors])
+            axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=3, fontsize=7)
+            axes.axvline(values[0], color=GREY, lw=0.8, ls="--")
+            axes.margins(x=0.25)
+            axes.set_title(heading, fontsize=10)
+        panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
+        panels[0].invert_yaxis()
+        figure.suptitle(title, fontsize=11, parse_math=False)
+
+
 @dataclass
 class Example:
-    """A caption that is shown, with the videos of teacher@n, teacher@m and the first student."""
-    caption: str                                  # and its quantile
+    """A caption in the pictures, and each model's video and endpoint error."""
+    caption: str                                  # with its quantile
     videos: list[Tensor]
-    notes: list[str]                              # of each video: its endpoint error
+    notes: list[str]
 
+
+def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, float]:
+    """The videos to show, easy ones first: {index: quantile} of those at EXAMPLE_QUANTILES of
+    errors [N]. Each caption is shown once, at the highest of its quantiles."""
+    order, examples = errors.argsort(stable=True).tolist(), {}
+    for quantile in reversed(EXAMPLE_QUANTILES):
+        video = order[round(quantile * (len(order) - 1))]
+        if captions[video] not in [captions[i] for i in examples]:
+            examples[video] = quantile
+    return dict(reversed(examples.items()))
+
+
+def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dict],
+                   compared: list[dict], captions: list[str], chosen: dict[int, float], table: str,
+                   facts: dict) -> None:
+    """Write the table as a picture, the videos side by side, the ladder and the page.
+
+    Args: compared, the rows of teacher@n, teacher@m and the student; chosen by choose_examples;
+    table, the text that write_table returned.
+    """
+    draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
+    pictured = []
+    for kind, group in itertools.groupby(models, key=lambda model: model.kind):
+        if kind != "teacher_steps":  # of unnamed students the first represents all
+            pictured += list(group)[:None if cfg.names else 1]
+    labels = [model.label.removesuffix(" #1") for model in pictured]
+    errors = [endpoint_error(model.latents, models[0].latents) for model in pictured[1:]]
+    quantiles = [f"{quantile:g}".lstrip("0") for quantile in chosen.values()]
+    examples = [Example(f"{captions[i]} ({quantile} quantile)",
+                        [model.examples[i] for model in pictured],
+                        ["the target", *(f"error {float(error[i]):.3f}" for error in errors)])
+                for i, quantile in zip(chosen, quantiles, strict=True)]
+    title = f"captions at the {', '.join(quantiles)} quantile of {labels[1]}'s endpoint error"
+    if len(pictured) > 3:
+        write_ladder(out, examples, labels, title, cfg.fps)
+    labels = labels[:3]
+    examples = [Example(e.caption, e.videos[:3], e.notes[:3]) for e in examples]
+    wall = video_wall([(e.caption, side_by_side(e.videos, labels)) for e in examples])
+    write_video(out / "videos.gif", wall, cfg.fps)
+    write_video(out / "videos.mp4", wall, cfg.fps, LOOP_SECONDS)
+    comparison_sheet(out / "videos.png", labels,
+                     [(e.caption, list(zip(e.videos, e.notes, strict=True))) for e in examples],
+                     f"{title}: first, middle and last frame")
+    write_page(cfg, out, examples, labels, compared, table, len(pictured) > 3,
+               {**facts, "shown": title})
+
+
+def write_ladder(out: Path, examples: list[Example], labels: list[str], title: str,
+                 fps: float) -> None:
+    """Write ladder.png and ladder.gif: a row per model, a column per caption."""
+    rows = [(label, [(e.videos[i], e.notes[i]) for e in examples])
+            for i, label in enumerate(labels)]
+    comparison_sheet(out / "ladder.png", [e.caption for e in examples], rows, title)
+    strips = [(label, side_by_side([video for video, _ in cells])) for label, cells in rows]
+    write_video(out / "ladder.gif", video_wall(strips, strips[0][1].shape[2] + 24), fps)
+
+
+# ------------------------------------------------------------------------------------- the page
 
 def html_of(text: str) -> str:
-    """Paragraphs and tables of Markdown as HTML: no more than `markdown` writes, escaped."""
+    """Paragraphs and tables of Markdown as HTML, escaped: only what `markdown` writes is known."""
     blocks, text = [], html.escape(text.replace("`", "")).replace("**FAIL**", "<mark>FAIL</mark>")
     text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     for block in text.strip().split("\n\n"):
@@ -123,44 +207,29 @@ def html_example(example: Example, labels: list[str], fps: float) -> str:
             f'<video autoplay loop muted playsinline src="{source}"></video></figure>')
 
 
-def write_ladder(out: Path, examples: list[Example], labels: list[str], title: str,
-                 fps: float) -> Path:
-    """ladder.png and ladder.gif, which it returns: a row a model, a column a caption."""
-    rows = [(label, [(e.videos[i], e.notes[i]) for e in examples])
-            for i, label in enumerate(labels)]
-    comparison_sheet(out / "ladder.png", [e.caption for e in examples], rows, title)
-    strips = [(label, side_by_side([video for video, _ in cells])) for label, cells in rows]
-    write_video(out / "ladder.gif", video_wall(strips, strips[0][1].shape[2] + 24), fps)
-    return out / "ladder.gif"
-
-
-def write_page(out: Path, examples: list[Example], labels: list[str], shown: list[dict],
-               rows: list[dict], ladder: Path | None, table: str, cfg: Any, facts: dict) -> None:
-    """Fill in assets/report.html, which then needs no other file.
-
-    Args: shown, the rows of teacher@n, teacher@m and its students; rows, all; ladder as
-    write_ladder has it; table as `markdown` has it.
-    """
-    texts = {**facts, "n": labels[0].partition("@")[2], "m": labels[1].partition("@")[2],
-             "count": cfg.count}
-    longest = max(row["endpoint"][0] for row in shown) or 1.0
-    for name, row in {"best": shown[0], "few": shown[1], "student": shown[-1]}.items():
+def write_page(cfg: Shared, out: Path, examples: list[Example], labels: list[str],
+               compared: list[dict], table: str, ladder: bool, facts: dict) -> None:
+    """Fill in assets/report_template.html; the page needs no other file."""
+    texts = {**facts, "n": compared[0]["m"], "m": compared[1]["m"], "count": cfg.count}
+    longest = max(row["endpoint"][0] for row in compared) or 1.0
+    for name, row in zip(("teacher_n", "teacher_m", "student"), compared, strict=True):
         texts |= {f"{name}_label": row["label"], f"{name}_error": f"{row['endpoint'][0]:.3f}",
                   f"{name}_bar": f"{100 * row['endpoint'][0] / longest:.1f}%",
                   f"{name}_cost": f"{row['evaluations']} evaluations, {row['seconds']:.3f} s"}
-    curves = Path(cfg.run) / "distill/curves.png"
-    words = [f"<li>{name}: {', '.join(values)}" for name, values in world.ATTRIBUTES.items()]
-    parts = {
-        "videos": "\n".join(html_example(e, labels, cfg.fps) for e in examples),
-        "ladder": ladder and "<h2>All models</h2><p>A column is one caption and one noise. The "
-        "first row is the target: which of the rows below keep it?</p><img alt=\"A row for "
-        f'each model, a column for each caption" src="{data_uri(ladder)}">',
-        "stills": data_uri(out / "videos.png"), "table": html_of(table),
-        "curves": curves.is_file() and "<h2>How the student learned</h2><img alt=\"Losses, heads' "
-        f'accuracy, gradients, held-out error" src="{data_uri(curves)}">',
-        "words": "all" in rows[0] and "<p>The small world knows these words:</p>"
-        f"<ul>{''.join(words)}</ul>"}
-    template = string.Template((ROOT / "assets/report.html").read_text(encoding="utf-8"))
-    write_text(out / "report.html", template.substitute(
-        {name: html.escape(str(text)) for name, text in texts.items()},
-        **{name: part or "" for name, part in parts.items()}))
+    parts = {"videos": "\n".join(html_example(e, labels, cfg.fps) for e in examples),
+             "stills": data_uri(out / "videos.png"), "table": html_of(table),
+             "ladder": "", "curves": "", "words": ""}
+    if ladder:
+        parts["ladder"] = (
+            "<h2>All models</h2><p>Each column has one caption and one noise. The first row is the "
+            'target: which of the rows below keep it?</p><img alt="A row for each model, a column '
+            f'for each caption" src="{data_uri(out / "ladder.gif")}">')
+    if (curves := Path(cfg.run) / "distill/curves.png").is_file():
+        parts["curves"] = ('<h2>How the student learned</h2><img alt="Losses, accuracy of the '
+                           f'heads, gradients, held-out error" src="{data_uri(curves)}">')
+    if "all" in compared[0]:
+        words = "".join(f"<li>{name}: {', '.join(values)}" for name, values in ATTRIBUTES.items())
+        parts["words"] = f"<p>The small world knows these words:</p><ul>{words}</ul>"
+    template = (ROOT / "assets/report_template.html").read_text(encoding="utf-8")
+    write_text(out / "report.html", string.Template(template).substitute(
+        {name: html.escape(str(text)) for name, text in texts.items()}, **parts))

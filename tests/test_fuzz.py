@@ -369,7 +369,7 @@ def test_a_damaged_log_keeps_its_complete_lines(tmp_path):
 
 @pytest.mark.parametrize("stage, option", [
     ("synvid", "count"), ("synvid", "batch"), ("sample", "count"), ("sample", "steps"),
-    ("paper", "steps"), ("paper", "seeds"), ("distill", "batch"), ("distill", "head_dim")])
+    ("evaluate", "count"), ("evaluate", "batch"), ("distill", "batch"), ("distill", "head_dim")])
 def test_a_size_that_a_typo_makes_is_refused_when_settings_are_read(stage, option):
     for value in ("1e9", "1e12", "1e999999999"):
         with pytest.raises(ValueError, match=f"{option}: expected .* got "):

@@ -1,5 +1,5 @@
 """The paper's tables and figures: verdicts against closed forms, runs that are done once, and
-what a teacher's features tell."""
+what a teacher's features detect."""
 
 import json
 import os
@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from processes import start_script
 
-import evaluate
 import synvid
 from common.files import ROOT, write_json
 from common.ranks import generator
-from tools import runs, tables, taps
-from tools.runs import Job, Plan, compare, even_key, is_done, run_jobs, uniform_key
 from model import time_grid
-from small_world import clips as world
+from small_world.clips import make_captions
+from tools import paper, runs, tables, taps
+from tools.runs import Plan, Run, compare, is_done, run_all
+from tools.tables import even_key, uniform_key
 
 # --------------------------------------------------------------------------------- statistics
 
@@ -52,17 +54,19 @@ def test_the_interval_covers_the_truth_in_19_of_20_draws():
 def row(label: str, far: float) -> dict:
     values = {"endpoint": far, "energy": far, "sliced": 0.1 + far, "hf": 1 - far,
               "spread": 1 + far, "c2st": 0.5 + far}
-    return {"label": label, "evaluations": 2, **{k: (v, 0.01) for k, v in values.items()}}
+    kind = "student" if label.startswith("student") else "teacher_m"
+    return {"label": label, "kind": kind, "m": 2, "evaluations": 2,
+            **{name: (value, 0.01) for name, value in values.items()}}
 
 
 def test_shortfalls_are_0_for_the_teacher_and_grow_on_both_sides_of_1():
-    best = row("teacher@50", 0.0)
+    teacher = row("teacher@50", 0.0)
     for name, shortfall in runs.SHORTFALLS.items():
-        assert shortfall(best, best) == (0.5 if name == "C2ST" else 0), name
-        assert shortfall(row("a", 0.2), best) > shortfall(row("b", 0.1), best), name
+        assert shortfall(teacher, teacher) == (0.5 if name == "C2ST" else 0), name
+        assert shortfall(row("a", 0.2), teacher) > shortfall(row("b", 0.1), teacher), name
     wide = row("a", 0.0) | {"hf": (1.3, 0.0), "spread": (0.8, 0.0)}
-    assert runs.SHORTFALLS["HF from 1"](wide, best) == pytest.approx(0.3)
-    assert runs.SHORTFALLS["spread from 1"](wide, best) == pytest.approx(0.2)
+    assert runs.SHORTFALLS["HF from 1"](wide, teacher) == pytest.approx(0.3)
+    assert runs.SHORTFALLS["spread from 1"](wide, teacher) == pytest.approx(0.2)
 
 
 # ------------------------------------------------------------------------------ key timesteps
@@ -73,7 +77,7 @@ def test_the_uniform_key_timesteps_are_those_of_table_4():
     printed = [1, 0.8109, 0.6057, 0.3783, 0.2258, 0]
     assert [times[j] for j in [0, 31, 41, 46, 48, 50]] == pytest.approx(printed, abs=2e-4)
     assert key == [0, 32, 41, 46, 48, 50]  # .797 is nearer to .8 than the .811 that is printed
-    with pytest.raises(ValueError, match="the uniform grid of 9 steps falls on .* take fewer"):
+    with pytest.raises(ValueError, match="the uniform grid of 9 steps: .* choose fewer"):
         uniform_key(times[-5:] + [0.0], 9)
 
 
@@ -90,47 +94,57 @@ def plan_of(tmp_path: Path, at_once: int = 2) -> Plan:
     return Plan(str(config), tmp_path / "paper", (), (), ("python",), at_once, 1)
 
 
-def job_of(plan: Plan, name: str, code: str, makes: str = "log.txt") -> Job:
-    return Job(name, ("python", "-c", code), plan.folder / name, plan.config, makes)
+def run_of(plan: Plan, name: str, code: str, output: str = "log.txt") -> Run:
+    return Run(name, ("python", "-c", code), plan.folder / name, output)
 
 
 def test_a_finished_run_is_not_done_again_and_another_command_is_refused(tmp_path):
     plan = plan_of(tmp_path)
     line = "import os; open('{}', 'a').write(os.environ['OMP_NUM_THREADS'])"
     marks = [tmp_path / name for name in "ab"]
-    jobs = [job_of(plan, mark.name, line.format(mark)) for mark in marks]
-    run_jobs(jobs, plan, "runs")
-    run_jobs(jobs, plan, "runs")
+    started = [run_of(plan, mark.name, line.format(mark)) for mark in marks]
+    run_all(started, plan, "runs")
+    run_all(started, plan, "runs")
     assert [mark.read_text() for mark in marks] == ["1", "1"]
     Path(plan.config).write_text("seed: 0\nevaluate: {count: 9}\n")  # of no concern to a run
-    assert is_done(jobs[0].folder, list(jobs[0].command), plan.config)
-    with pytest.raises(ValueError, match="done.json: got another command, .* or remove"):
-        run_jobs([replace(jobs[0], command=("python", "-c", "1"))], plan, "runs")
+    assert is_done(started[0], plan.config)
+    with pytest.raises(ValueError, match="done.json: expected command .* or remove"):
+        run_all([replace(started[0], command=("python", "-c", "1"))], plan, "runs")
     Path(plan.config).write_text("seed: 1\n")
-    with pytest.raises(ValueError, match="done.json: got another settings"):
-        run_jobs(jobs, plan, "runs")
+    with pytest.raises(ValueError, match="done.json: expected settings"):
+        run_all(started, plan, "runs")
 
 
-def test_a_run_that_fails_is_named_with_its_log_and_the_others_are_stopped(tmp_path):
+@pytest.mark.parametrize("launch", ["python", "torchrun --standalone --nproc-per-node=1"])
+def test_a_tool_is_started_as_a_module_from_any_folder(launch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = replace(plan_of(tmp_path), launch=tuple(launch.split()))
+    command = plan.command("common.files", plan.folder, "seed=1")  # a module that does nothing
+    assert command == (*launch.split(), "-m", "common.files", plan.config, f"run={plan.folder}",
+                       "seed=1")
+    run_all([Run("tool", command, plan.folder / "tool", "log.txt")], plan, "runs")
+    assert plan.command("synvid.py", plan.folder)[-3] == os.path.relpath(ROOT / "synvid.py")
+
+
+def test_a_run_that_fails_is_reported_with_its_log_and_the_others_are_stopped(tmp_path):
     plan = plan_of(tmp_path)
-    slow = job_of(plan, "slow", "import time; time.sleep(600)")
-    bad = job_of(plan, "bad", "raise SystemExit('no such teacher')")
-    with pytest.raises(ValueError, match="bad: `python -c .* ended with 1, .*\n.*no such teacher"):
-        run_jobs([slow, bad], plan, "runs")
+    slow = run_of(plan, "slow", "import time; time.sleep(600)")
+    bad = run_of(plan, "bad", "raise SystemExit('no such teacher')")
+    with pytest.raises(ValueError, match="bad: `python -c .* status 0 .*got 1: .*\n.*no such teac"):
+        run_all([slow, bad], plan, "runs")
     assert not (slow.folder / "done.json").exists()
-    with pytest.raises(ValueError, match="mute: .* ended with 0, wanted 0 and student.safetensors"):
-        run_jobs([job_of(plan, "mute", "1", "student.safetensors")], plan, "runs")
+    with pytest.raises(ValueError, match="mute: .* and student.safetensors, got 0"):
+        run_all([run_of(plan, "mute", "1", "student.safetensors")], plan, "runs")
 
 
 def test_runs_end_with_the_command_that_started_them(tmp_path):
     started = tmp_path / "started"
     code = f"""
 from pathlib import Path
-from evaluation.paper import Job, Plan, run_jobs
+from tools.runs import Plan, Run, run_all
 line = "import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-folder = Path({str(tmp_path)!r}) / "slow"
-job = Job("slow", ("python", "-c", line), folder, "configs/tiny.yaml", "x")
-run_jobs([job], Plan("", Path("."), (), (), (), 1, None), "runs")
+run = Run("slow", ("python", "-c", line), Path({str(tmp_path)!r}) / "slow", "x")
+run_all([run], Plan("configs/tiny.yaml", Path("."), (), (), (), 1, None), "runs")
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     while not (started.exists() and started.read_text()):
@@ -152,7 +166,7 @@ def write_measured(plan: Plan, name: str, far: list[float]) -> None:
     folder = plan.folder / name / "evaluate"
     rows = [row("teacher@50", 0.0), row("teacher@2", 0.9),
             *(row(f"student@2 #{i}", x) for i, x in enumerate(far, 1)),
-            row("student@2, mean of 3", 99.0)]
+            row("student@2, mean of 3", 99.0) | {"kind": "mean"}]
     write_json(folder / "table.json", {"rows": rows, "command": "python evaluate.py"})
 
 
@@ -162,7 +176,7 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
         base = {"traj-m2": 0.3, "shared-m2": 0.2, "full-m2": 0.1}.get(arm.name, 0.5)
         base += 0.2 * arm.name.endswith("-mismatched")
         write_measured(plan, arm.name, [base + x for x in noise[:arm.seeds]])
-    section = tables.table3(plan, SETTINGS)
+    section = tables.arms_table("table3", plan, SETTINGS)
     claims = {entry["claim"]: entry for entry in section.numbers["claims"]}
     assert len(claims) == 3 + 9 + 3
     for entry in claims.values():
@@ -172,26 +186,25 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
     assert all(len(arm["seeds"]) == (2 if "-" in name and "m2" not in name else 3)
                for name, arm in section.numbers["arms"].items())
     text = "\n".join(section.lines)
-    assert "| L_traj alone | 3 | 0.3100 ± 0.0058 |" in text and "| teacher@2 | | 0.9000 |" in text
+    assert "| L_traj alone | 3 | 0.3100 ± 0.0058 |" in text and "| teacher@2 |  | 0.9000 |" in text
     assert section.pictures == [plan.folder / "table3-m2.png"] and section.pictures[0].exists()
 
 
 def test_all_baselines_share_the_clips_that_table_3_measures(tmp_path):
     plan = plan_of(tmp_path)
-    jobs = [runs.train_job(plan, arm, 0) for arm in tables.arms_of("table3", SETTINGS)]
-    clips = f"clips={runs.clips_folder(plan)}"
-    assert [clips in job.command for job in jobs] == [False] * 3 + [True] * 9
+    commands = [plan.train(arm, 0).command for arm in tables.arms_of("table3", SETTINGS)]
+    assert [f"clips={plan.clips}" in command for command in commands] == [False] * 3 + [True] * 9
 
 
 def test_every_run_has_its_own_folder_and_tables_share_runs():
-    runs = {}
+    arms = {}
     for table in tables.TABLES:
         for arm in tables.arms_of(table, SETTINGS):
-            old = runs.setdefault(arm.name, arm)
+            old = arms.setdefault(arm.name, arm)
             assert replace(old, seeds=arm.seeds) == arm
-    assert {"full-m5", "full-m2", "full-m1", "uniform-m5", "uniform-m2", "adv-m2"} < runs.keys()
-    assert "export_every=20" in runs["full-m2"].options
-    assert not [name for name in runs if "matched" in name and "samples" in name]
+    assert {"full-m5", "full-m2", "full-m1", "uniform-m5", "uniform-m2", "adv-m2"} < arms.keys()
+    assert "export_every=20" in arms["full-m2"].options
+    assert not [name for name in arms if "matched" in name and "samples" in name]
     without = replace(SETTINGS, clips=False)
     assert {arm.name for arm in tables.baseline_arms(without)} == {
         "perflow-samples", "pcm-samples", "dmd-samples"}
@@ -201,45 +214,75 @@ def test_every_run_has_its_own_folder_and_tables_share_runs():
 def study(make_config, tmp_path):
     """A config of a tiny teacher, its paper folder, and its evaluations' captions."""
     captions = tmp_path / "captions.txt"
-    captions.write_text("\n".join(world.make_captions(0, 0, 3, held_out=True)))
+    captions.write_text("\n".join(make_captions(0, 0, 3, held_out=True)))
     config = make_config(
         n=4, key=[0, 2, 4], synvid={"count": 12, "batch": 4},
         distill={"iterations": 4, "batch": 4, "micro_batch": 4, "held_out": 2, "lr": 1e-3,
                  "head_dim": 8, "checkpointing": False},
-        evaluate={"prompts": str(captions), "count": 4, "directions": 4, "c2st_steps": 1,
-                  "seeds": 2, "jobs": 2, "steps": [2, 1]})
+        evaluate={"prompts": str(captions), "count": 4, "directions": 4, "c2st_steps": 1},
+        paper={"seeds": 2, "jobs": 2, "steps": [2, 1]})
     return config, tmp_path / "run/paper"
 
 
-def test_a_table_and_a_figure_are_one_command_that_goes_on_with_the_same_numbers(study):
+class Forked:
+    """A command of runs.start, forked from a process that has imported torch; as a Popen."""
+
+    def __init__(self, command: tuple[str, ...], log: Path, threads: int | None):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        ranks = [int(word.split("=")[1]) for word in command if word.startswith("--nproc")]
+        _, script, *args = [word for word in command if not word.startswith("--")]
+        self.processes = start_script(Path(script), *args, ranks=sum(ranks) or 1,
+                                      outputs=(log, log))
+        self.returncode = None
+
+    def poll(self) -> int | None:
+        codes = [process.exitcode for process in self.processes]
+        self.returncode = None if None in codes else next(filter(None, codes), 0)
+        return self.returncode
+
+    def terminate(self) -> None:
+        for process in self.processes:
+            process.terminate()
+
+    def wait(self) -> None:
+        for process in self.processes:
+            process.join()
+
+
+def without_seconds(tree):
+    """A JSON value without what the clock decides."""
+    if isinstance(tree, dict):
+        return {k: without_seconds(v) for k, v in tree.items() if "seconds" not in k}
+    return [without_seconds(v) for v in tree] if isinstance(tree, list) else tree
+
+
+def test_a_table_and_a_figure_are_one_command_that_resumes_with_the_same_numbers(
+        study, monkeypatch):
+    monkeypatch.setattr(runs, "start", Forked)
     config, out = study
-    argv = [str(config), "--paper", "table4,fig5", "options=lr=2e-3"]
-    evaluate.main(argv)
-    first = json.loads((out / "runs.json").read_text())
+    argv = [str(config), "--tables", "table4,fig5", "options=lr=2e-3", "--count", "3"]
+    paper.main(argv)
+    first = json.loads((out / "paper.json").read_text())
     arms = first["table4"]["arms"]
     assert [len(arm["seeds"]) for arm in arms.values()] == [2, 2]
     assert arms["full-m2"]["seeds"][0] != arms["full-m2"]["seeds"][1]
     assert first["fig5"]["prompts"] == 12 and first["fig5"]["words"]["100 %"] == 5
-    assert "lr=2e-3" in (out / "full-m2/seed1/distill/config.yaml").read_text() or (
-        "lr: 0.002" in (out / "full-m2/seed1/distill/config.yaml").read_text())
+    trained, measured = (yaml.safe_load((out / path / "config.yaml").read_text())
+                         for path in ("full-m2/seed1/distill", "full-m2/evaluate"))
+    assert trained["lr"] == 2e-3 and trained["seed"] == 1
+    assert (measured["count"], measured["directions"]) == (3, 4)  # of the command, of the file
     page = (out / "report.html").read_text()
     assert "://" not in page and page.count('src="data:image/png') == 2
-    assert "cannot be told" in page + (out / "runs.md").read_text()
+    assert "cannot be told" in page + (out / "paper.md").read_text()
 
     done = {path: path.stat().st_mtime_ns for path in out.rglob("done.json")}
     assert len(done) == 1 + 4 + 2  # SynVid, runs, evaluations
-    for gone in ("uniform-m2/seed1", "uniform-m2/evaluate"):  # as if it had been killed there
-        (out / gone / "done.json").unlink()
+    for unfinished in ("uniform-m2/seed1", "uniform-m2/evaluate"):  # as if killed there
+        (out / unfinished / "done.json").unlink()
     (out / "uniform-m2/seed1/student.safetensors").unlink()
     shutil.rmtree(out / "uniform-m2/seed1/distill")
-    evaluate.main(argv)
-    again = json.loads((out / "runs.json").read_text())
-
-    def without_seconds(tree):
-        if isinstance(tree, dict):
-            return {k: without_seconds(v) for k, v in tree.items() if "seconds" not in k}
-        return [without_seconds(v) for v in tree] if isinstance(tree, list) else tree
-
+    paper.main(argv)
+    again = json.loads((out / "paper.json").read_text())
     assert without_seconds(again["table4"]) == without_seconds(first["table4"])
     changed = {str(path.relative_to(out).parent) for path, when in done.items()
                if path.stat().st_mtime_ns != when}
@@ -247,16 +290,24 @@ def test_a_table_and_a_figure_are_one_command_that_goes_on_with_the_same_numbers
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--paper", "table9"), "paper: got 'table9'; wanted all, or of ladder, table3"),
-    (("--paper", "table3", "seeds=0"), "seeds: expected 1 ≤ seeds"),
-    (("--paper", "table3", "paper_m=9"), "got 9; wanted 1 … 4"),
-    (("--paper", "table3", "options=lambada_adv=1"), "unknown option 'lambada_adv=1'; did you"),
+    (("--tables", "table9"), "tables: expected all, or some of ladder, table3"),
+    (("seeds=0",), "seeds: .*got 0"),
+    (("m=9",), "expected 1 … 4, .* got 9"),
+    (("count=2",), "count: .*got 2"),
+    (("options=lambada_adv=1",), "unknown option 'lambada_adv=1'.*lambda_adv"),
 ])
 def test_a_paper_command_that_cannot_be_run_is_refused_first(study, options, message):
     config, out = study
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        evaluate.main([str(config), *options])
+        paper.main([str(config), "--tables", "table3", *options])
     assert not list(out.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["launch", "options"])
+def test_a_config_file_cannot_start_programs(name, make_config, tmp_path):
+    config = make_config(paper={name: f"touch {tmp_path}/started"})
+    with pytest.raises(ValueError, match=f"paper.{name}: expected on the command line only"):
+        paper.main([str(config), "--tables", "fig5"])
 
 
 # ----------------------------------------------------------------------------------- features
@@ -297,8 +348,8 @@ def test_what_blocks_tell_is_one_command(study, ranks, tmp_path, capsys):
         assert 0 <= entry["probe"] <= 1 and torch.tensor(entry["picture"]).shape == (1, 1)
     assert (tmp_path / "run/taps/taps.png").exists()
     assert "t'_1 = 0.781: a head is best at block" in capsys.readouterr().out
-    for option, message in (("videos=13", "videos: got 13; wanted 8 … 12"),
-                            ("blocks=6", "blocks: got .6.; wanted some of 0 … 5")):
+    for option, message in (("videos=13", "videos: .*got 13"),
+                            ("blocks=6", "blocks: .*got .6.")):
         with pytest.raises(ValueError, match=message):
             taps.main([str(config), "videos=8", option])
 

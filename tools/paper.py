@@ -1,11 +1,15 @@
-"""The paper's tables and figures on any teacher: runs, their means over seeds, verdicts.
+"""The paper's tables and figures on any teacher: training runs over seeds, their means, verdicts.
 
-A run is a command, `python distill.py` or `python baselines.py` with options, in a folder of its
-own, <paper>/<arm>/seed<s>; `python evaluate.py` then measures all seeds of an arm together, on the
-same held-out captions and noise. What is finished is not done again: done.json says by which
-command a folder was made. A claim compares two arms over the seeds that both have.
+    python -m tools.paper [CONFIG] [--tables table3,fig9] [--seeds 5] [--jobs 2]
+    python -m tools.paper CONFIG --launch "torchrun --nproc-per-node 8"
+
+In:  the weight folder and the prompts of stages 1 and 4.
+Out: <run>/paper/: report.html, paper.md, and paper.json with the numbers of every seed;
+     <arm>/seed<s>/, a training run; <arm>/evaluate/, all seeds of an arm on the same captions
+     and noise. The same call resumes: runs that have finished are skipped.
 """
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -17,97 +21,141 @@ import torch
 
 import distill
 import evaluate
-from common.config import field, load_config
+from common.config import Shared, field, load_config, read_yaml
 from common.files import commit, lock_folder, parse_json
 from common.prompts import read_prompts
 from common.ranks import cli, device_name, pick_device
 from common.weights import open_safetensors, safetensors_metadata
-from evaluate import as_options, shared_overrides
-from evaluation.measures import distances
+from evaluation.measures import distances, mean_error
+from evaluation.page import markdown_table, plus_minus
 from model import check_model, time_grid
-from small_world import clips as world
-from tools import baselines
+from small_world.clips import RADIUS
 from tools import tables
-from tools.runs import (
-    Job, Plan, clips_folder, command_job, evaluate_job, mean_error, run_jobs, script, train_job)
+from tools.baselines import keep_clips
+from tools.runs import Plan, Run, run_all
 
 
 @dataclass
-class Config(evaluate.Config):
+class Config(Shared):
     """Settings of a set of tables."""
-    tables: str = field("all", "all, or of table3, table4, fig5, fig6, fig8, fig9, ladder, comma "
-                        "between")
-    m: int | None = field(None, "steps of table3, fig6, fig8 and fig9; none: the config's",
-                                "[1, inf)")
+    tables: str = field("all", "all, or some of table3, table4, fig5, fig6, fig8, fig9, ladder, "
+                        "separated by commas")
+    m: int | None = field(None, "steps of table3, fig6, fig8 and fig9; defaults to the config's",
+                          "[1, inf)")
     steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder", "[1, 10000]")
     seeds: int = field(5, "runs of each arm of a table", "[1, 1000]")
     baseline_seeds: int = field(3, "runs of each other method, on each set of data", "[1, inf)")
-    jobs: int = field(1, "runs at once; then each process has one CPU thread", "[1, inf)")
-    launch: str = field("python", "starts a run, as `torchrun --nproc-per-node 8`")
-    options: str = field("", "options of every run, as `lr=1e-5 iterations=600`")
-    synvid: str | None = field(None, "trajectories for the runs, made with --keep all; none: made "
-                               "in <run>/paper/synvid")
+    jobs: int = field(1, "runs at once; with several each process has one CPU thread", "[1, inf)")
+    synvid: str | None = field(None, "trajectories for the runs, made with --keep all; by default "
+                               "they are made in <run>/paper/synvid")
+    launch: str = field("python", "starts a run, such as `torchrun --nproc-per-node 8`; only on "
+                        "the command line")
+    options: str = field("", "options of every training run, such as `lr=1e-5 iterations=600`; "
+                         "only on the command line")
+    prompts: str | None = field(None, "evaluate.py's; defaults to the config's, as do the next")
+    count: int | None = field(None, "evaluate.py's")
+    batch: int | None = field(None, "evaluate.py's")
+    directions: int | None = field(None, "evaluate.py's")
+    c2st_steps: int | None = field(None, "evaluate.py's")
 
 
-# ------------------------------------------------------------------- the paper, table by table
+EVALUATION = ("prompts", "count", "batch", "directions", "c2st_steps")  # settings of every one
+COMMAND_LINE_ONLY = ("launch", "options")
 
-def paper_settings(cfg: Config) -> tables.Settings:
-    """What the tables' arms depend on; ValueError for what cannot be run."""
-    times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
+
+def as_options(values: dict) -> list[str]:
+    """Settings as words of a command line; None is left out."""
+    return [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in values.items() if value is not None]
+
+
+def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Settings]:
+    """The shared settings that differ from the config file's, as options of every run; the settings
+    of an evaluation; and what the arms depend on. Raises ValueError for what cannot be run."""
+    stored = read_yaml(cfg.path, "paper", dataclasses.asdict(cfg))
+    for name in COMMAND_LINE_ONLY:
+        if name in stored:
+            raise ValueError(f"{cfg.path}: paper.{name}: expected on the command line only, since "
+                             f"a config file must not start programs: pass --{name} instead")
+    stored = dataclasses.asdict(Shared()) | stored
+    shared = as_options({f.name: getattr(cfg, f.name) for f in dataclasses.fields(Shared)
+                         if f.name not in ("run", "seed", "key")
+                         and getattr(cfg, f.name) != stored[f.name]})
+    evaluation = load_config(evaluate.Config, "evaluate", [str(cfg.path), *shared, *as_options(
+        {name: getattr(cfg, name) for name in ("seed", *EVALUATION)})])
     m_config = len(cfg.key) - 1
     for m in (cfg.m or m_config, *cfg.steps):
         if not 1 <= m <= cfg.n:
-            raise ValueError(f"m, steps: got {m}; wanted 1 … {cfg.n}, the teacher's steps")
-    run = load_config(distill.Config, "distill", [str(cfg.path), *shlex.split(cfg.options)])
-    return tables.Settings(cfg.n, times, cfg.m or m_config, m_config, cfg.steps, cfg.seeds,
-                           cfg.baseline_seeds, run.iterations, clips=cfg.preset == "tiny")
-MEASURED_WITH = ("seed", "count", "batch", "directions", "c2st_steps", "prompts")
+            raise ValueError(f"m, steps: expected 1 … {cfg.n}, the teacher's steps, got {m}: "
+                             "correct --m or --steps")
+    training = load_config(distill.Config, "distill", [str(cfg.path), *shlex.split(cfg.options)])
+    return shared, evaluation, tables.Settings(
+        cfg.n, time_grid(cfg.family, cfg.n, cfg.shift).tolist(), cfg.m or m_config, m_config,
+        cfg.steps, cfg.seeds, cfg.baseline_seeds, training.iterations, clips=cfg.preset == "tiny")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what the wanted tables and figures need, unless it is there; then write their page."""
-    started, given = time.perf_counter(), sys.argv[1:] if argv is None else argv
+    """Run what the chosen tables and figures need and what is not done yet; write their page."""
+    started, argv = time.perf_counter(), sys.argv[1:] if argv is None else argv
     cfg = load_config(Config, "paper", argv, __doc__, "-m tools.paper")
     check_model(cfg)
-    wanted = tables.TABLES if cfg.tables == "all" else tuple(cfg.tables.split(","))
-    unknown = [name for name in wanted if name not in tables.TABLES]
-    if unknown:
-        raise ValueError(f"tables: got '{unknown[0]}'; wanted all, or of "
-                         f"{', '.join(tables.TABLES)}")
-    s, out = paper_settings(cfg), Path(cfg.run) / "paper"
-    store = Path(cfg.synvid or out / "synvid")
-    shared, measured = ([f"{name}={value}" for name, value in as_options(values).items()]
-                        for values in (
-                            shared_overrides(cfg) | {"run": None, "seed": None, "key": None},
-                            {name: getattr(cfg, name) for name in MEASURED_WITH}))
+    chosen = tables.TABLES if cfg.tables == "all" else tuple(cfg.tables.split(","))
+    if unknown := [name for name in chosen if name not in tables.TABLES]:
+        raise ValueError(f"tables: expected all, or some of {', '.join(tables.TABLES)}, got "
+                         f"'{unknown[0]}': correct --tables")
+    shared, evaluation, s = read_settings(cfg)
+    out = Path(cfg.run) / "paper"
+    synvid = Path(cfg.synvid or out / "synvid")
+    measured = as_options({name: getattr(evaluation, name) for name in ("seed", *EVALUATION)})
     plan = Plan(os.path.relpath(cfg.path), out,
-                (f"synvid={store}", *shared, *shlex.split(cfg.options)), (*shared, *measured),
+                (f"synvid={synvid}", *shared, *shlex.split(cfg.options)), (*shared, *measured),
                 tuple(shlex.split(cfg.launch)), cfg.jobs, 1 if cfg.jobs > 1 else None)
     with lock_folder(out):
-        if cfg.synvid is None and (wanted != ("fig5",) or cfg.prompts is None):
-            together = plan.launch if cfg.jobs == 1 else (
+        if cfg.synvid is None and (chosen != ("fig5",) or evaluation.prompts is None):
+            launch = plan.launch if cfg.jobs == 1 else (
                 "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
-            run_jobs([Job("SynVid", (*together, *script("synvid.py"), plan.config, f"run={out}",
-                                     "keep=all", *shared), store, plan.config, "manifest.json")],
-                     plan, "SynVid")
-        runs = {(arm.name, seed): train_job(plan, arm, seed) for name in wanted
-                for arm in tables.arms_of(name, s) for seed in range(arm.seeds)}
-        run_jobs(runs.values(), plan, "runs")
-        looks = {name: evaluate_job(plan, name, *what) for table in wanted
-                 for name, what in tables.evaluations_of(table, s, plan).items()}
-        first, *others = looks.values() or [None]
-        run_jobs([first] if first else [], plan, "the teacher's samples, and the first evaluation")
-        run_jobs(others, plan, "evaluations")
-        if "fig6" in wanted:
-            run_jobs([command_job(plan, "fig6", "features", "tools.taps",
-                                  "taps/taps.json", *plan.options,
-                                  tables.key_option(tables.even_key(s.n, s.m)))], plan, "fig6")
-        sections = {name: paper_section(cfg, name, plan, s, store) for name in wanted}
+            run_all([Run("SynVid", plan.command("synvid.py", out, "keep=all", *shared,
+                                                launch=launch), synvid, "manifest.json")],
+                    plan, "SynVid")
+        arms = {(arm.name, seed): arm for table in chosen for arm in tables.arms_of(table, s)
+                for seed in range(arm.seeds)}  # tables share arms
+        run_all([plan.train(arm, seed) for (_, seed), arm in arms.items()], plan, "training runs")
+        evaluations = {name: arguments for table in chosen for name, arguments
+                       in tables.evaluations_of(table, s, plan).items()}
+        evaluations = [plan.measure(name, *rest) for name, rest in evaluations.items()]
+        run_all(evaluations[:1], plan, "first evaluation")  # keeps the teacher's samples
+        run_all(evaluations[1:], plan, "evaluations")
+        if "fig6" in chosen:
+            key = tables.key_option(tables.even_key(s.n, s.m))
+            command = plan.command("tools.taps", out / "fig6", *plan.options, key)
+            run_all([Run("features", command, out / "fig6", "taps/taps.json")], plan, "fig6")
+        sections = {name: make_section(cfg, name, plan, s, synvid, evaluation.prompts)
+                    for name in chosen}
         page = tables.write_report(plan, sections, {
-            "command": shlex.join(["python", "-m", "tools.paper", *given]), "commit": commit(),
+            "command": shlex.join(["python", "-m", "tools.paper", *argv]), "commit": commit(),
             "device": device_name(pick_device(cfg.device)), "torch": torch.__version__,
             "seconds": round(time.perf_counter() - started, 1)})
-    print(f"look at {page}; numbers of every seed: {page.parent / 'paper.json'}")
+    print(f"results: {page}; numbers of every seed: {out / 'paper.json'}")
+
+
+def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, synvid: Path,
+                 prompts: str | None) -> tables.Section:
+    """One table or figure, from what was measured; prompts, a file that fig5 may read instead of
+    trajectories."""
+    if name == "fig5":
+        if prompts is not None and not (synvid / "manifest.json").exists():
+            return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts)])
+        return tables.fig5(plan, [stored_prompt(path)
+                                  for path in sorted(synvid.glob("*/*.safetensors"))])
+    if name == "fig6":
+        return tables.fig6(plan)
+    if name in ("fig8", "fig9", "ladder"):
+        return {"fig8": tables.fig8, "fig9": tables.fig9, "ladder": tables.ladder}[name](plan, s)
+    section = tables.arms_table(name, plan, s)
+    if name == "table3" and s.clips:
+        section.numbers["mismatch"] = mismatches(cfg, plan, synvid)
+        section.lines += ["", *mismatch_lines(section.numbers["mismatch"])]
+    return section
 
 
 def stored_prompt(path: Path) -> str:
@@ -116,44 +164,32 @@ def stored_prompt(path: Path) -> str:
     return parse_json(text, str(path), {"trajectory": {"prompt": str}})["trajectory"]["prompt"]
 
 
-def paper_section(cfg: Config, name: str, plan: Plan, s: tables.Settings,
-                  store: Path) -> tables.Section:
-    """One table or figure, from what was measured."""
-    if name == "fig5":
-        if cfg.prompts is not None and not (store / "manifest.json").exists():
-            return tables.fig5(plan, [prompt.text for prompt in read_prompts(cfg.prompts)])
-        return tables.fig5(plan, list(map(stored_prompt, sorted(store.glob("*/*.safetensors")))))
-    if name == "fig6":
-        return tables.fig6(plan)
-    section = getattr(tables, name)(plan, s)
-    if name == "table3" and s.clips:
-        section.numbers["mismatch"] = mismatches(cfg, plan, store)
-        section.lines += ["", *mismatch_lines(section.numbers["mismatch"])]
-    return section
-CLIPS_OF_TEACHER, CLIPS_ASKED = 2048, 256
+# --------------------------------------------------------------------------- Eq. 4: the mismatch M
+
+TEACHER_CLIPS, COMPARED_CLIPS = 2048, 256
 
 
-def mismatches(cfg: Config, plan: Plan, store: Path) -> dict[str, tuple[float, float]]:
+def mismatches(cfg: Config, plan: Plan, synvid: Path) -> dict[str, tuple[float, float]]:
     """M of Eq. 4 for each set that a method learned from: mean and standard error over videos."""
-    clips = clips_folder(plan)
-    baselines.keep_clips(cfg, clips / "training.safetensors", world.RADIUS, 0, CLIPS_OF_TEACHER,
-                         pick_device(cfg.device))
-    known = open_safetensors(clips / "training.safetensors")["latents"].read()
-    files = sorted(store.glob("*/*.safetensors"))[:CLIPS_ASKED]
-    sets = {name: open_safetensors(clips / f"{name}.safetensors")["latents"].read()[:CLIPS_ASKED]
-            for name in ("matched", "mismatched")}
+    def clips(name: str) -> torch.Tensor:
+        return open_safetensors(plan.clips / f"{name}.safetensors")["latents"].read()
+
+    keep_clips(cfg, plan.clips / "training.safetensors", RADIUS, 0, TEACHER_CLIPS,
+               pick_device(cfg.device))
+    files = sorted(synvid.glob("*/*.safetensors"))[:COMPARED_CLIPS]
+    sets = {name: clips(name)[:COMPARED_CLIPS] for name in ("matched", "mismatched")}
     sets["samples"] = torch.stack([open_safetensors(file)["x"].read()[-1] for file in files])
-    return {name: mean_error(distances(x, known).min(1).values) for name, x in sets.items()}
+    training = clips("training")
+    return {name: mean_error(distances(x, training).min(1).values) for name, x in sets.items()}
 
 
-def mismatch_lines(found: dict[str, tuple[float, float]]) -> list[str]:
+def mismatch_lines(measured: dict[str, tuple[float, float]]) -> list[str]:
     """M as Markdown."""
-    return ["M (Eq. 4, a video's root mean square distance to the nearest of "
-            f"{CLIPS_OF_TEACHER} of the teacher's training clips, in latents; fresh clips of the "
-            "same kind show what so few of them leave):", "",
-            "| set | M |", "|---|---|",
-            *(f"| {tables.DATA[name]} | {mean:.4f} ± {error:.4f} |"
-              for name, (mean, error) in found.items())]
+    return ["M (Eq. 4, a video's root mean square distance in latents to the nearest of "
+            f"{TEACHER_CLIPS} of the teacher's training clips; fresh clips of the same kind show "
+            "the distance that this number of clips leaves):", "",
+            *markdown_table(["set", "M"], [[tables.DATA[name], plus_minus(mean, error)]
+                                           for name, (mean, error) in measured.items()])]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from evaluation.measures import (
     c2st, distances, endpoint_error, energy_distance, gates, is_small_world, jackknife, mean_error,
     mean_row, projections, set_distances, sliced_wasserstein, spread)
 from evaluation.page import choose_examples, html_of
+from evaluation.sheets import data_uri
 from small_world.clips import ATTRIBUTES, high_frequency, make_captions, make_clips, oracle_hits
 
 

@@ -4,20 +4,22 @@ All models start from the same noise on the same captions. N videos have latents
 x50; y are the reference, other teacher@n samples of the same captions, with other noise.
 
   endpoint     mean of ‖x − x50‖² / ‖x50‖²
-  energy       2 E|x − y| − E|x − x'| − E|y − y'| over pairs of different videos (unbiased, so it
-               may be below 0), |·| root mean square over latent elements. teacher@n's own value
-               is what chance leaves: read it as the zero.
-  sliced W     mean over fixed random unit directions of the Wasserstein-1 distance of x to y
+  energy       2 E|x − y| − E|x − x'| − E|y − y'| over pairs of different videos, |·| root mean
+               square over latent elements, minus the same for teacher@n
+  sliced W     mean over fixed random unit directions of the Wasserstein-1 distance of x to y, minus
+               the same for teacher@n: by itself it is biased, equal distributions are not at 0
   HF           power of the videos above half the Nyquist frequency, divided by teacher@n's
+  edges        correlation of the videos' spatial gradients with teacher@n's: HF says how strong
+               edges are, this says whether they are in their places
+  floor        detail of the checkered floor, divided by teacher@n's (small world only)
   spread       variance of the latents over videos, summed over elements, divided by teacher@n's
-  C2ST         accuracy of a small classifier that is trained to separate x from y; 0.5 is chance
+  C2ST         accuracy of a small classifier that is trained to separate x from y; 0.5 is chance,
+               and with 144 videos a side everything between .44 and .56 may be chance
   first frame  PSNR of the first frame against the given image (image-to-video only)
   oracle       fraction of videos that show what their captions say (small world only)
 
-± is a standard error over videos, by jackknife for energy, sliced W, HF and spread. For energy and
-sliced W it is that of the difference from teacher@n's value, since noise and y are shared (in
-teacher@n's own row that of the value). For C2ST it is over three initialisations of the
-classifier. In the mean row of several students it is over students.
+± is a standard error over videos: by jackknife for energy, sliced W, HF, floor and spread, of the
+test decisions for C2ST. In the mean row of several students it is over students.
 """
 
 from collections.abc import Callable
@@ -97,27 +99,14 @@ def spread(x: Tensor, reference: Tensor) -> Statistic:
     return lambda i: numerator(i) / denominator(i)
 
 
-def mean_error(values: Tensor) -> tuple[float, float]:
-    """Mean of values [N] and its standard error."""
-    values = values.double()
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
-
-
-def jackknife(statistic: Statistic, n: int) -> tuple[float, float]:
-    """A statistic of n videos, given their indices, and its leave-one-out standard error."""
-    indices = torch.arange(n)
-    left = torch.tensor([statistic(indices[indices != i]) for i in range(n)], dtype=torch.float64)
-    return statistic(indices), float(((n - 1) * left.var(correction=0)).sqrt())
-
-
 C2ST_FITS, C2ST_BATCH = 3, 16  # initialisations; videos of each kind in an iteration
 
 
 def c2st(x: Tensor, y: Tensor, steps: int, device: torch.device) -> tuple[float, float]:
     """Accuracy of a classifier that is trained to separate x from y [N,C,T,H,W]; 0.5 is chance.
 
-    Half of the videos train it and the other half test it, then the other way round. Returns mean
-    and standard error over C2ST_FITS initialisations.
+    Half of the videos train it and the other half test it, then the other way round. Returns the
+    mean over C2ST_FITS initialisations and the standard error of 2 N test decisions.
     Source: the classifier two-sample test, Lopez-Paz and Oquab, 2017.
     """
     both, accuracies = torch.stack((x, y)).float(), []                  # 2 N C T H W
@@ -125,7 +114,8 @@ def c2st(x: Tensor, y: Tensor, steps: int, device: torch.device) -> tuple[float,
         hits = [classify(both[:, fold::2], both[:, 1 - fold::2], steps, fit, device)
                 for fold in (0, 1)]
         accuracies.append(sum(hits) / (2 * len(x)))
-    return mean_error(torch.tensor(accuracies))
+    mean = sum(accuracies) / C2ST_FITS
+    return mean, (mean * (1 - mean) / (2 * len(x))) ** 0.5
 
 
 def classify(train: Tensor, test: Tensor, steps: int, fit: int, device: torch.device) -> int:
@@ -187,33 +177,48 @@ def first_frames(prompts: list[Prompt], cfg: Shared) -> list[Tensor]:
             for prompt in prompts if prompt.image is not None]
 
 
+def edge_correlation(video: Tensor, target: Tensor) -> float:
+    """Correlation of the spatial gradients of two videos [3,T,H,W], without their means."""
+    both = [torch.cat([grey.diff(dim=-1).flatten(), grey.diff(dim=-2).flatten()])
+            for grey in (video.mean(0), target.mean(0))]
+    return float(F.cosine_similarity(both[0], both[1], dim=0))
+
+
 @torch.no_grad()
-def measure_videos(samples: Samples, vae: nn.Module, indices: range, captions: list[str],
+def measure_videos(models: list[Samples], vae: nn.Module, indices: range, captions: list[str],
                    images: list[Tensor], oracle: bool, examples: set[int],
                    device: torch.device) -> None:
-    """Decode the videos one by one; fill in samples.values and samples.examples.
+    """Decode the videos one by one; fill in each model's values and examples.
 
-    Args: indices and captions of these videos; images, the first frames [3,H,W] that they were
-    given, if any; oracle, whether to compare with the captions; examples, indices to keep.
+    Args: models, of which the first is the target; indices and captions of these videos; images,
+    the first frames [3,H,W] that they were given, if any; oracle, whether they are of the small
+    world; examples, indices to keep.
     """
-    timer, values = Timer(device), []
-    bar = tqdm(samples.latents, f"decode {samples.label}", disable=indices.start > 0 or None)
-    for j, (i, latents) in enumerate(zip(indices, bar, strict=True)):
-        timer.lap("other")
-        video = vae.decode(latents[None].to(device))[0]
-        timer.lap("decode")
-        value = {"hf": high_frequency(video[None])}
-        if images:
-            value["first"] = float(psnr(video[None, :, :1].cpu(), images[j][None, :, None]))
-        if oracle:
-            hits = oracle_hits(video[None], captions[j:j + 1])
-            value |= {name: float(hit) for name, hit in hits.items()}
-        values.append(value)
-        if i in examples:
-            samples.examples[i] = thumbnail(video.cpu())
-    samples.values = {name: torch.tensor([value[name] for value in values], dtype=torch.float64)
-                      for name in values[0]}
-    samples.decode_seconds = timer.seconds()["decode"] / len(values)
+    timer, values = Timer(device), [[] for _ in models]
+    bar = tqdm(total=len(indices) * len(models), desc="decode", unit="video", mininterval=1,
+               disable=indices.start > 0 or None)
+    for j, i in enumerate(indices):
+        for number, samples in enumerate(models):
+            timer.lap("other")
+            video = vae.decode(samples.latents[j:j + 1].to(device))[0]
+            timer.lap(str(number))
+            target = video if number == 0 else target
+            value = {"hf": high_frequency(video[None]), "edges": edge_correlation(video, target)}
+            if images:
+                value["first"] = float(psnr(video[None, :, :1].cpu(), images[j][None, :, None]))
+            if oracle:
+                hits = oracle_hits(video[None], captions[j:j + 1])
+                value |= {"floor": float(floor_detail(video[None]))}
+                value |= {name: float(hit) for name, hit in hits.items()}
+            values[number].append(value)
+            if i in examples:
+                samples.examples[i] = thumbnail(video.cpu())
+            bar.update()
+    bar.close()
+    for number, samples in enumerate(models):
+        samples.values = {name: torch.tensor([value[name] for value in values[number]],
+                                             dtype=torch.float64) for name in values[number][0]}
+        samples.decode_seconds = timer.seconds()[str(number)] / len(indices)
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -224,23 +229,26 @@ def table_row(samples: Samples, teacher_n: Samples, reference: Tensor, direction
 
     Args: teacher_n from the same noise; reference, teacher@n's latents [N, …] from other noise.
     """
-    n = len(samples.latents)
-    hf, hf_n = samples.values["hf"], teacher_n.values["hf"]
+    n, shares = len(samples.latents), samples.values.keys() & {"hf", "floor"}
     row = {"label": samples.label, "kind": samples.kind, "m": samples.m,
            "evaluations": samples.evaluations, "seconds": samples.seconds,
-           "decode_seconds": samples.decode_seconds,
-           "endpoint": mean_error(endpoint_error(samples.latents, teacher_n.latents)),
-           "hf": jackknife(lambda i: float(hf[i].sum() / hf_n[i].sum()), n),
-           "spread": jackknife(spread(samples.latents, teacher_n.latents), n),
-           "c2st": c2st(samples.latents, reference, c2st_steps, device)}
-    zero = set_distances(teacher_n.latents, reference, directions)
-    for name, distance in set_distances(samples.latents, reference, directions).items():
-        row[name] = jackknife(distance, n)
-        if samples is not teacher_n:
-            gap = jackknife(lambda i, d=distance, z=zero[name]: d(i) - z(i), n)
-            row[name] = (row[name][0], gap[1])
-    return row | {name: mean_error(value) for name, value in samples.values.items()
-                  if name != "hf"}
+           "decode_seconds": samples.decode_seconds}
+    distances_of = set_distances(samples.latents, reference, directions)
+    zeros = set_distances(teacher_n.latents, reference, directions)
+    means = {"endpoint": endpoint_error(samples.latents, teacher_n.latents),
+             **{name: value for name, value in samples.values.items() if name not in shares}}
+    ratios = {name: (samples.values[name], teacher_n.values[name]) for name in shares}
+    statistics: dict[str, Statistic] = {
+        **{name: lambda i, v=value: float(v[i].mean()) for name, value in means.items()},
+        **{name: lambda i, v=both: float(v[0][i].sum() / v[1][i].sum())
+           for name, both in ratios.items()},
+        **{name: lambda i, d=distances_of[name], z=zeros[name]: d(i) - z(i) for name in zeros},
+        "spread": spread(samples.latents, teacher_n.latents)}
+    left = {name: leave_one_out(statistic, n) for name, statistic in statistics.items()}
+    row |= {name: (statistic(torch.arange(n)), jackknife_error(left[name]))
+            for name, statistic in statistics.items()}
+    row["c2st"] = c2st(samples.latents, reference, c2st_steps, device)
+    return row | {"left": {name: values.tolist() for name, values in left.items()}}
 
 
 def mean_row(rows: list[dict]) -> dict:
@@ -249,7 +257,7 @@ def mean_row(rows: list[dict]) -> dict:
            "label": f"{rows[0]['label'].removesuffix(' #1')}, mean of {len(rows)}"}
     for name, value in rows[0].items():
         if isinstance(value, tuple):
-            out[name] = mean_error(torch.tensor([row[name][0] for row in rows]))
+            out[name] = mean_and_error(torch.tensor([row[name][0] for row in rows]))
         elif isinstance(value, float):
             out[name] = sum(row[name] for row in rows) / len(rows)
     return out
@@ -257,7 +265,7 @@ def mean_row(rows: list[dict]) -> dict:
 
 def gates(teacher_n: dict, teacher_m: dict, student: dict) -> list[dict]:
     """The small world's gates, from the rows of teacher@n, teacher@m and the (mean) student."""
-    gap, gap_m = (abs(row["energy"][0] - teacher_n["energy"][0]) for row in (student, teacher_m))
+    gap, gap_m = (abs(row["energy"][0]) for row in (student, teacher_m))
     if "first" in student:  # the image fixes the details that few steps would blur
         second = gate("student's first frame against its image, dB", student["first"][0], 30)
     else:

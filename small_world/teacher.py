@@ -52,8 +52,8 @@ from model import (
     build_dit, check_model, collate, latent_shape, load_dit, sample_euler, shift_time, sizes_of,
     time_grid)
 from small_world.clips import (
-    ATTRIBUTES, COMBINATIONS, WORDINGS, agreement, caption, caption_attributes, gate,
-    high_frequency, make_captions, make_clips, psnr)
+    ATTRIBUTES, COMBINATIONS, WORDINGS, caption, make_captions, make_clips)
+from small_world.oracle import agreement, caption_attributes, gate, high_frequency, psnr
 from small_world.fit import fit, folder, log_lines, note
 
 
@@ -77,6 +77,7 @@ class Config(Shared):
                                "(0, inf)")
     vae_decay_from: float = field(0.4, "part of the VAE's iterations before its cosine decay",
                                   "[0, 1)")
+    vae_base: str | None = field(None, "weight folder whose VAE this one starts as")
     vae_iters: int = field(5000, "iterations of the VAE", "[1, inf)")
     vae_batch: int = field(3, "clips an iteration of the VAE", "[1, inf)")
     vae_crop: int = field(32, "side of the crops that the VAE is trained on, pixels")
@@ -158,6 +159,8 @@ def train_vae(cfg: Config, out: Path) -> None:
              "temporal_down": [False, True, True]}
     device, vae = pick_device(cfg.device), WanVAE(**sizes)
     initialise_vae(vae, generator(cfg.seed, "vae"))
+    if cfg.vae_base is not None:
+        vae.load_state_dict(load_vae(cfg.vae_base, torch.device("cpu")).state_dict())
     vae.to(device)
     moments, reconstruct = vae.moments, vae.reconstruct
     if cfg.compile:
@@ -176,7 +179,8 @@ def train_vae(cfg: Config, out: Path) -> None:
             divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.vae_bf16):
             error = reconstruct(z).float() - video
-        return (error.square().mean() + 0.2 * error.abs().mean()
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return (error.square().mean() + 0.2 * error.abs().mean() + 0.1 * edges
                 + 1e-5 * mean.square().mean() + 1e-6 * divergence)
 
     def evaluate(average: nn.Module) -> dict:

@@ -77,7 +77,6 @@ class Config(Shared):
                                "(0, inf)")
     vae_decay_from: float = field(0.4, "part of the VAE's iterations before its cosine decay",
                                   "[0, 1)")
-    vae_base: str | None = field(None, "weight folder whose VAE this one starts as")
     vae_iters: int = field(5000, "iterations of the VAE", "[1, inf)")
     vae_batch: int = field(3, "clips an iteration of the VAE", "[1, inf)")
     vae_crop: int = field(32, "side of the crops that the VAE is trained on, pixels")
@@ -159,8 +158,6 @@ def train_vae(cfg: Config, out: Path) -> None:
              "temporal_down": [False, True, True]}
     device, vae = pick_device(cfg.device), WanVAE(**sizes)
     initialise_vae(vae, generator(cfg.seed, "vae"))
-    if cfg.vae_base is not None:
-        vae.load_state_dict(load_vae(cfg.vae_base, torch.device("cpu")).state_dict())
     vae.to(device)
     moments, reconstruct = vae.moments, vae.reconstruct
     if cfg.compile:

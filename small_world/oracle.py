@@ -10,7 +10,7 @@ from torch import Tensor
 from small_world.clips import (
     ATTRIBUTES, EYE, HEADINGS, PALETTE, SHAPES, SIZE, silhouette, view_rays)
 
-FOUND = 0.75  # least overlap of a solid with the silhouette that fits it best
+FOUND = 0.75  # least mean overlap of a solid with the silhouette that fits it best
 
 
 def caption_attributes(text: str) -> dict[str, int]:
@@ -104,7 +104,9 @@ def read_clip(video: Tensor) -> dict[str, Tensor]:
     path = floor_path(mask)                                                       # N T 2
     when = torch.linspace(-0.5, 0.5, frames)
     step = (path * when[:, None]).sum(1) / when.square().sum().clamp(min=1e-6)    # N 2
-    found, moved, absent = iou >= FOUND, step.norm(dim=1) >= 0.2, torch.full_like(shape, -1)
+    part = mask.flatten(1).mean(1)
+    found = (iou >= FOUND) & (part > 0.01) & (part < 0.3)  # noise saturates the complete frame
+    moved, absent = step.norm(dim=1) >= 0.2, torch.full_like(shape, -1)
     return {"colour": torch.where(found, (hue @ named.T).argmax(1), absent),
             "shape": torch.where(found, shape, absent),
             "direction": torch.where(found & moved, (step @ HEADINGS.T).argmax(1), absent),
@@ -133,6 +135,19 @@ def gate(name: str, got: float, least: float = -math.inf, most: float = math.inf
 def psnr(video: Tensor, reference: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each clip [N, 3, T, H, W] in [-1, 1]."""
     return 10 * (4 / (video - reference).square().flatten(1).mean(1).clamp(min=1e-10)).log10()
+
+
+def floor_detail(video: Tensor) -> Tensor:
+    """Energy of the floor's edges [N] in video [N, 3, T, H, W]: what a 5 × 5 mean takes away.
+
+    Grey values in [0, 1], away from the solid; few-step samples lose the checkers first.
+    """
+    rgb = video.float().clamp(-1, 1) / 2 + 0.5
+    grey = rgb.mean(1)                                                            # N T H W
+    solid = F.max_pool2d((coverage(rgb) > 0.05).float(), 9, 1, 4)
+    edges = grey - F.avg_pool2d(grey, 5, 1, 2, count_include_pad=False)
+    floor = 1 - solid
+    return (edges.square() * floor).flatten(1).sum(1) / floor.flatten(1).sum(1).clamp(min=1)
 
 
 def high_frequency(video: Tensor) -> float:

@@ -1,14 +1,15 @@
-"""The small world: captioned clips drawn by formula, and the exact oracle that reads them back.
+"""The small world: captioned clips of a solid that slides over a checkered floor.
 
-One object on a grey ground: a caption names its colour, its shape and the direction in which it
-moves; size, place, speed, shade and a slight slope stay undecided, so that a caption has many
-videos and the denoising paths curve: that is what few steps get wrong and what distillation
-repairs. The oracle (`read_clip`) reads the three attributes back from any video.
+A caption contains the solid's colour, its shape and the direction in which it slides. Its size,
+place, speed and heading, the light, and the floor's phase, greys and tint stay undecided, so that
+a caption has many videos and the denoising paths curve: few Euler steps get these wrong, and
+distillation repairs them. `small_world/oracle.py` reads the three attributes back from a video.
 
 Held-out: each of the 72 combinations of attributes has four wordings; one of the four (which one
 depends on the combination) never occurs in training.
 
-Legend: N clips, T frames, H W height and width.
+Legend: N clips, T frames, P samples (rays) of a frame, H W height and width. World coordinates are
+x right, y away from the camera, z up; the floor is z = 0.
 """
 
 import itertools
@@ -20,20 +21,19 @@ from torch import Tensor
 
 from common.ranks import generator
 
-# ------------------------------------------------------------------------------------- Clips
+# --------------------------------------------------------------------------------- attributes
 
-COLOURS = {"red": (0.9, 0.1, 0.1), "yellow": (0.9, 0.9, 0.1), "green": (0.1, 0.9, 0.1),
-           "cyan": (0.1, 0.9, 0.9), "blue": (0.1, 0.1, 0.9), "pink": (0.9, 0.1, 0.9)}
-SHAPES = ("disc", "pillar", "plank")  # a disc, a tall bar, a wide bar, of equal area
-DIRECTIONS = {"right": (1.0, 0.0), "down": (0.0, 1.0), "left": (-1.0, 0.0), "up": (0.0, -1.0)}
+COLOURS = {"red": (0.90, 0.10, 0.08), "yellow": (0.95, 0.80, 0.06), "green": (0.10, 0.75, 0.16),
+           "cyan": (0.08, 0.78, 0.85), "blue": (0.12, 0.22, 0.95), "pink": (0.95, 0.15, 0.75)}
+SHAPES = ("ball", "cube", "cone")
+DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "away": (0.0, 1.0), "near": (0.0, -1.0)}
 ATTRIBUTES = {"colour": tuple(COLOURS), "shape": SHAPES, "direction": tuple(DIRECTIONS)}
-WORDINGS = ("a {colour} {shape} moves {direction}", "{colour} {shape} moving {direction}",
-            "a {shape}, {colour}, goes {direction}", "the {colour} {shape} drifts {direction}")
+WORDINGS = ("a {colour} {shape} slides {direction}", "{colour} {shape} sliding {direction}",
+            "a {shape}, {colour}, moves {direction}", "the {colour} {shape} drifts {direction}")
 COMBINATIONS = tuple(itertools.product(*(range(len(v)) for v in ATTRIBUTES.values())))
-RADIUS = (0.15, 0.21)  # least and largest, of a disc of an object's area, in sides
-BAR = 2.5  # long side of a bar, in short sides
+SIZE = (0.48, 0.64)  # least and largest radius of a ball; the other solids look equally large
 PALETTE = torch.tensor(tuple(COLOURS.values()))  # [colours, 3] in [0, 1]
-HEADINGS = torch.tensor(tuple(DIRECTIONS.values()))  # [directions, 2] as (x right, y down)
+HEADINGS = torch.tensor(tuple(DIRECTIONS.values()))  # [directions, 2] as (x, y)
 
 
 def caption(combination: int, wording: int) -> str:
@@ -43,9 +43,9 @@ def caption(combination: int, wording: int) -> str:
 
 
 def draw(seed: int, index: int, held_out: bool) -> tuple[int, int, Tensor]:
-    """Combination, wording and 7 uniform numbers of clip `index`: a function of its arguments."""
+    """Combination, wording and 14 uniform numbers of clip `index`: a function of its arguments."""
     g = generator(seed, "held-out clip" if held_out else "clip", index)
-    u = torch.rand(9, generator=g, dtype=torch.float64)
+    u = torch.rand(16, generator=g, dtype=torch.float64)
     total, ways = len(COMBINATIONS), len(WORDINGS)
     if held_out:  # every 72 indices show each combination once
         combination = index % total
@@ -60,146 +60,190 @@ def make_captions(seed: int, start: int, count: int, held_out: bool = False) -> 
     return [caption(combination, wording) for combination, wording in drawn]
 
 
-def make_clips(seed: int, start: int, count: int, size: int = 48, frames: int = 9,
-               held_out: bool = False, radius: tuple[float, float] = RADIUS,
+# ------------------------------------------------------------------------------------- solids
+# A ray is origin + s·direction, each a tuple of three tensors (x, y, z) that broadcast, relative to
+# the centre of the solid's base. Each function returns the ray's s at its first intersection
+# (infinity where there is none) and the outward normal there, which is not normalised.
+
+Vector = tuple[Tensor, Tensor, Tensor]
+
+
+def dot(a: Vector, b: Vector) -> Tensor:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def along(origin: Vector, direction: Vector, s: Tensor) -> Vector:
+    return tuple(o + s * d for o, d in zip(origin, direction, strict=True))
+
+
+def unit(v: Vector) -> Vector:
+    length = dot(v, v).sqrt()
+    return tuple(part / length for part in v)
+
+
+def hit_ball(origin: Vector, direction: Vector, size: float) -> tuple[Tensor, Vector]:
+    """A ball of radius `size` that touches the floor."""
+    o = (origin[0], origin[1], origin[2] - size)
+    a, b = dot(direction, direction), dot(o, direction)
+    inside = b * b - a * (dot(o, o) - size * size)
+    s = torch.where(inside > 0, (-b - inside.clamp(min=0).sqrt()) / a, math.inf)
+    return torch.where(s > 0, s, math.inf), along(o, direction, s.nan_to_num(posinf=0))
+
+
+def hit_cube(origin: Vector, direction: Vector, size: float) -> tuple[Tensor, Vector]:
+    """A cube whose sides are 1.6·size, parallel to x and y, on the floor."""
+    half = 0.8 * size
+    o = (origin[0], origin[1], origin[2] - half)
+    faces = [((-half - p) / d, (half - p) / d) for p, d in zip(o, direction, strict=True)]
+    enter = [torch.minimum(a, b) for a, b in faces]
+    leave = [torch.maximum(a, b) for a, b in faces]
+    s = torch.maximum(torch.maximum(enter[0], enter[1]), enter[2])
+    out = torch.minimum(torch.minimum(leave[0], leave[1]), leave[2])
+    normal = tuple(-torch.sign(d) * (e == s) for d, e in zip(direction, enter, strict=True))
+    return torch.where((s < out) & (s > 0), s, math.inf), normal
+
+
+def hit_cone(origin: Vector, direction: Vector, size: float) -> tuple[Tensor, Vector]:
+    """A cone on the floor, 2.2·size high, whose base has a radius of 1.1·size."""
+    height, slope = 2.2 * size, 0.5  # slope: radius per height
+    (x, y, z), (dx, dy, dz) = origin, direction
+    w = height - z  # below the apex
+    a = dx * dx + dy * dy - slope ** 2 * dz * dz
+    b = x * dx + y * dy + slope ** 2 * w * dz
+    inside = b * b - a * (x * x + y * y - slope ** 2 * w * w)
+    root, s = inside.clamp(min=0).sqrt(), torch.tensor(math.inf)
+    for sign in (-1, 1):  # the double cone has two intersections; that below the apex counts
+        t = (-b + sign * root) / a
+        on = (inside > 0) & (t > 0) & ((w - t * dz - height / 2).abs() <= height / 2)
+        s = torch.where(on & (t < s), t, s)
+    px, py, pz = along(origin, direction, s.nan_to_num(posinf=0))
+    return s, (px, py, slope ** 2 * (height - pz))
+
+
+HITS = (hit_ball, hit_cube, hit_cone)  # in the order of SHAPES
+
+
+def turn(v: Vector, yaw: float) -> Vector:
+    """A vector turned about the z axis by `yaw` radians."""
+    c, s = math.cos(yaw), math.sin(yaw)
+    return c * v[0] - s * v[1], s * v[0] + c * v[1], v[2]
+
+
+def hit(shape: int, origin: Vector, direction: Vector, size: float, yaw: float,
+        ) -> tuple[Tensor, Vector]:
+    """Intersections with a solid that is turned by `yaw`, which only a cube shows."""
+    if SHAPES[shape] != "cube":
+        return HITS[shape](origin, direction, size)
+    s, normal = hit_cube(turn(origin, -yaw), turn(direction, -yaw), size)
+    return s, turn(normal, yaw)
+
+
+# ------------------------------------------------------------------------------------- camera
+
+EYE, TARGET, HALF_VIEW = (0.0, -4.2, 3.6), (0.0, 0.15, 0.25), 0.26  # HALF_VIEW: a tangent
+OVERSAMPLE = 2  # rays for a pixel's side
+AMBIENT, SHADOW, SHINE = 0.42, 0.52, 0.35  # parts of light: everywhere, in shadow, of a highlight
+
+
+def view_rays(side: int) -> Vector:
+    """Directions [side²] of the rays through a square grid of side × side, by row."""
+    forward = F.normalize(torch.tensor(TARGET) - torch.tensor(EYE), dim=0)
+    right = torch.tensor((1.0, 0.0, 0.0))
+    up = torch.linalg.cross(right, forward)
+    at = ((torch.arange(side) + 0.5) / side * 2 - 1) * HALF_VIEW
+    rays = forward + at.view(1, -1, 1) * right - at.view(-1, 1, 1) * up  # H W 3
+    return rays.flatten(0, 1).unbind(1)
+
+
+def origins(centre: Tensor) -> Vector:
+    """The eye relative to each centre [T, 2] of a solid's base, as [T, 1] each."""
+    x, y = centre.unbind(1)
+    return EYE[0] - x[:, None], EYE[1] - y[:, None], torch.full_like(x, EYE[2])[:, None]
+
+
+def downsample(samples: Tensor, size: int) -> Tensor:
+    """[…, T, P] samples of OVERSAMPLE² a pixel, averaged to […, T, size, size]."""
+    side = size * OVERSAMPLE
+    return F.avg_pool2d(samples.unflatten(-1, (side, side)), OVERSAMPLE)
+
+
+def silhouette(shape: int, centre: Tensor, size: float, yaw: float, pixels: int) -> Tensor:
+    """Coverage [T, pixels, pixels] of a solid at centre [T, 2] of its base."""
+    s, _ = hit(shape, origins(centre), view_rays(pixels * OVERSAMPLE), size, yaw)
+    return downsample(s.isfinite().float(), pixels)
+
+
+def render(shape: int, colour: Tensor, centre: Tensor, size: float, yaw: float, light: Vector,
+           greys: tuple[Tensor, Tensor], phase: tuple[float, float], tile: float,
+           pixels: int) -> Tensor:
+    """Ray-cast one clip: a shaded solid, its shadow and a checkered floor.
+
+    Args: shape, an index into SHAPES; colour [3] in [0, 1]; centre [T, 2] of the solid's base in
+    each frame; light, a unit vector towards the light; greys, the two colours [3] of the floor's
+    tiles; phase, the floor's offset in tiles; tile, their side; pixels, the frames' side.
+    Returns [3, T, pixels, pixels] in [0, 1].
+    """
+    rays, origin = view_rays(pixels * OVERSAMPLE), origins(centre)
+    s, normal = hit(shape, origin, rays, size, yaw)                               # T P
+    seen = s.isfinite()
+    # the floor, its coordinates relative to the world's origin and to the solid
+    down = -EYE[2] / rays[2]                                                      # P
+    x, y = EYE[0] + down * rays[0], EYE[1] + down * rays[1]
+    odd = ((x / tile + phase[0]).floor() + (y / tile + phase[1]).floor()) % 2     # P
+    local = (x - centre[:, :1], y - centre[:, 1:], torch.full_like(s, 1e-4))      # T P
+    shaded = hit(shape, local, light, size, yaw)[0].isfinite()
+    dim = torch.where(shaded, SHADOW, 1.0)                                        # T P
+    image = torch.stack([(greys[0][c] + odd * (greys[1][c] - greys[0][c])) * dim
+                         for c in range(3)])                                      # 3 T P
+    # the solid: ambient and diffuse light, a highlight half-way between light and eye
+    n, ray = (unit(tuple(part.expand_as(s)[seen] for part in v)) for v in (normal, rays))
+    diffuse = dot(n, light).clamp(min=0)                                          # K samples seen
+    half = unit(tuple(toward - part for toward, part in zip(light, ray, strict=True)))
+    shine = SHINE * dot(n, half).clamp(min=0) ** 24 * (diffuse > 0)
+    lit = AMBIENT + (1 - AMBIENT) * diffuse
+    image[:, seen] = (colour[:, None] * lit + shine).clamp(max=1)
+    return downsample(image, pixels)
+
+
+# -------------------------------------------------------------------------------------- clips
+
+
+def make_clip(shape: int, colour: int, direction: int, u: list[float], size: int, frames: int,
+              radius: tuple[float, float]) -> Tensor:
+    """One clip [3, T, size, size] in [0, 1] of attributes and 14 uniform numbers u."""
+    r = radius[0] + (radius[1] - radius[0]) * u[0]
+    travel, slope = 0.7 + 0.35 * u[1], 0.25 * (2 * u[2] - 1)
+    heading = HEADINGS[direction]
+    step = travel * (heading + slope * heading.flip(0) * torch.tensor([-1.0, 1.0]))
+    nearest, farthest = -0.62 + step[1].abs() / 2, 0.9 - step[1].abs() / 2  # so that the frame
+    y = nearest + (farthest - nearest) * u[3]                               # never cuts the solid
+    room = (1.2 + 0.2 * (y - step[1].abs() / 2) - 1.15 * r - step[0].abs() / 2).clamp(min=0)
+    when = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
+    centre = torch.stack((room * (2 * u[4] - 1), y)) + when[:, None] * step       # T 2
+    azimuth, elevation = 0.6 + 1.9 * u[5], 0.85 + 0.2 * u[6]
+    light = tuple(torch.tensor(v) for v in (math.cos(azimuth) * math.cos(elevation),
+                                            -math.sin(azimuth) * math.cos(elevation),
+                                            math.sin(elevation)))
+    grey, contrast = 0.48 + 0.22 * u[7], 0.22 + 0.08 * u[8]
+    tint = 1 + 0.05 * (2 * torch.tensor(u[9:12]) - 1)
+    greys = ((grey - contrast / 2) * tint, (grey + contrast / 2) * tint)
+    return render(shape, PALETTE[colour], centre, r, math.pi / 2 * u[12], light, greys,
+                  (u[13], (u[13] * 7.31) % 1), 1.2, size)
+
+
+def make_clips(seed: int, start: int, count: int, size: int = 64, frames: int = 9,
+               held_out: bool = False, radius: tuple[float, float] = SIZE,
                ) -> tuple[Tensor, list[str], dict[str, Tensor]]:
-    """Draw clips by signed distance; clip i depends on (seed, i, held_out) alone.
+    """Ray-cast clips; clip i depends on (seed, i, held_out) and the sizes alone.
 
     Returns video [N, 3, T, size, size] fp32 in [-1, 1], N captions, and for each of "colour",
     "shape", "direction" the indices [N] into ATTRIBUTES. `held_out` draws the held-out wordings;
-    radius is the range of sizes.
+    radius is the range of the solids' sizes.
     """
     drawn = [draw(seed, i, held_out) for i in range(start, start + count)]
     captions = [caption(combination, wording) for combination, wording, _ in drawn]
     chosen = torch.tensor([COMBINATIONS[combination] for combination, _, _ in drawn]).view(-1, 3)
-    attributes = dict(zip(ATTRIBUTES, chosen.unbind(1), strict=True))
-    u = torch.stack([u for _, _, u in drawn]).float()  # [N, 7]
-    radius = radius[0] + (radius[1] - radius[0]) * u[:, 0]  # of a disc of the same area, in sides
-    travel = 0.20 + 0.14 * u[:, 1]  # way of the centre in the whole clip, in sides
-    slope = 0.25 * (2 * u[:, 2] - 1)  # sideways per forward
-    forward = HEADINGS[attributes["direction"]]
-    sideways = forward.flip(1) * torch.tensor([-1.0, 1.0])
-    step = travel[:, None] * (forward + slope[:, None] * sideways)  # [N, 2]
-    room = 0.5 - half_sizes(attributes["shape"], radius) - step.abs() / 2  # never cut by the frame
-    middle = 0.5 + room.clamp(min=0) * (2 * u[:, 3:5] - 1)
-    when = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
-    centre = middle[:, None] + when[:, None] * step[:, None]  # [N, T, 2]
-    shade = 0.05 + 0.90 * u[:, 5]
-    mask = render(attributes["shape"], centre, radius[:, None].expand(-1, frames), size)
-    video = paint(mask, PALETTE[attributes["colour"]], shade[:, None].expand(-1, 3))
-    return video, captions, attributes
-
-
-def half_sizes(shape: Tensor, radius: Tensor) -> Tensor:
-    """Half width and half height [..., 2] of shapes whose area is that of a disc of `radius`."""
-    short = radius * math.sqrt(math.pi / 4 / BAR)
-    tall, wide = torch.stack((short, BAR * short), -1), torch.stack((BAR * short, short), -1)
-    disc = torch.stack((radius, radius), -1)
-    kind = shape.view(shape.shape + (1,) * (disc.ndim - shape.ndim))
-    return torch.where(kind == 0, disc, torch.where(kind == 1, tall, wide))
-
-
-def render(shape: Tensor, centre: Tensor, radius: Tensor, size: int) -> Tensor:
-    """Coverage [N, T, size, size] of shapes [N] at centre [N, T, 2], radius [N, T], in sides."""
-    at = (torch.arange(size, device=centre.device) + 0.5) / size
-    dx = (at - centre[..., :1])[..., None, :]  # [N, T, 1, W]
-    dy = (at - centre[..., 1:])[..., :, None]  # [N, T, H, 1]
-    half = half_sizes(shape, radius)[..., None, None, :]
-    disc = (dx.square() + dy.square()).sqrt() - radius[..., None, None]
-    bar = torch.maximum(dx.abs() - half[..., 0], dy.abs() - half[..., 1])
-    distance = torch.where(shape.view(-1, 1, 1, 1) == 0, disc, bar)
-    return (0.5 - distance * size).clamp(0, 1)
-
-
-def paint(mask: Tensor, colour: Tensor, ground: Tensor) -> Tensor:
-    """Video [N, 3, T, H, W] of coverage [N, T, H, W]; colour and ground [N, 3] in [0, 1]."""
-    colour, ground = colour.view(-1, 3, 1, 1, 1), ground.reshape(-1, 3, 1, 1, 1)
-    return (ground + mask[:, None] * (colour - ground)) * 2 - 1
-
-
-# ------------------------------------------------------------------------------------ Oracle
-
-
-def caption_attributes(text: str) -> dict[str, int]:
-    """Indices into ATTRIBUTES of the words of a caption; -1 where it names none."""
-    words = [word.strip(",.;:!?").lower() for word in text.split()]
-    return {name: next((values.index(w) for w in words if w in values), -1)
-            for name, values in ATTRIBUTES.items()}
-
-
-def read_clip(video: Tensor) -> dict[str, Tensor]:
-    """Read the attributes of video [N, 3, T, H, W] in [-1, 1] back, by fitting a clip to it.
-
-    Saturation gives the object's coverage, its mean hue the colour, moments the place and the area
-    in each frame, the best soft overlap with a shape of that area the shape, a straight line
-    through the places the direction. Returns tensors [N]: "colour", "shape", "direction" (indices
-    into ATTRIBUTES; -1 where there is no such object: overlap under 0.5 or hardly any motion),
-    "psnr" (dB, of the video against the drawn fit) and "iou" (soft overlap with the fit).
-    """
-    rgb = video.float().clamp(-1, 1) / 2 + 0.5
-    count, _, frames, size, _ = rgb.shape
-    saturation = rgb.amax(1) - rgb.amin(1)  # [N, T, H, W]
-    full = saturation.flatten(1).quantile(0.97, dim=1).clamp(min=0.2)
-    mask = ((saturation / full.view(-1, 1, 1, 1) - 0.15) / 0.7).clamp(0, 1)
-    weight = mask.flatten(2).sum(2).clamp(min=1e-6)  # [N, T] pixels
-    colour, ground = mean_colour(rgb, mask > 0.9), mean_colour(rgb, mask < 0.02)
-    hue = F.normalize(colour - colour.mean(1, keepdim=True), dim=1)
-    named = F.normalize(PALETTE - PALETTE.mean(1, keepdim=True), dim=1).to(hue)
-    at = (torch.arange(size, device=rgb.device) + 0.5) / size
-    centre = torch.stack(((mask.sum(2) * at).sum(-1), (mask.sum(3) * at).sum(-1)), -1)
-    centre = centre / weight[..., None]  # [N, T, 2]
-    when = torch.linspace(-0.5, 0.5, frames, device=rgb.device)
-    step = (centre * when[:, None]).sum(1) / when.square().sum().clamp(min=1e-6)  # [N, 2]
-    line = centre.mean(1, keepdim=True) + when[:, None] * step[:, None]  # [N, T, 2]
-    radius = (weight.mean(1, keepdim=True) / math.pi).sqrt().expand(-1, frames) / size
-    kinds = torch.arange(len(SHAPES), device=rgb.device).view(-1, 1).expand(-1, count)
-    fits = torch.stack([render(kind, line, radius, size) for kind in kinds])  # [shapes, N, T, H, W]
-    union = torch.maximum(fits, mask).flatten(2).sum(2).clamp(min=1e-6)
-    iou, shape = (torch.minimum(fits, mask).flatten(2).sum(2) / union).max(0)  # [N]
-    fit = fits[shape, torch.arange(count, device=rgb.device)]
-    error = (paint(fit, colour, ground) - video.float().clamp(-1, 1)).square().flatten(1).mean(1)
-    found, moved = iou >= 0.5, step.norm(dim=1) >= 0.05
-    absent = torch.full_like(shape, -1)
-    return {"colour": torch.where(found, (hue @ named.T).argmax(1), absent),
-            "shape": torch.where(found, shape, absent),
-            "direction": torch.where(found & moved, (step @ HEADINGS.to(step).T).argmax(1), absent),
-            "psnr": 10 * (4 / error.clamp(min=1e-10)).log10(), "iou": iou}
-
-
-def mean_colour(rgb: Tensor, where: Tensor) -> Tensor:
-    """Mean [N, 3] of rgb [N, 3, T, H, W] over the pixels of `where` [N, T, H, W]."""
-    area = where.flatten(1).sum(1).clamp(min=1)
-    return (rgb * where[:, None]).flatten(2).sum(2) / area[:, None]
-
-
-def oracle_hits(video: Tensor, captions: list[str]) -> dict[str, Tensor]:
-    """Which clips [N, 3, T, H, W] show what their captions say: bool [N] by attribute and "all"."""
-    seen, named = read_clip(video.cpu()), [caption_attributes(text) for text in captions]
-    hits = {name: seen[name] == torch.tensor([n[name] for n in named]) for name in ATTRIBUTES}
-    return hits | {"all": torch.stack(list(hits.values())).all(0)}
-
-
-def agreement(video: Tensor, captions: list[str]) -> dict[str, float]:
-    """Part of the clips [N, 3, T, H, W] that show what their captions say, by attribute and all."""
-    return {name: float(hits.float().mean()) for name, hits in oracle_hits(video, captions).items()}
-
-
-def gate(name: str, got: float, least: float = -math.inf, most: float = math.inf) -> dict:
-    """A bound on a figure, and whether it is kept."""
-    wanted = (f"{least:g} … {most:g}" if math.inf not in (-least, most) else
-              f"≥ {least:g}" if most == math.inf else f"≤ {most:.4g}")
-    return {"gate": name, "got": got, "wanted": wanted, "pass": least <= got <= most}
-
-
-def psnr(video: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each clip [N, 3, T, H, W] in [-1, 1]."""
-    return 10 * (4 / (video - reference).square().flatten(1).mean(1).clamp(min=1e-10)).log10()
-
-
-def high_frequency(video: Tensor) -> float:
-    """Mean power of video [N, 3, T, H, W] above half the Nyquist frequency, in space."""
-    height, width = video.shape[-2:]
-    spectrum = torch.fft.fft2(video.float(), norm="ortho").abs().square()
-    rows, columns = torch.fft.fftfreq(height).abs(), torch.fft.fftfreq(width).abs()
-    high = torch.maximum(rows[:, None], columns[None]).to(spectrum.device) >= 0.25
-    return float(spectrum[..., high].mean())
+    clips = [make_clip(shape, colour, direction, u.tolist(), size, frames, radius)
+             for (colour, shape, direction), (_, _, u) in zip(chosen.tolist(), drawn, strict=True)]
+    video = torch.stack(clips) * 2 - 1 if clips else torch.empty(0, 3, frames, size, size)
+    return video, captions, dict(zip(ATTRIBUTES, chosen.unbind(1), strict=True))

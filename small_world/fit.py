@@ -1,7 +1,6 @@
-"""How the small networks are trained: Muon with AdamW, a moving average, a state on disk.
+"""Train one small network: Muon and AdamW, a moving average, a training state on disk.
 
-`fit` trains one network; interrupted, the same command continues with the same bits. What is
-trained and on what is teacher.py's.
+An interrupted `fit` continues with the same bits. Networks, data and losses are in teacher.py.
 """
 
 import copy
@@ -23,7 +22,7 @@ from common.weights import open_safetensors, safetensors_metadata, save_tensors
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal: each matrix steps by 0.2 sqrt(longer side) U Vᵀ of its momentum.
+    """Orthogonalised momentum: each matrix steps by 0.2 sqrt(longer side) U Vᵀ of its momentum.
 
     Convolution kernels [out, in, ...] count as matrices [out, in * ...]. The polynomial iteration
     runs on the small Gram matrix, all matrices of one shape at once. Source: Jordan et al., Muon,
@@ -37,14 +36,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            alike = {}
+            by_shape = {}
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                alike.setdefault(p.flatten(1).shape, []).append(p)
-            for shape, params in alike.items():
-                ahead = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in params]
-                update = orthogonalise(torch.stack([m.flatten(1) for m in ahead]))
+                by_shape.setdefault(p.flatten(1).shape, []).append(p)
+            for shape, params in by_shape.items():
+                nesterov = [p.grad.lerp(self.state[p]["momentum"], group["momentum"])
+                            for p in params]
+                update = orthogonalise(torch.stack([m.flatten(1) for m in nesterov]))
                 for p, u in zip(params, update, strict=True):
                     p.add_(u.view_as(p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
@@ -75,8 +75,8 @@ def optimisers(module: nn.Module, muon_lr: float, adam_lr: float) -> tuple:
 
 # ---------------------------------------------------------------------------------- Training
 
-NOTE_EVERY = 50  # iterations of one line of the log
-# Settings of every training; those named after one of them belong to it.
+NOTE_EVERY = 50  # iterations per line of the log
+# A training state belongs to these settings and to those that start with the network's label.
 COMMON = ("seed", "height", "width", "frames", "ema")
 
 
@@ -97,7 +97,7 @@ def log_lines(cfg: Any) -> list[dict]:
 
 
 def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of modules and optimisers by name; an optimiser's by number of parameter."""
+    """The tensors of modules and optimisers by name; an optimiser's by index of the parameter."""
     tensors = {}
     for name, of in state.items():
         values = of.state_dict()
@@ -109,16 +109,16 @@ def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def resume(path: Path, settings: str, state: dict[str, Any]) -> tuple[int, float]:
-    """Iterations and seconds done according to the file at `path`, which is read into `state`.
+    """Read the file at `path` into `state`; returns the iterations and seconds done so far.
 
-    Raises ValueError if it cannot be read, or belongs to other settings.
+    Raises ValueError if it cannot be read or belongs to other settings.
     """
     if not path.exists():
         return 0, 0.0
     about, tensors = safetensors_metadata(path), open_safetensors(path)
     if about.get("settings") != settings:
-        raise ValueError(f"{path} was trained with {about.get('settings')}, this run wants "
-                         f"{settings}: choose another --run, or remove the file")
+        raise ValueError(f"{path} was trained with {about.get('settings')}, expected {settings}: "
+                         "choose another --run, or remove the file")
     for name, of in state.items():
         own = {key.removeprefix(f"{name}."): t.read() for key, t in tensors.items()
                if key.startswith(f"{name}.")}
@@ -137,12 +137,11 @@ def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, f
         made_from: dict[str, str] | None = None) -> nn.Module:
     """Train `module` and return the moving average of its weights, in evaluation mode.
 
-    `lrs` are those of Muon and of AdamW, constant at first and falling as a cosine from the part
-    `decay_from` of the iterations on; `loss_of(i)` is the loss of iteration i, all its draws
-    seeded by i; `evaluate(average)` returns figures for the log; `made_from` names what else
-    decides the result and is no setting of this training. The state is saved every `save_every`
-    seconds: the same command continues with the same bits. Raises ValueError if a loss is not
-    finite.
+    Args: lrs, learning rates of Muon and of AdamW, constant at first, then falling as a cosine from
+    the fraction `decay_from` of the iterations on; loss_of(i), the loss of iteration i, whose draws
+    are all seeded by i; evaluate(average), figures for the log; made_from, what else the result
+    depends on that is not a setting of this network.
+    The state is saved every `save_every` seconds. Raises ValueError if a loss is not finite.
     """
     path, begun = folder(cfg) / f"{label}_state.safetensors", time.perf_counter()
     settings = json.dumps({name: value for name, value in asdict(cfg).items()

@@ -1,22 +1,14 @@
-"""Stage 0: train the small teacher that ships with the project (Eq. 3), on the clips of clips.py.
-
-Trained in this order, each by `fit`: a sentencepiece model and a tiny umT5 (to tell the attributes
-of a caption), a tiny Wan VAE, a tiny Wan DiT on the VAE's latents.
+"""Stage 0: train the small teacher that the project ships (Eq. 3) on the clips of clips.py.
 
     python -m small_world.teacher [CONFIG] [--out DIR] [--field value]     the same command resumes
 
-With `base`, VAE and text encoder are those of another folder and the DiT starts as its own. The
-small image-to-video teacher (configs/tiny-i2v.yaml) starts so, as Wan's did; a tiny image encoder
-(to tell colour and shape of a first frame) is trained before it.
+A sentencepiece model and a tiny umT5, a tiny Wan VAE and a tiny Wan DiT are trained in this order.
+With `base` (configs/tiny-i2v.yaml) VAE and text encoder are copied from another folder, the DiT
+starts from that folder's DiT, as Wan's image-to-video model did, and an image encoder is added.
 
-In:   nothing, everything is drawn from `seed`.
+In:   nothing; everything is drawn from `seed`.
 Out:  DIR (default <run>/teacher/weights) in the layout of the official Wan 2.1 folder, with
-      training.json and curves.png; <run>/teacher/log.jsonl and the training states.
-Cost: 50 minutes of one core (assets/tiny/training.json has the parts); 1.5 GB of memory.
-
-Gates use held-out captions and fresh noise.
-
-Legend: N clips or B batch, C channels, T frames, H W height and width, L text tokens, D width.
+      training.json (hours, gates) and curves.png; <run>/teacher/ has the log and training states.
 """
 
 import io
@@ -52,8 +44,9 @@ from model import (
     build_dit, check_model, collate, latent_shape, load_dit, sample_euler, shift_time, sizes_of,
     time_grid)
 from small_world.clips import (
-    ATTRIBUTES, COMBINATIONS, WORDINGS, agreement, caption, caption_attributes, gate,
-    high_frequency, make_captions, make_clips, psnr)
+    ATTRIBUTES, COMBINATIONS, WORDINGS, caption, make_captions, make_clips)
+from small_world.oracle import (
+    agreement, caption_attributes, floor_detail, gate, psnr, read_clip)
 from small_world.fit import fit, folder, log_lines, note
 
 
@@ -64,10 +57,10 @@ from small_world.fit import fit, folder, log_lines, note
 class Config(Shared):
     out: str | None = field(None, "folder for the weights; default <run>/teacher/weights")
     threads: int = field(1, "CPU threads", "[1, inf)")
-    base: str | None = field(None, "weight folder to start from: its VAE and text encoder stay")
+    base: str | None = field(None, "weight folder to start from: its VAE and text encoder are kept")
     compile: bool = field(True, "torch.compile the DiT while training (needs a C++ compiler)")
     ema: float = field(0.999, "decay of the moving average of the weights, per iteration", "[0, 1)")
-    save_every: float = field(120.0, "seconds between two training states on disk", "[0, inf)")
+    save_every: float = field(120.0, "seconds between two saves of the training state", "[0, inf)")
     text_iters: int = field(600, "iterations of the text encoder, 96 captions each", "[1, inf)")
     image_iters: int = field(600, "iterations of the image encoder, 32 first frames each",
                              "[1, inf)")
@@ -75,43 +68,43 @@ class Config(Shared):
     vae_muon_lr: float = field(2e-3, "learning rate of the VAE's kernels (Muon)", "(0, inf)")
     vae_adam_lr: float = field(1e-3, "learning rate of the VAE's other parameters (AdamW)",
                                "(0, inf)")
-    vae_decay_from: float = field(0.4, "part of the VAE's iterations before its cosine decay",
+    vae_decay_from: float = field(0.4, "fraction of the VAE's iterations before the cosine decay",
                                   "[0, 1)")
     vae_iters: int = field(5000, "iterations of the VAE", "[1, inf)")
-    vae_batch: int = field(3, "clips an iteration of the VAE", "[1, inf)")
+    vae_batch: int = field(3, "clips per iteration of the VAE", "[1, inf)")
     vae_crop: int = field(32, "side of the crops that the VAE is trained on, pixels")
     vae_dim: int = field(16, "base width of the VAE", "[1, inf)")
-    vae_bf16: bool = field(True, "train the VAE's convolutions in bfloat16")
-    vae_sample_from: float = field(0.6, "part of the iterations after which latents are sampled")
+    vae_bf16: bool = field(False, "train the VAE's convolutions in bfloat16")
+    vae_sample_from: float = field(0.6, "fraction of the iterations before latents are sampled")
     dit_pool: int = field(24000, "clips encoded for the DiT", "[1, inf)")
     dit_muon_lr: float = field(8e-3, "learning rate of the DiT's blocks (Muon)", "(0, inf)")
     dit_adam_lr: float = field(2e-3, "learning rate of the DiT's other parameters (AdamW)",
                                "(0, inf)")
-    dit_decay_from: float = field(0.3, "part of the DiT's iterations before its cosine decay",
+    dit_decay_from: float = field(0.3, "fraction of the DiT's iterations before the cosine decay",
                                   "[0, 1)")
     dit_iters: int = field(12000, "iterations of the DiT", "[1, inf)")
-    dit_batch: int = field(64, "latents an iteration of the DiT", "[1, inf)")
+    dit_batch: int = field(64, "latents per iteration of the DiT", "[1, inf)")
     dit_shift: float = field(3.0, "shift of the training times (sampling uses `shift`)", "(0, inf)")
-    dit_dropout: float = field(0.1, "part of the latents whose caption is empty, for CFG", "[0, 1]")
-    eval_every: int = field(1000, "iterations between two looks at held-out clips", "[1, inf)")
-    gate_clips: int = field(288, "clips of each gate", "[1, inf)")
+    dit_dropout: float = field(0.1, "fraction of captions left empty, for guidance", "[0, 1]")
+    eval_every: int = field(1000, "iterations between two evaluations", "[1, inf)")
+    gate_clips: int = field(288, "clips that each gate is measured on", "[1, inf)")
 
 
 # ------------------------------------------------------------------------------------ Parts
 
-PER_FILE = 500  # clips of one file of encoded clips
+PER_FILE = 500  # clips in one file of encoded clips
 BASE_FILES = ("Wan2.1_VAE.safetensors", "models_t5_umt5-tiny.safetensors",
-        "google/umt5-xxl/spiece.model")  # of `base`
+        "google/umt5-xxl/spiece.model")  # copied from `base`
 
 
 # --------------------------------------------------------------------------------------- VAE
 
 def initialise_vae(vae: nn.Module, g: torch.Generator) -> None:
-    """Start a small VAE as a blurring autoencoder, from which it learns at once to see objects.
+    """Initialise a small VAE as a blurring autoencoder; torch's own initialisation stalls at 11 dB.
 
-    Steps down average 2x2 pixels and pairs of frames, steps up repeat and smooth, other kernels of
-    the main path act at one place, residual branches start small. The first biases spread: channel
-    norms discard amplitude, so that without them the shade of the ground could not be seen.
+    Downsampling averages 2×2 pixels and pairs of frames, upsampling repeats and smooths, the other
+    kernels of the main path act at one position, residual branches start small. The first biases
+    are spread out, because channel norms discard amplitude and with it the grey of the floor.
     """
     def normal(weight: Tensor, fan_in: int) -> Tensor:
         return torch.randn(weight.shape, generator=g) / fan_in ** 0.5
@@ -150,9 +143,10 @@ def initialise_vae(vae: nn.Module, g: torch.Generator) -> None:
 
 
 def train_vae(cfg: Config, out: Path) -> None:
-    """A VAE, written to `out`: MSE + 0.2 L1 on random crops, latents sampled near the end.
+    """Train a VAE by MSE, L1 and L1 of differences on random crops; latents are sampled at the end.
 
-    Crops keep all frames: the later latent frames of a causal VAE have their own work to learn.
+    Crops keep all frames, because each latent frame of a causal VAE has its own function to learn.
+    The differences keep the edges of the floor's tiles free of grid lines and coloured fringes.
     """
     sizes = {"dim": cfg.vae_dim, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1,
              "temporal_down": [False, True, True]}
@@ -176,7 +170,8 @@ def train_vae(cfg: Config, out: Path) -> None:
             divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.vae_bf16):
             error = reconstruct(z).float() - video
-        return (error.square().mean() + 0.2 * error.abs().mean()
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return (error.square().mean() + 0.2 * error.abs().mean() + 0.1 * edges
                 + 1e-5 * mean.square().mean() + 1e-6 * divergence)
 
     def evaluate(average: nn.Module) -> dict:
@@ -188,7 +183,7 @@ def train_vae(cfg: Config, out: Path) -> None:
 
     vae = fit(cfg, "vae", vae, cfg.vae_iters, (cfg.vae_muon_lr, cfg.vae_adam_lr),
               cfg.vae_decay_from, loss_of, evaluate)
-    with torch.no_grad():  # the DiT sees channels of mean 0 and deviation 1
+    with torch.no_grad():  # the DiT works on channels of mean 0 and standard deviation 1
         clips = make_clips(cfg.seed, 0, min(480, cfg.dit_pool), cfg.height, cfg.frames)[0]
         means = torch.cat([vae.moments(some.to(device))[0] for some in clips.split(8)])
     sizes["latents_mean"] = means.mean((0, 2, 3, 4)).tolist()
@@ -199,14 +194,14 @@ def train_vae(cfg: Config, out: Path) -> None:
 # -------------------------------------------------------------------------------------- text
 
 def train_text(cfg: Config, out: Path) -> None:
-    """A sentencepiece model and a umT5 that tells a caption's attributes, written to `out`.
+    """Train a sentencepiece model and a umT5 that classifies a caption's attributes.
 
-    Only the encoder is kept: its states are what the DiT reads, frozen, as in Wan.
+    Only the encoder is kept: its states are the frozen input of the DiT, as in Wan.
     """
     ways = range(len(WORDINGS))
     captions = [caption(c, w) for c in range(len(COMBINATIONS)) for w in ways]
     words = sorted({word.strip(",") for text in captions for word in text.split()})
-    # A word that occurs in one form only is cut into letters: each is shown with several marks.
+    # A word with a single form is split into letters, so each one also occurs with punctuation.
     lines = captions + [word + mark for word in words for mark in (",", ".", ";")]
     pieces = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -231,8 +226,8 @@ def train_text(cfg: Config, out: Path) -> None:
         ids, mask = (x.to(device) for x in tokenizer(drawn))
         states = both["text"](ids, mask) * mask[..., None]                   # B L D
         logits = both["heads"](states.sum(1) / mask.sum(1, keepdim=True))    # B sum(counts)
-        wanted = torch.tensor([list(caption_attributes(text).values()) for text in drawn])
-        return sum(F.cross_entropy(part, wanted[:, j].to(device))
+        labels = torch.tensor([list(caption_attributes(text).values()) for text in drawn])
+        return sum(F.cross_entropy(part, labels[:, j].to(device))
                    for j, part in enumerate(logits.split(counts, 1)))
 
     encoder = fit(cfg, "text", both, cfg.text_iters, (0.0, 2e-3), 0.4, loss_of)["text"]
@@ -241,24 +236,24 @@ def train_text(cfg: Config, out: Path) -> None:
 
 
 def half(module: nn.Module) -> dict[str, Tensor]:
-    """Tensors as they are stored: float16 keeps 11 bits, and the files small."""
+    """A network's tensors in float16, which keeps 11 bits and halves the files."""
     return {name: value.half() for name, value in module.state_dict().items()}
 
 
 # ------------------------------------------------------------------------------------- images
 
 def train_image(cfg: Config, out: Path) -> None:
-    """A small image tower of CLIP's kind that tells a first frame's colour and shape, to `out`."""
-    want = sizes_of(cfg.preset)
-    sizes = {"dim": want.image_dim, "dim_ffn": 2 * want.image_dim, "num_layers": 2, "num_heads": 2,
-             "size": 48, "patch": 48 // math.isqrt(want.image_len - 1)}
+    """Train a small CLIP-like image encoder that classifies a first frame's colour and shape."""
+    dit = sizes_of(cfg.preset)
+    sizes = {"dim": dit.image_dim, "dim_ffn": 2 * dit.image_dim, "num_layers": 2, "num_heads": 2,
+             "size": 48, "patch": 48 // math.isqrt(dit.image_len - 1)}
     names = ("colour", "shape")
     counts = [len(ATTRIBUTES[name]) for name in names]
     device = pick_device(cfg.device)
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(cfg.seed, "image"))
         both = nn.ModuleDict({"tower": CLIPVision(**sizes),
-                              "heads": nn.Linear(want.image_dim, sum(counts))}).to(device)
+                              "heads": nn.Linear(dit.image_dim, sum(counts))}).to(device)
 
     def loss_of(i: int) -> Tensor:
         clips, _, shown = make_clips(cfg.seed, i * 32, 32, cfg.height, cfg.frames)
@@ -268,7 +263,7 @@ def train_image(cfg: Config, out: Path) -> None:
                    for name, part in zip(names, logits.split(counts, 1), strict=True))
 
     tower = fit(cfg, "image", both, cfg.image_iters, (0.0, 2e-3), 0.4, loss_of)["tower"]
-    sizes["num_layers"] += 1  # the released tower has one more, which is not read
+    sizes["num_layers"] += 1  # the released encoder has one more layer, which is not used
     save_tensors(out / "models_clip_tiny.safetensors",
                        {f"visual.{name}": value for name, value in half(tower).items()},
                        {"config": json.dumps(sizes)})
@@ -278,9 +273,10 @@ def train_image(cfg: Config, out: Path) -> None:
 
 def encode_part(cfg: Config, conditioner: Conditioner, vae: nn.Module,
                 start: int) -> dict[str, Tensor]:
-    """"latents" [at most PER_FILE, 16, T, H/8, W/8] of clips from `start` on, fp16, kept on disk.
+    """Encode up to PER_FILE clips from `start` on and keep them on disk.
 
-    For image-to-video also what image_cond makes of their first frames.
+    Returns "latents" [N, 16, T, H/8, W/8] in fp16, and for image-to-video the condition tensors of
+    the clips' first frames.
     """
     path = folder(cfg) / "pool" / f"{start:06d}.safetensors"
     count = min(PER_FILE, cfg.dit_pool - start)
@@ -305,45 +301,45 @@ def encode_part(cfg: Config, conditioner: Conditioner, vae: nn.Module,
 
 
 def weights_sum(module: nn.Module | None) -> str:
-    """A figure that tells networks apart."""
+    """A number that differs between networks."""
     return str(sum(p.double().abs().sum().item() for p in module.parameters()) if module else None)
 
 
 def start_dit(cfg: Config) -> nn.Module:
-    """The DiT to train: fresh, or `base`'s with what it lacks fresh and its new inputs unread."""
+    """The DiT to train: newly initialised, or `base`'s DiT with zero weights for its new inputs."""
     dit = build_dit(cfg.preset)
     dit.init_weights(generator(cfg.seed, "dit"))
     if cfg.base is not None:
-        known = dit_tensors(cfg.base)
+        tensors = dit_tensors(cfg.base)
         for name, p in dit.state_dict().items():
-            if name in known:
-                value = known[name].read(slice(None)).float()
+            if name in tensors:
+                value = tensors[name].read(slice(None)).float()
                 p.zero_()[tuple(map(slice, value.shape))] = value
     return dit.to(pick_device(cfg.device))
 
 
 def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: Conditioner) -> None:
-    """The tiny DiT by flow matching (Eq. 3) on encoded clips, written to `out`."""
+    """Train the tiny DiT by flow matching (Eq. 3) on encoded clips."""
     device, dit = pick_device(cfg.device), start_dit(cfg)
     starts = tqdm(range(0, cfg.dit_pool, PER_FILE), "encode", disable=None)
     parts = [encode_part(cfg, conditioner, vae, start) for start in starts]
     pool = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     latents = pool.pop("latents")
     captions = make_captions(cfg.seed, 0, cfg.dit_pool)
-    known = sorted(set(captions))
-    row = torch.tensor([known.index(text) for text in captions])
-    states = conditioner.text.encode_prompts([*known, ""])["text"]  # [captions + 1, L, D], frozen
+    distinct = sorted(set(captions))
+    row = torch.tensor([distinct.index(text) for text in captions])
+    states = conditioner.text.encode_prompts([*distinct, ""])["text"]  # captions + 1, L, D
     network = torch.compile(dit) if cfg.compile else dit
 
     def loss_of(i: int) -> Tensor:
         g, count = generator(cfg.seed, "dit", i), cfg.dit_batch
         pick = torch.randint(cfg.dit_pool, (count,), generator=g)
         empty = torch.rand(count, generator=g) < cfg.dit_dropout
-        u = (torch.arange(count) + torch.rand((), generator=g)) / count  # even: less variance
+        u = (torch.arange(count) + torch.rand((), generator=g)) / count  # stratified
         x0 = latents[pick].float().to(device)
         x1 = torch.randn(x0.shape, generator=g).to(device)
         cond = {name: value[pick].float().to(device) for name, value in pool.items()}
-        cond["text"] = states[torch.where(empty, len(known), row[pick]).to(device)]
+        cond["text"] = states[torch.where(empty, len(distinct), row[pick]).to(device)]
         t = shift_time(u, cfg.dit_shift).to(device)
         x = x0 + t.view(-1, 1, 1, 1, 1) * (x1 - x0)
         v = network(x, t, cond)
@@ -351,10 +347,13 @@ def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: Conditioner) 
 
     def evaluate(average: nn.Module) -> dict:
         count = min(len(COMBINATIONS), cfg.gate_clips)
-        wanted = held_out(cfg, out)[:count]
+        prompts = held_out(cfg, out)[:count]
         times = time_grid(cfg.family, 25, cfg.shift).tolist()
-        videos = sample(cfg, average, vae, conditioner, wanted, times)
-        return agreement(videos, [prompt.text for prompt in wanted])
+        videos = sample(cfg, average, vae, conditioner, prompts, times)
+        clips = make_clips(cfg.seed, 0, count, cfg.height, cfg.frames, True)[0]
+        return {**agreement(videos, [prompt.text for prompt in prompts]),
+                "floor": float(floor_detail(videos).mean() / floor_detail(clips).mean()),
+                "solid": float((read_clip(videos)["worst_iou"] >= 0.8).float().mean())}
 
     made_from = {"base": fingerprint(cfg.base) if cfg.base else "", "vae": weights_sum(vae),
                  "clip": weights_sum(conditioner.clip)}
@@ -385,7 +384,7 @@ def sample(cfg: Config, dit: nn.Module, vae: nn.Module, conditioner: Conditioner
 # ----------------------------------------------------------------------------------- prompts
 
 def write_prompts(cfg: Config, out: Path) -> None:
-    """prompts.txt and prompts_heldout.txt; for image-to-video .jsonl, an image each in images/."""
+    """Write prompts.txt and prompts_heldout.txt; for image-to-video .jsonl files and images."""
     if not sizes_of(cfg.preset).takes_image:
         seen = dict.fromkeys(make_captions(cfg.seed, 0, cfg.dit_pool))
         unseen = make_captions(cfg.seed, 0, len(COMBINATIONS), held_out=True)
@@ -419,9 +418,9 @@ def conditioner_of(cfg: Config, out: Path) -> Conditioner:
 # ------------------------------------------------------------------------------------- gates
 
 def gates(cfg: Config, out: Path) -> dict[str, dict]:
-    """What the weights stored in `out` can do, on held-out captions, clips and noise.
+    """Measure the weights in `out` on held-out captions, clips and noise.
 
-    Oracle readings are parts of all clips.
+    Returns a bound and a figure by gate, and the oracle's readings as fractions of all clips.
     """
     device = pick_device(cfg.device)
     vae, dit = load_vae(out, device), load_dit(out, cfg.preset, device=device).eval()
@@ -429,21 +428,34 @@ def gates(cfg: Config, out: Path) -> dict[str, dict]:
     clips, captions, _ = make_clips(cfg.seed, 0, cfg.gate_clips, cfg.height, cfg.frames, True)
     with torch.no_grad():
         again = torch.cat([vae.decode(vae.encode(v.to(device))).cpu() for v in clips.split(8)])
-    times = time_grid(cfg.family, cfg.n, cfg.shift)
-    many = sample(cfg, dit, vae, conditioner, prompts, times.tolist())
-    few = sample(cfg, dit, vae, conditioner, prompts, times[cfg.key].tolist())
-    readings = {"vae": agreement(again, captions), "teacher, all steps": agreement(many, captions),
-                "teacher, few steps": agreement(few, captions)}
-    found = {"vae_psnr": gate("VAE on held-out clips, dB", float(psnr(again, clips).mean()), 30),
-             "vae_oracle": gate("oracle right on the VAE's clips", readings["vae"]["all"], 0.95),
-             "teacher_oracle": gate("oracle right on the teacher's videos",
-                                    readings["teacher, all steps"]["all"], 0.9)}
+    grid = time_grid(cfg.family, cfg.n, cfg.shift)
+    two = [0, cfg.n // 2, cfg.n]
+    many, few, fewest = (sample(cfg, dit, vae, conditioner, prompts, grid[key].tolist())
+                         for key in (slice(None), cfg.key, two))
+    readings = {"rendered": agreement(clips, captions), "vae": agreement(again, captions),
+                **{f"teacher, {len(t) - 1} steps": agreement(v, captions)
+                   for t, v in ((grid, many), (cfg.key, few), (two, fewest))}}
+    floor = float(floor_detail(clips).mean())
+    floors = {n: floor_detail(v) / floor for n, v in ((cfg.n, many), ("few", few), (2, fewest))}
+    torn = read_clip(many)["worst_iou"]
+    found = {
+        "rendered_oracle": gate("oracle right on rendered clips",
+                                readings["rendered"]["all"], 0.99),
+        "vae_psnr": gate("VAE on held-out clips, dB", float(psnr(again, clips).mean()), 34),
+        "vae_oracle": gate("oracle right on the VAE's clips", readings["vae"]["all"], 0.97),
+        "teacher_oracle": gate("oracle right on the teacher's videos",
+                               readings[f"teacher, {cfg.n} steps"]["all"], 0.95),
+        "teacher_floor": gate("floor detail that nine of ten of the teacher's videos reach, over "
+                              "rendered clips'", float(floors[cfg.n].quantile(0.1)), 0.65),
+        "teacher_solids": gate("videos whose solid keeps its shape in every frame",
+                               float((torn >= 0.8).float().mean()), 0.95),
+        "few_steps_floor": gate("floor detail of few steps over that of all", float(
+            floors["few"].mean() / floors[cfg.n].mean()), most=0.8),
+        "two_steps_floor": gate("floor detail of two steps over that of all", float(
+            floors[2].mean() / floors[cfg.n].mean()), most=0.5)}
     if dit.cfg.takes_image:
         found["first_frame_psnr"] = gate("first frame against its image, dB", float(
             psnr(many[:, :, :1], clips[:, :, :1]).mean()), 30)
-    else:
-        found["few_step_high_frequency"] = gate(
-            "high frequencies of few steps", high_frequency(few) / high_frequency(many), most=0.85)
     return found | {"readings": readings}
 
 
@@ -464,10 +476,10 @@ def draw_curves(cfg: Config, path: Path) -> None:
 
 def copy_base(cfg: Config, out: Path) -> None:
     """Copy VAE and text encoder of `base`. Raises FileNotFoundError if it has none."""
-    absent = [name for name in BASE_FILES if not (Path(cfg.base) / name).is_file()]
-    if absent:
-        raise FileNotFoundError(f"base: {cfg.base} has no {absent[0]}; wanted a folder that "
-                                "stage 0 made, as assets/tiny")
+    missing = [name for name in BASE_FILES if not (Path(cfg.base) / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"base: {cfg.base} has no {missing[0]}: choose a folder that "
+                                "stage 0 made, such as assets/tiny")
     for name in BASE_FILES:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         replace_file(out / name, lambda aside, name=name: shutil.copyfile(
@@ -475,23 +487,25 @@ def copy_base(cfg: Config, out: Path) -> None:
 
 
 def check(cfg: Config) -> None:
-    """Raise ValueError for settings that this stage cannot serve."""
+    """Raise ValueError for settings that this stage does not support."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"got {os.environ['WORLD_SIZE']} processes; the small teacher is trained "
-                         "by one: start it by `python -m small_world.teacher`, without torchrun")
+        raise ValueError(f"expected one process, got {os.environ['WORLD_SIZE']}: start this stage "
+                         "by `python -m small_world.teacher`, without torchrun")
     if cfg.family != "wan" or cfg.preset not in ("tiny", "tiny-i2v"):
-        raise ValueError(f"family, preset: got {cfg.family}, {cfg.preset}; wanted wan and tiny or "
-                         "tiny-i2v: use configs/tiny.yaml or configs/tiny-i2v.yaml")
+        raise ValueError(f"preset: expected tiny or tiny-i2v of family wan, got {cfg.preset} of "
+                         f"{cfg.family}: use configs/tiny.yaml or configs/tiny-i2v.yaml")
     if cfg.height != cfg.width:
-        raise ValueError(f"height, width: got {cfg.height}, {cfg.width}; clips are square")
+        raise ValueError(f"height, width: expected a square, as clips are square, got "
+                         f"{cfg.height}, {cfg.width}: make them equal")
     if not 8 <= cfg.vae_crop <= cfg.height or cfg.vae_crop % 8:
-        raise ValueError(f"vae_crop: got {cfg.vae_crop}; wanted a multiple of 8 up to {cfg.height}")
+        raise ValueError(f"vae_crop: expected a multiple of 8 up to {cfg.height}, got "
+                         f"{cfg.vae_crop}: choose one")
     if cfg.compile:
         check_compiler(pick_device(cfg.device))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check the settings and train in the run's folder, which no other process may do then."""
+    """Check the settings, lock the run's folder and train."""
     cfg = load_config(Config, "teacher", argv, __doc__)
     check_model(cfg)
     check(cfg)
@@ -502,7 +516,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(cfg: Config, given: list[str]) -> None:
-    """Train what is not yet trained, in order, and measure it; given, the command's arguments."""
+    """Train all parts in order, continuing where an earlier process stopped, and measure them.
+
+    Args: given, the command's arguments.
+    """
     out, device = Path(cfg.out or folder(cfg) / "weights"), pick_device(cfg.device)
     announce(cfg, "teacher")
     write_prompts(cfg, out)

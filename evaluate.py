@@ -301,9 +301,8 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     images = measures.first_frames([prompts[i] for i in indices], cfg)
     oracle = measures.is_small_world(captions, cfg)
-    for samples in models:
-        measures.measure_videos(samples, vae, indices, [captions[i] for i in indices], images,
-                                oracle, examples, device)
+    measures.measure_videos(models, vae, indices, [captions[i] for i in indices], images, oracle,
+                            examples, device)
 
     *models, reference = [gather(samples, ranks) for samples in (*models, reference)]
     if ranks.rank == 0:

@@ -22,7 +22,6 @@ x50; y are the reference, other teacher@n samples of the same captions, with oth
 test decisions for C2ST. In the mean row of several students it is over students.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +34,12 @@ from common.config import Shared
 from common.prompts import Prompt
 from common.ranks import Timer, generator
 from common.video import centre_crop, read_image, thumbnail
-from small_world.clips import caption_attributes, gate, high_frequency, oracle_hits, psnr
+from evaluation.statistics import Statistic, jackknife_error, leave_one_out, mean_and_error
+from small_world.oracle import (
+    caption_attributes, floor_detail, gate, high_frequency, oracle_hits, psnr)
 
 # --------------------------------------------------------------------------- distances of latents
 
-Statistic = Callable[[Tensor], float]  # of the videos with these indices
 
 
 def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
@@ -202,7 +202,8 @@ def measure_videos(models: list[Samples], vae: nn.Module, indices: range, captio
             timer.lap("other")
             video = vae.decode(samples.latents[j:j + 1].to(device))[0]
             timer.lap(str(number))
-            target = video if number == 0 else target
+            if number == 0:
+                target = video
             value = {"hf": high_frequency(video[None]), "edges": edge_correlation(video, target)}
             if images:
                 value["first"] = float(psnr(video[None, :, :1].cpu(), images[j][None, :, None]))

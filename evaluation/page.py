@@ -23,9 +23,11 @@ from small_world.clips import ATTRIBUTES
 
 ORACLE = (*ATTRIBUTES, "all")
 COLUMN_TITLES = {
-    "endpoint": "endpoint error ↓", "energy": "energy distance", "sliced": "sliced W ↓",
-    "hf": "HF, 1 = teacher's", "spread": "spread, 1 = teacher's", "c2st": "C2ST, .5 = alike"}
-ALL_TITLES = COLUMN_TITLES | {"first": "first frame, dB"} | {
+    "endpoint": "endpoint error ↓", "energy": "energy − teacher's ↓",
+    "sliced": "sliced W − teacher's ↓", "hf": "HF, 1 = teacher's",
+    "edges": "edges in place, 1 = teacher's", "spread": "spread, 1 = teacher's",
+    "c2st": "C2ST, .5 = alike"}
+ALL_TITLES = COLUMN_TITLES | {"floor": "floor, 1 = teacher's", "first": "first frame, dB"} | {
     name: f"oracle: {name}" for name in ORACLE}
 EXAMPLE_QUANTILES = (0.5, 0.8, 0.9, 0.95, 1.0)  # of teacher@m's endpoint error
 LOOP_SECONDS = 4  # an mp4 lasts at least this long: players stop at its end

@@ -58,11 +58,13 @@ def t_quantile(degrees: float, probability: float = 0.95) -> float:
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float],
-               ours_left: Tensor | None = None, theirs_left: Tensor | None = None) -> dict:
+               ours_left: Tensor | None = None, theirs_left: Tensor | None = None,
+               videos_variance: float | None = None) -> dict:
     """Our value minus theirs with a 95% interval over seeds and videos.
 
     Args: ours, theirs, a value per seed, paired; ours_left, theirs_left [seeds, N], the same
-    statistics without each video (None: the interval is over seeds alone).
+    statistics without each video; or videos_variance, of the difference of two arms over videos.
+    With neither the interval is over seeds alone.
     The variance is the sum of both parts; the interaction of seeds and videos counts twice, so that
     the interval errs on the wide side. Degrees of freedom after Satterthwaite, 1946.
     Returns {"difference", "half", "pairs", "p"}; half and p are None for a single seed.
@@ -75,10 +77,13 @@ def difference(ours: Sequence[float], theirs: Sequence[float],
     if ours_left is not None and theirs_left is not None:
         left = (ours_left[:pairs] - theirs_left[:pairs]).mean(0)
         parts.append((jackknife_error(left) ** 2, len(left) - 1))
+    if videos_variance is not None:
+        parts.append((videos_variance, math.inf))
     variance = sum(part for part, _ in parts)
     if variance == 0:
         return {"difference": mean, "half": 0.0, "pairs": pairs, "p": float(mean == 0)}
-    degrees = variance ** 2 / sum(part ** 2 / count for part, count in parts if part)
+    uncertainty = sum(part ** 2 / count for part, count in parts)
+    degrees = variance ** 2 / uncertainty if uncertainty else 1e6
     error = variance ** 0.5
     return {"difference": mean, "half": error * t_quantile(degrees), "pairs": pairs,
             "p": 1 - t_probability(mean / error, degrees)}

@@ -52,7 +52,7 @@ from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from distill import COLLECTIVE_TIMEOUT, apply_update, build, learning_rate
 from frozen.load import encode_prompts, load_conditioner, load_vae
 from model import check_model, collate, key_times, load_dit, time_grid
-from small_world.clips import RADIUS, make_clips
+from small_world.clips import SIZE, make_clips
 from training.data import epoch_order
 from training.optimizer import adamw
 
@@ -159,7 +159,7 @@ class Data:
     latents: Tensor
     conds: list[dict]
     unconds: list[dict] | None
-SMALLER = (0.10, 0.14)  # radius of the mismatched clips' objects: less than any of the teacher's
+SMALLER = (0.30, 0.40)  # radius of the mismatched clips' objects: less than any of the teacher's
 
 
 @torch.no_grad()
@@ -196,7 +196,7 @@ def load_data(cfg: Config, device: torch.device) -> Data:
             cfg, device, compute_dtype(device), False).with_text(cfg.negative_prompt, conds)
         return Data(torch.cat([x for x, _, _ in items]), conds, unconds)
     path = Path(cfg.clips or Path(cfg.run) / "clips") / f"{cfg.data}.safetensors"
-    radius = SMALLER if cfg.data == "mismatched" else RADIUS
+    radius = SMALLER if cfg.data == "mismatched" else SIZE
     on_first_rank(lambda: keep_clips(cfg, path, radius, 1, cfg.data_count, device))
     prompts = [Prompt(text) for text in safetensors_metadata(path)["captions"].split("\n")]
     sizes = [(cfg.height, cfg.width)] * len(prompts)

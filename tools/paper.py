@@ -26,10 +26,11 @@ from common.files import commit, lock_folder, parse_json
 from common.prompts import read_prompts
 from common.ranks import cli, device_name, pick_device
 from common.weights import open_safetensors, safetensors_metadata
-from evaluation.measures import distances, mean_error
+from evaluation.measures import distances
+from evaluation.statistics import mean_and_error
 from evaluation.page import markdown_table, plus_minus
 from model import check_model, time_grid
-from small_world.clips import RADIUS
+from small_world.clips import SIZE
 from tools import tables
 from tools.baselines import keep_clips
 from tools.runs import Plan, Run, run_all
@@ -174,13 +175,13 @@ def mismatches(cfg: Config, plan: Plan, synvid: Path) -> dict[str, tuple[float, 
     def clips(name: str) -> torch.Tensor:
         return open_safetensors(plan.clips / f"{name}.safetensors")["latents"].read()
 
-    keep_clips(cfg, plan.clips / "training.safetensors", RADIUS, 0, TEACHER_CLIPS,
+    keep_clips(cfg, plan.clips / "training.safetensors", SIZE, 0, TEACHER_CLIPS,
                pick_device(cfg.device))
     files = sorted(synvid.glob("*/*.safetensors"))[:COMPARED_CLIPS]
     sets = {name: clips(name)[:COMPARED_CLIPS] for name in ("matched", "mismatched")}
     sets["samples"] = torch.stack([open_safetensors(file)["x"].read()[-1] for file in files])
     training = clips("training")
-    return {name: mean_error(distances(x, training).min(1).values) for name, x in sets.items()}
+    return {name: mean_and_error(distances(x, training).min(1).values) for name, x in sets.items()}
 
 
 def mismatch_lines(measured: dict[str, tuple[float, float]]) -> list[str]:

@@ -12,16 +12,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from common.config import load_yaml
 from common.files import ROOT, abbreviate, read_json, write_json
 from evaluation.page import ALL_TITLES, COLUMN_TITLES, markdown_table, plus_minus
+from evaluation.statistics import difference, holm
 
 # ----------------------------------------------------------------------------------------- runs
 
@@ -191,9 +193,6 @@ class Measured:
             name: seed_mean([row[name][0] for row in self.rows])
             for name in ALL_TITLES if name in self.rows[0]}}
 
-    def shortfalls(self, name: str) -> list[float]:
-        return [SHORTFALLS[name](row, self.teacher_n) for row in self.rows]
-
 
 def read_measured(plan: Plan, name: str, label: str) -> Measured:
     """The rows that the evaluation in <paper>/<name> wrote."""
@@ -203,21 +202,22 @@ def read_measured(plan: Plan, name: str, label: str) -> Measured:
     return Measured(label, teacher_n, teacher_m, rows, table["command"])
 
 
-# How far a row is from the teacher's, less is better: of a table's row and teacher@n's.
-SHORTFALLS = {
-    "endpoint error": lambda row, teacher_n: row["endpoint"][0],
-    "energy": lambda row, teacher_n: row["energy"][0] - teacher_n["energy"][0],
-    "sliced W": lambda row, teacher_n: row["sliced"][0] - teacher_n["sliced"][0],
-    "HF from 1": lambda row, teacher_n: abs(1 - row["hf"][0]),
-    "spread from 1": lambda row, teacher_n: abs(1 - row["spread"][0]),
-    "C2ST": lambda row, teacher_n: row["c2st"][0]}
-# 97.5% points of Student's t by degrees of freedom; from 11 on the normal's, 2% too small at most.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# What a claim compares: a column and how far its value is from the teacher's, less is better.
+SHORTFALLS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "endpoint error": ("endpoint", lambda value: value),
+    "energy": ("energy", lambda value: value),
+    "sliced W": ("sliced", lambda value: value),
+    "HF from 1": ("hf", lambda value: abs(1 - value)),
+    "edges from 1": ("edges", lambda value: 1 - value),
+    "floor from 1": ("floor", lambda value: abs(1 - value)),
+    "spread from 1": ("spread", lambda value: abs(1 - value)),
+    "C2ST": ("c2st", lambda value: value)}
 HOW_TO_READ = (
     "Rows: mean ± standard error over seeds. Claims: paired difference, over the seeds that both "
-    "arms have, of how far each is from the teacher, with its 95% interval (Student's t): a claim "
-    "holds where the interval is below 0, does not hold where it is above, and cannot be "
-    "told where it contains 0. No correction for the number of comparisons.")
+    "arms have, of how far each is from the teacher, with its 95% interval over seeds and videos "
+    "(Student's t): a claim holds where the interval is below 0, does not hold where it is above, "
+    "and cannot be told where it contains 0. In brackets: the p value after Holm's correction for "
+    "all claims and measures of the table; a verdict is bold where it is below .05.")
 
 
 def seed_mean(values: list[float]) -> tuple[float, float | None]:
@@ -226,25 +226,40 @@ def seed_mean(values: list[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
-def compare(ours: list[float], theirs: list[float]) -> dict:
-    """Whether our values are smaller, by the 95% interval of the paired difference over seeds.
+def compare(ours: Measured, theirs: Measured, name: str) -> dict:
+    """Whether our shortfall is smaller, by the 95% interval of the paired difference.
 
-    Returns {"difference", "half" (of the interval, None for one pair), "pairs", "verdict"}.
+    Returns what evaluation.statistics.difference does and the "verdict".
     """
-    gaps = [a - b for a, b in zip(ours, theirs, strict=False)]  # of the seeds that both have
-    mean, error = seed_mean(gaps)
-    half = None
-    if error is not None:
-        half = error * (T_975[len(gaps) - 2] if len(gaps) <= len(T_975) + 1 else 1.96)
-    verdict = ("cannot be told" if half is None or abs(mean) <= half else
-               "holds" if mean < 0 else "does not hold")
-    return {"difference": mean, "half": half, "pairs": len(gaps), "verdict": verdict}
+    column, shortfall = SHORTFALLS[name]
+    values = [[shortfall(row[column][0]) for row in arm.rows] for arm in (ours, theirs)]
+    if column == "c2st":  # the scatter of the test decisions, of which no replicates are kept
+        own = [sum(row[column][1] ** 2 for row in arm.rows) / len(arm.rows)
+               for arm in (ours, theirs)]
+        found = difference(*values, videos_variance=sum(own))
+    else:
+        left = [shortfall(torch.tensor([row["left"][column] for row in arm.rows],
+                                       dtype=torch.float64)) for arm in (ours, theirs)]
+        found = difference(*values, *left)
+    half, mean = found["half"], found["difference"]
+    return found | {"verdict": "cannot be told" if half is None or abs(mean) <= half else
+                    "holds" if mean < 0 else "does not hold"}
 
 
-def claim(text: str, ours: Measured, theirs: Measured) -> dict:
-    """A claim that one arm is nearer to the teacher than another, by each shortfall."""
-    return {"claim": text, **{name: compare(ours.shortfalls(name), theirs.shortfalls(name))
-                              for name in SHORTFALLS}}
+def make_claims(texts: list[tuple[str, Measured, Measured]]) -> list[dict]:
+    """Claims that one arm is nearer to the teacher than another, by each shortfall that both have.
+
+    Args: texts, what each claim says, our arm and theirs. p values are corrected over all of them.
+    """
+    claims = [{"claim": text, **{
+        name: compare(ours, theirs, name) for name, (column, _) in SHORTFALLS.items()
+        if all(column in row for arm in (ours, theirs) for row in arm.rows)}}
+        for text, ours, theirs in texts]
+    results = [result for claim in claims for result in claim.values()
+               if isinstance(result, dict) and result["p"] is not None]
+    for result, p in zip(results, holm([result["p"] for result in results]), strict=True):
+        result["holm"] = p
+    return claims
 
 
 def without_errors(row: dict) -> dict:
@@ -264,11 +279,16 @@ def table_lines(rows: Iterable[dict]) -> list[str]:
 
 def claim_lines(claims: list[dict]) -> list[str]:
     """Claims with the paired difference of each shortfall, its 95% interval and the verdict."""
-    def cell(result: dict) -> str:
-        bold = "" if result["verdict"] == "cannot be told" else "**"
-        return (f"{plus_minus(result['difference'], result['half'], sign='+')}: "
-                f"{bold}{result['verdict']}{bold}")
+    names = [name for name in SHORTFALLS if any(name in claim for claim in claims)]
 
-    return markdown_table(["claim: … nearer to the teacher than …", *SHORTFALLS],
-                          [[entry["claim"], *(cell(entry[name]) for name in SHORTFALLS)]
-                           for entry in claims])
+    def cell(result: dict | None) -> str:
+        if result is None:
+            return ""
+        bold = "**" if result.get("holm", 1.0) < 0.05 else ""
+        corrected = f" ({result['holm']:.2g})" if "holm" in result else ""
+        return (f"{plus_minus(result['difference'], result['half'], sign='+')}: "
+                f"{bold}{result['verdict']}{bold}{corrected}")
+
+    return markdown_table(["claim: … nearer to the teacher than …", *names],
+                          [[claim["claim"], *(cell(claim.get(name)) for name in names)]
+                           for claim in claims])

@@ -13,7 +13,7 @@ from evaluation.page import (
     BLUE, ORANGE, draw_table, drawing, html_of, markdown_table)
 from evaluation.sheets import data_uri
 from tools.runs import (
-    HOW_TO_READ, Arm, Measured, Plan, claim, claim_lines, read_measured, table_lines,
+    HOW_TO_READ, Arm, Measured, Plan, claim_lines, make_claims, read_measured, table_lines,
     without_errors)
 
 TABLES = ("ladder", "table3", "table4", "fig5", "fig6", "fig8", "fig9")
@@ -179,7 +179,8 @@ def arms_table(table: str, plan: Plan, s: Settings) -> Section:
     title = {"table3": f"Table 3: the parts of the method, and other methods on data, m = {s.m}",
              "table4": "Table 4: which key timesteps"}[table]
     arms = {arm.name: read_measured(plan, arm.name, arm.label) for arm in arms_of(table, s)}
-    claims = [claim(text, arms[ours], arms[theirs]) for text, ours, theirs in claims_of(table, s)]
+    claims = make_claims([(text, arms[ours], arms[theirs])
+                          for text, ours, theirs in claims_of(table, s)])
     lines, pictures = [], []
     for m in dict.fromkeys(arm.m for arm in arms.values()):
         same_m = [arm for arm in arms.values() if arm.m == m]
@@ -212,7 +213,7 @@ def fig9(plan: Plan, s: Settings) -> Section:
         for arm in arms_of("fig9", s)}
     arms = {name: arm for curve in curves.values() for name, arm in curve.items()}
     adv, full = (list(curve.values())[-1] for curve in curves.values())
-    claims = [claim("with L_traj nearer than L_adv alone, at the end", full, adv)]
+    claims = make_claims([("with L_traj nearer than L_adv alone, at the end", full, adv)])
     panels = {"endpoint": "endpoint error", "hf": "HF", "spread": "spread", "c2st": "C2ST"}
     path = plan.folder / "fig9.png"
     draw_curves(path, panels, {

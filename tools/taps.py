@@ -34,7 +34,8 @@ from common.config import announce, field, load_config, settings_to_compare
 from common.files import replace_file, write_json
 from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, prefer_attention, setup_distributed)
+    Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, prefer_attention,
+    setup_distributed)
 from distill import features, head_loss, make_heads, tap_blocks
 from model import check_model, collate, load_dit, sample_euler
 

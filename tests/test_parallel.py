@@ -84,6 +84,13 @@ def test_two_ranks_that_share_tokens_train_the_lora_of_one_process(tmp_path):
         assert_same(got, alone[family])
 
 
+def test_moments_in_host_memory_change_no_bit(alone, tmp_path):
+    for family, got in distilled(tmp_path / "one", 1, micro_batch=4, offload=1).items():
+        assert all(torch.equal(got[name], alone[family][name]) for name in got)
+    for family, got in distilled(tmp_path / "two", 2, micro_batch=2, offload=1).items():
+        assert_same(got, alone[family])
+
+
 @pytest.mark.parametrize("sp", [0, 3, 5])
 def test_sp_that_does_not_divide_ranks_and_heads_is_an_error_that_lists_what_does(sp):
     with pytest.raises(ValueError, match=rf"sp: got {sp} with 1 rank.* 12 attention heads.*: 1$"):

@@ -33,20 +33,18 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from artifacts.lora import load_lora_student
-from artifacts.student import bytes_a_parameter, export_student
+from artifacts.student import export_student
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import crc32_of_json
 from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compile_blocks, compute_dtype, generator, lock_run_folder, on_first_rank,
-    prefer_attention, require_same, setup_distributed)
+    Ranks, cli, compile_blocks, compute_dtype, generator, lock_run_folder, prefer_attention,
+    require_same, setup_distributed)
 from model import check_model, euler_step, frozen_copy, load_dit, sizes_of, velocity
-from training.checkpoint import Saver, check_disk, resume, save_state, saving
+from training import checkpoint, monitor, optimizer
 from training.data import Batch, Loader, fresh_noise, open_synvid
-from training.memory import print_plans
-from training.monitor import (
-    Journal, Log, check_finite, held_out_errors, log_line, print_result, teacher_errors)
-from training.optimizer import adamw, clip, norm_of, local_part, step as step_adamw
+from training.memory import check_resources
+from training.monitor import Log
 
 # ----------------------------------------------------------------------------------- losses
 # Latents are [B,C,T,H,W], normalised as the DiT sees them; cond is the prompt's conditioning.
@@ -175,13 +173,14 @@ def update_student(cfg: Config, state: TrainState, loss: str, step: int, log: Lo
         if loss == "traj":  # keep these gradients apart: both norms are logged
             state.traj_grads = [p.grad for p in params]
             return state.opts["traj"].zero_grad()
-        norms = norm_of(state.traj_grads), norm_of([p.grad for p in params])
+        norms = [optimizer.norm_of(g) for g in (state.traj_grads, [p.grad for p in params])]
         log.add(grad_traj=norms[0], grad_adv=norms[1])
         for p, grad in zip(params, state.traj_grads, strict=True):
-            local_part(p.grad).add_(local_part(grad))
+            optimizer.local_part(p.grad).add_(optimizer.local_part(grad))
         state.traj_grads, loss = [], "sum"
     opt = state.opts[loss if loss in state.opts else "traj"]
-    log.add(**{f"grad_{loss}": apply_update(cfg, opt, params, learning_rate(cfg, step, cfg.lr))})
+    lr = learning_rate(cfg, step, cfg.lr)
+    log.add(**{f"grad_{loss}": optimizer.apply_update(opt, params, lr, cfg.clip)})
     log.lap("optimizer")
 
 
@@ -192,21 +191,8 @@ def update_heads(cfg: Config, state: TrainState, step: int, log: Log) -> None:
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
     lr = learning_rate(cfg, step, cfg.lr if cfg.lr_heads is None else cfg.lr_heads)
-    log.add(grad_head=apply_update(cfg, state.opts["heads"], params, lr))
+    log.add(grad_head=optimizer.apply_update(state.opts["heads"], params, lr, cfg.clip))
     log.lap("optimizer")
-
-
-def apply_update(cfg: Config, opt: torch.optim.Optimizer, params: list, lr: float) -> Tensor:
-    """Clip, step and clear the gradients; returns the gradient norm before clipping."""
-    gradients = [p.grad for p in params]
-    norm = norm_of(gradients)
-    if cfg.clip is not None:
-        clip(gradients, cfg.clip, norm)
-    for group in opt.param_groups:
-        group["lr"] = lr
-    step_adamw(opt)
-    opt.zero_grad()
-    return norm
 
 
 def learning_rate(cfg: Config, step: int, base: float) -> float:
@@ -315,9 +301,10 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     for dit in (student, teacher) if cfg.compile else ():
         compile_blocks(dit)
     heads = make_heads(cfg, student.cfg.dim).to(ranks.device)
-    opts = {"traj": adamw(cfg, student, cfg.offload), "heads": adamw(cfg, heads)}
+    opts = {"traj": optimizer.adamw(cfg, student, cfg.offload),
+            "heads": optimizer.adamw(cfg, heads)}
     if cfg.updates == "separate":
-        opts["adv"] = adamw(cfg, student, cfg.offload)
+        opts["adv"] = optimizer.adamw(cfg, student, cfg.offload)
     return TrainState(student, teacher, heads, opts, t_key, tap_blocks(cfg, len(teacher.blocks)),
                       [deque() for _ in range(m + 1)])
 
@@ -326,13 +313,6 @@ def tap_blocks(cfg: Config, depth: int) -> list[int]:
     """By k, the teacher's block, out of `depth`, whose features H_k reads. D7."""
     tap_data = math.ceil(depth * 2 / 3) - 1 if cfg.tap_data is None else cfg.tap_data
     return [tap_data] + [depth - 1 if cfg.tap is None else cfg.tap] * (len(cfg.key) - 2)
-
-
-def check_resources(cfg: Config, shape: tuple[int, ...], ranks: Ranks) -> None:
-    """Print the memory plan. Raises ValueError if the run will not fit the GPU or the disk."""
-    learning, frozen, moments = print_plans(cfg, shape, ranks)
-    check_disk(Path(cfg.run) / "distill", learning, moments, cfg.keep,
-               bytes_a_parameter(cfg) * (learning + frozen))
 
 
 # ------------------------------------------------------------------------------------- train
@@ -352,10 +332,10 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
     Args: meta, what checkpoints store besides tensors; folder, <run>/distill.
     """
     tokens = math.prod(state.student.token_grid(*loader.shape[1:]))
-    caught, journal = catch_signals(), Journal(folder, state.step, ranks)
-    saver = Saver(folder, ranks, cfg.keep, state.step)
-    teacher = teacher_errors(cfg, state.teacher, loader, ranks, journal)
-    with saving(saver, state, loader, meta), tqdm(
+    journal = monitor.Journal(folder, state.step, ranks)
+    teacher = monitor.teacher_errors(cfg, state.teacher, loader, ranks, journal)
+    caught, saver = catch_signals(), checkpoint.Saver(folder, ranks, cfg.keep, state.step)
+    with checkpoint.saving(saver, state, loader, meta), tqdm(
             total=cfg.iterations, initial=state.step, desc="distill", disable=ranks.rank > 0,
             mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
         for step, k, log in algorithm_1(cfg, state, loader):                     # load, step
@@ -363,28 +343,29 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
             figures = log.gather(stop=bool(caught), retry=saver.error is not None)
             stop, retry = figures.pop("stop") > 0, figures.pop("retry") > 0      # on any rank
             lr = learning_rate(cfg, step, cfg.lr)
-            line = log_line(cfg, state, ranks, k, lr, tokens, figures)
-            check_finite(line, folder)
+            line = monitor.log_line(cfg, state, ranks, k, lr, tokens, figures)
+            monitor.check_finite(line, folder)
             journal.append(line)                                                 # log
             if state.step % cfg.eval_every == 0 or last:                         # evaluate
-                journal.extend(held_out_errors(cfg, state.student, loader, ranks) | teacher)
+                errors = monitor.held_out_errors(cfg, state.student, loader, ranks)
+                journal.extend(errors | teacher)
             if cfg.export_every and state.step % cfg.export_every == 0 and not last:
                 export_student(cfg, state, ranks, meta, f"student_{state.step:06d}")
             if state.step % cfg.save_every == 0 or last or stop or retry:        # save
-                save_state(saver, state, loader, meta)
-            bar.set_postfix_str(" ".join(
-                f"{name}={line[name]:.3g}" for name in ("loss_traj", "loss_adv", "acc_fake", "mfu")
-                if name in line), refresh=False)
+                checkpoint.save_state(saver, state, loader, meta)
+            bar.set_postfix_str(monitor.short_form(line), refresh=False)
             bar.update()
             if stop:
                 break
-    if state.step >= cfg.iterations:
-        path = export_student(cfg, state, ranks, meta)
-    if ranks.rank == 0 and state.step < cfg.iterations:
-        print(f"stopped by a signal after iteration {state.step}: rerun the same command to resume")
-    elif ranks.rank == 0:
+    if state.step < cfg.iterations:
+        if ranks.rank == 0:
+            print(f"stopped by a signal after iteration {state.step}: rerun the same command to "
+                  "resume")
+        return
+    path = export_student(cfg, state, ranks, meta)
+    if ranks.rank == 0:
         print(f"student: {path}  curves: {folder / 'curves.png'}", flush=True)
-        print_result(cfg, journal.lines)
+        monitor.print_result(cfg, journal.lines)
 
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others
@@ -406,9 +387,9 @@ def main(argv: list[str] | None = None) -> None:
         loader = Loader(cfg, data, ranks)
         meta = {"config": asdict(cfg), "teacher": teacher, "count": loader.count,
                 "synvid": contents, "earlier": data.manifest.get("earlier", [])}
-        on_first_rank(lambda: check_resources(cfg, loader.shape, ranks))
+        check_resources(cfg, loader.shape, ranks)
         state = build(cfg, data.t_key, ranks)
-        resume(cfg, state, loader, ranks, meta)
+        checkpoint.resume(cfg, state, loader, ranks, meta)
         train(cfg, state, loader, ranks, meta, announce(cfg, "distill", ranks.rank))
     dist.barrier()
 

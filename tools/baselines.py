@@ -33,12 +33,12 @@ from common.ranks import (
     Ranks, Timer, cli, compute_dtype, generator, on_first_rank, lock_run_folder, prefer_attention,
     setup_distributed)
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
-from distill import COLLECTIVE_TIMEOUT, apply_update, build, learning_rate
+from distill import COLLECTIVE_TIMEOUT, build, learning_rate
 from frozen.load import encode_prompts, load_conditioner, load_vae
 from model import check_model, collate, key_times, load_dit, time_grid
 from small_world.clips import RADIUS, make_clips
 from training.data import epoch_order
-from training.optimizer import adamw
+from training.optimizer import adamw, apply_update
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # v(x, t), t [B]
 
@@ -267,7 +267,8 @@ def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ra
                     (loss / each).backward()
                     losses[name] = loss.detach()
                 params = [p for p in network.parameters() if p.grad is not None]
-                apply_update(cfg, state.opts[name], params, learning_rate(cfg, step, cfg.lr))
+                lr = learning_rate(cfg, step, cfg.lr)
+                apply_update(state.opts[name], params, lr, cfg.clip)
         state.step = step + 1
         if step % 10 == 9:
             values = {name: float(loss) for name, loss in losses.items()}

@@ -12,8 +12,10 @@ import torch
 import torch.nn as nn
 
 from artifacts.lora import build_student
-from common.ranks import Ranks, compute_dtype
+from artifacts.student import bytes_a_parameter
+from common.ranks import Ranks, compute_dtype, on_first_rank
 from model import sizes_of
+from training.checkpoint import check_disk
 
 # Numbers that a block saves per token for its backward: (fp32, compute dtype) in units of its width
 # and (compute dtype) of its MLP's; with trainable weights, then with frozen ones. EXTRA: those that
@@ -146,3 +148,13 @@ def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
             raise ValueError(f"memory plan: the run does not fit {lacks}: choose settings that "
                              "fit, or start anyway with --force_plan true")
     return count, frozen, moments
+
+
+def check_resources(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> None:
+    """Print the memory plan. Raises ValueError if the run will not fit the GPU or the disk."""
+    def check() -> None:
+        trainable, frozen, moments = print_plans(cfg, shape, ranks)
+        check_disk(Path(cfg.run) / "distill", trainable, moments, cfg.keep,
+                   bytes_a_parameter(cfg) * (trainable + frozen))
+
+    on_first_rank(check)

@@ -56,6 +56,12 @@ def log_line(cfg: Any, state: Any, ranks: Ranks, k: int, lr: float, tokens: int,
     return line
 
 
+def short_form(line: dict) -> str:
+    """The figures of a line that the progress bar shows."""
+    return " ".join(f"{name}={line[name]:.3g}" for name in
+                    ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line)
+
+
 def step_flops(cfg: Any, state: Any, k: int, tokens: int) -> float:
     """Floating-point operations of an iteration; recomputation is not counted (for MFU).
 

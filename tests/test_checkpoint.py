@@ -89,7 +89,7 @@ def test_a_checkpoint_s_copy_in_host_memory_is_freed_when_it_is_written(ranks, t
     state = {"w": torch.ones(1000)}
     saver = Saver(tmp_path, ranks, 2)
     gc.collect()
-    gc.disable()  # a collector that comes late would keep a copy of a whole run
+    gc.disable()  # a late collection would keep the copy alive
     try:
         for step in (1, 2):
             saver.save(step, state, {})

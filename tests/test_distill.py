@@ -1,4 +1,4 @@
-"""Stage 2: Algorithm 1 in the paper's order, its losses, its data order, and nothing lost."""
+"""Stage 2: Algorithm 1 in the paper's order, its losses, its data order, and resuming."""
 
 import itertools
 import json
@@ -141,7 +141,7 @@ def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks, checkpointing):
         expected += [("noise",)] if k == 2 else []
         expected += [("student", t[k + 1]), ("teacher", t[k], "generated", tap),
                      ("teacher", t[k], "stored", tap), ("head", k), ("head", k), ("head", k),
-                     *[("student", t[k + 1])] * checkpointing,  # anew: its activations are kept now
+                     *[("student", t[k + 1])] * checkpointing,  # recomputed, activations kept
                      ("update_student", "adv"), ("update_heads",),
                      ("queues", [0, int(k == 1), int(k == 2), 0])]
     assert events == expected
@@ -156,7 +156,7 @@ def test_oracle_student_has_zero_trajectory_loss():
         assert loss.item() == 0
 
 
-def test_losses_at_zero_logits_are_those_of_a_coin():
+def test_losses_at_zero_logits_are_those_of_a_coin_toss():
     zero = torch.zeros(2, 3)
     assert distill.head_loss(zero, zero, "nonsaturating").item() == pytest.approx(2 * math.log(2))
     assert distill.head_loss(zero, zero, "hinge").item() == 2
@@ -198,14 +198,14 @@ def test_teacher_and_head_stay_frozen_while_the_generated_latent_gets_a_gradient
     assert 0 <= real <= 1 and 0 <= fake <= 1
 
 
-def test_queue_entries_are_detached_and_carry_prompt_and_latents(weights, tmp_path, ranks):
+def test_queue_entries_are_detached_and_hold_prompt_and_latents(weights, tmp_path, ranks):
     nets, _ = run(settings(weights, tmp_path), ranks, steps=1)
     assert [len(q) for q in nets.queues] == [0, 0, 1, 0]
     x_gen, x_key, cond = nets.queues[2][0]
     assert not x_gen.requires_grad and len(x_key.host) == 4 and cond["text"].shape[0] == 4
 
 
-def test_every_trajectory_is_read_once_before_any_comes_again(weights, tmp_path, ranks):
+def test_every_trajectory_is_read_once_before_any_is_repeated(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path, batch=3, micro_batch=1)
     loader = loading.Loader(cfg, FakeSynVid(M3), ranks)
     first = {i: FakeSynVid(M3).read(i)[0] for i in range(9)}
@@ -243,9 +243,9 @@ def test_the_teacher_s_errors_are_read_from_the_log_of_an_earlier_start(weights,
 
 
 def test_accumulated_micro_batches_equal_one_batch(weights, tmp_path, ranks):
-    whole, _ = run(settings(weights, tmp_path, lr=1e-4), ranks)
+    full, _ = run(settings(weights, tmp_path, lr=1e-4), ranks)
     parts, _ = run(settings(weights, tmp_path, lr=1e-4, micro_batch=1), ranks)
-    assert (parameters(whole) - parameters(parts)).abs().max() < 1e-5
+    assert (parameters(full) - parameters(parts)).abs().max() < 1e-5
 
 
 def test_activation_checkpointing_changes_no_parameter(weights, tmp_path, ranks):
@@ -436,8 +436,8 @@ def undisturbed(tmp_path_factory, tiny_weights, run_stage):
 
 def test_command_makes_a_missing_small_synvid_trains_and_exports(undisturbed):
     folder, _ = undisturbed
-    said = (folder / "a.out").read_text()
-    assert "memory plan" in said and "held-out endpoint error" in said
+    printed = (folder / "a.out").read_text()
+    assert "memory plan" in printed and "held-out endpoint error" in printed
     path = folder / "a/student.safetensors"
     with safe_open(path, "pt") as f:
         about = json.loads(f.metadata()["accvideo"])

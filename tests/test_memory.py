@@ -101,16 +101,16 @@ def test_loading_takes_a_rank_s_share_and_one_tensor_of_host_memory(ranks, tmp_p
         dit = model.build_dit(sizes)
         dit.init_weights(generator(name))
         save_tensors(tmp_path / f"{name}.safetensors", dit.state_dict(), {})
-    whole = sum(p.numel() for p in dit.parameters()) * 4
+    total = sum(p.numel() for p in dit.parameters()) * 4
     largest = max(p.numel() for p in dit.parameters()) * 4
     in_processes(ranks, load, tmp_path)
     for rank in range(ranks):
         found = json.loads((tmp_path / f"out{rank}").read_text())
-        share = whole / ranks
+        share = total / ranks
         print(f"share {share / 1e6:.0f} MB, tensor {largest / 1e6:.0f} MB, "
               f"loaded {found['loaded'] / 1e6:.0f} MB, teacher too {found['both'] / 1e6:.0f} MB")
-        assert found["loaded"] < share + largest + 0.06 * whole    # Python's own objects, too
-        assert found["both"] < 1.5 * share + largest + 0.06 * whole    # the teacher is bf16
+        assert found["loaded"] < share + largest + 0.06 * total    # Python's own objects, too
+        assert found["both"] < 1.5 * share + largest + 0.06 * total    # the teacher is bf16
 
 
 def test_a_team_s_ranks_share_the_weights_of_a_dit_that_only_samples(tmp_path):
@@ -118,11 +118,11 @@ def test_a_team_s_ranks_share_the_weights_of_a_dit_that_only_samples(tmp_path):
     dit.init_weights(generator("few"))
     save_tensors(tmp_path / "few.safetensors", dit.state_dict(), {})
     in_processes(4, share, tmp_path)  # two teams of two ranks
-    whole = sum(p.numel() for p in dit.parameters())
+    total = sum(p.numel() for p in dit.parameters())
     found = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in range(4)]
     for name in ("teacher", "student", "random"):
         held = [one["held"][name] for one in found]
-        assert held[0] + held[1] == whole == held[2] + held[3] and max(held) < 0.51 * whole
+        assert held[0] + held[1] == total == held[2] + held[3] and max(held) < 0.51 * total
     assert all(one["error"] < 1e-5 and one["noise"] > 0 for one in found)
 
 

@@ -23,21 +23,21 @@ QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_eve
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny_weights, run_stage):
-    """A folder, a config, and in <folder>/whole an undisturbed run of two ranks."""
+    """A folder, a config, and in <folder>/full an uninterrupted run of two ranks."""
     folder = tmp_path_factory.mktemp("resume")
     config = {"weights": str(tiny_weights), "height": 16, "width": 32, "frames": 5, "n": 6,
               "key": [0, 2, 4, 6], "device": "cpu", "distill": QUICK,
               "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
-    run_stage("distill", path, f"run={folder / 'whole'}", ranks=2)
+    run_stage("distill", path, f"run={folder / 'full'}", ranks=2)
     return folder, path
 
 
 def begun(folder: Path, run: Path) -> Path:
     """A run's folder with the trajectories of the undisturbed one."""
     run.mkdir()
-    os.symlink(folder / "whole/synvid", run / "synvid")
+    os.symlink(folder / "full/synvid", run / "synvid")
     return run
 
 
@@ -73,7 +73,7 @@ def test_wherever_a_rank_is_killed_the_same_command_ends_with_the_same_bits(
         assert done.returncode == -signal.SIGKILL and (tmp_path / place).exists(), done.stderr
         assert not (run / "student.safetensors").exists()
     run_stage("distill", config, f"run={run}", ranks=2)
-    assert_same_bits(run, folder / "whole")
+    assert_same_bits(run, folder / "full")
 
 
 def test_torchrun_restarts_a_run_and_names_the_rank_that_was_killed_again(undisturbed, run_stage,
@@ -89,7 +89,7 @@ def test_torchrun_restarts_a_run_and_names_the_rank_that_was_killed_again(undist
     root = done.stderr.rpartition("Root Cause")[2]
     assert "rank      : 1 " in root and "exitcode  : -9" in root
     run_stage("distill", config, f"run={run}", ranks=2)
-    assert_same_bits(run, folder / "whole")
+    assert_same_bits(run, folder / "full")
 
 
 def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undisturbed, run_stage,
@@ -108,10 +108,10 @@ def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undistur
     saved, done = [p.name for p in (run / "distill").glob("step_*")], len(lines_of(run))
     assert saved == [f"step_{done:06d}"] and "rerun the same command to resume" in out
     run_stage("distill", config, f"run={run}", f"iterations={max(done + 1, 6)}", ranks=2)
-    lines, whole = lines_of(run), lines_of(folder / "whole")
+    lines, full = lines_of(run), lines_of(folder / "full")
     assert [line["step"] for line in lines] == list(range(1, max(done + 1, 6) + 1))
     for name in ("loss_traj", "loss_adv", "grad_sum"):
-        assert [line[name] for line in lines[:6]] == [line[name] for line in whole]
+        assert [line[name] for line in lines[:6]] == [line[name] for line in full]
 
 
 @pytest.mark.parametrize("ranks,settings", [(1, {}), (4, {"sp": 2})], ids=str)
@@ -123,7 +123,7 @@ def test_a_run_resumes_on_other_ranks_and_with_sequence_parallelism(undisturbed,
                      *(f"{name}={value}" for name, value in settings.items()), ranks=ranks)
     assert "resuming from" in done.stdout
     assert "step_000004" in done.stdout  # in the middle of a pass
-    for ours, theirs in zip(lines_of(run), lines_of(folder / "whole"), strict=True):
+    for ours, theirs in zip(lines_of(run), lines_of(folder / "full"), strict=True):
         assert (ours["step"], ours["k"]) == (theirs["step"], theirs["k"])
         for name in ("loss_traj", "loss_adv", "loss_head", "grad_traj", "endpoint"):
             if name in theirs:
@@ -145,6 +145,6 @@ def test_a_run_whose_synvid_has_grown_keeps_the_trajectories_it_began_with(
     done = run_stage("distill", longer, f"run={run}", ranks=2)
     assert "resuming from" in done.stdout
     assert len(list((run / "synvid").glob("*/*.safetensors"))) == count > 10
-    assert_same_bits(run, folder / "whole")
-    ours, theirs = lines_of(run), lines_of(folder / "whole")
+    assert_same_bits(run, folder / "full")
+    ours, theirs = lines_of(run), lines_of(folder / "full")
     assert [line.get("endpoint") for line in ours] == [line.get("endpoint") for line in theirs]

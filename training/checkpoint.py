@@ -53,7 +53,7 @@ class Saver:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int, step: int = 0):
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        # A group of its own, since training uses the others meanwhile; a slow disk may take long.
+        # A separate group, since training uses the others meanwhile; a slow disk may take long.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self.thread: Thread | None = None
         self.error: BaseException | None = None

@@ -23,7 +23,7 @@ from model import collate
 def open_synvid(cfg: Any) -> SynVid:
     """The trajectories of this run; in the small world, missing ones are made first.
 
-    Raises FileNotFoundError if there are none, and otherwise as SynVid.
+    Raises FileNotFoundError if the folder has none; other errors are SynVid's.
     """
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
     if cfg.preset == "tiny" and cfg.synvid is None:
@@ -35,7 +35,7 @@ def open_synvid(cfg: Any) -> SynVid:
 
 
 def make_small_synvid(cfg: Any, folder: Path) -> None:
-    """Run stage 1 as a process, unless the folder holds as many trajectories as the config asks.
+    """Run stage 1 as a process, unless the folder holds as many trajectories as the config sets.
 
     Raises ValueError if it fails.
     """
@@ -48,7 +48,7 @@ def make_small_synvid(cfg: Any, folder: Path) -> None:
         shared["seed"] = read_manifest(folder)["seed"]
     settings = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
                 for name, value in shared.items() if value is not None]
-    # Stage 1 runs alone: without what torchrun tells this rank about the others.
+    # Stage 1 runs alone, so torchrun's variables are removed from its environment.
     alone = {name: value for name, value in os.environ.items()
              if not name.startswith(("TORCHELASTIC", "MASTER_"))
              and not name.endswith(("RANK", "WORLD_SIZE"))}

@@ -1,5 +1,5 @@
-"""AdamW on sharded weights. It acts on each element alone, so every rank steps its own rows as
-plain tensors: for many small ones DTensor's dispatch takes longer than the step."""
+"""AdamW on sharded weights. It acts on each element alone, so every rank steps its rows as plain
+tensors: for many small ones, DTensor's dispatch takes longer than the step."""
 
 from typing import Any
 

@@ -67,9 +67,7 @@ class Saver:
         first rank that has it any other; meta, JSON values to store with it. If the previous save
         failed, this one is the second try; after two failures in a row it raises as wait().
         """
-        self.join()
-        if self.failures > 1:
-            self.wait()
+        self.wait(retries=1)
         if self.failures and self.ranks.rank == 0:
             print(f"{self.failure()}; trying once more", flush=True)
         self.path, self.step, self.error = self.folder / f"step_{step:06d}", step, None
@@ -144,16 +142,12 @@ class Saver:
         for old in [s for s in steps if s > step] + [s for s in steps if s <= step][:-self.keep]:
             shutil.rmtree(steps[old], ignore_errors=True)
 
-    def join(self) -> None:
-        """Wait until the save in progress is complete or has failed."""
+    def wait(self, retries: int = 0) -> None:
+        """Wait for the save in progress; ValueError if more than `retries` in a row failed."""
         if self.thread is not None:
             self.thread.join()
             self.thread, self.failures = None, 0 if self.error is None else self.failures + 1
-
-    def wait(self) -> None:
-        """Wait until the save in progress is complete. Raises ValueError if it failed."""
-        self.join()
-        if self.error is not None:
+        if self.failures > retries:
             raise self.failure() from self.error
 
     def failure(self) -> BaseException:
@@ -336,10 +330,10 @@ def saving(saver: Saver, state: Any, loader: Any, meta: dict) -> Iterator[None]:
         if saver.thread is not None:
             saver.thread.join(600)
         raise
-    saver.join()
-    if saver.failures == 1:
+    saver.wait(retries=1)
+    if saver.failures:
         save_state(saver, state, loader, meta)
-    saver.wait()
+        saver.wait()
     if agreed is not None:
         raise agreed
 

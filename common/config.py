@@ -191,9 +191,11 @@ def print_help(cfg: Any, script: str, doc: str) -> None:
     """Print a stage's docstring and each field with its value and meaning."""
     print(f"{doc.strip()}\n\nusage: python {script} [CONFIG] [--field value | field=value]\n"
           f"in brackets: the values of {cfg.origin}\n")
+    kinds = typing.get_type_hints(type(cfg))
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
-        choices = " | ".join(typing.get_args(f.type)) if "Literal" in str(f.type) else ""
+        kind = kinds[f.name]
+        choices = " | ".join(typing.get_args(kind)) if "Literal" in str(kind) else ""
         limits = f"; {interval_text(within, f.name)}" if (within := f.metadata["within"]) else ""
         print(f"  --{f.name:<18} {choices}{': ' if choices else ''}{f.metadata['help']}{limits} "
               f"[{'none' if value is None else value}]")
@@ -235,7 +237,7 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     Raises ValueError naming the key, its value and the nearest known key.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    fields = typing.get_type_hints(cls)
     wants_help = "--help" in args or "-h" in args
     named = names_config(args)
     path = Path(args.pop(0)) if named else ROOT / "configs/tiny.yaml"

@@ -10,7 +10,7 @@ import torch
 
 from common import ranks
 
-ranks.compute_dtype = lambda device: torch.bfloat16  # before a stage takes it from there
+ranks.compute_dtype = lambda device: torch.bfloat16  # before a stage imports it
 
 if __name__ == "__main__":
     ranks.cli(lambda: importlib.import_module(sys.argv[1]).main(sys.argv[2:]))

@@ -14,5 +14,5 @@ from common.ranks import cli
 
 if __name__ == "__main__":
     override, stage, *arguments = sys.argv[1:]
-    own = [override] if os.environ["RANK"] == "1" else []
-    cli(lambda: importlib.import_module(stage).main([*arguments, *own]))
+    extra = [override] if os.environ["RANK"] == "1" else []
+    cli(lambda: importlib.import_module(stage).main([*arguments, *extra]))

@@ -1,7 +1,7 @@
-"""A stage of which one rank is killed once, at a chosen place.
+"""A stage of which one rank is killed at a chosen place.
 
-python killed_stage.py MARK RANK PLACE COUNT STAGE ARGUMENTS…: at the COUNT-th call of PLACE, rank
-RANK makes the file MARK and kills itself; if MARK is there it lives.
+python killed_stage.py MARK RANK PLACE COUNT TIMES STAGE ARGUMENTS…: at the COUNT-th call of PLACE,
+rank RANK adds a byte to the file MARK and kills itself, until MARK has TIMES bytes.
 """
 
 import importlib
@@ -21,20 +21,22 @@ from training.checkpoint import Saver
 
 PLACES = {"iteration": (distill, "update_heads"),
           "checkpoint": (weights, "bytes_of"),          # a part of a rank's file is written
-          "naming": (Saver, "name_it"),                 # all files are written, none has its name
+          "publish": (Saver, "publish"),                # all files are written, none has its name
           "export": (DTensor, "full_tensor")}           # a part of the student is written
 
 if __name__ == "__main__":
-    mark, rank, place, count, stage = Path(sys.argv[1]), *sys.argv[2:6]
+    mark, rank, place, count, times, stage = Path(sys.argv[1]), *sys.argv[2:7]
     module, name = PLACES[place]
-    real, left = getattr(module, name), [int(count)]
+    real, calls = getattr(module, name), [0]
 
     def killed(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0 and os.environ.get("RANK", "0") == rank and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        calls[0] += 1
+        if calls[0] == int(count) and os.environ.get("RANK", "0") == rank:
+            with mark.open("a") as f:
+                f.write("x")
+            if mark.stat().st_size <= int(times):
+                os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
 
     setattr(module, name, killed)
-    cli(lambda: importlib.import_module(stage).main(sys.argv[6:]))
+    cli(lambda: importlib.import_module(stage).main(sys.argv[7:]))

@@ -1,4 +1,4 @@
-"""What the processes of test_parallel.py run: three iterations of Algorithm 1 on random data.
+"""The processes of test_parallel.py: three iterations of Algorithm 1 on random data.
 
 python parallel_worker.py FAMILY,… FOLDER field=value …; rank 0 writes each student's parameters and
 figures to FOLDER/FAMILY.

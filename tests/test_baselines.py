@@ -1,4 +1,4 @@
-"""baselines.py: each loss against a case whose answer is known, and students that sample."""
+"""tools.baselines: each loss against a case whose answer is known, and students that sample."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from tools import baselines
 import evaluate
 import toy1d
 from tools.baselines import (
-    add_noise, dmd_loss, dmd_student_x0, flow_matching_loss, pcm_loss, perflow_loss, same_time,
-    to_window_end, walk)
+    add_noise, dmd_loss, dmd_student_x0, flow_matching_loss, integrate, pcm_loss, perflow_loss,
+    same_time, to_window_end)
 from common.ranks import generator
 from common.weights import open_tensors, safetensors_metadata
 from small_world import clips as world
@@ -39,7 +39,7 @@ def test_perflow_s_target_on_a_straight_path_is_its_velocity():
     assert float(got) == pytest.approx(float((wrong - slope).square().mean()))
 
 
-def test_perflow_asks_the_student_on_the_chord_at_the_part_u_of_the_window():
+def test_perflow_evaluates_the_student_on_the_chord_at_the_part_u_of_the_window():
     x0, z, u, seen = normal(4, 2), normal(4, 2, key="z"), torch.tensor([0.0, 0.25, 0.5, 1.0]), []
 
     def student(x, t):
@@ -93,7 +93,7 @@ def test_pcm_is_0_for_a_student_that_steps_to_the_teacher_s_end_and_not_for_anot
 
     def student(x, t):  # to where the teacher's own steps lead
         first = GRID.index(float(t[0]))
-        return (walk(teacher, x, GRID[first:]) - x) / (GRID[-1] - GRID[first])
+        return (integrate(teacher, x, GRID[first:]) - x) / (GRID[-1] - GRID[first])
 
     assert pcm_loss(student, teacher, x0, z, GRID, j) < 1e-25
     wrong = pcm_loss(lambda x, t: torch.zeros_like(x), teacher, x0, z, GRID, j)
@@ -152,7 +152,7 @@ def test_the_flow_matching_loss_of_the_exact_velocity_is_the_variance_that_is_le
 
 # --------------------------------------------------------------------------------- end to end
 
-def test_mismatched_clips_are_of_smaller_objects_and_still_say_what_they_show():
+def test_mismatched_clips_are_of_smaller_objects_and_match_their_captions():
     matched = world.make_clips(1, 0, 32)[0]
     small, captions, _ = world.make_clips(1, 0, 32, radius=baselines.SMALLER)
     assert oracle.agreement(small, captions)["all"] > 0.9
@@ -194,9 +194,9 @@ def test_a_method_s_student_is_one_that_evaluate_reads(method, config, tiny_weig
 
 
 def test_bad_settings_of_a_method_are_refused_by_name(config, ranks):
-    for option, message in (("fake_updates=0", "fake_updates: expected 1 ≤ fake_updates"),
-                            ("method=cd", "method: expected perflow | pcm | dmd, got"),
-                            ("batch=3", "batch: got 3; wanted a multiple"),
+    for option, message in (("fake_updates=0", "fake_updates: .*got 0"),
+                            ("method=cd", "method: .*'cd'"),
+                            ("batch=3", "batch: expected a multiple of .*, got 3"),
                             ("synvid=nowhere data=samples", "nowhere.*: no SynVid|nowhere")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             baselines.main([str(config), *option.split()])

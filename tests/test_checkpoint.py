@@ -1,4 +1,4 @@
-"""Run checkpoints: written in the background, whole or passed over, never executed; the export."""
+"""Run checkpoints: written in the background, complete or skipped, never executed; the export."""
 
 import gc
 import io
@@ -59,12 +59,12 @@ def test_the_last_checkpoints_are_kept_and_the_newest_is_resumed(ranks, tmp_path
     assert torch.equal(state["w"], torch.full((100,), 400.0))
 
 
-def test_a_checkpoint_is_of_the_moment_it_was_asked_for_though_training_goes_on(ranks, tmp_path):
+def test_a_checkpoint_holds_the_state_at_save_though_training_continues(ranks, tmp_path):
     dit = build_dit(SMALL)
     shard(dit, ranks)
     weights = {"dit": {name: p.detach() for name, p in dit.named_parameters()},
                "plain": {"w": torch.ones(1000)}}
-    want = {name: p.full_tensor().clone() for name, p in weights["dit"].items()}
+    expected = {name: p.full_tensor().clone() for name, p in weights["dit"].items()}
     saver = Saver(tmp_path / "run", ranks, 2)
     saver.save(1, weights, {})
     with torch.no_grad():
@@ -72,12 +72,12 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for_though_training_goes_on(
             p.fill_(7.0)
     saver.wait()
     load_checkpoint(latest_checkpoint(tmp_path / "run", ranks)[0], weights)
-    assert all(torch.equal(p.full_tensor(), want[name]) for name, p in weights["dit"].items())
+    assert all(torch.equal(p.full_tensor(), expected[name]) for name, p in weights["dit"].items())
     assert torch.equal(weights["plain"]["w"], torch.ones(1000))
 
 
-def test_a_checkpoint_s_copy_in_host_memory_is_let_go_when_it_is_written(ranks, tmp_path,
-                                                                         monkeypatch):
+def test_a_checkpoint_s_copy_in_host_memory_is_freed_when_it_is_written(ranks, tmp_path,
+                                                                        monkeypatch):
     copies, copy_to_host = [], Saver.copy_to_host
 
     def watched(self, state):
@@ -89,7 +89,7 @@ def test_a_checkpoint_s_copy_in_host_memory_is_let_go_when_it_is_written(ranks, 
     state = {"w": torch.ones(1000)}
     saver = Saver(tmp_path, ranks, 2)
     gc.collect()
-    gc.disable()  # a collector that comes late would keep a copy of a whole run
+    gc.disable()  # a late collection would keep the copy alive
     try:
         for step in (1, 2):
             saver.save(step, state, {})
@@ -101,7 +101,7 @@ def test_a_checkpoint_s_copy_in_host_memory_is_let_go_when_it_is_written(ranks, 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "unreadable", "flipped", "header flipped",
                                     "meta cut", "meta gone", "meta odd", "meta changed"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_reported_and_skipped(damage, ranks, tmp_path, capsys):
     save_steps(tmp_path, ranks, [100, 200])
     assert '"step": 200' in (tmp_path / "step_000200/meta.json").read_text()
     newest = tmp_path / "step_000200"
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, ranks, tmp_path, 
     path, meta = latest_checkpoint(tmp_path, ranks)
     assert path.name == "step_000100" and meta["step"] == 100
     said = capsys.readouterr().out
-    assert "passing over" in said and "step_000200" in said
+    assert "skipping" in said and "step_000200" in said
     assert ("meta.json" if "meta" in damage else data.name) in said
 
 
@@ -154,7 +154,7 @@ def test_a_failed_checkpoint_is_tried_once_more_and_then_ends_the_run(ranks, sma
     assert names_in(small_disk) == ["step_000001", "step_000003"]
 
 
-def test_a_disk_too_small_for_a_run_is_told_before_it_begins(small_disk):
+def test_a_disk_too_small_for_a_run_is_an_error_before_it_begins(small_disk):
     check_disk(small_disk / "run/distill", 3_000, 2, keep=2, export=12_000)  # 120 of 256 KiB
     with pytest.raises(ValueError, match="3 checkpoints of 0.00012 GB and the student .*`keep`"):
         check_disk(small_disk / "run/distill", 10_000, 2, keep=2, export=40_000)
@@ -204,11 +204,11 @@ def test_a_disk_that_is_full_does_not_keep_a_collective_from_being_read_to_its_e
     assert reads == [0, 1, 2, 3]
 
 
-def test_when_no_checkpoint_is_whole_resuming_is_an_error_that_names_them(ranks, tmp_path):
+def test_when_no_checkpoint_is_intact_resuming_is_an_error_that_names_them(ranks, tmp_path):
     save_steps(tmp_path, ranks, [100, 200])
     for folder in tmp_path.iterdir():
         (folder / "rank_00000.safetensors").unlink()
-    with pytest.raises(ValueError, match="no whole checkpoint.*step_000200.*step_000100"):
+    with pytest.raises(ValueError, match="no intact checkpoint.*step_000200.*step_000100"):
         latest_checkpoint(tmp_path, ranks)
 
 
@@ -227,7 +227,7 @@ def as_torch_saves(value: object) -> bytes:
 
 
 @pytest.mark.parametrize("attack", ["a table of contents that runs", "a rank's own table",
-                                    "a whole old checkpoint", "a pickle for a rank's file",
+                                    "a complete old checkpoint", "a pickle for a rank's file",
                                     "a file of torch.save for a rank's file", "another path"])
 def test_nothing_in_a_checkpoint_folder_from_somebody_else_is_run(attack, ranks, tmp_path):
     mark, run = tmp_path / "mark", tmp_path / "run"
@@ -239,7 +239,7 @@ def test_nothing_in_a_checkpoint_folder_from_somebody_else_is_run(attack, ranks,
     elif attack == "a rank's own table":
         (path / ".metadata").write_bytes(pickle.dumps([]))
         (path / "__0.metadata").write_bytes(pickle.dumps(evil))
-    elif attack == "a whole old checkpoint":
+    elif attack == "a complete old checkpoint":
         dcp.save({**state, "count": evil}, checkpoint_id=str(path))
     elif attack == "a pickle for a rank's file":
         data.write_bytes(pickle.dumps(evil))
@@ -292,8 +292,8 @@ def test_the_attacks_of_these_tests_do_run_where_a_pickle_is_read(tmp_path):
 def test_an_old_checkpoint_is_refused_in_one_line(ranks, tmp_path):
     dcp.save({"w": torch.ones(3)}, checkpoint_id=str(tmp_path / "step_000003"))
     write_json(tmp_path / "step_000003/meta.json", {"step": 3})
-    with pytest.raises(ValueError, match="step_000003: is of an earlier version, whose table is a "
-                                         "pickle, which is not read"):
+    with pytest.raises(ValueError, match="step_000003: has the format of an earlier version, which "
+                                         "holds a pickle and is not read"):
         latest_checkpoint(tmp_path, ranks)
 
 
@@ -317,7 +317,7 @@ def test_a_checkpoint_of_another_network_is_an_error_that_names_it(state, ranks,
         load_checkpoint(tmp_path / "step_000001", state)
 
 
-def test_a_file_with_its_data_s_checksum_is_told_from_one_of_other_data(tmp_path):
+def test_a_file_whose_data_do_not_match_their_checksum_is_damaged(tmp_path):
     path, value = tmp_path / "a.safetensors", torch.arange(6.0)
     tensors = {"a": LazyTensor((6,), torch.float32, tmp_path, lambda rows=None: value)}
     stream_safetensors(path, tensors, {"crc32": CHECKSUM})

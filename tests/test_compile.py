@@ -1,4 +1,4 @@
-"""torch.compile: a block is compiled a few times, not anew for every prompt's length."""
+"""torch.compile: a block is compiled a few times, not again for every prompt's length."""
 
 import functools
 from pathlib import Path
@@ -21,8 +21,8 @@ LENGTHS = (3, 4, 5, 8, 9)  # of prompts
 
 
 def count_graphs(ranks: Ranks, folder: Path) -> None:
-    """How many graphs Dynamo has made by each length: as in training, with gradients of the
-    weights, with none and with those of the latents alone."""
+    """How many graphs Dynamo has made after each length: as in training, with gradients of the
+    weights, with none, and with those of the latents only."""
     family, sp = folder.name.split("-")
     ranks = setup_distributed("cpu", int(sp), 4)
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # Dynamo alone
@@ -50,7 +50,7 @@ def count_graphs(ranks: Ranks, folder: Path) -> None:
 
 @pytest.mark.parametrize("sp", [1, 2])
 @pytest.mark.parametrize("family", SIZES)
-def test_a_block_is_not_compiled_anew_for_every_length_of_a_prompt(family, sp, tmp_path):
+def test_a_block_is_not_compiled_again_for_every_length_of_a_prompt(family, sp, tmp_path):
     folder = tmp_path / f"{family}-{sp}"
     folder.mkdir()
     in_processes(sp, count_graphs, folder)  # ends if a block exceeds the limit

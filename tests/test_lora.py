@@ -567,5 +567,5 @@ def test_the_plans_of_a_lora_hold_moments_and_gradients_of_its_factors(ranks):
     assert thin["gradients"] == 2 * 4 * factors / world == thin["AdamW"]
     assert thin["gradients"] < whole["gradients"] / 50
     assert thin["student"] == pytest.approx(whole["student"], rel=0.02)
-    with pytest.raises(ValueError, match="lora: got 129; wanted a rank 1 … 128, or none"):
+    with pytest.raises(ValueError, match="lora: expected a rank 1 … 128, or none, got 129"):
         distill.check_config(distill.Config(lora=129), 1)

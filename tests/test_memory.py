@@ -1,44 +1,77 @@
-"""Memory: the plan that distill.py prints, what loading takes of the host, AdamW's moments."""
+"""Memory: the plan that distill.py prints, and what loading takes of the host."""
 
 import json
 import math
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from memory_worker import FEW, MANY, SIZES
-from processes import script_command
+from memory_worker import FEW, MANY, load, share
+from processes import in_processes
 
 import distill
 import model
+import training.memory
 from common.config import load_config
 from common.files import ROOT
-from tools.bench import allocated
 from common.ranks import Ranks, generator
-from common.weights import open_tensors, save_tensors
+from common.weights import save_tensors
+from model import HunyuanConfig, WanConfig, key_times
+from tools.bench import allocated
+from training.data import Loader
 from training.memory import host_plan, memory_parts, memory_plan, print_plans
 
-WORKER = Path(__file__).parent / "memory_worker.py"
 PEAK = 80 * 2 ** 30
+KEY = [0, 2, 4, 6]
+SIZES = {"wan": WanConfig(dim=384, ffn_dim=1536, num_heads=6, num_layers=4, text_dim=64,
+                          text_len=32),
+         "hunyuan": HunyuanConfig(dim=384, ffn_dim=1536, num_heads=6, num_double=2, num_single=2,
+                                  text_dim=64, text_len=32, pooled_dim=16, rope_dims=(16, 24, 24))}
 
 
-def worker(ranks: int, *args: object) -> None:
-    done = subprocess.run(script_command(WORKER, *args, ranks=ranks), capture_output=True,
-                          text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+class FakeSynVid:
+    """Random trajectories in memory."""
+    manifest = {"shape": [16, 3, 32, 32]}
+
+    def __init__(self, family: str):
+        self.t_key, self.family = key_times(family, 6, 5.0, KEY)[::-1], family
+
+    def __len__(self):
+        return 8
+
+    def read(self, i, ks):
+        g = generator("fake", i)
+        x, cond = torch.randn(4, *self.manifest["shape"], generator=g), {"text": torch.zeros(8, 64)}
+        if self.family == "hunyuan":
+            cond |= {"pooled": torch.zeros(16), "guidance": torch.tensor(6.0)}
+        return x[ks], cond, f"prompt {i}"
 
 
-@pytest.mark.parametrize("checkpointing, dtype", [(False, "float32"), (True, "bfloat16")])
+@pytest.mark.parametrize("checkpointing, dtype", [(False, torch.float32), (True, torch.bfloat16)],
+                         ids=["kept in fp32", "recomputed in bf16"])
 @pytest.mark.parametrize("family", ["wan", "hunyuan"])
-def test_the_plan_is_within_a_tenth_of_what_the_allocator_gives(family, checkpointing, dtype,
-                                                                tmp_path):
-    worker(1, "plan", family, checkpointing, dtype, tmp_path / "out")
-    found = json.loads((tmp_path / "out").read_text())
-    ratio = sum(found["parts"].values()) / found["allocated"]
-    print(f"plan / allocated: {ratio:.3f}")
-    assert 0.9 < ratio < 1.1
+def test_the_plan_is_within_a_tenth_of_what_the_allocator_gives(
+        family, checkpointing, dtype, tmp_path, ranks, monkeypatch):
+    monkeypatch.setitem(model.PRESETS, "small", SIZES[family])
+    for module in (distill, training.memory):  # bf16 as on a GPU
+        monkeypatch.setattr(module, "compute_dtype", lambda device: dtype)
+    dit = model.build_dit("small")
+    dit.init_weights(generator("teacher"))
+    weights = tmp_path / "teacher.safetensors"
+    save_tensors(weights, dit.state_dict(), {})
+    del dit
+    cfg = distill.Config(family=family, preset="small", weights=str(weights), n=6, key=KEY,
+                         batch=2, iterations=1, held_out=1, head_dim=32,
+                         checkpointing=checkpointing)
+    data = FakeSynVid(family)
+    loader = Loader(cfg, data, ranks)
+    state, kept, _ = allocated(lambda: distill.build(cfg, data.t_key, ranks))
+    peak = allocated(lambda: [log.gather() for _, _, log in
+                              distill.algorithm_1(cfg, state, loader)])[2]
+    plan = sum(memory_parts(cfg, loader.shape, ranks.device, 1, 1).values())
+    print(f"plan / allocated: {plan / (kept + peak):.3f}")
+    assert 0.9 < plan / (kept + peak) < 1.1
 
 
 @pytest.mark.parametrize("family, kind", [("wan", "num_layers"), ("hunyuan", "num_double"),
@@ -68,28 +101,28 @@ def test_loading_takes_a_rank_s_share_and_one_tensor_of_host_memory(ranks, tmp_p
         dit = model.build_dit(sizes)
         dit.init_weights(generator(name))
         save_tensors(tmp_path / f"{name}.safetensors", dit.state_dict(), {})
-    whole = sum(p.numel() for p in dit.parameters()) * 4
+    total = sum(p.numel() for p in dit.parameters()) * 4
     largest = max(p.numel() for p in dit.parameters()) * 4
-    worker(ranks, "load", tmp_path, tmp_path / "out")
+    in_processes(ranks, load, tmp_path)
     for rank in range(ranks):
         found = json.loads((tmp_path / f"out{rank}").read_text())
-        share = whole / ranks
+        share = total / ranks
         print(f"share {share / 1e6:.0f} MB, tensor {largest / 1e6:.0f} MB, "
               f"loaded {found['loaded'] / 1e6:.0f} MB, teacher too {found['both'] / 1e6:.0f} MB")
-        assert found["loaded"] < share + largest + 0.06 * whole    # Python's own objects, too
-        assert found["both"] < 1.5 * share + largest + 0.06 * whole    # the teacher is bf16
+        assert found["loaded"] < share + largest + 0.06 * total    # Python's own objects, too
+        assert found["both"] < 1.5 * share + largest + 0.06 * total    # the teacher is bf16
 
 
 def test_a_team_s_ranks_share_the_weights_of_a_dit_that_only_samples(tmp_path):
     dit = model.build_dit(FEW)
     dit.init_weights(generator("few"))
     save_tensors(tmp_path / "few.safetensors", dit.state_dict(), {})
-    worker(4, "share", tmp_path, tmp_path / "out")  # two teams of two ranks
-    whole = sum(p.numel() for p in dit.parameters())
+    in_processes(4, share, tmp_path)  # two teams of two ranks
+    total = sum(p.numel() for p in dit.parameters())
     found = [json.loads((tmp_path / f"out{rank}").read_text()) for rank in range(4)]
     for name in ("teacher", "student", "random"):
         held = [one["held"][name] for one in found]
-        assert held[0] + held[1] == whole == held[2] + held[3] and max(held) < 0.51 * whole
+        assert held[0] + held[1] == total == held[2] + held[3] and max(held) < 0.51 * total
     assert all(one["error"] < 1e-5 and one["noise"] > 0 for one in found)
 
 
@@ -139,21 +172,6 @@ def test_sequence_parallelism_shrinks_activations_and_offload_the_moments():
     assert home["AdamW"] < one["AdamW"] / 100 and home["student"] == one["student"]
 
 
-def test_moments_in_host_memory_change_no_bit(tiny_weights, tmp_path, run_stage, make_config):
-    students = []
-    config = make_config(distill={"iterations": 3, "batch": 4, "micro_batch": 2, "held_out": 2,
-                                  "lr": 1e-3, "head_dim": 8, "export_dtype": "fp32"},
-                         synvid={"count": 8})
-    for ranks, offload in ((1, False), (1, True), (2, True)):
-        run_stage("distill", config, f"offload={offload}", f"run={tmp_path}/{ranks}{offload}",
-                  *([f"synvid={tmp_path}/1False/synvid"] if students else []), ranks=ranks)
-        path = tmp_path / f"{ranks}{offload}/student.safetensors"
-        students.append({n: t.read() for n, t in open_tensors(path).items()})
-    plain, home, two = students
-    assert all(torch.equal(home[name], plain[name]) for name in plain)
-    assert max((two[name] - plain[name]).abs().max() for name in plain) < 1e-5
-
-
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/[hw]*.yaml")), ids=lambda p: p.stem)
 def test_the_first_line_of_each_large_config_is_a_run_that_fits_8_gpus_of_80_gib(path, many_ranks,
                                                                                capsys):
@@ -164,7 +182,7 @@ def test_the_first_line_of_each_large_config_is_a_run_that_fits_8_gpus_of_80_gib
     shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
     print_plans(cfg, shape, many_ranks(8, cfg.sp), PEAK)
     assert "fits in 80 GiB" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="memory plan: in 8 GiB: .* --force_plan true"):
+    with pytest.raises(ValueError, match="memory plan: .* in 8 GiB: .* --force_plan true"):
         print_plans(cfg, shape, many_ranks(8, cfg.sp), 2 ** 33)
     print_plans(replace(cfg, force_plan=True), shape, many_ranks(8, cfg.sp), 2 ** 33)
     assert "DOES NOT FIT in 8 GiB" in capsys.readouterr().out

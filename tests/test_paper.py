@@ -373,8 +373,8 @@ def test_what_blocks_tell_is_one_command(study, ranks, tmp_path, capsys):
         assert 0 <= entry["probe"] <= 1 and torch.tensor(entry["picture"]).shape == (1, 1)
     assert (tmp_path / "run/taps/taps.png").exists()
     assert "t'_1 = 0.781: a head is best at block" in capsys.readouterr().out
-    for option, message in (("videos=13", "videos: .*got 13"),
-                            ("blocks=6", "blocks: .*got .6.")):
+    for option, message in (("videos=13", "videos: expected 8 … 12.*got 13"),
+                            ("blocks=6", "blocks: expected some of 0 … 5, got .6.")):
         with pytest.raises(ValueError, match=message):
             taps.main([str(config), "videos=8", option])
 

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from common.ranks import setup_distributed
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
-# The keys' bias of an attention without norms shifts all logits of a query alike: its gradient is
-# rounding, which Adam makes steps of.
+# Without query and key norms, the keys' bias shifts all logits of a query by the same amount: its
+# gradient is rounding error, which Adam turns into full steps.
 WITHOUT_EFFECT = ("txt_in.individual_token_refiner.blocks.0.self_attn_qkv.bias",
                   "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.bias")
 
 
 def distilled(folder: Path, ranks: int, families: str = "wan,hunyuan,i2v",
               **settings: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Parameters and figures by family, after three iterations on so many processes."""
+    """Parameters and figures by family, after three iterations on `ranks` processes."""
     folder.mkdir()
     overrides = [f"{name}={value}" for name, value in settings.items()]
     done = run_script(WORKER, families, folder, *overrides, ranks=ranks)
@@ -29,7 +29,7 @@ def distilled(folder: Path, ranks: int, families: str = "wan,hunyuan,i2v",
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """What one process makes of a batch at once, of each family."""
+    """The result of one process with the batch in one forward, by family."""
     return distilled(tmp_path_factory.mktemp("alone") / "out", 1, micro_batch=4)
 
 
@@ -45,8 +45,8 @@ def test_any_split_of_the_work_gives_the_parameters_of_one_process(alone, ranks,
 
 def test_ranks_that_share_tokens_have_the_gradient_of_l_adv_that_one_has(tmp_path):
     """Heads start at zero, and L_adv has no gradient before their first update: here they do not.
-    The parameters are apart by less than a tenth of a step: Adam makes whole steps of gradients
-    that are next to nothing, too, as that of a bias before a norm of its channel."""
+    The parameters differ by less than a tenth of a step: Adam takes full steps even for gradients
+    close to zero, such as that of a bias before a norm of its channel."""
     one, two = (distilled(tmp_path / str(ranks), ranks, "wan,hunyuan", lively=1, sp=ranks,
                           micro_batch=1) for ranks in (1, 2))
     for family, got in two.items():
@@ -59,7 +59,7 @@ def test_ranks_that_share_tokens_have_the_gradient_of_l_adv_that_one_has(tmp_pat
 
 def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor],
                 bound: float = 1e-5) -> None:
-    """Figures are apart by less than 1e-5, parameters by less than the bound."""
+    """Figures differ by less than 1e-5, parameters by less than the bound."""
     assert got.keys() == want.keys()
     apart = {name: (got[name] - want[name]).abs().max().item() for name in want}
     figures = apart.pop("figures") / want["figures"].abs().max().item()
@@ -81,6 +81,13 @@ def test_two_ranks_that_share_tokens_train_the_lora_of_one_process(tmp_path):
     alone = distilled(tmp_path / "one", 1, micro_batch=4, lora=3)
     for family, got in distilled(tmp_path / "two", 2, sp=2, lora=3).items():
         assert any("lora_A" in name for name in got)
+        assert_same(got, alone[family])
+
+
+def test_moments_in_host_memory_change_no_bit(alone, tmp_path):
+    for family, got in distilled(tmp_path / "one", 1, micro_batch=4, offload=1).items():
+        assert all(torch.equal(got[name], alone[family][name]) for name in got)
+    for family, got in distilled(tmp_path / "two", 2, micro_batch=2, offload=1).items():
         assert_same(got, alone[family])
 
 

@@ -1,4 +1,4 @@
-"""A run of several ranks that loses one of them, or goes on with other ranks than it began with."""
+"""A run of several ranks that loses one of them, or resumes on another number of ranks."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import script_command
+from processes import run_script, script_command
 from safetensors.torch import load_file
 
 from common.files import ROOT
@@ -23,28 +23,22 @@ QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_eve
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny_weights, run_stage):
-    """A folder, a config, and in <folder>/whole an undisturbed run of two ranks."""
+    """A folder, a config, and in <folder>/full an uninterrupted run of two ranks."""
     folder = tmp_path_factory.mktemp("resume")
     config = {"weights": str(tiny_weights), "height": 16, "width": 32, "frames": 5, "n": 6,
               "key": [0, 2, 4, 6], "device": "cpu", "distill": QUICK,
               "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
-    run_stage("distill", path, f"run={folder / 'whole'}", ranks=2)
+    run_stage("distill", path, f"run={folder / 'full'}", ranks=2)
     return folder, path
 
 
 def begun(folder: Path, run: Path) -> Path:
     """A run's folder with the trajectories of the undisturbed one."""
     run.mkdir()
-    os.symlink(folder / "whole/synvid", run / "synvid")
+    os.symlink(folder / "full/synvid", run / "synvid")
     return run
-
-
-def launch(ranks: int, *args: object, restarts: int = 0) -> subprocess.CompletedProcess:
-    """torchrun of killed_stage.py; a hanging rank fails the test."""
-    command = script_command(KILLED, *args, ranks=ranks, torchrun=f"--max-restarts={restarts}")
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -58,20 +52,44 @@ def assert_same_bits(run: Path, other: Path) -> None:
     assert [line["step"] for line in lines_of(run)] == list(range(1, 7))
 
 
-@pytest.mark.parametrize("rank,place,count", [
-    (1, "iteration", 4), (1, "checkpoint", 150), (0, "naming", 1), (0, "export", 40)])
-def test_a_killed_rank_is_named_the_others_stop_and_the_same_command_ends_with_the_same_bits(
-        undisturbed, run_stage, tmp_path, rank, place, count):
+@pytest.fixture(scope="module")
+def killed(undisturbed, tmp_path_factory):
+    """The folder of a run that was killed in its last iteration."""
+    (folder, config), parent = undisturbed, tmp_path_factory.mktemp("killed")
+    run = begun(folder, parent / "run")
+    done = run_script(KILLED, parent / "mark", 1, "iteration", 6, 1, "distill", config,
+                      f"run={run}", ranks=2)
+    assert done.returncode == -signal.SIGKILL and (parent / "mark").exists()
+    return run
+
+
+def test_wherever_a_rank_is_killed_the_same_command_ends_with_the_same_bits(
+        undisturbed, killed, run_stage, tmp_path):
+    (folder, config), run = undisturbed, tmp_path / "run"
+    shutil.copytree(killed, run, symlinks=True)
+    for rank, place, count in ((1, "checkpoint", 150), (0, "publish", 1), (0, "export", 40)):
+        done = run_script(KILLED, tmp_path / place, rank, place, count, 1, "distill", config,
+                          f"run={run}", ranks=2)
+        assert done.returncode == -signal.SIGKILL and (tmp_path / place).exists(), done.stderr
+        assert not (run / "student.safetensors").exists()
+    run_stage("distill", config, f"run={run}", ranks=2)
+    assert_same_bits(run, folder / "full")
+
+
+def test_torchrun_restarts_a_run_and_names_the_rank_that_was_killed_again(undisturbed, run_stage,
+                                                                          tmp_path):
     folder, config = undisturbed
-    run = begun(folder, tmp_path / "run")
-    done = launch(2, tmp_path / "mark", rank, place, count, "distill", config, f"run={run}")
-    assert (tmp_path / "mark").exists() and done.returncode == 1
+    run, mark = begun(folder, tmp_path / "run"), tmp_path / "mark"
+    command = script_command(KILLED, mark, 1, "iteration", 3, 2, "distill", config, f"run={run}",
+                             ranks=2, torchrun="--max-restarts=1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1 and mark.read_text() == "xx", done.stderr
+    assert "resuming from" in done.stdout
     # torchrun lists every rank that it had to stop; the root cause is the one that died by itself
     root = done.stderr.rpartition("Root Cause")[2]
-    assert f"rank      : {rank} " in root and "exitcode  : -9" in root
-    assert not (run / "student.safetensors").exists()
+    assert "rank      : 1 " in root and "exitcode  : -9" in root
     run_stage("distill", config, f"run={run}", ranks=2)
-    assert_same_bits(run, folder / "whole")
+    assert_same_bits(run, folder / "full")
 
 
 def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undisturbed, run_stage,
@@ -86,52 +104,33 @@ def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undistur
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)  # SIGTERM is sent to one process in test_distill.py
-    out, _ = process.communicate(timeout=100)  # torchrun's own status is 1 after any signal
+    out, _ = process.communicate(timeout=300)  # torchrun's own status is 1 after any signal
     saved, done = [p.name for p in (run / "distill").glob("step_*")], len(lines_of(run))
-    assert saved == [f"step_{done:06d}"] and "the same command goes on" in out
+    assert saved == [f"step_{done:06d}"] and "rerun the same command to resume" in out
     run_stage("distill", config, f"run={run}", f"iterations={max(done + 1, 6)}", ranks=2)
-    lines, whole = lines_of(run), lines_of(folder / "whole")
+    lines, full = lines_of(run), lines_of(folder / "full")
     assert [line["step"] for line in lines] == list(range(1, max(done + 1, 6) + 1))
     for name in ("loss_traj", "loss_adv", "grad_sum"):
-        assert [line[name] for line in lines[:6]] == [line[name] for line in whole]
-
-
-def test_torchrun_restarts_a_run_by_itself(undisturbed, tmp_path):
-    folder, config = undisturbed
-    run = begun(folder, tmp_path / "run")
-    done = launch(2, tmp_path / "mark", 1, "iteration", 4, "distill", config, f"run={run}",
-                  restarts=1)
-    assert done.returncode == 0 and (tmp_path / "mark").exists(), done.stderr
-    assert "resuming from" in done.stdout
-    assert_same_bits(run, folder / "whole")
-
-
-@pytest.fixture(scope="module")
-def killed(undisturbed, tmp_path_factory):
-    """The folder of a run that was killed in its last iteration."""
-    (folder, config), own = undisturbed, tmp_path_factory.mktemp("killed")
-    run = begun(folder, own / "run")
-    done = launch(2, own / "mark", 0, "iteration", 6, "distill", config, f"run={run}")
-    assert done.returncode == 1
-    return run
+        assert [line[name] for line in lines[:6]] == [line[name] for line in full]
 
 
 @pytest.mark.parametrize("ranks,settings", [(1, {}), (4, {"sp": 2})], ids=str)
-def test_a_run_goes_on_with_other_ranks_and_sequence_parallelism(undisturbed, killed, run_stage,
+def test_a_run_resumes_on_other_ranks_and_with_sequence_parallelism(undisturbed, killed, run_stage,
                                                                  tmp_path, ranks, settings):
     (folder, config), run = undisturbed, tmp_path / "run"
     shutil.copytree(killed, run, symlinks=True)
     done = run_stage("distill", config, f"run={run}",
                      *(f"{name}={value}" for name, value in settings.items()), ranks=ranks)
-    assert "resuming from" in done.stdout and "step_000004" in done.stdout  # in the midst of a pass
-    for ours, theirs in zip(lines_of(run), lines_of(folder / "whole"), strict=True):
+    assert "resuming from" in done.stdout
+    assert "step_000004" in done.stdout  # in the middle of a pass
+    for ours, theirs in zip(lines_of(run), lines_of(folder / "full"), strict=True):
         assert (ours["step"], ours["k"]) == (theirs["step"], theirs["k"])
         for name in ("loss_traj", "loss_adv", "loss_head", "grad_traj", "endpoint"):
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (ours["step"], name)
 
 
-def test_a_run_whose_synvid_has_grown_goes_on_with_the_trajectories_it_began_with(
+def test_a_run_whose_synvid_has_grown_keeps_the_trajectories_it_began_with(
         undisturbed, killed, run_stage, tmp_path):
     (folder, config), run = undisturbed, tmp_path / "run"
     shutil.copytree(killed, run)  # the trajectories, too
@@ -146,6 +145,6 @@ def test_a_run_whose_synvid_has_grown_goes_on_with_the_trajectories_it_began_wit
     done = run_stage("distill", longer, f"run={run}", ranks=2)
     assert "resuming from" in done.stdout
     assert len(list((run / "synvid").glob("*/*.safetensors"))) == count > 10
-    assert_same_bits(run, folder / "whole")
-    ours, theirs = lines_of(run), lines_of(folder / "whole")
+    assert_same_bits(run, folder / "full")
+    ours, theirs = lines_of(run), lines_of(folder / "full")
     assert [line.get("endpoint") for line in ours] == [line.get("endpoint") for line in theirs]

@@ -1,29 +1,13 @@
-"""Beside stage 2: three ways to distill on data, where AccVideo has the teacher's trajectories.
+"""Baselines for stage 2: three ways to distill on data instead of the teacher's trajectories.
 
-    python baselines.py [CONFIG] --method perflow --data matched [--run DIR] [--seed 1]
-    torchrun --nproc-per-node 8 baselines.py CONFIG --method dmd --data samples
+    python -m tools.baselines [CONFIG] --method perflow --data matched [--run DIR] [--seed 1]
+    torchrun --nproc-per-node 8 -m tools.baselines CONFIG --method dmd --data samples
 
-Input: the teacher's folder; for data "samples" also <run>/synvid (or --synvid). Settings are those
-of distill.py: `lr`, `iterations`, `batch` and all others that these methods have.
-Output: <run>/student.safetensors, which sample.py and evaluate.py take as any student's.
-Cost: per sample and iteration, in forwards of the teacher's size: PeRFlow n/m + 3, PCM 5, DMD
-5 + 5 for each update of the fake score. A run that is stopped starts anew.
-
-  perflow  Yan et al., arXiv 2405.07510: noised data are carried by the teacher from the start of
-           a window [t'_k, t'_{k+1}] to its end; the student learns the straight line between.
-  pcm      Wang et al., arXiv 2405.18407, phased consistency: from any point of a window the student
-           steps to the window's end; it agrees with itself one teacher step further on. No
-           adversarial loss, no moving average.
-  dmd      Yin et al., arXiv 2311.18828 and 2405.14867, distribution matching: the student's x0 from
-           noised data moves against the difference of two scores, the teacher's and that of a copy
-           trained on the student's outputs. No regression loss, no discriminator.
-
-Why they are here: they start from noised data points, which are useless where no trajectory of the
-teacher passes (Sec. 3.2), and the more so the more the data differ from the teacher's (Eq. 4). The
-small world's data distribution is known, so that this can be measured: `python evaluate.py --paper
-table3`.
-
-Legend: x0 data and z noise [B,C,T,H,W]; t times [B]; v(x, t) a velocity.
+In:  the teacher's folder; with --data samples also <run>/synvid (or --synvid). The settings are
+     distill.py's, as far as the methods have them. A stopped run starts from the beginning.
+Out: <run>/student.safetensors, which sample.py and evaluate.py read like any student.
+They start from noised data, which are useless where no trajectory of the teacher passes (Sec. 3.2,
+Eq. 4). The small world's data are known, so `python -m tools.paper` measures this (Table 3).
 """
 
 import math
@@ -49,48 +33,50 @@ from common.ranks import (
     Ranks, Timer, cli, compute_dtype, generator, on_first_rank, lock_run_folder, prefer_attention,
     setup_distributed)
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
-from distill import COLLECTIVE_TIMEOUT, apply_update, build, learning_rate
+from distill import COLLECTIVE_TIMEOUT, build, learning_rate
 from frozen.load import encode_prompts, load_conditioner, load_vae
 from model import check_model, collate, key_times, load_dit, time_grid
 from small_world.clips import SIZE, make_clips
 from training.data import epoch_order
-from training.optimizer import adamw
+from training.optimizer import adamw, apply_update
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[[Tensor, Tensor], Tensor]  # v(x, t), t [B]
 
 
 @dataclass
 class Config(distill.Config):
-    """Settings of distill.py and which method learns from which data."""
-    method: Literal["perflow", "pcm", "dmd"] = field("perflow", "see above")
+    """Settings of distill.py, the method, and the data that it learns from."""
+    method: Literal["perflow", "pcm", "dmd"] = field("perflow", "how the student learns")
     data: Literal["matched", "mismatched", "samples"] = field(
-        "matched", "clips as the teacher's own, clips of smaller objects, or SynVid's l_0")
+        "matched", "clips like the teacher's own, clips of smaller objects, or SynVid's l_0")
     data_count: int = field(1024, "videos to learn from", "[1, inf)")
-    clips: str | None = field(None, "folder that keeps encoded clips; none: <run>/clips")
-    fake_updates: int = field(2, "dmd: updates of the fake score for one of the student",
+    clips: str | None = field(None, "folder for encoded clips; default <run>/clips")
+    fake_updates: int = field(2, "dmd: updates of the fake score per update of the student",
                               "[1, inf)")
 
 
 # ------------------------------------------------------------------------------------ losses
+# x0 data and z noise [B,C,T,H,W]; t times [B]; a window is [t'_k, t'_{k+1}]. Cost per sample and
+# iteration, in forwards of the teacher: PeRFlow n/m + 3, PCM 5, DMD 5 + 5 per fake update.
 
-def at(t: Tensor, x: Tensor) -> Tensor:
-    """Times [B] in a shape that multiplies x [B, …]."""
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """Times [B] in a shape that broadcasts with x [B, …]."""
     return t.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
 
 
 def add_noise(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
     """x_t = (1 - t) x0 + t z. Eq. 2."""
-    return x0 + at(t, x0) * (z - x0)
+    return x0 + expand(t, x0) * (z - x0)
 
 
 def same_time(t: float, x: Tensor) -> Tensor:
-    """The time t for each of x [B, …]: float64 [B]."""
+    """The time t of every sample of x [B, …]: float64 [B]."""
     return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
 
 
 @torch.no_grad()
-def walk(v: Velocity, x: Tensor, times: list[float]) -> Tensor:
-    """x carried by v along falling times. Eq. 5."""
+def integrate(v: Velocity, x: Tensor, times: list[float]) -> Tensor:
+    """x after Euler steps of v along falling times. Eq. 5."""
     for t, t_next in zip(times, times[1:], strict=False):
         x = x + (t_next - t) * v(x, same_time(t, x))
     return x
@@ -98,51 +84,56 @@ def walk(v: Velocity, x: Tensor, times: list[float]) -> Tensor:
 
 def perflow_loss(student: Velocity, teacher: Velocity, x0: Tensor, z: Tensor, times: list[float],
                  u: Tensor) -> Tensor:
-    """Squared error of the student against the chord of a window, at the part u [B] of it.
+    """PeRFlow: the teacher integrates noised data through a window; the student learns the chord.
 
-    times: the teacher's grid in the window, from t'_{k+1} down to t'_k.
+    Args: times, the teacher's grid in the window, from t'_{k+1} down to t'_k; u [B] in [0, 1],
+    where on the chord the student is evaluated. Source: Yan et al., arXiv 2405.07510.
     """
     high = add_noise(x0, z, same_time(times[0], x0))
-    slope = (walk(teacher, high, times) - high) / (times[-1] - times[0])
+    slope = (integrate(teacher, high, times) - high) / (times[-1] - times[0])
     t = times[0] + u.double() * (times[-1] - times[0])
-    x = high + at(t - times[0], high) * slope
+    x = high + expand(t - times[0], high) * slope
     return F.mse_loss(student(x, t), slope)
 
 
 def to_window_end(v: Velocity, x: Tensor, t: float, end: float) -> Tensor:
-    """One Euler step of v from t to the window's end: x itself where t is the end."""
+    """One Euler step of v from t to the window's end; the identity if t is the end."""
     return x + (end - t) * v(x, same_time(t, x))
 
 
 def pcm_loss(student: Velocity, teacher: Velocity, x0: Tensor, z: Tensor, times: list[float],
              j: int) -> Tensor:
-    """Squared difference of where the student ends from times[j] and from one teacher step on.
+    """PCM: the student's window end from times[j] agrees with that from one teacher step later.
 
-    times as in perflow_loss; j in 0 … len(times) - 2.
+    Without adversarial loss and moving average. Args: times as in perflow_loss; j in
+    0 … len(times) - 2. Source: phased consistency, Wang et al., arXiv 2405.18407.
     """
     x = add_noise(x0, z, same_time(times[j], x0))
     with torch.no_grad():
-        following = walk(teacher, x, times[j:j + 2])
-        goal = following
+        target = integrate(teacher, x, times[j:j + 2])
         if j + 2 < len(times):
-            goal = to_window_end(student, following, times[j + 1], times[-1])
-    return F.mse_loss(to_window_end(student, x, times[j], times[-1]), goal)
+            target = to_window_end(student, target, times[j + 1], times[-1])
+    return F.mse_loss(to_window_end(student, x, times[j], times[-1]), target)
 
 
 def dmd_student_x0(student: Velocity, x0: Tensor, z: Tensor, t: float) -> Tensor:
-    """The student's guess of x0 from data noised to t."""
+    """DMD: the student's prediction of x0 from data noised to t."""
     x = add_noise(x0, z, same_time(t, x0))
     return x - t * student(x, same_time(t, x))
 
 
 def dmd_loss(guess: Tensor, teacher: Velocity, fake: Velocity, noise: Tensor, t: Tensor) -> Tensor:
-    """A loss whose gradient moves `guess` [B, …] from what `fake` makes of it, noised to t [B],
-    to what the teacher makes of it; scaled by the teacher's distance to the guess."""
+    """DMD: a loss whose gradient moves `guess`, the student's x0, along the difference of scores.
+
+    The scores are the teacher's and that of a copy, `fake`, trained on the student's outputs, both
+    at `guess` noised to t [B]; the gradient is divided by the teacher's distance to the guess.
+    Without regression loss and discriminator. Source: Yin et al., arXiv 2311.18828 and 2405.14867.
+    """
     with torch.no_grad():
         x = add_noise(guess, noise, t)
-        real_x0, fake_x0 = (x - at(t, x) * v(x, t) for v in (teacher, fake))
+        real_x0, fake_x0 = (x - expand(t, x) * v(x, t) for v in (teacher, fake))
         scale = (guess - real_x0).abs().flatten(1).mean(1).clamp(min=1e-6)
-        gradient = (fake_x0 - real_x0) / at(scale, x)
+        gradient = (fake_x0 - real_x0) / expand(scale, x)
     return 0.5 * F.mse_loss(guess, guess.detach() - gradient)
 
 
@@ -155,11 +146,13 @@ def flow_matching_loss(v: Velocity, x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
 @dataclass
 class Data:
-    """What a method learns from: latents [N,C,T,H,W] fp32, and conditioning of each."""
+    """What a method learns from: latents [N,C,T,H,W] in fp32 and their conditioning."""
     latents: Tensor
     conds: list[dict]
-    unconds: list[dict] | None
-SMALLER = (0.30, 0.40)  # radius of the mismatched clips' objects: less than any of the teacher's
+    unconds: list[dict] | None     # of the negative prompt; None without guidance
+
+
+SMALLER = (0.30, 0.40)  # radii of the mismatched clips' objects, below all of the teacher's
 
 
 @torch.no_grad()
@@ -177,17 +170,16 @@ def encode_clips(cfg: Shared, radius: tuple[float, float], seed: int, count: int
 
 def keep_clips(cfg: Shared, path: Path, radius: tuple[float, float], seed: int, count: int,
                device: torch.device) -> None:
-    """Encode the small world's clips of a seed and a range of sizes to `path`, unless they are
-    there."""
-    about = {"weights": str(fingerprint(cfg.weights)), "clips": f"{count} of {seed}, {radius}"}
-    if path.exists() and about.items() <= safetensors_metadata(path).items():
+    """Encode the small world's clips of a seed and a range of radii, unless `path` holds them."""
+    facts = {"weights": str(fingerprint(cfg.weights)), "clips": f"{count} of {seed}, {radius}"}
+    if path.exists() and facts.items() <= safetensors_metadata(path).items():
         return
     latents, captions = encode_clips(cfg, radius, seed, count, device)
-    save_tensors(path, {"latents": latents}, {**about, "captions": "\n".join(captions)})
+    save_tensors(path, {"latents": latents}, {**facts, "captions": "\n".join(captions)})
 
 
 def load_data(cfg: Config, device: torch.device) -> Data:
-    """The videos of `data` as latents, their conditioning, and without their text for guidance."""
+    """The videos that cfg.data names, as latents with their conditioning."""
     if cfg.data == "samples":
         store = SynVid(cfg.synvid or Path(cfg.run) / "synvid", cfg)
         items = [store.read(i, [0]) for i in range(min(cfg.data_count, len(store)))]
@@ -206,17 +198,9 @@ def load_data(cfg: Config, device: torch.device) -> Data:
 
 # ---------------------------------------------------------------------------------- training
 
-def check_config(cfg: Config, ranks: Ranks) -> None:
-    """Raise ValueError for settings that these methods cannot serve."""
-    distill.check_config(cfg, ranks.dp_size)
-    if cfg.data != "samples" and cfg.preset != "tiny":
-        raise ValueError(f"data: got {cfg.data} with preset {cfg.preset}; clips are there for the "
-                         "small world only: choose --data samples")
-
-
 def velocities(cfg: Config, state: distill.TrainState, fake: nn.Module | None, data: Data,
                picked: list[int], device: torch.device) -> tuple[Velocity, Velocity, Velocity]:
-    """Student, guided teacher and fake score as functions v(x, t) with the videos' prompts."""
+    """Student, guided teacher and fake score as functions v(x, t), for the picked videos."""
     def collated(conds: list[dict]) -> dict:
         return {name: c.to(device) for name, c in collate([conds[i] for i in picked]).items()}
 
@@ -230,9 +214,9 @@ def velocities(cfg: Config, state: distill.TrainState, fake: nn.Module | None, d
     return (lambda x, t: state.student(x, t, cond)), teacher, (lambda x, t: fake(x, t, cond))
 
 
-def loss_of(cfg: Config, v: tuple[Velocity, Velocity, Velocity], x0: Tensor, grid: list[float],
-            k: int, draw: torch.Generator, train_fake: bool) -> Tensor:
-    """The loss of one micro-batch in window k, of the student or of dmd's fake score."""
+def compute_loss(cfg: Config, v: tuple[Velocity, Velocity, Velocity], x0: Tensor, grid: list[float],
+                 k: int, draw: torch.Generator, train_fake: bool) -> Tensor:
+    """The loss of one micro-batch in window k: the student's, or that of dmd's fake score."""
     student, teacher, fake = v
     high, low = cfg.key[-2 - k], cfg.key[-1 - k]  # the window in the teacher's grid
     times = grid[high:low + 1]
@@ -251,8 +235,8 @@ def loss_of(cfg: Config, v: tuple[Velocity, Velocity, Velocity], x0: Tensor, gri
     return dmd_loss(dmd_student_x0(student, x0, z, times[0]), teacher, fake, noise, t)
 
 
-def train(cfg: Config, state: distill.TrainState, data: Data, ranks: Ranks) -> None:
-    """Train the student, window by window from noise to data as distill.py does."""
+def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ranks) -> None:
+    """Train the student, window by window from noise to data, as distill.py does."""
     device, m = ranks.device, len(state.t_key) - 1
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     networks = [("student", state.student, 1)]
@@ -272,41 +256,45 @@ def train(cfg: Config, state: distill.TrainState, data: Data, ranks: Ranks) -> N
             for update in range(updates):
                 for part in range(each):
                     first = (part * ranks.dp_size + ranks.dp_rank) * cfg.micro_batch
-                    places = [divmod(step * cfg.batch + first + slot, len(data.latents))
-                              for slot in range(cfg.micro_batch)]
-                    picked = [epoch_order(cfg.seed, epoch, len(data.latents))[place]
-                              for epoch, place in places]
+                    positions = [divmod(step * cfg.batch + first + slot, len(data.latents))
+                                 for slot in range(cfg.micro_batch)]
+                    picked = [epoch_order(cfg.seed, epoch, len(data.latents))[position]
+                              for epoch, position in positions]
                     v = velocities(cfg, state, fake, data, picked, device)
                     draw = generator(cfg.method, cfg.seed, step, name, update, first)
-                    loss = loss_of(cfg, v, data.latents[picked].to(device), grid, k, draw,
-                                   name == "fake")
+                    loss = compute_loss(cfg, v, data.latents[picked].to(device), grid, k, draw,
+                                        name == "fake")
                     (loss / each).backward()
                     losses[name] = loss.detach()
                 params = [p for p in network.parameters() if p.grad is not None]
-                apply_update(cfg, state.opts[name], params, learning_rate(cfg, step, cfg.lr))
+                lr = learning_rate(cfg, step, cfg.lr)
+                apply_update(state.opts[name], params, lr, cfg.clip)
         state.step = step + 1
         if step % 10 == 9:
             values = {name: float(loss) for name, loss in losses.items()}
             if not all(math.isfinite(value) for value in values.values()):
-                raise ValueError(f"{cfg.method}: iteration {step + 1}: losses are {values}: stop. "
-                                 "Lower lr")
+                raise ValueError(f"{cfg.method}: iteration {step + 1}: losses are {values}: "
+                                 "stopping. Lower lr")
             bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, load or encode the data, train, export."""
-    cfg = load_config(Config, "distill", argv, __doc__, "baselines.py")
+    cfg = load_config(Config, "distill", argv, __doc__, "-m tools.baselines")
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, COLLECTIVE_TIMEOUT,
                               same=settings_to_compare(cfg, teacher=teacher))
     prefer_attention(cfg.attention, ranks.device)
-    check_config(cfg, ranks)
+    distill.check_config(cfg, ranks.dp_size)
+    if cfg.data != "samples" and cfg.preset != "tiny":
+        raise ValueError(f"data: expected samples for preset {cfg.preset}, got {cfg.data}: only "
+                         "the small world can make clips")
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
     with lock_run_folder(Path(cfg.run) / "distill"):
         announce(cfg, "distill", ranks.rank)
         data = load_data(cfg, ranks.device)
         state = build(cfg, key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1], ranks)
-        train(cfg, state, data, ranks)
+        train_baseline(cfg, state, data, ranks)
         path = export_student(cfg, state, ranks, {"teacher": teacher})
     if ranks.rank == 0:
         print(f"student: {path}", flush=True)

@@ -1,20 +1,14 @@
-"""Which of the teacher's features tell generated latents from real ones: Fig. 6, and D7's choice.
+"""Fig. 6 for your teacher: which of its features tell generated latents from real ones, for D7.
 
-    python taps.py [CONFIG] [--student FILE] [--videos 128]
-    torchrun --nproc-per-node 8 taps.py CONFIG         # the teacher is sharded over the ranks
+    python -m tools.taps [CONFIG] [--student FILE] [--videos 128]
+    torchrun --nproc-per-node 8 -m tools.taps CONFIG    # the teacher is sharded over the ranks
 
-Input: <run>/synvid (or --synvid) and the teacher's folder. Generated latents are of the teacher
-itself in as few steps as `key` has, or of a student.
-Output: <run>/taps/taps.json and taps.png: for each key timestep t'_k and each block of the teacher,
-how often a linear probe and a head (that of distill.py) are right, and what its features look like.
-Cost: 2 forwards of the teacher for each video, block and key timestep: a minute for the small
-world.
-
-A block where both are right tells a head what to repair: take it for `tap` (t'_k > 0) or `tap_data`
-(t'_0). Where neither is, there is nothing left to repair, or the block does not see it. Half of the
-videos train, the other half asks. Settings are those of distill.py's section.
-
-Legend: N videos, F frames kept of each, D channels, h w the grid of features.
+In:  <run>/synvid (or --synvid) and the teacher's folder; settings as in distill.py's section.
+Out: <run>/taps/taps.json and taps.png: by key timestep t'_k and block of the teacher, the accuracy
+     of a linear probe and of a head as in distill.py, and a picture of the features.
+Generated latents are the teacher's own in as few steps as `key` has, or a student's. Where both
+accuracies are high, a head can learn what to repair: use that block as `tap` (t'_k > 0) or
+`tap_data` (t'_0). Half of the videos train, the others test.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,57 +28,61 @@ from common.config import announce, field, load_config, settings_to_compare
 from common.files import replace_file, write_json
 from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, prefer_attention, setup_distributed)
+    Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, prefer_attention,
+    setup_distributed)
 from distill import features, head_loss, make_heads, tap_blocks
 from model import check_model, collate, load_dit, sample_euler
 
+# N videos, F frames kept of each, D channels, h w the grid of features. Cost: two forwards of the
+# teacher per video, block and key timestep; a minute for the small world.
 
 
 @dataclass
 class Config(distill.Config):
-    """Settings of distill.py and what is looked at."""
-    student: str | None = field(None, "file of a student that generates; none: the teacher")
-    videos: int | None = field(None, "trajectories looked at, the last ones; none: 128 or all",
+    """Settings of distill.py, and which features to examine."""
+    student: str | None = field(None, "file of a student that generates; default: the teacher")
+    videos: int | None = field(None, "last trajectories to use; default 128, or all if fewer",
                                "[8, inf)")
-    blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; none: at most 8 of all")
+    blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; default: 8 "
+                                     "spread evenly")
     frames_kept: int = field(2, "latent frames of each video whose features are kept", "[1, inf)")
     updates: int = field(64, "updates of a head, with lr_heads", "[1, inf)")
 
 
-# ----------------------------------------------------------------------------------- readers
+# ------------------------------------------------------------------------------- classifiers
 
-def standardised(x: Tensor, like: Tensor) -> Tensor:
-    """x [N, D] minus the mean, over the deviation, of `like`."""
-    return (x - like.mean(0)) / like.std(0).clamp(min=1e-6)
+def standardised(x: Tensor, reference: Tensor) -> Tensor:
+    """x [N,D] in units of the mean and standard deviation of `reference`."""
+    return (x - reference.mean(0)) / reference.std(0).clamp(min=1e-6)
 
 
 def probe_accuracy(real: Tensor, fake: Tensor) -> float:
-    """How often a logistic regression on mean features [N, D] tells fake from real, on the half
-    that it was not trained on."""
+    """Accuracy of a logistic regression on mean features [N,D], fake against real, on the second
+    half of each; it is trained on the first."""
     half = len(real) // 2
-    known, asked = torch.cat((real[:half], fake[:half])), torch.cat((real[half:], fake[half:]))
-    known, asked = standardised(known, known), standardised(asked, known)
+    train, test = torch.cat((real[:half], fake[:half])), torch.cat((real[half:], fake[half:]))
+    train, test = standardised(train, train), standardised(test, train)
     signs = torch.cat((torch.ones(half), -torch.ones(half))).to(real)
-    weights = torch.zeros(known.shape[1] + 1, device=real.device, requires_grad=True)
+    weights = torch.zeros(train.shape[1] + 1, device=real.device, requires_grad=True)
     opt = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         opt.zero_grad()
-        logits = known @ weights[:-1] + weights[-1]
+        logits = train @ weights[:-1] + weights[-1]
         out = F.softplus(-signs * logits).mean() + 0.01 * weights[:-1].square().sum()
         out.backward()
         return out
 
     opt.step(loss)
     with torch.no_grad():
-        logits = asked @ weights[:-1] + weights[-1]
+        logits = test @ weights[:-1] + weights[-1]
     rest = len(real) - half
     return float(torch.cat((logits[:rest] > 0, logits[rest:] < 0)).float().mean())
 
 
 def head_accuracy(cfg: Config, real: Tensor, fake: Tensor, key: tuple) -> float:
-    """How often a head, trained for `updates`, tells fake from real by its mean verdict over the
-    patches of a video, on the half that it was not trained on. real, fake [N,F,D,h,w]."""
+    """Accuracy of a head, by its mean logit over a video's patches, on the second half of the
+    videos; it is trained for cfg.updates on the first. real, fake [N,F,D,h,w]."""
     half, g = len(real) // 2, generator("taps", *key)
     head = make_heads(cfg, real.shape[2])[0].to(real.device)
     lr = cfg.lr if cfg.lr_heads is None else cfg.lr_heads
@@ -97,13 +95,13 @@ def head_accuracy(cfg: Config, real: Tensor, fake: Tensor, key: tuple) -> float:
         opt.step()
         opt.zero_grad()
     with torch.no_grad():
-        verdicts = [torch.stack([head(x.float()).mean() for x in kind[half:]])
+        logits = [torch.stack([head(x.float()).mean() for x in kind[half:]])
                     for kind in (real, fake)]
-    return float(torch.cat((verdicts[0] > 0, verdicts[1] < 0)).float().mean())
+    return float(torch.cat((logits[0] > 0, logits[1] < 0)).float().mean())
 
 
 def first_component(x: Tensor) -> Tensor:
-    """First principal component of features [F,D,h,w] over their places: [F,h,w], unit range."""
+    """First principal component of features [F,D,h,w] over their positions: [F,h,w] in [0, 1]."""
     rows = x.float().permute(0, 2, 3, 1).flatten(0, 2)
     rows = rows - rows.mean(0)
     _, _, v = torch.linalg.svd(rows, full_matrices=False)
@@ -114,16 +112,16 @@ def first_component(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- features
 
 @torch.no_grad()
-def kept_features(cfg: Config, teacher: nn.Module, x: Tensor, t: float, cond: dict,
+def frame_features(cfg: Config, teacher: nn.Module, x: Tensor, t: float, cond: dict,
                   block: int) -> Tensor:
-    """Features of latents x [B,C,T,H,W], of a few frames evenly spread: [B,F,D,h,w] on the CPU."""
+    """Features of latents x [B,C,T,H,W] in a few evenly spaced frames: [B,F,D,h,w] on the CPU."""
     f = features(teacher, x, t, cond, block).unflatten(0, (len(x), -1))
     frames = torch.linspace(0, f.shape[1] - 1, min(cfg.frames_kept, f.shape[1])).round().long()
     return f[:, frames].to("cpu", compute_dtype(f.device))
 
 
-def batches(cfg: Config, data: SynVid, device: torch.device) -> list[tuple]:
-    """The videos in batches of micro_batch: (x_key on the host, cond, fresh noise)."""
+def load_videos(cfg: Config, data: SynVid, device: torch.device) -> list[tuple]:
+    """The videos in batches of micro_batch: (x_key in host memory, cond, fresh noise)."""
     first, out = len(data) - cfg.videos, []
     for start in range(first, len(data), cfg.micro_batch):
         rows = range(start, min(start + cfg.micro_batch, len(data)))
@@ -135,23 +133,23 @@ def batches(cfg: Config, data: SynVid, device: torch.device) -> list[tuple]:
     return out
 
 
-def look(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[dict]:
+def examine(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[dict]:
     """For each block and k: accuracies of probe and head, and the picture of one video."""
     device = ranks.device
     teacher = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks)
     teacher.requires_grad_(False)
     dit = teacher if cfg.student is None else load_student(cfg, Path(cfg.student), device, ranks)
     t_key, m, found = data.t_key, len(data.t_key) - 1, []
-    videos = batches(cfg, data, device)
-    walks = [[z, *(x.cpu() for x in sample_euler(dit, z.to(device), t_key[::-1], cond))][::-1]
+    videos = load_videos(cfg, data, device)
+    x_gen = [[z, *(x.cpu() for x in sample_euler(dit, z.to(device), t_key[::-1], cond))][::-1]
              for _, cond, z in tqdm(videos, "generate", disable=ranks.rank > 0 or None)]
     bar = tqdm([(k, block) for k in range(m) for block in blocks], "blocks",
                disable=ranks.rank > 0 or None)
     for k, block in bar:
-        real, fake = (torch.cat([kept_features(cfg, teacher, x.to(device), t_key[k], cond, block)
+        real, fake = (torch.cat([frame_features(cfg, teacher, x.to(device), t_key[k], cond, block)
                                  for x, cond in kind])
                       for kind in ([(x_key[k], cond) for x_key, cond, _ in videos],
-                                   [(w[k], cond) for w, (_, cond, _) in zip(walks, videos,
+                                   [(x[k], cond) for x, (_, cond, _) in zip(x_gen, videos,
                                                                             strict=True)]))
         means = [x.float().mean((1, 3, 4)).to(device) for x in (real, fake)]
         found.append({"k": k, "t": t_key[k], "block": block, "probe": probe_accuracy(*means),
@@ -161,7 +159,7 @@ def look(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[dic
 
 
 def draw(path: Path, found: list[dict], taps: list[int], title: str) -> None:
-    """Accuracies by block and k, D7's blocks framed; and the pictures."""
+    """Plot the accuracies by block and k, with D7's blocks framed, and the pictures."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -191,20 +189,21 @@ def draw(path: Path, found: list[dict], taps: list[int], title: str) -> None:
             axes.imshow(entries[k, block]["picture"], cmap="magma")
             axes.set(xticks=[], yticks=[])
     right.suptitle("first principal component", fontsize=10)
-    figure.suptitle(f"{title}: part of videos told right; red: D7", fontsize=10)
+    figure.suptitle(f"{title}: fraction of videos classified correctly; red: D7", fontsize=10)
     replace_file(path, lambda aside: figure.savefig(aside, format="png"))
 
 
-def check_config(cfg: Config, data: SynVid, depth: int) -> None:
-    """Raise ValueError for settings that cannot be looked at."""
-    if (cfg.videos or 8) > len(data):
-        raise ValueError(f"videos: got {cfg.videos}; wanted 8 … {len(data)}, as many as SynVid has")
+def check_choice(cfg: Config, count: int, depth: int) -> None:
+    """Raise ValueError for videos that SynVid, or blocks that the teacher, does not have."""
+    if (cfg.videos or 8) > count:
+        raise ValueError(f"videos: expected 8 … {count}, as many as SynVid has, got {cfg.videos}")
     if cfg.blocks is not None and not (cfg.blocks and set(cfg.blocks) <= set(range(depth))):
-        raise ValueError(f"blocks: got {cfg.blocks}; wanted some of 0 … {depth - 1}")
+        raise ValueError(f"blocks: expected some of 0 … {depth - 1}, got {cfg.blocks}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = load_config(Config, "distill", argv, __doc__, "taps.py")
+    """Read the config, examine the features, write the table and the figure."""
+    cfg = load_config(Config, "distill", argv, __doc__, "-m tools.taps")
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
     ranks = setup_distributed(cfg.device, same=settings_to_compare(cfg, teacher=teacher))
     prefer_attention(cfg.attention, ranks.device)
@@ -212,25 +211,25 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.student is not None:
         student_facts(Path(cfg.student), cfg, same_teacher=True)
     data = SynVid(cfg.synvid or Path(cfg.run) / "synvid", cfg)
-    check_config(cfg, data, sizes.num_layers)
+    check_choice(cfg, len(data), sizes.num_layers)
     cfg.videos = cfg.videos or min(128, len(data))
-    few = min(8, sizes.num_layers)
-    blocks = cfg.blocks or [round((i + 1) * sizes.num_layers / few) - 1 for i in range(few)]
+    count = min(8, sizes.num_layers)
+    blocks = cfg.blocks or [round((i + 1) * sizes.num_layers / count) - 1 for i in range(count)]
     with lock_run_folder(Path(cfg.run) / "taps"):
         out = announce(cfg, "taps", ranks.rank)
-        found, taps = look(cfg, data, ranks, blocks), tap_blocks(cfg, sizes.num_layers)
+        found, taps = examine(cfg, data, ranks, blocks), tap_blocks(cfg, sizes.num_layers)
         if ranks.rank == 0:
-            who = "teacher" if cfg.student is None else "student"
+            generator_name = "teacher" if cfg.student is None else "student"
             write_json(out / "taps.json", {"config": asdict(cfg), "D7": taps, "found": found})
-            draw(out / "taps.png", found, taps, f"{who}@{len(cfg.key) - 1} against teacher@{cfg.n}")
+            draw(out / "taps.png", found, taps,
+                 f"{generator_name}@{len(cfg.key) - 1} against teacher@{cfg.n}")
             for k in range(len(taps)):
-                best = max((entry for entry in found if entry["k"] == k), key=lambda e: e["head"])
-                own = [entry["head"] for entry in found if (entry["k"], entry["block"])
-                       == (k, taps[k])]
-                at = f", D7's block {taps[k]} {own[0]:.2f}" if own else ""
-                print(f"t'_{k} = {data.t_key[k]:.3g}: a head is best at block {best['block']}: "
-                      f"{best['head']:.2f}{at}")
-            print(f"look at {out / 'taps.png'}")
+                heads = {entry["block"]: entry["head"] for entry in found if entry["k"] == k}
+                block = max(heads, key=heads.get)
+                chosen = f", D7's block {taps[k]} {heads[taps[k]]:.2f}" if taps[k] in heads else ""
+                print(f"t'_{k} = {data.t_key[k]:.3g}: a head is best at block {block}: "
+                      f"{heads[block]:.2f}{chosen}")
+            print(f"figure: {out / 'taps.png'}")
     dist.barrier()
 
 

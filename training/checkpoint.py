@@ -1,17 +1,18 @@
-"""What a training run keeps: AdamW's moments, checkpoints that survive kills, and resuming.
+"""Checkpoints of a training run: written in the background, checked on loading, resumed bit by bit.
 
 <folder>/step_NNNNNN/ is a checkpoint. Each rank writes its rows of the sharded tensors to
-rank_NNNNN.safetensors, from a copy in host memory, while training goes on; the file's metadata says
-which rows of which tensor they are. meta.json tells step, settings, and size and CRC-32 of each
-file. All of it is written aside and renamed when it is complete on all ranks; a faulty one is named
-and passed over. It loads on any number of ranks. Nothing in it is, or could be, code.
+rank_NNNNN.safetensors, from a copy in host memory, while training continues; the file's metadata
+says which rows of which tensor they are. meta.json holds the step, the settings, and the size and
+CRC-32 of each file. A checkpoint gets its name when all ranks have written it. Damaged ones are
+reported and skipped. It loads on any number of ranks, and holds no pickle.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -24,18 +25,18 @@ from torch.distributed.tensor import DTensor
 
 from common.config import read_settings
 from common.files import (
-    crc32_of_file, crc32_of_json, shape_error, parse_json, read_json, read_log, error_summary,
+    crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log, shape_error,
     sync_to_disk, write_json, write_remedy)
-from common.ranks import Ranks, local_rows, on_first_rank, raise_together
+from common.ranks import AgreedError, Ranks, local_rows, on_first_rank, raise_together
 from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
 
 # ------------------------------------------------------------------------------------ saving
 
-FORMAT = 2  # of a checkpoint on disk; 1 was torch.distributed.checkpoint's, whose table is a pickle
+FORMAT = 2  # of a checkpoint on disk; 1 was torch.distributed.checkpoint's, which holds a pickle
 
 
 def flatten(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts by their path, "opt_traj/head.weight/exp_avg"."""
+    """The tensors of nested dicts by their path, such as "opt_traj/head.weight/exp_avg"."""
     for name, value in state.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}/")
@@ -44,33 +45,31 @@ def flatten(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 class Saver:
-    """Writes a run's checkpoints, one at a time, in the background.
+    """Writes a run's checkpoints in the background, one at a time.
 
-    Args: folder that holds them; keep, how many of the last ones stay; step, the iteration that is
-    on the disk already. All ranks must call each method but let_finish at the same point.
+    Args: folder that holds them; keep, how many of the last ones to keep; step, the iteration of
+    the newest one on disk. All ranks must call save() and wait() at the same points.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int, step: int = 0):
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        # Training goes on with the other groups. A slow disk is waited for.
+        # A separate group, since training uses the others meanwhile; a slow disk may take long.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
         self.thread: Thread | None = None
         self.error: BaseException | None = None
-        self.failed = 0  # in a row
+        self.failures = 0  # in a row
         self.path, self.step = folder, step
 
     def save(self, step: int, state: dict, meta: dict) -> None:
-        """Copy `state` to host memory and begin to write it; first the one before is waited for.
+        """Copy `state` to host memory and start writing it, once the previous save has ended.
 
-        Args: state, nested dicts of tensors: sharded ones by rows, others whole, written by the
-        first rank that has them; meta, JSON values stored beside it. If the one before failed, this
-        one is another try; after a second failure it raises as `wait`.
+        Args: state, nested dicts of tensors: each rank writes its rows of a sharded one, and the
+        first rank that has it any other; meta, JSON values to store with it. If the previous save
+        failed, this one is the second try; after two failures in a row it raises as wait().
         """
-        self.join()
-        if self.failed == 1 and self.ranks.rank == 0:
-            print(f"{self.fault()}; trying once more", flush=True)
-        if self.failed > 1:
-            raise self.fault() from self.error
+        self.wait(retries=1)
+        if self.failures and self.ranks.rank == 0:
+            print(f"{self.failure()}; trying once more", flush=True)
         self.path, self.step, self.error = self.folder / f"step_{step:06d}", step, None
         aside = self.folder / f".step_{step:06d}.part"
         if self.ranks.rank == 0:
@@ -83,104 +82,85 @@ class Saver:
 
     def copy_to_host(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
         """Copies of what this rank writes, and by name [first row, rows of the full tensor]."""
-        held: list[Any] = [None] * self.ranks.world
-        dist.all_gather_object(held, [n for n, t in state.items() if not isinstance(t, DTensor)],
-                               group=self.group)
-        others = {name for names in held[:self.ranks.rank] for name in names}
+        plain = self.gather([n for n, t in state.items() if not isinstance(t, DTensor)])
+        of_lower_ranks = {name for names in plain[:self.ranks.rank] for name in names}
         tensors, rows = {}, {}
         for name, t in state.items():
-            local, mine = local_rows(t.detach())
-            if local.numel() and name not in others:
+            local, held = local_rows(t.detach())
+            if local.numel() and name not in of_lower_ranks:
                 tensors[name] = torch.empty(local.shape, dtype=local.dtype).copy_(local)
-                rows[name] = [mine.start if mine else 0, t.shape[0] if t.ndim else 0]
+                rows[name] = [held.start if held else 0, t.shape[0] if t.ndim else 0]
         return tensors, rows
 
-    def write(self, aside: Path, tensors: dict[str, Tensor], rows: dict, meta: dict) -> None:
-        """In the background: write this rank's file; when all have, give the checkpoint its name.
+    def gather(self, value: Any) -> list:
+        """A value of every rank, by rank."""
+        values: list[Any] = [None] * self.ranks.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
-        An error of any rank is kept on all of them, for `wait` in the main thread.
+    def write(self, aside: Path, tensors: dict[str, Tensor], rows: dict, meta: dict) -> None:
+        """In the background: write this rank's file; then the first rank publishes them all.
+
+        An error on any rank is kept on all of them, for wait() in the main thread.
         """
-        rank, name = self.ranks.rank, f"rank_{self.ranks.rank:05d}.safetensors"
+        name = f"rank_{self.ranks.rank:05d}.safetensors"
         try:
             aside.mkdir(parents=True, exist_ok=True)
             lazy = {n: LazyTensor(tuple(t.shape), t.dtype, aside, lambda rows=None, t=t: t)
                     for n, t in tensors.items()}
-            mine: Any = stream_safetensors(aside / name, lazy, {"rows": json.dumps(rows)})
-        except (OSError, ValueError) as e:
-            mine = e
-        except Exception as e:
-            mine = RuntimeError(repr(e))  # the others must be able to read it
-        lazy = tensors.clear()  # let the copy go
-        found: list[Any] = [None] * self.ranks.world
+            result: Any = stream_safetensors(aside / name, lazy, {"rows": json.dumps(rows)})
+        except Exception as e:  # other exceptions may not survive the pickle to other ranks
+            result = e if isinstance(e, (OSError, ValueError)) else RuntimeError(repr(e))
+        lazy = tensors.clear()  # free the copy
         try:
-            dist.all_gather_object(found, mine, group=self.group)
-            self.error = next((e for e in found if isinstance(e, Exception)), None)
-            if rank == 0 and self.error is None:
-                files = {f"rank_{r:05d}.safetensors": sums for r, sums in enumerate(found)}
-                self.name_it(aside, {**meta, "files": files})
-            elif rank == 0:
+            results = self.gather(result)
+            error = next((r for r in results if isinstance(r, Exception)), None)
+            if self.ranks.rank == 0 and error is None:
+                files = {f"rank_{r:05d}.safetensors": sums for r, sums in enumerate(results)}
+                error = self.publish(aside, {**meta, "files": files})
+            if self.ranks.rank == 0 and error is not None:
                 shutil.rmtree(aside, ignore_errors=True)
-            found = [self.error]
-            dist.broadcast_object_list(found, group=self.group)  # named, before any rank may leave
-            self.error = found[0]
+            self.error = self.gather(error)[0]  # no rank leaves before the checkpoint has its name
         except Exception as e:
             self.error = e
 
-    def name_it(self, aside: Path, meta: dict) -> None:
-        """On the first rank: sum up the files, rename the folder, remove the oldest."""
+    def publish(self, aside: Path, meta: dict) -> Exception | None:
+        """On the first rank: write meta.json, rename the folder, remove old checkpoints."""
         try:
             write_json(aside / "meta.json", {**meta, "crc32": crc32_of_json(meta)})
-            sync_to_disk(aside / "meta.json")
-            sync_to_disk(aside)
             shutil.rmtree(self.path, ignore_errors=True)
             os.replace(aside, self.path)
             sync_to_disk(self.folder)
             self.prune(meta["step"])
         except (OSError, ValueError) as e:
-            shutil.rmtree(aside, ignore_errors=True)
-            self.error = e
+            return e
+        return None
 
     def prune(self, step: int) -> None:
-        """Remove all but the last few up to `step`; later ones were passed over on resuming."""
+        """Remove all but the last few up to `step`, and later ones, which resuming skipped."""
         steps = checkpoints(self.folder)
         for old in [s for s in steps if s > step] + [s for s in steps if s <= step][:-self.keep]:
             shutil.rmtree(steps[old], ignore_errors=True)
 
-    def join(self) -> None:
-        """Until the checkpoint under way is complete, or has failed."""
+    def wait(self, retries: int = 0) -> None:
+        """Wait for the save in progress; ValueError if more than `retries` in a row failed."""
         if self.thread is not None:
             self.thread.join()
-            self.thread, self.failed = None, 0 if self.error is None else self.failed + 1
+            self.thread, self.failures = None, 0 if self.error is None else self.failures + 1
+        if self.failures > retries:
+            raise self.failure() from self.error
 
-    def wait(self) -> None:
-        """Until the checkpoint under way is complete; ValueError if it could not be written."""
-        self.join()
-        if self.error is not None:
-            raise self.fault() from self.error
-
-    def finish(self, save: Callable[[], None]) -> None:
-        """As wait, but a checkpoint that could not be written is tried once more by `save`."""
-        self.join()
-        if self.failed == 1:
-            save()
-        self.wait()
-
-    def let_finish(self) -> None:
-        """Give the checkpoint under way time to become complete; for a rank that will fail."""
-        if self.thread is not None:
-            self.thread.join(600)
-
-    def fault(self) -> Exception:
-        """The error of the last checkpoint as one to raise or to print."""
+    def failure(self) -> BaseException:
+        """The last save's error, to raise or to print."""
         if not isinstance(self.error, (OSError, ValueError)):
             return self.error
         return ValueError(f"{self.path}: the checkpoint cannot be written "
-                          f"({error_summary(self.error)}): "
-                          f"{write_remedy(self.error)}; older ones are untouched")
+                          f"({error_summary(self.error)}): {write_remedy(self.error)}; older ones "
+                          "are untouched")
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The folders of checkpoints by step, rising."""
+    """The folders of checkpoints by step, in rising order."""
     found = [path for path in folder.glob("step_*") if path.name[5:].isdecimal()]
     return dict(sorted((int(path.name[5:]), path) for path in found))
 
@@ -188,47 +168,40 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 def check_disk(folder: Path, parameters: int, moments: int, keep: int, export: int) -> None:
     """Raise ValueError if a run's checkpoints and its student will not fit on the disk.
 
-    Args: parameters that learn, fp32; moments, AdamW's of each; keep, as in Saver; one more is
-    there while it is written; export, bytes of the student's files.
+    Args: parameters, trainable ones, in fp32; moments, AdamW's per parameter; keep, as in Saver;
+    export, bytes of the student's files.
     """
-    one = 4 * parameters * (1 + moments)
-    here = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
+    size = 4 * parameters * (1 + moments)
+    used = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
     while not folder.exists():
         folder = folder.parent
-    need, free = one * (keep + 1) + export - here, shutil.disk_usage(folder).free
+    need, free = size * (keep + 1) + export - used, shutil.disk_usage(folder).free
     if need > free:
-        raise ValueError(f"{folder}: {keep + 1} checkpoints of {one / 1e9:.3g} GB and the student "
-                         f"need {need / 1e9:.3g} GB more, got {free / 1e9:.3g} GB: free some "
-                         "space, lower `keep`, or choose another run folder")
+        raise ValueError(f"{folder}: {keep + 1} checkpoints of {size / 1e9:.3g} GB and the student "
+                         f"need {need / 1e9:.3g} GB more, but {free / 1e9:.3g} GB are free: free "
+                         "some space, lower `keep`, or choose another run folder")
 
 
 # ----------------------------------------------------------------------------------- loading
 
 def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
-    """The newest faultless checkpoint and its meta; faulty ones are named and passed over.
+    """The newest intact checkpoint and its meta; damaged ones are reported and skipped.
 
-    What there is, the first rank says; then each reads its share of the files against their
-    checksums. Raises ValueError when there are checkpoints and none of them is faultless.
+    The first rank lists them; all ranks share the checking of checksums. Raises ValueError if there
+    are checkpoints and none is intact.
     """
-    there = on_first_rank(lambda: [(path, read_meta(path)) for path in
-                                   reversed(checkpoints(folder).values())])
+    listed = on_first_rank(lambda: [(path, read_meta(path)) for path in
+                                    reversed(checkpoints(folder).values())])
     faults = []
-    for path, meta in there:
-        if isinstance(meta, str):
-            faults.append(f"{path}: {meta}")
-            continue
-        names = list(meta["files"])[ranks.rank::ranks.world]
-        wrong = [name for name in names if sums_of(path / name) != meta["files"][name]]
-        found: list[Any] = [None] * ranks.world
-        dist.all_gather_object(found, wrong)
-        wrong = [name for part in found for name in part]
-        if not wrong:
-            for fault in faults if ranks.rank == 0 else ():
-                print(f"passing over {fault}; resuming from {path.name}", flush=True)
+    for path, meta in listed:
+        fault = meta if isinstance(meta, str) else check_files(path, meta["files"], ranks)
+        if fault is None:
+            for skipped in faults if ranks.rank == 0 else ():
+                print(f"skipping {skipped}; resuming from {path.name}", flush=True)
             return path, meta
-        faults.append(f"{path}: missing, cut or changed: {', '.join(wrong)}")
+        faults.append(f"{path}: {fault}")
     if faults:
-        raise ValueError(f"no whole checkpoint to resume from: {'; '.join(faults)}. Remove the "
+        raise ValueError(f"no intact checkpoint to resume from: {'; '.join(faults)}. Remove the "
                          "folder to start from step 0, or choose another run folder")
     return None
 
@@ -236,34 +209,41 @@ def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
 def read_meta(path: Path) -> dict | str:
     """A checkpoint's meta.json, or what is wrong with it."""
     if (path / ".metadata").exists():
-        return "is of an earlier version, whose table is a pickle, which is not read"
+        return "has the format of an earlier version, which holds a pickle and is not read"
     try:
         meta = read_json(path / "meta.json", {"crc32": str, "format": int, "step": int})
         if meta.pop("crc32") != crc32_of_json(meta):
-            return "meta.json is changed"
+            return "meta.json does not match its checksum"
         if meta["format"] != FORMAT:
-            return f"is of format {meta['format']}; this code reads {FORMAT}"
+            return f"expected format {FORMAT}, got {meta['format']}"
         if fault := shape_error(meta, {"files": {str: list}}):
             return f"meta.json: {fault}"
-        if not all(re.fullmatch(r"rank_\d+\.safetensors", name) for name in meta["files"]):
-            return "meta.json names other files than a checkpoint's"
-        return meta
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (OSError, ValueError) as e:
         return f"meta.json ({e})"
+    if not all(re.fullmatch(r"rank_\d+\.safetensors", name) for name in meta["files"]):
+        return "meta.json names files that are not a checkpoint's"
+    return meta
 
 
-def sums_of(path: Path) -> list | None:
-    """Size and checksum of a file; None if it cannot be read."""
-    try:
-        return [path.stat().st_size, crc32_of_file(path)]
-    except OSError:
-        return None
+def check_files(path: Path, files: dict[str, list], ranks: Ranks) -> str | None:
+    """Compare size and CRC-32 of a checkpoint's files, a share on each rank; None if all match."""
+    def matches(name: str) -> bool:
+        try:
+            return [(path / name).stat().st_size, crc32_of_file(path / name)] == files[name]
+        except OSError:
+            return False
+
+    parts: list[Any] = [None] * ranks.world
+    dist.all_gather_object(parts, [name for name in list(files)[ranks.rank::ranks.world]
+                                   if not matches(name)])
+    damaged = ", ".join(name for part in parts for name in part)
+    return f"missing, truncated or changed: {damaged}" if damaged else None
 
 
 def load_checkpoint(path: Path, state: dict) -> None:
-    """Read a checkpoint into `state`, which is nested as it was saved; on any number of ranks.
+    """Read a checkpoint into `state`, nested as it was saved, on any number of ranks.
 
-    Raises ValueError on all ranks when it is damaged or of another model.
+    Raises ValueError on all ranks if it is damaged or of another model.
     """
     error = None
     try:
@@ -279,9 +259,9 @@ def load_checkpoint(path: Path, state: dict) -> None:
                 shards.setdefault(name, []).append((start, lazy))
         for name, t in flatten(state):
             if name not in shards:
-                raise ValueError(f"it has no {name}")
+                raise ValueError(f"it does not contain {name}")
             read_rows(name, t.detach(), shards[name], sizes[name])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+    except (OSError, ValueError, LookupError, RuntimeError) as e:
         error = ValueError(f"{path}: the checkpoint cannot be read ({error_summary(e)}): it is "
                            "damaged or of another config; remove it to resume from the one before")
         error.__cause__ = e
@@ -289,13 +269,13 @@ def load_checkpoint(path: Path, state: dict) -> None:
 
 
 def read_rows(name: str, target: Tensor, shards: list[tuple[int, LazyTensor]], size: int) -> None:
-    """Fill this rank's rows of a tensor from the shards that hold them."""
+    """Fill this rank's rows of a tensor, of `size` rows in all, from the shards that hold them."""
     local, rows = local_rows(target)
     first = shards[0][1]
     shape = (size, *first.shape[1:]) if target.ndim else ()
     if shape != tuple(target.shape) or first.dtype != target.dtype:
-        raise ValueError(f"{name} is {first.dtype} {list(shape)}, wanted {target.dtype} "
-                         f"{list(target.shape)}")
+        raise ValueError(f"{name}: expected {target.dtype} {list(target.shape)}, got "
+                         f"{first.dtype} {list(shape)}")
     if not target.ndim:
         local.copy_(first.read())
         return
@@ -306,13 +286,13 @@ def read_rows(name: str, target: Tensor, shards: list[tuple[int, LazyTensor]], s
             local[a - begin:b - begin] = lazy.read(slice(a - start, b - start))
             filled += b - a
     if filled != len(local):
-        raise ValueError(f"it has {filled} of the {len(local)} rows of {name}")
+        raise ValueError(f"{name}: expected {len(local)} rows, got {filled}")
 
 
-# ------------------------------------------------------------------- a run's state, resuming it
+# ------------------------------------------------------------- saving and resuming a run's state
 
 def tensors_of(state: Any, slots: dict[str, Tensor]) -> dict:
-    """All tensors of a run that change, by name; a checkpoint is read into this dict, in place."""
+    """All tensors of a run that change, by name; a checkpoint is read into them, in place."""
     student, heads = ({name: p for name, p in net.named_parameters() if p.requires_grad}
                       for net in (state.student, state.heads))
     tensors = {"student": {n: p.detach() for n, p in student.items()},
@@ -325,11 +305,37 @@ def tensors_of(state: Any, slots: dict[str, Tensor]) -> dict:
 
 
 def save_state(saver: Saver, state: Any, loader: Any, meta: dict) -> None:
-    """Checkpoint networks, optimizers and the one queue that is not empty between iterations."""
+    """Save networks, optimizers and the one queue that is not empty between iterations."""
     entries = [entry for queue in state.queues for entry in queue]
-    slots = {str(slot): x for (x_gen, _, _), mine in zip(entries, loader.slots, strict=False)
-             for slot, x in zip(mine, x_gen, strict=True)}
+    slots = {str(slot): x for (x_gen, _, _), numbers in zip(entries, loader.slots, strict=False)
+             for slot, x in zip(numbers, x_gen, strict=True)}
     saver.save(state.step, tensors_of(state, slots), meta)
+
+
+@contextlib.contextmanager
+def saving(saver: Saver, state: Any, loader: Any, meta: dict) -> Iterator[None]:
+    """Leave the training loop only when its last checkpoint is on the disk.
+
+    A last save that failed is tried once more. After an error that all ranks raise together the
+    finished iterations are saved first; after any other, the save in progress gets time to end.
+    """
+    agreed = None
+    try:
+        yield
+    except AgreedError as e:
+        agreed = e
+        if state.step > saver.step:
+            save_state(saver, state, loader, meta)
+    except BaseException:
+        if saver.thread is not None:
+            saver.thread.join(600)
+        raise
+    saver.wait(retries=1)
+    if saver.failures:
+        save_state(saver, state, loader, meta)
+        saver.wait()
+    if agreed is not None:
+        raise agreed
 
 
 CHANGEABLE_ON_RESUME = {
@@ -339,9 +345,9 @@ CHANGEABLE_ON_RESUME = {
 
 
 def check_same_run(path: Path, saved: dict, meta: dict) -> None:
-    """Raise ValueError if a run that began at `path` had other settings, teacher or data."""
+    """Raise ValueError if the run saved at `path` had other settings, teacher or data."""
     for key in ["teacher", "synvid", *(k for k in meta["config"] if k not in CHANGEABLE_ON_RESUME)]:
-        old, new = (about.get(key, about["config"].get(key)) for about in (saved, meta))
+        old, new = (facts.get(key, facts["config"].get(key)) for facts in (saved, meta))
         grown = key == "synvid" and old in meta.get("earlier", [])  # by prompts; its order stays
         if old != new and not grown:
             raise ValueError(f"{path}: that run began with {key}={old}, the config has {new}: go "
@@ -357,9 +363,9 @@ def check_begun(folder: Path, meta: dict) -> None:
 
 
 def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
-    """Continue from the newest faultless checkpoint, if there is one.
+    """Continue from the newest intact checkpoint, if there is one.
 
-    Raises ValueError when the folder belongs to a run with other settings.
+    Raises ValueError if the folder belongs to a run with other settings.
     """
     folder = Path(cfg.run) / "distill"
     found = latest_checkpoint(folder, ranks)
@@ -370,18 +376,19 @@ def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
         raise ValueError(f"{path}/meta.json: {fault}: remove this checkpoint")
     check_same_run(path, saved, meta)
     if saved["count"] > loader.count:
-        raise ValueError(f"{path}: that run learned from {saved['count']} trajectories, now there "
-                         f"are {loader.count}: make the missing ones again by `python synvid.py`")
-    loader.count = meta["count"] = saved["count"]  # more have come since: the order stays
+        raise ValueError(f"{path}: expected the {saved['count']} trajectories which that run "
+                         f"trained on, got {loader.count}: make the missing ones again with "
+                         "`python synvid.py`")
+    loader.count = meta["count"] = saved["count"]  # later ones do not change the order
     state.step, m = saved["step"], len(state.t_key) - 1
     if state.step > cfg.iterations and ranks.rank == 0:
-        print(f"{path} has more iterations than the {cfg.iterations} asked for: they stay")
+        print(f"{path} is beyond iterations={cfg.iterations}: its iterations are kept")
     done, slots = state.step % m if cfg.adv else 0, {}
-    if done:  # in the midst of a pass over k, Q_{m - done} holds the generated latents
+    if done:  # in the middle of a pass over k, Q_{m - done} holds the generated latents
         slots = {str(slot): torch.zeros(loader.shape, device=ranks.device)
-                 for mine in loader.slots for slot in mine}
+                 for numbers in loader.slots for slot in numbers}
     load_checkpoint(path, tensors_of(state, slots))
-    for b in loader.read(state.step - done) if done else []:  # trajectories the pass began with
+    for b in loader.read(state.step - done) if done else []:  # the trajectories of this pass
         x_gen = torch.stack([slots[str(slot)] for slot in b.slots])
         state.queues[m - done].append((x_gen, b.x_key, b.cond))
     if ranks.rank == 0:

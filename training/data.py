@@ -1,31 +1,74 @@
-"""The trainer's data: micro-batches of trajectories by iteration, read ahead; fresh noise."""
+"""The trainer's data: the SynVid folder, micro-batches read ahead, and fresh noise."""
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from artifacts.trajectories import SynVid
-from common.ranks import Ranks, draw_noise, generator, raise_together
+from artifacts.trajectories import SynVid, find_trajectories, read_manifest
+from common.config import Shared, load_yaml
+from common.files import ROOT, path_hint
+from common.ranks import Ranks, draw_noise, generator, on_first_rank, raise_together
 from model import collate
 
 
+def open_synvid(cfg: Any) -> SynVid:
+    """The trajectories of this run; in the small world, missing ones are made first.
 
-# ------------------------------------------------------------------------------------- data
+    Raises FileNotFoundError if the folder has none; other errors are SynVid's.
+    """
+    folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
+    if cfg.preset == "tiny" and cfg.synvid is None:
+        on_first_rank(lambda: make_small_synvid(cfg, folder))
+    if not (folder / "manifest.json").exists():
+        raise FileNotFoundError(f"{folder}: found no SynVid{path_hint(folder)}: make it with "
+                                f"`python synvid.py {cfg.path}`")
+    return SynVid(folder, cfg)
+
+
+def make_small_synvid(cfg: Any, folder: Path) -> None:
+    """Run stage 1 as a process, unless the folder holds as many trajectories as the config sets.
+
+    Raises ValueError if it fails.
+    """
+    section = (load_yaml(cfg.path) or {}).get("synvid")
+    count = section.get("count") if isinstance(section, dict) else None
+    if isinstance(count, int) and len(find_trajectories(folder)) >= count:
+        return
+    shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
+    if (folder / "manifest.json").exists():  # students of several seeds share one SynVid
+        shared["seed"] = read_manifest(folder)["seed"]
+    settings = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+                for name, value in shared.items() if value is not None]
+    # Stage 1 runs alone, so torchrun's variables are removed from its environment.
+    alone = {name: value for name, value in os.environ.items()
+             if not name.startswith(("TORCHELASTIC", "MASTER_"))
+             and not name.endswith(("RANK", "WORLD_SIZE"))}
+    command = [sys.executable, str(ROOT / "synvid.py"), str(cfg.path), *settings]
+    if subprocess.run(command, env=alone).returncode:
+        raise ValueError(f"{folder}: stage 1 failed, see the messages above: correct what they "
+                         "name, then rerun this command")
+
 
 def pinned(x: Tensor, device: torch.device) -> Tensor:
-    """x in memory from which a copy to a GPU need not be waited for; as it is for a CPU."""
+    """x in pinned memory if the device is a GPU, so that copying it there does not block."""
     return x.pin_memory() if device.type == "cuda" else x
 
 
 @dataclass
 class Latents:
-    """l_{t'_k} by k, [B,C,T,H,W], in host memory: most of them wait; one that is read is copied to
-    the device, from pinned memory without waiting."""
+    """l_{t'_k} by k, [B,C,T,H,W], in host memory, since most of them wait in a queue.
+
+    Reading one copies it to the device, from pinned memory without blocking.
+    """
     host: dict[int, Tensor]
     device: torch.device
 
@@ -48,7 +91,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 class Loader:
-    """Micro-batches of an iteration by its number, the next one's read while this one computes.
+    """The micro-batches of an iteration; the next iteration's are read while this one computes.
 
     Slot s of iteration i always means the same trajectory; micro-batch a of a data-parallel replica
     (one rank, if sp is 1) holds the slots from (a·dp_size + dp_rank)·micro_batch on.
@@ -61,15 +104,15 @@ class Loader:
         dist.broadcast(count, 0)  # a job may still be adding trajectories
         self.count = int(count)
         if self.count < 1:
-            raise ValueError(f"held_out: got {cfg.held_out} of {len(data)} trajectories; wanted "
-                             "fewer, or more trajectories")
+            raise ValueError(f"held_out: expected fewer than the {len(data)} trajectories, got "
+                             f"{cfg.held_out}: lower it, or make more trajectories")
         size, each = cfg.micro_batch, cfg.batch // (cfg.micro_batch * ranks.dp_size)
         starts = [(a * ranks.dp_size + ranks.dp_rank) * size for a in range(each)]
         self.slots = [list(range(start, start + size)) for start in starts]
         self.pool, self.ahead = ThreadPoolExecutor(1), {}
 
     def batch(self, indices: list[int], slots: list[int], ks: list[int]) -> Batch:
-        """Read the latents of some k and stack them; fp32 whatever they are stored in."""
+        """Read the latents of some k of some trajectories, in fp32, as one micro-batch."""
         items = [self.data.read(i, ks) for i in indices]
         x = torch.stack([x_key for x_key, _, _ in items], 1)                    # len(ks) B C T H W
         cond = {name: pinned(c, self.device).to(self.device, non_blocking=True)
@@ -78,10 +121,10 @@ class Loader:
         return Batch(Latents(dict(zip(ks, x, strict=True)), self.device), cond, slots)
 
     def read(self, step: int) -> list[Batch]:
-        """The micro-batches of one iteration: each trajectory once before any comes again."""
+        """The micro-batches of one iteration: each trajectory once before any is repeated."""
         m, out = len(self.data.t_key) - 1, []
         k = m - 1 - step % m
-        ks = list(range(m + 1)) if k == m - 1 and self.cfg.adv else [k, k + 1]  # all go into Q_m
+        ks = list(range(m + 1)) if k == m - 1 and self.cfg.adv else [k, k + 1]  # all for Q_m
         for slots in self.slots:
             positions = [divmod(step * self.cfg.batch + slot, self.count) for slot in slots]
             out.append(self.batch([epoch_order(self.cfg.seed, epoch, self.count)[position]
@@ -89,7 +132,7 @@ class Loader:
         return out
 
     def __call__(self, step: int) -> list[Batch]:
-        """As read; an error of one rank is one of all, before any of them computes."""
+        """As read, but an error on one rank is raised on all, before any of them computes."""
         ready, batches, error = self.ahead.pop(step, None), [], None
         try:
             batches = ready.result() if ready else self.read(step)
@@ -101,7 +144,7 @@ class Loader:
 
 
 def fresh_noise(cfg: Any, step: int, like: Batch) -> Tensor:
-    """Fresh z ~ N(0, I), one draw a slot. Alg. 1; D4."""
+    """Fresh z ~ N(0, I) for a micro-batch, one draw per slot. Alg. 1, line 11; D4."""
     shape = next(iter(like.x_key.host.values())).shape[1:]
     z = draw_noise(shape, [("z", cfg.seed, step, slot) for slot in like.slots])
     return z.to(like.x_key.device)

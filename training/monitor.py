@@ -1,6 +1,7 @@
-"""What a training run tells its person: figures of an iteration, curves, its work, and how far it
-still is from held-out trajectories."""
+"""What a training run logs: figures of an iteration, log.jsonl, curves.png and held-out errors."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.ranks import Ranks, Timer, raise_together
+from common.files import append_log, read_log, write_text
+from common.ranks import Ranks, Timer, on_first_rank, raise_together
 from common.video import draw_panels
 from model import sample_euler, velocity
 
 
 class Log:
-    """Figures of one iteration: kept on the device, gathered once at its end."""
+    """Figures of one iteration: kept on the device and gathered once, at its end."""
 
     def __init__(self, student: nn.Module):
         self.timer, self.values = Timer(next(student.parameters()).device), {}
@@ -26,7 +28,10 @@ class Log:
             self.values.setdefault(name, []).append(value.detach().float().to(self.timer.device))
 
     def gather(self, **flags: bool) -> dict[str, float]:
-        """Means over micro-batches and ranks, seconds of each part, flags > 0 if a rank has it."""
+        """Means over micro-batches and ranks, and the seconds of each part.
+
+        A flag is > 0 if it is set on any rank.
+        """
         self.add(**{name: torch.tensor(float(flag)) for name, flag in flags.items()})
         names = sorted(self.values)
         means = torch.stack([torch.stack(self.values[n]).mean() for n in names])
@@ -35,23 +40,9 @@ class Log:
         return out | {f"s_{name}": seconds for name, seconds in self.timer.seconds().items()}
 
 
-def step_flops(cfg: Any, state: Any, k: int, tokens: int) -> float:
-    """Floating-point operations of an iteration, recomputation not counted (for MFU).
-
-    Student: forward and backward (3 forwards' worth, 2 with a LoRA) for each loss; teacher: two
-    forwards and a backward to its input, as far as the tap.
-    """
-    tapped = (state.taps[k] + 1) / len(state.teacher.blocks)
-    student = 3 if cfg.lora is None else 2
-    forwards = student * (cfg.traj + cfg.adv) + 3 * cfg.adv * tapped
-    return forwards * cfg.batch * state.student.flops(tokens)
-
-
-def log_line(cfg: Any, state: Any, ranks: Ranks, log: Log, k: int, lr: float, tokens: int,
-             **flags: bool) -> tuple[dict, dict[str, bool]]:
-    """One iteration's line of the log, and which flags any rank set."""
-    figures = log.gather(**flags)
-    flags = {name: figures.pop(name) > 0 for name in flags}
+def log_line(cfg: Any, state: Any, ranks: Ranks, k: int, lr: float, tokens: int,
+             figures: dict[str, float]) -> dict:
+    """One iteration's line of log.jsonl, from its gathered figures and the tokens of a sample."""
     seconds = sum(value for name, value in figures.items() if name.startswith("s_"))
     line = {"step": state.step, "k": k, **figures, "lr": lr, "seconds": seconds,
             "tokens_per_s": cfg.batch * tokens / seconds}
@@ -60,18 +51,76 @@ def log_line(cfg: Any, state: Any, ranks: Ranks, log: Log, k: int, lr: float, to
     if cfg.peak_tflops is not None:
         peak = cfg.peak_tflops * 1e12 * ranks.world
         line["mfu"] = step_flops(cfg, state, k, tokens) / seconds / peak
-    if ranks.device.type == "cuda":  # to hold against the plan
+    if ranks.device.type == "cuda":  # to compare with the memory plan
         line["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
-    return line, flags
+    return line
+
+
+def short_form(line: dict) -> str:
+    """The figures of a line that the progress bar shows."""
+    return " ".join(f"{name}={line[name]:.3g}" for name in
+                    ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line)
+
+
+def step_flops(cfg: Any, state: Any, k: int, tokens: int) -> float:
+    """Floating-point operations of an iteration; recomputation is not counted (for MFU).
+
+    Student: forward and backward (3 forwards' worth, 2 with a LoRA) for each loss; teacher: two
+    forwards and a backward to its input, up to the tap.
+    """
+    tapped = (state.taps[k] + 1) / len(state.teacher.blocks)
+    student = 3 if cfg.lora is None else 2
+    forwards = student * (cfg.traj + cfg.adv) + 3 * cfg.adv * tapped
+    return forwards * cfg.batch * state.student.flops(tokens)
+
+
+def check_finite(line: dict, folder: Path) -> None:
+    """Raise ValueError if a figure is not finite; all ranks have the same line and stop."""
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    if bad:
+        error = ValueError(f"iteration {line['step']}, k={line['k']}: {bad[0]} is {line[bad[0]]}: "
+                           f"stopping; the last good checkpoint is kept in {folder}. Lower lr, or "
+                           "set clip")
+        raise error if dist.get_rank() == 0 else SystemExit(1)
+
+
+class Journal:
+    """log.jsonl, one line per iteration, and curves.png; the first rank writes both.
+
+    Args: folder that holds them; step, the last iteration to keep: later ones will be repeated.
+    """
+
+    def __init__(self, folder: Path, step: int, ranks: Ranks):
+        self.path, self.writes, self.lines = folder / "log.jsonl", ranks.rank == 0, []
+        if self.writes:
+            self.lines = [x for x in read_log(self.path, "step", "k") if x["step"] <= step]
+            self.rewrite()
+
+    def rewrite(self) -> None:
+        """Replace the file by the lines."""
+        write_text(self.path, "".join(json.dumps(x) + "\n" for x in self.lines))
+
+    def append(self, line: dict) -> None:
+        """Log an iteration."""
+        if self.writes:
+            self.lines.append(line)
+            append_log(self.path, line)
+
+    def extend(self, errors: dict) -> None:
+        """Add held-out errors to the last iteration's line, and redraw the curves."""
+        if self.writes:
+            self.lines[-1] |= errors
+            self.rewrite()
+            draw_curves(self.path.with_name("curves.png"), self.lines)
 
 
 def print_result(cfg: Any, lines: list[dict]) -> None:
     """Print the last held-out errors of student and teacher."""
-    for own in [x for x in lines if "endpoint" in x][-1:]:
+    for last in [x for x in lines if "endpoint" in x][-1:]:
         how = "at the same steps" + (", without guidance" if cfg.cfg_scale != 1 else "")
-        print(f"held-out endpoint error: student {own['endpoint']:.4f}, teacher {how} "
-              f"{own['endpoint_teacher']:.4f} (ratio "
-              f"{own['endpoint'] / own['endpoint_teacher']:.2f})", flush=True)
+        print(f"held-out endpoint error: student {last['endpoint']:.4f}, teacher {how} "
+              f"{last['endpoint_teacher']:.4f} (ratio "
+              f"{last['endpoint'] / last['endpoint_teacher']:.2f})", flush=True)
 
 
 def relative_error(x: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +133,7 @@ def held_out_errors(cfg: Any, dit: nn.Module, loader: Any, ranks: Ranks) -> dict
     """How far a network at the key timesteps is from held-out trajectories of the teacher.
 
     Returns endpoint, ‖its m-step result − l_0‖² / ‖l_0‖² from the stored noise, and velocity, that
-    ratio of the slope of Eq. 6 by k; means over the held-out trajectories of all ranks. Raises
+    ratio for the slope of Eq. 6, by k; means over the held-out trajectories of all ranks. Raises
     AgreedError naming a damaged trajectory.
     """
     t_key, size = loader.data.t_key, cfg.micro_batch
@@ -112,15 +161,26 @@ def held_out_errors(cfg: Any, dit: nn.Module, loader: Any, ranks: Ranks) -> dict
     return {"endpoint": endpoint, "velocity": by_k}
 
 
-def draw_curves(path: Path, lines: list[dict], m: int) -> None:
+def teacher_errors(cfg: Any, teacher: nn.Module, loader: Any, ranks: Ranks,
+                   journal: Journal) -> dict:
+    """The teacher's held-out errors, named *_teacher; from the log if an earlier start has them."""
+    logged = on_first_rank(lambda: next((
+        {name: x[name] for name in x if name.endswith("_teacher")}
+        for x in journal.lines if "endpoint_teacher" in x), None))
+    return logged or {f"{name}_teacher": error for name, error in
+                      held_out_errors(cfg, teacher, loader, ranks).items()}
+
+
+def draw_curves(path: Path, lines: list[dict]) -> None:
     """Losses, head accuracy, gradient norms and held-out error from the log, as one PNG."""
+    m = len(lines[-1]["velocity"])
     by_k = [(f"k={k}", [x for x in lines if x["k"] == k]) for k in range(m)]
     norms = [(f"grad_{name}", name, lines, "-") for name in ("traj", "adv", "sum", "head")]
     draw_panels(path, {
-        "L_traj (Eq. 6)": [("loss_traj", label, own, "-") for label, own in by_k],
+        "L_traj (Eq. 6)": [("loss_traj", label, of_k, "-") for label, of_k in by_k],
         "head accuracy: real (solid), generated (dashed)":
-            [("acc_real", label, own, "-") for label, own in by_k]
-            + [("acc_fake", None, own, "--") for _, own in by_k],
+            [("acc_real", label, of_k, "-") for label, of_k in by_k]
+            + [("acc_fake", None, of_k, "--") for _, of_k in by_k],
         "gradient norms before clipping": norms,
         "held-out endpoint error": [("endpoint", "student", lines, "o-"),
                                     ("endpoint_teacher", "teacher, no CFG", lines, "--")]},

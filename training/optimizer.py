@@ -1,5 +1,5 @@
-"""AdamW on sharded weights. It acts on each element alone, so that every rank steps its own rows as
-plain tensors: for many small ones DTensor's dispatch takes longer than the step."""
+"""AdamW on sharded weights. It acts on each element alone, so every rank steps its rows as plain
+tensors: for many small ones, DTensor's dispatch takes longer than the step."""
 
 from typing import Any
 
@@ -11,27 +11,28 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as adamw_step
 
 
-def own_rows(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """This rank's rows of a tensor, or all of one that is not sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.AdamW:
-    """AdamW of what learns, with its state laid out at once, so that a checkpoint is read in place.
+    """AdamW over a module's trainable parameters.
 
-    Args: offload, whether the moments of a sharded module stay in host memory.
+    Its state is allocated here, so that a checkpoint can be loaded into it.
+    Args: offload, whether the moments of a sharded module are kept in host memory.
     """
     def zeros(p: nn.Parameter) -> Tensor:
         if not offload:
             return torch.zeros_like(p.detach())
-        local = torch.zeros(p.to_local().shape)  # pinned, it would take up to twice the memory
+        local = torch.zeros(p.to_local().shape)  # pinned memory could take twice as much
         return DTensor.from_local(local, hosts, p.placements, shape=p.shape, stride=p.stride())
 
     hosts = init_device_mesh("cpu", (dist.get_world_size(),)) if offload else None
-    learning = [p for p in module.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(learning, cfg.lr, (cfg.beta1, cfg.beta2),
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trainable, cfg.lr, (cfg.beta1, cfg.beta2),
                             weight_decay=cfg.weight_decay)
-    for p in learning:
+    for p in trainable:
         opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": zeros(p),
                         "exp_avg_sq": zeros(p)}
     return opt
@@ -39,35 +40,36 @@ def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.Ada
 
 @torch.no_grad()
 def step(opt: torch.optim.AdamW) -> None:
-    """opt.step(), by torch's fused kernel; moments in host memory come and go in groups."""
+    """opt.step() with torch's fused kernel; offloaded moments are copied in and out by groups."""
     (group,) = opt.param_groups
     params = [p for p in group["params"] if p.grad is not None]
     offloaded = any(opt.state[p]["exp_avg"].device != p.device for p in params)
     for part in groups_of(params) if offloaded else [params]:
-        rows = [own_rows(p) for p in part]
+        rows = [local_part(p) for p in part]
         states = [opt.state[p] for p in part]
-        moments = [[own_rows(state[name]) for state in states]
+        moments = [[local_part(state[name]) for state in states]
                    for name in ("exp_avg", "exp_avg_sq")]
-        here = [[x.to(row.device) for x, row in zip(kind, rows, strict=True)] for kind in moments]
-        adamw_step(rows, [own_rows(p.grad) for p in part], *here, [],
+        on_device = [[x.to(row.device) for x, row in zip(kind, rows, strict=True)]
+                     for kind in moments]
+        adamw_step(rows, [local_part(p.grad) for p in part], *on_device, [],
                    [state["step"] for state in states], foreach=False, fused=True, amsgrad=False,
                    beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
                    weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
-        for kind, moved in zip(moments, here, strict=True):
+        for kind, moved in zip(moments, on_device, strict=True):
             for x, value in zip(kind, moved, strict=True):
                 if x.device != value.device:
                     x.copy_(value)
-        del here, moved, value  # before the next group's come
+        del on_device, moved, value  # free them before the next group is copied in
 
 
 def groups_of(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in order, in groups no larger than the largest of them: as few as that gives."""
-    groups, room, most = [], 0, max(own_rows(p).numel() for p in params)
+    """Parameters in order, in as few groups as possible, none larger than the largest of them."""
+    groups, room, largest = [], 0, max(local_part(p).numel() for p in params)
     for p in params:
-        size = own_rows(p).numel()
+        size = local_part(p).numel()
         if not groups or size > room:
             groups.append([])
-            room = most
+            room = largest
         groups[-1].append(p)
         room -= size
     return groups
@@ -75,15 +77,29 @@ def groups_of(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def norm_of(gradients: list[Tensor]) -> Tensor:
     """Gradient norm over all ranks."""
-    square = nn.utils.get_total_norm([own_rows(g) for g in gradients]).square()
+    square = nn.utils.get_total_norm([local_part(g) for g in gradients]).square()
     if isinstance(gradients[0], DTensor):
         dist.all_reduce(square)
     return square.sqrt()
 
 
 @torch.no_grad()
-def clip(gradients: list[Tensor], most: float, norm: Tensor) -> None:
-    """Scale gradients of a norm so that it is no more than `most`."""
-    scale = (most / (norm + 1e-6)).clamp(max=1.0)
+def clip(gradients: list[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale gradients, whose norm is `norm`, so that their norm is at most `limit`."""
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        own_rows(gradient).mul_(scale)
+        local_part(gradient).mul_(scale)
+
+
+def apply_update(opt: torch.optim.AdamW, params: list[nn.Parameter], lr: float,
+                 limit: float | None) -> Tensor:
+    """Clip the gradients' norm to a limit, step, and clear them; returns the norm before that."""
+    gradients = [p.grad for p in params]
+    norm = norm_of(gradients)
+    if limit is not None:
+        clip(gradients, limit, norm)
+    for group in opt.param_groups:
+        group["lr"] = lr
+    step(opt)
+    opt.zero_grad()
+    return norm

@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
         require_same({"synvid": contents})
         loader = Loader(cfg, data, ranks)
         meta = {"config": asdict(cfg), "teacher": teacher, "count": loader.count,
-                "synvid": contents, "earlier": data.manifest.get("earlier", [])}
+                "synvid": contents}
         on_first_rank(lambda: check_resources(cfg, loader.shape, ranks))
         state = build(cfg, data.t_key, ranks)
         resume(cfg, state, loader, ranks, meta)

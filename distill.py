@@ -195,7 +195,7 @@ def features(teacher: nn.Module, x: Tensor, t: float, cond: dict, tap: int) -> T
     """Features of latents x at time t after the teacher's block `tap`, by frame: [B·T,D,h,w].
     Eq. 8; D10, D12."""
     times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
-    _, [f] = teacher(x, times, cond, taps=(tap,), velocity=False)      # B L D
+    _, [f] = teacher(x, times, cond, taps=(tap,), features_only=True)  # B L D
     f = F.layer_norm(f, f.shape[-1:]).unflatten(1, teacher.token_grid(*x.shape[2:]))
     return f.permute(0, 1, 4, 2, 3).flatten(0, 1)                      # (B T) D h w
 

@@ -88,7 +88,7 @@ def test_a_conditioning_without_its_image_is_an_error_that_says_so(official, nam
     cond = model.collate([fixture_cond("a", 0)])
     del cond[name]
     x, t = FIXTURE.get_tensor("in.a.x.0")[None], FIXTURE.get_tensor("in.a.t").double() / 1000
-    with pytest.raises(ValueError, match=f"cond: got .*; an image-to-video DiT wants .*{name}"):
+    with pytest.raises(ValueError, match=f"cond: expected .*{name}.* for an image-to-video DiT"):
         official(x, t, cond)
 
 

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -150,7 +149,7 @@ def test_latents_and_texts_that_do_not_fit_are_errors_that_name_sizes():
     dit, (x, t, cond) = micro_dit(), micro_batch()
     with pytest.raises(ValueError, match="2×3×6.*multiples of 16"):
         dit(x[:, :, :, :3], t, cond)
-    with pytest.raises(ValueError, match=r"cond\['text'\].*\(2, 9, 12\).*at most 8, 12"):
+    with pytest.raises(ValueError, match=r"cond\['text'\].*at most 8, 12.*got \(2, 9, 12\)"):
         dit(x, t, {"text": torch.zeros(2, 9, 12)})
 
 
@@ -516,7 +515,7 @@ def test_a_folder_without_weights_and_an_unknown_preset_are_errors(tmp_path):
         load_dit(tmp_path, MICRO)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_dit(tmp_path / "nowhere", MICRO)
-    with pytest.raises(ValueError, match="preset: .*got 'wan-t2v-1.3'.*did you mean 'wan-t2v-1.3b'"):
+    with pytest.raises(ValueError, match="preset: .*got 'wan-t2v-1.3'; did you mean '.*-1.3b'"):
         build_dit("wan-t2v-1.3")
 
 
@@ -857,12 +856,11 @@ def test_what_the_system_refuses_and_ctrl_c_end_in_one_line(raised, code, told, 
     assert e.value.code == code and capsys.readouterr().err == told
 
 
-def test_a_reader_that_has_gone_and_a_terminal_without_utf_8_are_no_tracebacks(tmp_path):
-    command = [sys.executable, str(ROOT / "evaluate.py"), "--help"]
-    for run in (f"{shlex.join(command)} | head -1", f"LC_ALL=C PYTHONIOENCODING=ascii "
-                f"{shlex.join(command)} | grep C2ST"):
-        done = subprocess.run(run, shell=True, capture_output=True, text=True, check=True)
-        assert done.stdout and done.stderr == "", run
+def test_a_closed_pipe_and_a_terminal_without_utf_8_cause_no_traceback():
+    command = f"{sys.executable} {ROOT / 'evaluate.py'} --help | head -1"
+    done = subprocess.run(f"LC_ALL=C PYTHONIOENCODING=ascii {command}", shell=True,
+                          capture_output=True, text=True, check=True)
+    assert done.stdout and done.stderr == ""
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:-1", "cuda:x", "gpu", "cpu:0:0", ""])
@@ -871,14 +869,15 @@ def test_devices_that_are_none_are_refused(device):
         pick_device(device)
 
 
-STAGES = {**{stage: stage for stage in STAGES}, "teacher": "small_world.teacher"}
+MODULES = {"teacher": "small_world.teacher", "paper": "tools.paper", "bench": "tools.bench",
+           "lora": "tools.extract_lora"}  # the module of a stage that is not a file in front
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads_in_every_stage(path, stage):
-    argv = [str(path), "weights=assets/tiny"]  # tiny-i2v's are still to be trained
-    cfg = load_config(importlib.import_module(STAGES[stage]).Config, stage, argv)
+    argv = [str(path), "weights=assets/tiny"]  # tiny-i2v's weights are not shipped
+    cfg = load_config(importlib.import_module(MODULES.get(stage, stage)).Config, stage, argv)
     assert model.check_model(cfg) is model.PRESETS[cfg.preset]
 
 
@@ -890,24 +889,19 @@ def test_the_project_is_a_checkout_to_run_and_names_what_it_needs():
     assert {name.split(">=")[0] for name in about["project"]["dependencies"]} == pinned
 
 
-ARROWS = {"common": {"common"}, "model": {"model", "common"},
-          "frozen": {"frozen", "model", "common"},
-          "training": {"training", "model", "common"},
+ARROWS = {"common": {"common"}, "model": {"model", "common"}, "toy1d": set(),
+          "artifacts": {"artifacts", "model", "common"}, "frozen": {"frozen", "model", "common"},
+          "training": {"training", "artifacts", "model", "common"},
           "small_world": {"small_world", "frozen", "model", "common"},
-          "synvid": {"model", "frozen", "common"},
-          "distill": {"model", "synvid", "training", "common"},
-          "baselines": {"model", "frozen", "common", "synvid", "distill", "training",
-                        "small_world"},
-          "taps": {"model", "common", "synvid", "distill", "sample"},
-          "sample": {"model", "frozen", "common"}, "toy1d": set(),
-          "lora": {"model", "common", "sample"},
-          "bench": {"model", "frozen", "synvid", "distill", "training", "common"},
-          "evaluation": {"evaluation", "model", "small_world", "common"},
-          "evaluate": {"model", "frozen", "common", "synvid", "distill", "sample", "training",
-                       "small_world", "evaluation", "baselines"}}
+          "evaluation": {"evaluation", "small_world", "common"},
+          "synvid": {"artifacts", "frozen", "model", "common"},
+          "distill": {"artifacts", "training", "model", "common"},
+          "sample": {"artifacts", "frozen", "tools", "model", "common"},  # VBench's layout
+          "evaluate": {"artifacts", "frozen", "evaluation", "small_world", "model", "common"}}
+ARROWS["tools"] = {"tools", *ARROWS}
 
 
-def test_imports_run_one_way_from_stages_to_what_they_stand_on():
+def test_imports_run_one_way_and_stages_never_import_each_other():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
         wing = path.parent.name if path.parent != ROOT else path.stem
         if wing == "tests":

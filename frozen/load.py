@@ -62,7 +62,7 @@ def check_counts(path: Path, arguments: dict) -> dict:
         counts = key.startswith(("num_", "dim", "vocab_size", "size", "patch"))
         for number in value if isinstance(value, list) else [value] if counts else []:
             if shape_error(number, NUMBER) and not isinstance(number, bool) or not number <= most:
-                raise ValueError(f"{path}: config: {key}: expected at most {most}, got "
+                raise ValueError(f"{path}: config: {key}: expected a number up to {most}, got "
                                  f"{abbreviate(value)}: copy the file again")
     return arguments
 

@@ -234,7 +234,7 @@ def test_our_image_tower_equals_transformers_and_loads_both_layouts(clip, tmp_pa
     save_tensors(tmp_path / "official/models_clip_tiny.safetensors", state,
                        {"config": json.dumps(config)})
     assert torch.equal(load_image_encoder(tmp_path / "official")(pixels), ours(pixels))
-    with pytest.raises(FileNotFoundError, match="holds no image encoder: want models_clip"):
+    with pytest.raises(FileNotFoundError, match="no image encoder: expected models_clip"):
         load_image_encoder(FIXTURES)
 
 

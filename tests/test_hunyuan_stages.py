@@ -74,9 +74,9 @@ def test_trajectories_hold_what_the_encoders_made_and_follow_the_teacher(distill
         assert torch.allclose(stored["cond.text"].float(), cond["text"], atol=1e-4)
         assert stored["cond.guidance"].item() == pytest.approx(6.016)
         x = torch.randn(16, 2, 4, 6, generator=generator("synvid", 0, i, PROMPTS[i % 3]))
-        walked = list(model.sample_euler(dit, x[None], times, model.collate([cond])))
+        latents = list(model.sample_euler(dit, x[None], times, model.collate([cond])))
         for row, step in zip(stored["x"], (2, 4, 6), strict=True):
-            error = (row.float() - walked[step - 1][0]).abs().max() / walked[step - 1].abs().max()
+            error = (row.float() - latents[step - 1][0]).abs().max() / latents[step - 1].abs().max()
             assert error < 2e-3  # fp16 on disk
 
 

@@ -25,7 +25,7 @@ MICRO = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=3, text_dim=12, te
 
 
 def near(got: Tensor, want: Tensor, tolerance: float = 2e-5) -> None:
-    """Assert that two tensors differ by at most a part of the wanted one's largest value."""
+    """Assert that two tensors differ by at most a part of the expected one's largest value."""
     assert got.shape == want.shape
     error = ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
     print(f"relative error {error:.1e} (tolerance {tolerance:.0e})")

@@ -96,10 +96,10 @@ def test_trajectories_hold_the_image_s_conditioning_and_follow_the_guided_teache
         assert torch.equal(unconds[0]["frames"], conds[0]["frames"])
         assert not torch.equal(unconds[0]["text"], conds[0]["text"])
         x = torch.randn(16, 4, 4, 6, generator=generator("synvid", 0, i, prompt.text))
-        walked = list(model.sample_euler(dit, x[None], times, model.collate(conds),
+        latents = list(model.sample_euler(dit, x[None], times, model.collate(conds),
                                  model.collate(unconds), 3.0))
         for row, step in zip(stored["x"], (2, 4, 6), strict=True):
-            error = (row.float() - walked[step - 1][0]).abs().max() / walked[step - 1].abs().max()
+            error = (row.float() - latents[step - 1][0]).abs().max() / latents[step - 1].abs().max()
             assert error < 2e-3  # fp16 on disk
 
 
@@ -166,25 +166,25 @@ def test_a_teacher_that_is_still_to_be_trained_is_named_with_its_command(stage, 
 
 def test_official_and_diffusers_folders_give_equal_conditioning_and_velocity(world, tmp_path):
     _, root = world
-    mine, theirs = tmp_path / "official", tmp_path / "diffusers"
-    shutil.copytree(root / "weights", mine)
+    official, theirs = tmp_path / "official", tmp_path / "diffusers"
+    shutil.copytree(root / "weights", official)
     vae = {"dim": 4, "num_res_blocks": 2}  # diffusers has no other number
-    save_tensors(mine / "Wan2.1_VAE.safetensors", randomise(WanVAE(**vae), "vae"),
+    save_tensors(official / "Wan2.1_VAE.safetensors", randomise(WanVAE(**vae), "vae"),
                        {"config": json.dumps(vae)})
     for subfolder, pattern, component in (
             ("transformer", "diffusion_*", "transformer"), ("vae", "Wan2.1_VAE*", "vae"),
             ("text_encoder", "models_t5*", "text_encoder")):
-        (file,) = mine.glob(pattern)
+        (file,) = official.glob(pattern)
         save_tensors(theirs / subfolder / "diffusion_pytorch_model.safetensors",
                            official_names(load_file(file), component, reverse=True), {})
-    (clip,) = mine.glob("models_clip*")
+    (clip,) = official.glob("models_clip*")
     state = load_file(clip)
     with safe_open(clip, "pt") as file:
         tower = json.loads(file.metadata()["config"])
     save_tensors(theirs / "image_encoder/model.safetensors", transformers_names(state), {})
-    write_configs(theirs, mine, tower)
+    write_configs(theirs, official, tower)
     made = []
-    for folder in (mine, theirs):
+    for folder in (official, theirs):
         cfg = Shared(preset="tiny-i2v", weights=str(folder), frames=5)
         conditioner = load_conditioner(cfg, torch.device("cpu"), torch.float32, crop=False)
         prompt = read_prompts(root / "prompts.jsonl", images=True)[0]
@@ -194,7 +194,7 @@ def test_official_and_diffusers_folders_give_equal_conditioning_and_velocity(wor
         made.append({**cond, "v": dit(x, torch.tensor([0.6], dtype=torch.float64), cond)})
     for name, value in made[0].items():
         assert torch.allclose(value, made[1][name], atol=1e-6), name
-    assert fingerprint(mine) == fingerprint(theirs)
+    assert fingerprint(official) == fingerprint(theirs)
 
 
 def transformers_names(state: dict) -> dict:

@@ -42,7 +42,7 @@ KEYS_50 = list(range(0, 51, 5))
 
 
 def near(got: Tensor, want: Tensor, tolerance: float) -> None:
-    """Assert that two tensors differ by at most a part of the wanted one's largest value."""
+    """Assert that two tensors differ by at most a part of the expected one's largest value."""
     assert got.shape == want.shape
     error = ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
     print(f"relative error {error:.1e} (tolerance {tolerance:.0e})")
@@ -843,17 +843,17 @@ def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
     assert e.value.code == 1 and capsys.readouterr().err == "error: runs/x: wrong\n"
 
 
-@pytest.mark.parametrize("raised, code, told", [
+@pytest.mark.parametrize("raised, code, error", [
     (PermissionError(13, "Permission denied", "runs/x"), 1, "error: runs/x: Permission denied\n"),
     (IsADirectoryError(21, "Is a directory", "a.txt"), 1, "error: a.txt: Is a directory\n"),
     (OSError("no space"), 1, "error: no space\n"),
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n")])
-def test_what_the_system_refuses_and_ctrl_c_end_in_one_line(raised, code, told, capsys):
+def test_what_the_system_refuses_and_ctrl_c_end_in_one_line(raised, code, error, capsys):
     def main():
         raise raised
     with pytest.raises(SystemExit) as e:
         cli(main)
-    assert e.value.code == code and capsys.readouterr().err == told
+    assert e.value.code == code and capsys.readouterr().err == error
 
 
 def test_a_closed_pipe_and_a_terminal_without_utf_8_cause_no_traceback():

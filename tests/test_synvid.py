@@ -327,11 +327,11 @@ def test_dying_while_a_file_is_written_leaves_no_final_name(made, tmp_path):
 def test_leftovers_of_other_jobs_are_left_alone(make_config):
     config = make_config(synvid={"count": 3, "batch": 2})
     folder = generate(config)
-    mine, other = (folder / f"000/.{i:06d}.safetensors.123.part.safetensors" for i in (2, 3))
-    for part in (mine, other):
+    own, other = (folder / f"000/.{i:06d}.safetensors.123.part.safetensors" for i in (2, 3))
+    for part in (own, other):
         part.write_bytes(b"half")
     generate(config)
-    assert other.exists() and not mine.exists()
+    assert other.exists() and not own.exists()
     assert len(SynVid(folder, config_of(config))) == 3
 
 

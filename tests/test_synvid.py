@@ -1,26 +1,30 @@
 """SynVid: trajectories obey Eq. 5, their bytes depend on seed, index and prompt alone, kills lose
 nothing, and user errors are reported in one line. On random weights of preset `tiny`."""
 
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import time
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from processes import start_script
+from processes import start_each
 from safetensors import safe_open
 
+import common.files
 import model
 import synvid
 from artifacts import trajectories
 from artifacts.trajectories import SynVid, initial_noise, trajectory_path
 from common.config import load_config
 from common.files import write_json
+from common.ranks import cli
 from frozen.load import load_text
 from model import collate, euler_step, load_dit, time_grid, velocity
 
@@ -274,23 +278,43 @@ def test_the_batch_size_changes_no_more_than_rounding(make_config, tmp_path):
 
 # ------------------------------------------------------------------------------ nothing lost
 
-def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(make_config, tmp_path):
-    config = make_config(height=48, width=48, n=6, key=[0, 3, 6],
-                         synvid={"count": 60, "batch": 2, "keep": "all", "dtype": "fp32"})
-    reference = contents(generate(config, "--run", tmp_path / "complete"))
-    folder, rng = tmp_path / "run/synvid", random.Random(0)
+STAGE_FILES = {module.__file__ for module in (synvid, trajectories, common.files)}
+
+
+def each_call(action: Callable[[], None]) -> Callable:
+    """A profiler that acts before each call, also of C functions, in this stage's files."""
+    def profile(frame, event, arg):
+        if event in ("call", "c_call") and frame.f_code.co_filename in STAGE_FILES:
+            action()
+    return profile
+
+
+def run_until_call(variables: dict, argv: list[str], last: int) -> None:
+    """Run stage 1 in a process that is killed at its call number `last`."""
+    calls = itertools.count(1)
+    sys.setprofile(each_call(lambda: next(calls) < last or os.kill(os.getpid(), signal.SIGKILL)))
+    cli(lambda: synvid.main(argv))
+
+
+def test_killed_at_random_calls_the_same_command_ends_with_the_same_bytes(make_config, tmp_path):
+    config = make_config(synvid={"count": 12, "batch": 2, "keep": "all", "dtype": "fp32"})
+    calls, rng = [], random.Random(0)
+    sys.setprofile(each_call(lambda: calls.append(None)))
+    try:
+        reference = contents(generate(config, "--run", tmp_path / "reference"))
+    finally:
+        sys.setprofile(None)
+    folder, done = tmp_path / "run/synvid", 0
     for _ in range(5):
-        enough = len(trajectories.find_trajectories(folder)) + rng.choice((1, 2, 3))
-        [victim] = start_script(synvid.__file__, config, outputs=(os.devnull, tmp_path / "errors"))
-        while victim.is_alive() and len(trajectories.find_trajectories(folder)) < enough:
-            time.sleep(0.004)
-        time.sleep(rng.uniform(0, 0.05))
-        victim.kill()
-        victim.join(120)
-        assert victim.exitcode == -signal.SIGKILL, (tmp_path / "errors").read_text()
+        last = len(calls) // 6 + rng.randrange(len(calls) // 4)  # after some of the trajectories
+        [victim] = start_each(1, run_until_call, [str(config)], last)
+        victim.join(300)
+        assert victim.exitcode == -signal.SIGKILL
         left = {name: data for name, data in contents(folder).items() if "/." not in name}
         assert left.items() <= reference.items()  # no half-written file has its final name
-    assert len(left) < len(reference)  # each victim had work left
+        assert done <= len(left) < len(reference)
+        done = len(left)
+    assert done > 1
     generate(config)
     assert contents(folder) == reference
 

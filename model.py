@@ -4,8 +4,7 @@ Sections: schedule and Euler step · what both DiTs share · Wan DiT · HunyuanV
 building and loading. Conventions of the whole project:
   t in [0, 1]; t = 1 is noise, t = 0 is data; x_t = (1 - t) x0 + t x1 and v = x1 - x0 (Eq. 2, 3).
   Many codebases reverse time or scale it by 1000; here only a DiT's forward has the factor 1000.
-Shapes: B batch, C channels, T H W latent frames, height and width, L tokens, S text tokens,
-D width, N heads.
+Shapes: B batch, C channels, T H W latents, L tokens, S text tokens, D width, N heads.
 """
 
 import functools
@@ -44,7 +43,7 @@ def time_grid(family: str, n: int, shift: float) -> Tensor:
     """The teacher's times 1 = t_n > … > t_0 = 0, in the order in which sampling visits them.
 
     HunyuanVideo shifts an even grid. Wan shifts twice: the end points, then the complete grid.
-    Returns float64 [n + 1]; raises ValueError for other arguments. Source: the releases.
+    Returns float64 [n + 1]; raises ValueError for other values. Source: the releases.
     """
     if n < 1 or shift <= 0:
         raise ValueError(f"time grid: expected n >= 1 and shift > 0, got n={n}, shift={shift}")
@@ -106,8 +105,7 @@ def sample_euler(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
 
 
 # ----------------------------------------------------------------------- what both DiTs share
-# Each family's DiT has `cfg` (its sizes), `blocks`, token_grid, init_weights(generator),
-# flops(tokens) and forward(x, t, cond, taps, features_only), with official parameter names.
+# Each DiT has cfg, blocks, token_grid, init_weights, flops, forward and official parameter names.
 def cast_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply a layer in the dtype of its weights."""
     return layer(x.to(layer.weight.dtype))
@@ -231,8 +229,7 @@ def run_blocks(blocks: Sequence[nn.Module], h: Tensor, seq: SequenceShard, image
                *context: Any) -> tuple[Tensor | None, list[Tensor]]:
     """The stream h after all blocks, and the sequence's image tokens after the `taps` in fp32.
 
-    With features_only it stops after the last tap, and the stream is None. Raises ValueError for a
-    tap that is not the index of a block.
+    features_only stops after the last tap and returns no stream. Raises ValueError for a wrong tap.
     """
     if taps and not 0 <= min(taps) <= max(taps) < len(blocks):
         raise ValueError(f"taps: expected blocks 0 … {len(blocks) - 1}, got {taps}")
@@ -296,8 +293,7 @@ class WanConfig:
 class WanAttention(nn.Module):
     """Self-attention (with rotary positions) or cross-attention (with a context) of a Wan block.
 
-    image: the context's last text_len rows are text; image tokens before them are attended to with
-    separate keys and values.
+    image: tokens before the context's last text_len rows have separate keys and values.
     """
     def __init__(self, cfg: WanConfig, image: bool = False):
         super().__init__()
@@ -367,18 +363,16 @@ class WanDiT(nn.Module):
     token_grid = token_grid
     def __init__(self, cfg: WanConfig):
         super().__init__()
-        self.cfg, self.sp = cfg, None  # sp: the group of ranks that share each sample's tokens
-        self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch_size, cfg.patch_size)
-        self.text_embedding = nn.Sequential(Linear(cfg.text_dim, cfg.dim), GELU(),
-                                            Linear(cfg.dim, cfg.dim))
-        self.time_embedding = nn.Sequential(Linear(cfg.freq_dim, cfg.dim), nn.SiLU(),
-                                            Linear(cfg.dim, cfg.dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), Linear(cfg.dim, 6 * cfg.dim))
+        self.cfg, self.sp, D = cfg, None, cfg.dim  # sp: the group of ranks that share each sample
+        self.patch_embedding = nn.Conv3d(cfg.in_dim, D, cfg.patch_size, cfg.patch_size)
+        self.text_embedding = nn.Sequential(Linear(cfg.text_dim, D), GELU(), Linear(D, D))
+        self.time_embedding = nn.Sequential(Linear(cfg.freq_dim, D), nn.SiLU(), Linear(D, D))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
         if cfg.takes_image:
-            D = cfg.image_dim
+            width = cfg.image_dim
             self.img_emb = nn.ModuleDict({"proj": nn.Sequential(
-                nn.LayerNorm(D), Linear(D, D), nn.GELU(), Linear(D, cfg.dim),
-                nn.LayerNorm(cfg.dim))})
+                nn.LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, D),
+                nn.LayerNorm(D))})
         self.blocks = nn.ModuleList(WanBlock(cfg) for _ in range(cfg.num_layers))
         self.head = WanHead(cfg)
 
@@ -440,13 +434,9 @@ class WanDiT(nn.Module):
     def flops(self, tokens: int) -> float:
         """FLOPs of one forward of one sample, where a multiply-add counts as two."""
         c = self.cfg
-        dense = 2 * tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
-        text = 2 * c.text_len * 2 * c.dim ** 2
-        attend = 4 * tokens ** 2 * c.dim + 4 * c.text_len * tokens * c.dim
-        if c.takes_image:
-            text += 2 * c.image_len * 2 * c.dim ** 2
-            attend += 4 * c.image_len * tokens * c.dim
-        return float(c.num_layers * (dense + text + attend))
+        context = c.text_len + (c.image_len if c.takes_image else 0)
+        dense = 2 * tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim) + 4 * context * c.dim ** 2
+        return float(c.num_layers * (dense + 4 * tokens * (tokens + context) * c.dim))
 
 
 # -------------------------------------------------------------------------- HunyuanVideo DiT
@@ -656,8 +646,7 @@ class HunyuanDiT(nn.Module):
 
         Args: cond["text"] [B,S,text_dim]; cond["mask"] [B,S], nonzero on valid text tokens, with
         padding last, absent if all are valid; cond["pooled"] [B,pooled_dim]; cond["guidance"] [B],
-        the embedded guidance scale; the others and the result as in WanDiT.forward.
-        Source: HunyuanVideo release; taps: Eq. 8.
+        the embedded guidance scale; the rest as in WanDiT.forward. Source: HunyuanVideo release.
         """
         B, _, T, H, W = x.shape
         grid, (pt, ph, pw), c = self.token_grid(T, H, W), self.cfg.patch_size, self.cfg
@@ -793,9 +782,9 @@ def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float3
              forward_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
     """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
 
-    Args: weights, an official or diffusers folder or a weight file; preset, its sizes; dtype of the
-    stored parameters; forward_dtype of the sharded blocks' gathered weights (None: dtype).
-    Raises ValueError or FileNotFoundError naming the file that does not fit.
+    Args: weights, an official or diffusers folder or a weight file; dtype of the parameters;
+    forward_dtype of the sharded blocks' gathered weights (None: dtype). Raises ValueError or
+    FileNotFoundError naming the file that does not fit.
     """
     dit = empty_dit(preset, dtype, ranks, forward_dtype)
     check_sizes(weights, dit.cfg, f"preset '{preset}'")
@@ -803,8 +792,7 @@ def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float3
 
 
 @torch.no_grad()
-def frozen_copy(dit: nn.Module, preset: str, dtype: torch.dtype,
-                ranks: Ranks) -> WanDiT | HunyuanDiT:
+def frozen_copy(dit: nn.Module, preset: str, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
     """A frozen copy of a sharded DiT in another dtype, from memory: files are read only once."""
     copy = empty_dit(preset, dtype, ranks).requires_grad_(False).to_empty(device=ranks.device)
     for name, p in copy.named_parameters():  # without the extra parameters of a LoRA

@@ -66,7 +66,7 @@ def student_step(student: nn.Module, x: Tensor, t_key: list[float], k: int, cond
 def features(teacher: nn.Module, x: Tensor, t: float, cond: dict, tap: int) -> Tensor:
     """The teacher's features of x at time t after block `tap`: [B·T,D,h,w]. Eq. 8; D10, D12."""
     times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
-    _, [f] = teacher(x, times, cond, taps=(tap,), velocity=False)      # B L D
+    _, [f] = teacher(x, times, cond, taps=(tap,), features_only=True)      # B L D
     f = F.layer_norm(f, f.shape[-1:]).unflatten(1, teacher.token_grid(*x.shape[2:]))
     return f.permute(0, 1, 4, 2, 3).flatten(0, 1)                      # (B T) D h w
 
@@ -386,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
         require_same({"synvid": contents})
         loader = Loader(cfg, data, ranks)
         meta = {"config": asdict(cfg), "teacher": teacher, "count": loader.count,
-                "synvid": contents, "earlier": data.manifest.get("earlier", [])}
+                "synvid": contents}
         check_resources(cfg, loader.shape, ranks)
         state = build(cfg, data.t_key, ranks)
         checkpoint.resume(cfg, state, loader, ranks, meta)

@@ -1,14 +1,10 @@
-"""What is distilled: schedule and Euler step, both DiTs, their sizes, and how a DiT is loaded.
+"""The networks that are distilled: schedule and Euler step, Wan's and HunyuanVideo's DiT.
 
 Sections: schedule and Euler step · what both DiTs share · Wan DiT · HunyuanVideo DiT · presets ·
-building and loading a DiT.
-
-Conventions, said once for the whole project:
+building and loading. Conventions of the whole project:
   t in [0, 1]; t = 1 is noise, t = 0 is data; x_t = (1 - t) x0 + t x1 and v = x1 - x0 (Eq. 2, 3).
-  Many codebases run time the other way or scale it by 1000: here the factor 1000 lives inside
-  a DiT's forward and nowhere else.
-Shapes: B batch, C channels, T H W latent frames, height and width, L tokens, S text tokens,
-D width, N heads.
+  Many codebases reverse time or scale it by 1000; here only a DiT's forward has the factor 1000.
+Shapes: B batch, C channels, T H W latents, L tokens, S text tokens, D width, N heads.
 """
 
 import functools
@@ -24,6 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common.config import Shared, nearest
@@ -35,40 +32,38 @@ from common.ranks import (
 from common.weights import load_module
 
 
-
 # ------------------------------------------------------------------ schedule and Euler step
 
 def shift_time(u: Tensor, shift: float) -> Tensor:
     """Move times u in [0, 1] towards noise: shift·u / (1 + (shift - 1)·u). Source: the releases."""
     return shift * u / (1 + (shift - 1) * u)
-FAMILIES = ("wan", "hunyuan")
 
 
 def time_grid(family: str, n: int, shift: float) -> Tensor:
     """The teacher's times 1 = t_n > … > t_0 = 0, in the order in which sampling visits them.
 
-    HunyuanVideo shifts an even grid; Wan's is shifted twice: its end points, then all of it.
-    Returns float64 [n + 1]. ValueError for another family, n < 1, shift <= 0. Source: the releases.
+    HunyuanVideo shifts an even grid. Wan shifts twice: the end points, then the complete grid.
+    Returns float64 [n + 1]; raises ValueError for other values. Source: the releases.
     """
     if n < 1 or shift <= 0:
-        raise ValueError(f"time grid: got n={n}, shift={shift}; n must be >= 1 and shift > 0")
+        raise ValueError(f"time grid: expected n >= 1 and shift > 0, got n={n}, shift={shift}")
     if family == "wan":
         last = shift_time(torch.tensor(0.001, dtype=torch.float64), shift).item()
         u = torch.linspace(1, last, n, dtype=torch.float64)
         return torch.cat([shift_time(u, shift), torch.zeros(1, dtype=torch.float64)])
     if family == "hunyuan":
         return shift_time(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift)
-    raise ValueError(f"family: got '{family}'; this version has: {', '.join(FAMILIES)}")
+    raise ValueError(f"family: expected wan or hunyuan, got '{family}'")
 
 
 def key_times(family: str, n: int, shift: float, key: list[int]) -> list[float]:
-    """Times of the key timesteps t'_m = 1 > … > t'_0 = 0, picked by index from the teacher's grid.
+    """Times of the key timesteps t'_m = 1 > … > t'_0 = 0, by their indices in the teacher's grid.
 
     Args: key, indices into the n-step grid, rising from 0 (noise) to n (data).
-    Raises ValueError when key is not such a list. Source: Alg. 1, line 2; D1.
+    Raises ValueError for another list. Source: Alg. 1, line 2; D1.
     """
     if len(key) < 2 or (key[0], key[-1]) != (0, n) or sorted(set(key)) != key:
-        raise ValueError(f"key: got {key!s:.80}; wanted indices rising from 0 to n={n}")
+        raise ValueError(f"key: expected indices rising from 0 to n={n}, got {key!s:.80}")
     return time_grid(family, n, shift)[key].tolist()
 
 
@@ -81,8 +76,8 @@ def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | Non
              cfg_scale: float = 1.0, cfg_group: dist.ProcessGroup | None = None) -> Tensor:
     """Velocity v_θ(x, t) of a batch at one time; with `uncond`, guided by two evaluations.
 
-    Args: x [B,C,T,H,W] fp32; t in [0,1]; cond, uncond from encode_prompts; cfg_scale, where
-    1 means no guidance; cfg_group, two ranks that make one evaluation each (no gradient).
+    Args: x [B,C,T,H,W] fp32; t in [0,1]; cond, uncond from encode_prompts; cfg_scale, where 1
+    means no guidance; cfg_group, two ranks that compute one evaluation each (without gradient).
     Returns [B,C,T,H,W] fp32. Source: classifier-free guidance as in Wan 2.1.
     """
     times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
@@ -91,40 +86,38 @@ def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | Non
     if cfg_group is None:
         v, v_uncond = dit(x, times, cond), dit(x, times, uncond)
     else:
-        mine = dit(x, times, uncond if cfg_group.rank() else cond).contiguous()
-        v, v_uncond = torch.empty_like(mine), torch.empty_like(mine)
-        dist.all_gather([v, v_uncond], mine, group=cfg_group)
+        local = dit(x, times, uncond if cfg_group.rank() else cond).contiguous()
+        v, v_uncond = torch.empty_like(local), torch.empty_like(local)
+        dist.all_gather([v, v_uncond], local, group=cfg_group)
     return v_uncond + cfg_scale * (v - v_uncond)
 
 
 def sample_euler(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
-                 uncond: dict | None = None, cfg_scale: float = 1.0,
-                 cfg_group: dist.ProcessGroup | None = None) -> Iterator[Tensor]:
+                 uncond: dict | None = None, cfg_scale: float = 1.0) -> Iterator[Tensor]:
     """Denoise x along `times`, yielding the latent after each Euler step. Eq. 5, without gradient.
 
-    Args: x [B,C,T,H,W] fp32 at times[0]; times falling; the rest as `velocity`.
+    Args: x [B,C,T,H,W] fp32 at times[0]; falling times; the others as in `velocity`.
     """
     for t, t_next in itertools.pairwise(times):
         with torch.no_grad():
-            x = euler_step(x, velocity(dit, x, t, cond, uncond, cfg_scale, cfg_group), t, t_next)
+            x = euler_step(x, velocity(dit, x, t, cond, uncond, cfg_scale), t, t_next)
         yield x
 
 
 # ----------------------------------------------------------------------- what both DiTs share
-# A family's DiT has `cfg` (its sizes), `blocks`, forward(x, t, cond, taps, velocity), token_grid,
-# init_weights(generator) and flops(tokens); parameter names are the official checkpoint's.
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+# Each DiT has cfg, blocks, token_grid, init_weights, flops, forward and official parameter names.
+def cast_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply a layer in the dtype of its weights."""
     return layer(x.to(layer.weight.dtype))
 
 
 def linear_fp32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a layer in fp32 whatever its weights are stored in (embeddings of t, head)."""
+    """Apply a layer in fp32, whatever the dtype of its weights (embeddings of t, head)."""
     return F.linear(x.float(), layer.weight.float(), layer.bias.float())
 
 
 def silu_mlp(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """A two-layer MLP with SiLU in fp32: the first and the last of some layers."""
+    """A two-layer MLP with SiLU in fp32, given as its layers with or without the activation."""
     layers = list(layers)
     return linear_fp32(layers[-1], F.silu(linear_fp32(layers[0], x)))
 
@@ -134,13 +127,8 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, statistics in fp32."""
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm over the last axis, with statistics in fp32."""
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
@@ -148,15 +136,14 @@ class RMSNorm(nn.Module):
 def sinusoid(steps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """[cos(s w), sin(s w)] of scalars s [B], w falling from 1 to 1/10000: fp32 [B,dim].
 
-    dtype of the angles: Wan's release takes float64, HunyuanVideo's float32, and at s = 6016 that
-    rounding can be seen.
+    dtype of the angles: Wan's float64, HunyuanVideo's float32, whose rounding shows at s = 6016.
     """
     angle = torch.outer(steps.float().to(dtype), frequencies(dim, dtype).to(steps.device))
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
 def frequencies(dim: int, dtype: torch.dtype) -> Tensor:
-    """w of `sinusoid` [dim/2], correctly rounded: a CPU's exp may be off by a bit, times 6016."""
+    """w of `sinusoid` [dim/2], correctly rounded: a CPU's exp may be wrong in the last bit."""
     x = -math.log(10000) * torch.arange(dim // 2, dtype=dtype) / (dim // 2)
     return x.double().exp().to(dtype)
 
@@ -169,22 +156,19 @@ def rope_table(grid: tuple[int, int, int], pairs: tuple[int, int, int], theta: f
     Args: grid of frames, rows, columns, in row-major order; pairs of channels for each axis; theta,
     base of the frequencies theta^(-k / pairs). Source: both releases.
     """
-    with torch.inference_mode(False):  # what it keeps must serve a later backward as well
-        axes = []
-        for axis, (size, count) in enumerate(zip(grid, pairs, strict=True)):
-            freq = theta ** (-torch.arange(count, dtype=torch.float64) / count)
-            shape = [1, 1, 1, count]
-            shape[axis] = size
-            angle = torch.outer(torch.arange(size, dtype=torch.float64), freq).view(shape)
-            axes.append(angle.expand(*grid, count))
-        angle = torch.cat(axes, -1).flatten(0, 2)[:, None]
+    with torch.inference_mode(False):  # the cached table must also serve a later backward
+        t, h, w = (torch.outer(torch.arange(size, dtype=torch.float64),
+                               theta ** (-torch.arange(count, dtype=torch.float64) / count))
+                   for size, count in zip(grid, pairs, strict=True))
+        axes = t[:, None, None], h[:, None], w
+        angle = torch.cat([a.expand(*grid, -1) for a in axes], -1).flatten(0, 2)[:, None]
         return torch.stack((angle.cos(), angle.sin()), -1).float().to(device)
 
 
-def rotate(x: Tensor, seq: SequenceShard) -> Tensor:
+def apply_rope(x: Tensor, seq: SequenceShard) -> Tensor:
     """Rotate adjacent channel pairs of the image tokens of x [B,L,N,head_dim] by their angles."""
     pairs = x[:, :seq.images].float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # which fuses real numbers alone
+    if torch.compiler.is_compiling():  # the compiler fuses real numbers only
         (a, b), (cos, sin) = pairs.unbind(-1), seq.rope.unbind(-1)
         y = torch.stack((a * cos - b * sin, a * sin + b * cos), -1)
     else:
@@ -197,9 +181,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard | None = None,
               mask: Tensor | None = None) -> Tensor:
     """Softmax attention over [B,L,N,head_dim]; returns [B,L,N·head_dim].
 
-    seq: L are this rank's tokens of a sequence that its group shares (Ulysses).
-    mask, for short sequences: bool [B,1,L,keys], False hides a key. Long ones have seq.keys and no
-    mask, so that flash kernels run.
+    Args: seq, if L are this rank's tokens of a sequence that its group shares (Ulysses); mask, for
+    short sequences, bool [B,1,L,keys], where False hides a key. Long sequences have seq.keys and no
+    mask, so that flash kernels apply.
     """
     if seq is not None and seq.group is not None:
         q, k, v = tokens_to_heads(q, k, v, seq)                          # B L N/sp d each
@@ -215,24 +199,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard | None = None,
     return out.flatten(2)
 
 
-def run_block(block: nn.Module, *args: Any) -> Tensor:
-    """block._forward(*args); with block.checkpointing backward recomputes its activations."""
+def checkpointed_forward(block: nn.Module, *args: Any) -> Tensor:
+    """block._forward(*args), whose activations backward recomputes if block.checkpointing is on."""
     if block.checkpointing and torch.is_grad_enabled():
         return checkpoint(block._forward, *args, use_reentrant=False)
     return block._forward(*args)
 
 
 def token_grid(dit: nn.Module, T: int, H: int, W: int) -> tuple[int, int, int]:
-    """Token grid (frames, rows, columns) of latents of T×H×W, or ValueError if it has none."""
+    """Token grid (frames, rows, columns) of latents T×H×W. Raises ValueError if none fits."""
     pt, ph, pw = dit.cfg.patch_size
     if T % pt or H % ph or W % pw:
         raise ValueError(f"latents of {T}×{H}×{W} cannot be cut into patches of {(pt, ph, pw)}: "
-                         "choose a height and width divisible by 16")
+                         "choose a height and width that are multiples of 16")
     return T // pt, H // ph, W // pw
 
 
 def embed_patches(x: Tensor, proj: nn.Conv3d, grid: tuple[int, int, int]) -> Tensor:
-    """Tokens [B,L,D] of latents [B,C,T,H,W]; kernel = stride, so a linear layer does it."""
+    """Tokens [B,L,D] of latents [B,C,T,H,W], by a linear layer because kernel = stride."""
     pt, ph, pw = proj.kernel_size
     patches = x.reshape(len(x), -1, grid[0], pt, grid[1], ph, grid[2], pw)
     patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)      # B L C·pt·ph·pw
@@ -240,24 +224,36 @@ def embed_patches(x: Tensor, proj: nn.Conv3d, grid: tuple[int, int, int]) -> Ten
     return F.linear(patches.to(weight.dtype), weight, proj.bias)
 
 
-def through_blocks(blocks: Sequence[nn.Module], h: Tensor, seq: SequenceShard, images: int,
-                   taps: tuple[int, ...], velocity: bool,
-                   *context: Any) -> tuple[Tensor | None, list[Tensor]]:
-    """The stream h after all blocks, and the sequence's image tokens after those of `taps`, fp32.
+def run_blocks(blocks: Sequence[nn.Module], h: Tensor, seq: SequenceShard, images: int,
+               taps: tuple[int, ...], features_only: bool,
+               *context: Any) -> tuple[Tensor | None, list[Tensor]]:
+    """The stream h after all blocks, and the sequence's image tokens after the `taps` in fp32.
 
-    Without velocity it stops at the last tap, and the stream is None. Raises ValueError for a tap
-    that there is not.
+    features_only stops after the last tap and returns no stream. Raises ValueError for a wrong tap.
     """
     if taps and not 0 <= min(taps) <= max(taps) < len(blocks):
-        raise ValueError(f"taps: got {taps}; wanted blocks 0 … {len(blocks) - 1}")
-    features = {}
-    for b, block in enumerate(blocks):
+        raise ValueError(f"taps: expected blocks 0 … {len(blocks) - 1}, got {taps}")
+    last, features = max(taps) if features_only else len(blocks) - 1, {}
+    for b, block in enumerate(itertools.islice(blocks, last + 1)):
         h = block(h, seq, *context)
         if b in taps:
             features[b] = gather_sequence(h, seq)[:, :images].to(torch.float32, copy=True)
-        if not velocity and len(features) == len(set(taps)):
-            return None, [features[b] for b in taps]
-    return h, [features[b] for b in taps]
+    return None if features_only else h, [features[b] for b in taps]
+
+
+def collate(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack single conditionings [S_i, …] to a batch [B, max S_i, …], padded with zeros.
+
+    If texts differ in length, "mask" [B, max S_i] is 1 on text tokens and 0 on padding.
+    """
+    out, texts = {}, [c["text"] for c in conds]
+    if len({len(text) for text in texts}) > 1:
+        ones = [text.new_ones(len(text), dtype=torch.long) for text in texts]
+        out["mask"] = pad_sequence(ones, batch_first=True)
+    for name, first in conds[0].items():
+        values = [c[name] for c in conds]
+        out[name] = pad_sequence(values, batch_first=True) if first.ndim else torch.stack(values)
+    return out
 
 
 # ----------------------------------------------------------------------------------- Wan DiT
@@ -277,20 +273,19 @@ class WanConfig:
     text_len: int = 512
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
-    image_dim: int = 1280  # of the image encoder's features, if model_type is "i2v"
-    image_len: int = 257   # their number
+    image_dim: int = 1280  # width of the image encoder's features, if model_type is "i2v"
+    image_len: int = 257   # number of these features
     family: ClassVar[str] = "wan"
     diffusers: ClassVar[dict] = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
-                                 "out_channels": "out_dim"}  # their names of our fields
+                                 "out_channels": "out_dim"}  # diffusers' names of our fields
 
     @property
     def takes_image(self) -> bool:
-        """Whether videos start from a given image."""
         return self.model_type == "i2v"
 
     @property
     def rope_pairs(self) -> tuple[int, int, int]:
-        """Of a head's channel pairs height and width get a third (rounded down), time the rest."""
+        """Channel pairs for time, height, width: height and width get a third, rounded down."""
         third, pairs = self.dim // self.num_heads // 6, self.dim // self.num_heads // 2
         return pairs - 2 * third, third, third
 
@@ -298,8 +293,7 @@ class WanConfig:
 class WanAttention(nn.Module):
     """Self-attention (with rotary positions) or cross-attention (with a context) of a Wan block.
 
-    image: cross-attention looks at the context's last text_len rows and, with keys and values of
-    their own, at the image tokens before them.
+    image: tokens before the context's last text_len rows have separate keys and values.
     """
     def __init__(self, cfg: WanConfig, image: bool = False):
         super().__init__()
@@ -312,22 +306,24 @@ class WanAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None,
                 seq: SequenceShard | None = None) -> Tensor:
         source = x if context is None else context[:, -self.text_len:]
-        q = self.norm_q(linear(self.q, x)).unflatten(-1, (self.num_heads, -1))       # B L N d
-        k = self.norm_k(linear(self.k, source)).unflatten(-1, (self.num_heads, -1))  # B S N d
-        v = linear(self.v, source).unflatten(-1, (self.num_heads, -1))               # B S N d
+        heads = (self.num_heads, -1)
+        q = self.norm_q(cast_linear(self.q, x)).unflatten(-1, heads)             # B L N d
+        k = self.norm_k(cast_linear(self.k, source)).unflatten(-1, heads)        # B S N d
+        v = cast_linear(self.v, source).unflatten(-1, heads)                     # B S N d
         if seq is not None:
-            q, k = rotate(q, seq), rotate(k, seq)
-        out = attention(q, k, v, seq=seq)                                            # B L D
+            q, k = apply_rope(q, seq), apply_rope(k, seq)
+        out = attention(q, k, v, seq=seq)                                        # B L D
         if self.image:
-            picture = context[:, :-self.text_len]
-            k = self.norm_k_img(linear(self.k_img, picture)).unflatten(-1, (self.num_heads, -1))
-            v = linear(self.v_img, picture).unflatten(-1, (self.num_heads, -1))
+            image = context[:, :-self.text_len]
+            k = self.norm_k_img(cast_linear(self.k_img, image)).unflatten(-1, heads)
+            v = cast_linear(self.v_img, image).unflatten(-1, heads)
             out = out + attention(q, k, v)
-        return self.o(out)                                                           # B L D
+        return self.o(out)                                                       # B L D
 
 
 class WanBlock(nn.Module):
     """Self-attention, text cross-attention and feed-forward, on an fp32 residual stream."""
+    forward = checkpointed_forward
     def __init__(self, cfg: WanConfig):
         super().__init__()
         self.eps, self.checkpointing = cfg.eps, False
@@ -337,11 +333,8 @@ class WanBlock(nn.Module):
         self.cross_attn = WanAttention(cfg, image=cfg.takes_image)
         self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn_dim), GELU(), Linear(cfg.ffn_dim, cfg.dim))
 
-    def forward(self, x: Tensor, seq: SequenceShard, e: Tensor, context: Tensor) -> Tensor:
-        """x [B,L,D] fp32, e [B,6,D] fp32, context [B,S,D]; returns [B,L,D] fp32."""
-        return run_block(self, x, seq, e, context)
-
     def _forward(self, x: Tensor, seq: SequenceShard, e: Tensor, context: Tensor) -> Tensor:
+        """x [B,L,D] fp32, e [B,6,D] fp32, context [B,S,D]; returns [B,L,D] fp32."""
         m = (self.modulation.float() + e).unsqueeze(2).unbind(1)          # 6 × [B 1 D]
         y = modulated_norm(x, m[0], m[1], self.eps)
         x = x + m[2] * self.self_attn(y, seq=seq).float()
@@ -368,99 +361,82 @@ class WanHead(nn.Module):
 class WanDiT(nn.Module):
     """The Wan 2.1 transformer, text-to-video or image-to-video."""
     token_grid = token_grid
-
     def __init__(self, cfg: WanConfig):
         super().__init__()
-        self.cfg, self.sp = cfg, None  # sp: the group of ranks that share each sample's tokens
-        self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch_size, cfg.patch_size)
-        self.text_embedding = nn.Sequential(Linear(cfg.text_dim, cfg.dim), GELU(),
-                                            Linear(cfg.dim, cfg.dim))
-        self.time_embedding = nn.Sequential(Linear(cfg.freq_dim, cfg.dim), nn.SiLU(),
-                                            Linear(cfg.dim, cfg.dim))
-        self.time_projection = nn.Sequential(nn.SiLU(), Linear(cfg.dim, 6 * cfg.dim))
-        if cfg.model_type == "i2v":
-            D = cfg.image_dim
+        self.cfg, self.sp, D = cfg, None, cfg.dim  # sp: the group of ranks that share each sample
+        self.patch_embedding = nn.Conv3d(cfg.in_dim, D, cfg.patch_size, cfg.patch_size)
+        self.text_embedding = nn.Sequential(Linear(cfg.text_dim, D), GELU(), Linear(D, D))
+        self.time_embedding = nn.Sequential(Linear(cfg.freq_dim, D), nn.SiLU(), Linear(D, D))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
+        if cfg.takes_image:
+            width = cfg.image_dim
             self.img_emb = nn.ModuleDict({"proj": nn.Sequential(
-                nn.LayerNorm(D), Linear(D, D), nn.GELU(), Linear(D, cfg.dim),
-                nn.LayerNorm(cfg.dim))})
+                nn.LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, D),
+                nn.LayerNorm(D))})
         self.blocks = nn.ModuleList(WanBlock(cfg) for _ in range(cfg.num_layers))
         self.head = WanHead(cfg)
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], taps: tuple[int, ...] = (),
-                velocity: bool = True) -> Tensor | tuple[Tensor | None, list[Tensor]]:
-        """Velocity of noisy latents, and on demand the features the discriminator reads.
+                features_only: bool = False) -> Tensor | tuple[Tensor | None, list[Tensor]]:
+        """Velocity of noisy latents, and with taps the features that the discriminator reads.
 
-        Args: x [B,C,T,H,W] fp32; t [B] in [0,1]; cond["text"] [B,S,text_dim], S <= text_len, rows
-        past a prompt's end zero (Wan attends to them; there is no mask); for I2V also cond["image"]
-        [B,257,image_dim], features of the first frame, and cond["frames"] [B,20,T,H,W], mask and
-        latents of what is given; taps, 0-based blocks whose residual stream is wanted;
-        velocity=False stops the forward at the last tap.
-        Returns v [B,C,T,H,W] fp32, or with taps (v or None, [features [B,L,D] fp32 for each tap]).
+        Args: x [B,C,T,H,W] fp32; t [B] in [0,1]; cond["text"] [B,S,text_dim], S <= text_len, zero
+        past a prompt's end (there is no mask); for I2V also cond["image"] [B,257,image_dim] and
+        cond["frames"] [B,20,T,H,W], mask and latents of the first frame; taps, indices of blocks
+        whose residual stream is returned; features_only stops after the last tap.
+        Returns v [B,C,T,H,W] fp32, or with taps (v or None, features [B,L,D] fp32 of each tap).
         Raises ValueError for sizes that do not fit. Source: Wan 2.1 release; taps: Eq. 8.
         """
         B, _, T, H, W = x.shape
-        grid, (pt, ph, pw) = self.token_grid(T, H, W), self.cfg.patch_size
-        if self.cfg.model_type == "i2v":
+        grid, (pt, ph, pw), c = self.token_grid(T, H, W), self.cfg.patch_size, self.cfg
+        text = cond["text"]
+        if text.shape[1] > c.text_len or text.shape[2] != c.text_dim:
+            raise ValueError(f"cond['text']: expected [B, at most {c.text_len}, {c.text_dim}] for "
+                             f"this DiT, got {tuple(text.shape)}")
+        if c.takes_image:
             if not {"image", "frames"} <= cond.keys():
-                raise ValueError(f"cond: got {', '.join(cond)}; an image-to-video DiT wants text, "
-                                 "image and frames: give it an image")
+                raise ValueError("cond: expected text, image and frames for an image-to-video DiT, "
+                                 f"got {', '.join(cond)}: give it an image")
             x = torch.cat([x, cond["frames"].to(x.dtype)], 1)
         h = embed_patches(x, self.patch_embedding, grid).float()                        # B L D
-        e = self.embed_time(t)                                                               # B D
-        e6 = linear_fp32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))          # B 6 D
-        context = self.embed_text(cond["text"])                                              # B S D
-        if self.cfg.model_type == "i2v":
-            picture = self.img_emb["proj"](cond["image"].to(context.dtype))
-            context = torch.cat([picture, context], 1)
-        rope = rope_table(grid, self.cfg.rope_pairs, 10000.0, str(x.device))
+        time = sinusoid(t.double() * 1000, c.freq_dim, torch.float64)
+        e = silu_mlp(self.time_embedding, time)                                         # B D
+        e6 = linear_fp32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))     # B 6 D
+        text = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))
+        context = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))     # B S D
+        if c.takes_image:
+            image = self.img_emb["proj"](cond["image"].to(context.dtype))
+            context = torch.cat([image, context], 1)
+        rope = rope_table(grid, c.rope_pairs, 10000.0, str(x.device))
         L = h.shape[1]
-        *h, seq = shard_sequence(h, rope, self.sp)  # a list of one: the blocks take h out of it
-        h, features = through_blocks(self.blocks, h.pop(), seq, L, taps, velocity, e6, context)
+        *h, seq = shard_sequence(h, rope, self.sp)  # popped below, so that no reference keeps h
+        h, features = run_blocks(self.blocks, h.pop(), seq, L, taps, features_only, e6, context)
         if h is None:
             return None, features
         out = gather_sequence(self.head(h, e), seq).view(B, *grid, pt, ph, pw, -1)  # channels last
-        v = out.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, -1, T, H, W)         # B C T H W
+        v = out.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(B, -1, T, H, W)                 # B C T H W
         return (v, features) if taps else v
-
-    def embed_time(self, t: Tensor) -> Tensor:
-        """Embedding of the official timestep 1000·t, in fp32. [B,D]"""
-        time = sinusoid(t.double() * 1000, self.cfg.freq_dim, torch.float64)
-        return silu_mlp(self.time_embedding, time)
-
-    def embed_text(self, text: Tensor) -> Tensor:
-        """Zero-pad text [B,S,text_dim] to text_len rows and project it to [B,text_len,D]."""
-        if text.shape[1] > self.cfg.text_len or text.shape[2] != self.cfg.text_dim:
-            raise ValueError(f"cond['text']: got {tuple(text.shape)}; wanted [B, at most "
-                             f"{self.cfg.text_len}, {self.cfg.text_dim}] for this DiT")
-        text = F.pad(text, (0, 0, 0, self.cfg.text_len - text.shape[1]))
-        return self.text_embedding(text.to(self.text_embedding[0].weight.dtype))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill with the official initialisation, every draw from `generator`. Source: Wan 2.1."""
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or name == "head.head.weight":
                 nn.init.zeros_(p)
             elif name.startswith(("time_embedding", "text_embedding")):
                 nn.init.normal_(p, std=0.02, generator=generator)
             elif name.endswith("modulation"):
                 nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=generator)
-            elif name == "head.head.weight":
-                nn.init.zeros_(p)
             elif p.ndim > 1:
                 nn.init.xavier_uniform_(p.flatten(1), generator=generator)  # flatten is a view
             else:
                 nn.init.ones_(p)
 
     def flops(self, tokens: int) -> float:
-        """Floating-point operations of one forward of one sample: a multiply-add counts as two."""
+        """FLOPs of one forward of one sample, where a multiply-add counts as two."""
         c = self.cfg
-        dense = 2 * tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
-        text = 2 * c.text_len * 2 * c.dim ** 2
-        attend = 4 * tokens ** 2 * c.dim + 4 * c.text_len * tokens * c.dim
-        if c.takes_image:
-            text += 2 * c.image_len * 2 * c.dim ** 2
-            attend += 4 * c.image_len * tokens * c.dim
-        return float(c.num_layers * (dense + text + attend))
+        context = c.text_len + (c.image_len if c.takes_image else 0)
+        dense = 2 * tokens * (6 * c.dim ** 2 + 2 * c.dim * c.ffn_dim) + 4 * context * c.dim ** 2
+        return float(c.num_layers * (dense + 4 * tokens * (tokens + context) * c.dim))
 
 
 # -------------------------------------------------------------------------- HunyuanVideo DiT
@@ -501,7 +477,7 @@ class HunyuanConfig:
 
 
 def scalar_embedder(freq_dim: int, dim: int) -> nn.ModuleDict:
-    """Two layers for a sinusoid, under the official names."""
+    """The two layers that embed a sinusoid, under their official names."""
     return nn.ModuleDict({"mlp": nn.Sequential(Linear(freq_dim, dim), nn.SiLU(), Linear(dim, dim))})
 
 
@@ -513,7 +489,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(ffn_dim, dim)
 
     def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.fc2(activation(linear(self.fc1, x)))
+        return self.fc2(activation(cast_linear(self.fc1, x)))
 
 
 class Modulation(nn.Module):
@@ -524,7 +500,7 @@ class Modulation(nn.Module):
         self.linear = Linear(dim, count * dim)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return linear(self.linear, F.silu(vec)).float().unsqueeze(1).chunk(self.count, -1)
+        return cast_linear(self.linear, F.silu(vec)).float().unsqueeze(1).chunk(self.count, -1)
 
 
 def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -533,7 +509,7 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 
 
 class RefinerBlock(nn.Module):
-    """Self-attention and MLP over text tokens, each behind a gate."""
+    """Self-attention and MLP over text tokens, each with a gate."""
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         D, self.num_heads = cfg.dim, cfg.num_heads
@@ -545,14 +521,14 @@ class RefinerBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
         """x [B,S,D], c [B,D]; mask [B,1,S,S]."""
-        g1, g2 = linear(self.adaLN_modulation[1], F.silu(c)).unsqueeze(1).chunk(2, -1)
+        g1, g2 = cast_linear(self.adaLN_modulation[1], F.silu(c)).unsqueeze(1).chunk(2, -1)
         q, k, v = split_heads(self.self_attn_qkv(self.norm1(x)), self.num_heads)
         x = x + g1 * self.self_attn_proj(attention(q, k, v, mask=mask))
         return x + g2 * self.mlp(self.norm2(x), F.silu)
 
 
 class TokenRefiner(nn.Module):
-    """Text states to text tokens of the DiT, refined under the time and their own mean."""
+    """Text states to text tokens of the DiT, modulated by the time and the states' mean."""
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         self.input_embedder = Linear(cfg.text_dim, cfg.dim)
@@ -570,16 +546,17 @@ class TokenRefiner(nn.Module):
             weight = mask.float().unsqueeze(-1)
             mean = (text.float() * weight).sum(1) / weight.sum(1)
             allowed = mask[:, None, :, None] & mask[:, None, None, :]  # B 1 S S
-            allowed[..., 0] = True  # a row of padding looks at the first token: no empty softmax
+            allowed[..., 0] = True  # padding attends to the first token: no empty softmax
         c = silu_mlp(self.t_embedder["mlp"], time) + silu_mlp(self.c_embedder.values(), mean)
-        x = linear(self.input_embedder, text)
+        x = cast_linear(self.input_embedder, text)
         for block in self.individual_token_refiner["blocks"]:
             x = block(x, c, allowed)
         return x
 
 
 class DoubleBlock(nn.Module):
-    """Joint attention of image and text tokens; each stream has weights of its own."""
+    """Joint attention of image and text tokens; each stream has its own weights."""
+    forward = checkpointed_forward
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         D, self.num_heads, self.eps, self.checkpointing = cfg.dim, cfg.num_heads, cfg.eps, False
@@ -591,22 +568,20 @@ class DoubleBlock(nn.Module):
             self.add_module(f"{s}_attn_proj", Linear(D, D))
             self.add_module(f"{s}_mlp", MLP(D, cfg.ffn_dim))
 
-    def forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
-        """x [B,L+S,D], image tokens first; vec [B,D]."""
-        return run_block(self, x, seq, vec)
-
     def _forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
+        """x [B,L+S,D], image tokens first; vec [B,D]."""
         L = seq.images
         streams, heads = {"img": x[:, :L], "txt": x[:, L:]}, []
         mods = {s: getattr(self, f"{s}_mod")(vec) for s in streams}
         for s, y in streams.items():
-            y = linear(getattr(self, f"{s}_attn_qkv"), modulated_norm(y, *mods[s][:2], self.eps))
+            y = modulated_norm(y, *mods[s][:2], self.eps)
+            y = cast_linear(getattr(self, f"{s}_attn_qkv"), y)
             q, k, v = split_heads(y, self.num_heads)
             q, k = getattr(self, f"{s}_attn_q_norm")(q), getattr(self, f"{s}_attn_k_norm")(k)
-            heads.append((rotate(q, seq), rotate(k, seq), v) if s == "img" else (q, k, v))
+            heads.append((apply_rope(q, seq), apply_rope(k, seq), v) if s == "img" else (q, k, v))
         q, k, v = (torch.cat(pair, 1) for pair in zip(*heads, strict=True))
         y, out = attention(q, k, v, seq), []                                   # B L+S D
-        del heads, q, k, v  # without gradient they go before what follows comes
+        del heads, q, k, v  # free them before the MLP allocates, if there is no gradient
         for (s, z), y_s in zip(streams.items(), (y[:, :L], y[:, L:]), strict=True):
             _, _, gate1, shift2, scale2, gate2 = mods[s]
             z = (z + gate1 * getattr(self, f"{s}_attn_proj")(y_s)).to(z.dtype)
@@ -616,7 +591,8 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Attention and MLP side by side, over image and text tokens with the same weights."""
+    """Attention and MLP in parallel, over image and text tokens with the same weights."""
+    forward = checkpointed_forward
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         D, self.num_heads, self.eps, self.checkpointing = cfg.dim, cfg.num_heads, cfg.eps, False
@@ -626,19 +602,16 @@ class SingleBlock(nn.Module):
         self.q_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
         self.k_norm = RMSNorm(D // cfg.num_heads, cfg.eps)
 
-    def forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
-        return run_block(self, x, seq, vec)
-
     def _forward(self, x: Tensor, seq: SequenceShard, vec: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(vec)
-        y = linear(self.linear1, modulated_norm(x, shift, scale, self.eps))
+        y = cast_linear(self.linear1, modulated_norm(x, shift, scale, self.eps))
         q, k, v = split_heads(y[..., :3 * x.shape[-1]], self.num_heads)
-        y = gelu(y[..., 3 * x.shape[-1]:])  # so its large gradient comes after attention's
+        y = gelu(y[..., 3 * x.shape[-1]:])  # here, so that backward needs its large gradient last
         q, k = self.q_norm(q), self.k_norm(k)
-        v = v if torch.is_grad_enabled() else v.contiguous()  # and linear1's output can go
-        q, k = rotate(q, seq), rotate(k, seq)
+        v = v if torch.is_grad_enabled() else v.contiguous()  # a copy frees linear1's output
+        q, k = apply_rope(q, seq), apply_rope(k, seq)
         out = attention(q, k, v, seq)                                          # B L+S D
-        del q, k, v  # as above
+        del q, k, v  # as in DoubleBlock
         y = self.linear2(torch.cat([out, y], -1))
         return (x + gate * y).to(x.dtype)
 
@@ -646,7 +619,6 @@ class SingleBlock(nn.Module):
 class HunyuanDiT(nn.Module):
     """The HunyuanVideo transformer with embedded guidance."""
     token_grid = token_grid
-
     def __init__(self, cfg: HunyuanConfig):
         super().__init__()
         self.cfg, self.sp, D = cfg, None, cfg.dim  # sp as in WanDiT
@@ -669,40 +641,38 @@ class HunyuanDiT(nn.Module):
         return [*self.double_blocks, *self.single_blocks]
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], taps: tuple[int, ...] = (),
-                velocity: bool = True) -> Tensor | tuple[Tensor | None, list[Tensor]]:
-        """Velocity of noisy latents, and on demand the features the discriminator reads.
+                features_only: bool = False) -> Tensor | tuple[Tensor | None, list[Tensor]]:
+        """Velocity of noisy latents, and with taps the features that the discriminator reads.
 
-        Args: x, t, taps, velocity and what is returned as in WanDiT.forward; cond["text"]
-        [B,S,text_dim]; cond["mask"] [B,S], nonzero where a text token is valid, absent if all are;
-        padding comes last; cond["pooled"] [B,pooled_dim]; cond["guidance"] [B], the embedded
-        guidance scale. Source: HunyuanVideo release; taps: Eq. 8.
+        Args: cond["text"] [B,S,text_dim]; cond["mask"] [B,S], nonzero on valid text tokens, with
+        padding last, absent if all are valid; cond["pooled"] [B,pooled_dim]; cond["guidance"] [B],
+        the embedded guidance scale; the rest as in WanDiT.forward. Source: HunyuanVideo release.
         """
         B, _, T, H, W = x.shape
         grid, (pt, ph, pw), c = self.token_grid(T, H, W), self.cfg.patch_size, self.cfg
         text, mask = cond["text"], cond["mask"].bool() if "mask" in cond else None
         if text.shape[2] != c.text_dim or cond["pooled"].shape[1] != c.pooled_dim:
-            raise ValueError(f"cond: got text {tuple(text.shape)}, pooled "
-                             f"{tuple(cond['pooled'].shape)}; wanted widths {c.text_dim} and "
-                             f"{c.pooled_dim} for this DiT")
+            raise ValueError(f"cond: expected widths {c.text_dim} and {c.pooled_dim} for this DiT, "
+                             f"got text {tuple(text.shape)}, pooled {tuple(cond['pooled'].shape)}")
         time = sinusoid(t.double() * 1000, c.freq_dim, torch.float32)
-        vec = self.modulation_vector(time, cond)                                       # B D
-        text = self.txt_in(text, time, mask)                                           # B S D
-        h = embed_patches(x, self.img_in["proj"], grid)                                 # B L D
+        vec = self.modulation_vector(time, cond)                                # B D
+        text = self.txt_in(text, time, mask)                                    # B S D
+        h = embed_patches(x, self.img_in["proj"], grid)                         # B L D
         L = h.shape[1]
-        h = torch.cat([h, text.to(h.dtype)], 1).to(compute_dtype(x.device))            # B L+S D
+        h = torch.cat([h, text.to(h.dtype)], 1).to(compute_dtype(x.device))     # B L+S D
         rope = rope_table(grid, c.rope_pairs, 256.0, str(x.device))
-        *h, seq = shard_sequence(h, rope, self.sp)  # a list of one: the blocks take h out of it
+        *h, seq = shard_sequence(h, rope, self.sp)  # popped below, so that no reference keeps h
         if mask is not None:
             if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-                raise ValueError("cond['mask']: got a text token after padding; wanted padding at "
-                                 "the end: reorder the tokens")
+                raise ValueError("cond['mask']: expected padding at the end, got a token after it: "
+                                 "reorder the tokens")
             seq = seq._replace(keys=tuple(L + n for n in mask.sum(1).tolist()))
-        h, features = through_blocks(self.blocks, h.pop(), seq, L, taps, velocity, vec)
+        h, features = run_blocks(self.blocks, h.pop(), seq, L, taps, features_only, vec)
         if h is None:
             return None, features
         ada, last = self.final_layer["adaLN_modulation"][1], self.final_layer["linear"]
         shift, scale = linear_fp32(ada, F.silu(vec)).unsqueeze(1).chunk(2, -1)
-        h = h[:, :seq.images] if seq.group is None else h  # shares are gathered with the text
+        h = h[:, :seq.images] if seq.group is None else h  # shards are gathered with the text
         out = linear_fp32(last, modulated_norm(h, shift, scale, c.eps))
         out = gather_sequence(out, seq)[:, :L]                                  # B L C·pt·ph·pw
         out = out.view(B, *grid, -1, pt, ph, pw)                                # channels first
@@ -710,7 +680,7 @@ class HunyuanDiT(nn.Module):
         return (v, features) if taps else v
 
     def modulation_vector(self, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        """What shifts, scales and gates are made of: time, pooled text and guidance. [B,D]"""
+        """The source of shifts, scales and gates: time + guidance + pooled text. [B,D]"""
         guidance = sinusoid(cond["guidance"].double() * 1000, self.cfg.freq_dim, torch.float32)
         return (silu_mlp(self.time_in["mlp"], time) + silu_mlp(self.guidance_in["mlp"], guidance)
                 + silu_mlp(self.vector_in.values(), cond["pooled"]))
@@ -727,12 +697,12 @@ class HunyuanDiT(nn.Module):
                 nn.init.normal_(p, std=0.02, generator=generator)
             elif name == "img_in.proj.weight":
                 nn.init.xavier_uniform_(p.flatten(1), generator=generator)
-            else:  # torch's own start for a Linear: uniform within 1 / sqrt(fan in)
+            else:  # torch's initialisation of nn.Linear: uniform within 1 / sqrt(fan in)
                 fan_in = self.get_submodule(name.rpartition(".")[0]).in_features
                 nn.init.uniform_(p, -fan_in ** -0.5, fan_in ** -0.5, generator=generator)
 
     def flops(self, tokens: int) -> float:
-        """Floating-point operations of one forward of one sample with a full-length text."""
+        """FLOPs of one forward of one sample with a text of full length."""
         c, S = self.cfg, tokens + self.cfg.text_len
         dense = 2 * S * (4 * c.dim ** 2 + 2 * c.dim * c.ffn_dim)
         return float(c.num_layers * (dense + 4 * S ** 2 * c.dim))
@@ -759,19 +729,26 @@ Sizes = WanConfig | HunyuanConfig
 def sizes_of(preset: str) -> Sizes:
     """The sizes of a preset. Raises ValueError for an unknown one."""
     if preset not in PRESETS:
-        raise ValueError(f"preset: got '{preset}'; this version has: {', '.join(PRESETS)}"
-                         f"{nearest(preset, PRESETS)}. Own sizes: a line more in PRESETS")
+        raise ValueError(f"preset: expected {' | '.join(PRESETS)}, got '{preset}'"
+                         f"{nearest(preset, PRESETS)}; add a line to PRESETS for other sizes")
     return PRESETS[preset]
 
 
-def build_dit(preset: str | Sizes) -> WanDiT | HunyuanDiT:
-    """A DiT by preset name or sizes, with torch's initialisation. ValueError for another name."""
-    sizes = sizes_of(preset) if isinstance(preset, str) else preset
-    return (WanDiT if sizes.family == "wan" else HunyuanDiT)(sizes)
+def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Latent shape [C,T,H,W] of a video: time / 4 without the first frame, space / 8.
+
+    Raises ValueError unless frames = 4n + 1, height and width 16n (8 by the VAE, 2 by the patch).
+    """
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"frames: expected 4n + 1, as {max(frames // 4 * 4, 0) + 1}, got {frames}")
+    for name, size in (("height", height), ("width", width)):
+        if size < 16 or size % 16:
+            raise ValueError(f"{name}: expected 16n, as {size & ~15 or 16}, got {size}")
+    return 16, 1 + (frames - 1) // 4, height // 8, width // 8
 
 
 def check_model(cfg: Shared) -> Sizes:
-    """The sizes of a config's DiT; ValueError if its grid, shape, preset and family do not fit."""
+    """The sizes of a config's DiT. Raises ValueError if grid, shape, preset or family are wrong."""
     latent_shape(cfg.frames, cfg.height, cfg.width)
     key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     sizes = sizes_of(cfg.preset)
@@ -781,69 +758,43 @@ def check_model(cfg: Shared) -> Sizes:
     return sizes
 
 
-def collate(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack single conditionings [S_i, …] to a batch [B, max S_i, …], zeros past their ends.
+# ---------------------------------------------------------------------- building and loading
 
-    If texts differ in length, "mask" [B, max S_i] is 1 where a text token is one.
-    """
-    out, lengths = {}, [c["text"].shape[0] for c in conds]
-    if min(lengths) < max(lengths):
-        places = torch.arange(max(lengths), device=conds[0]["text"].device)
-        out["mask"] = torch.stack([places < n for n in lengths]).long()
-    for name in conds[0]:
-        values = [c[name] for c in conds]
-        if values[0].ndim:
-            rows = max(len(v) for v in values)
-            values = [F.pad(v, (0, 0) * (v.ndim - 1) + (0, rows - len(v))) for v in values]
-        out[name] = torch.stack(values)
-    return out
-
-
-def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Latent shape [C,T,H,W] of a video: time /4 (first frame apart), space /8.
-
-    Raises ValueError unless frames = 4n + 1, height and width 16n (8 by the VAE, 2 by the patch).
-    """
-    if frames < 1 or frames % 4 != 1:
-        raise ValueError(f"frames: got {frames}; wanted 4n + 1, as {max(frames // 4 * 4, 0) + 1}")
-    for name, size in (("height", height), ("width", width)):
-        if size < 16 or size % 16:
-            raise ValueError(f"{name}: got {size}; wanted a multiple of 16, as {size & ~15 or 16}")
-    return 16, 1 + (frames - 1) // 4, height // 8, width // 8
-
-
-# --------------------------------------------------------------------- building, loading a DiT
-
-def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
-             device: str | torch.device = "cpu", ranks: Ranks | None = None,
-             compute_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
-    """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
-
-    Args: weights, an official or diffusers folder or a single weight file; preset, its sizes; dtype
-    to keep parameters in; compute_dtype of the sharded copy used in forward (None: dtype).
-    Raises ValueError/FileNotFoundError naming what does not fit.
-    """
-    dit = empty_dit(preset, dtype, ranks, compute_dtype)
-    check_sizes(weights, dit.cfg, f"preset '{preset}'")
-    return load_module(dit, dit_tensors(weights), f"DiT from {weights}", device=device)
+def build_dit(preset: str | Sizes) -> WanDiT | HunyuanDiT:
+    """A DiT by preset name or sizes, with torch's initialisation. Raises as sizes_of."""
+    sizes = sizes_of(preset) if isinstance(preset, str) else preset
+    return (WanDiT if sizes.family == "wan" else HunyuanDiT)(sizes)
 
 
 def empty_dit(preset: str, dtype: torch.dtype, ranks: Ranks | None,
-              compute_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
+              forward_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
     """A DiT on the meta device, sharded if `ranks` is given; arguments as in load_dit."""
     with torch.device("meta"):
         dit = build_dit(preset).to(dtype)
     if ranks is not None:
         dit.sp = ranks.sp_group
-        shard(dit, ranks, compute_dtype)
+        shard(dit, ranks, forward_dtype)
     return dit
 
 
+def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
+             device: str | torch.device = "cpu", ranks: Ranks | None = None,
+             forward_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
+    """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
+
+    Args: weights, an official or diffusers folder or a weight file; dtype of the parameters;
+    forward_dtype of the sharded blocks' gathered weights (None: dtype). Raises ValueError or
+    FileNotFoundError naming the file that does not fit.
+    """
+    dit = empty_dit(preset, dtype, ranks, forward_dtype)
+    check_sizes(weights, dit.cfg, f"preset '{preset}'")
+    return load_module(dit, dit_tensors(weights), f"DiT from {weights}", device=device)
+
+
 @torch.no_grad()
-def frozen_copy(dit: nn.Module, preset: str, dtype: torch.dtype,
-                ranks: Ranks) -> WanDiT | HunyuanDiT:
-    """A frozen copy of a sharded DiT in another dtype, out of memory: files are read once."""
+def frozen_copy(dit: nn.Module, preset: str, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
+    """A frozen copy of a sharded DiT in another dtype, from memory: files are read only once."""
     copy = empty_dit(preset, dtype, ranks).requires_grad_(False).to_empty(device=ranks.device)
-    for name, mine in copy.named_parameters():  # not those that a LoRA has beside them
-        local_rows(mine)[0].copy_(local_rows(dit.get_parameter(name))[0])
+    for name, p in copy.named_parameters():  # without the extra parameters of a LoRA
+        local_rows(p)[0].copy_(local_rows(dit.get_parameter(name))[0])
     return copy

@@ -1,4 +1,4 @@
-"""What an image-to-video DiT is given: CLIP ViT-H · the first frame, alone and with its prompt.
+"""Conditions of an image-to-video DiT: CLIP ViT-H · the first frame, alone and with its prompt.
 
 Shapes: image [3, h, w] of any size, float in [-1, 1]; B images, L tokens, D width, N heads;
 T H W latent frames, height and width.
@@ -38,7 +38,7 @@ class VisionBlock(nn.Module):
 
 
 class CLIPVision(nn.Module):
-    """The first 31 of 32 layers of CLIP ViT-H/14's image tower; names as below its `visual.`."""
+    """The first 31 of 32 layers of CLIP ViT-H/14's image encoder, named as below `visual.`."""
 
     def __init__(self, dim=1280, dim_ffn=5120, num_layers=31, num_heads=16, patch=14, size=224):
         super().__init__()
@@ -66,7 +66,7 @@ class CLIPVision(nn.Module):
 # ------------------------------------------------------ the first frame, alone and with its prompt
 
 def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
-    """Height and width of about `area` pixels, multiples of 16, in an image's shape. Wan 2.1."""
+    """Height and width, multiples of 16, of about `area` pixels in an image's shape. Wan 2.1."""
     sides = math.isqrt(area * height // width), math.isqrt(area * width // height)  # exact
     h, w = (min(max(side // 16 * 16, 16), max(area // 256 * 16, 16)) for side in sides)
     return h, w
@@ -75,11 +75,11 @@ def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
 @torch.no_grad()
 def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision, frames: int, height: int,
                width: int) -> dict[str, Tensor]:
-    """What a first frame adds to a prompt's cond: {"image" [257, D], "frames" [20, T, H, W]}.
+    """The part of a cond that a first frame adds: {"image" [257, D], "frames" [20, T, H, W]}.
 
     Args: image [3, h, w] in [-1, 1], of any size; the video's frames (4n + 1), height and width in
-    pixels. "frames" are 4 mask channels (1 in the first latent frame) and the normalised latents of
-    the image followed by grey frames. Source: Wan 2.1.
+    pixels. "frames" consists of 4 mask channels (1 in the first latent frame) and the normalised
+    latents of the image followed by grey frames. Source: Wan 2.1.
     """
     first = F.interpolate(image[None].float(), (height, width), mode="bicubic")
     video = torch.cat([first.unsqueeze(2), first.new_zeros(1, 3, frames - 1, height, width)], 2)
@@ -91,14 +91,11 @@ def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision, frames: int, height
 
 
 class Conditioner:
-    """What a DiT is told of a prompt: its text and, in an image-to-video model, its first frame.
+    """Prompts to the cond of a DiT: text states and, for image-to-video, those of a first frame.
 
-    Args:
-        text: the text encoders.
-        vae, clip: of an image-to-video model; None of another, whose prompts have no image.
-        frames: video frames, 4n + 1.
-        crop: cut images to the video's shape; else they are scaled into it, which suits a shape
-            that fit_size chose.
+    Args: text, the text encoders; vae and clip, only for image-to-video; frames of the video,
+    4n + 1; crop, whether images are cropped to the video's shape or scaled, which suits a shape
+    that fit_size chose.
     """
 
     def __init__(self, text: TextEncoder | HunyuanText, vae: WanVAE | None,
@@ -107,9 +104,9 @@ class Conditioner:
 
     def encode_each(self, prompts: list[Prompt], height: int, width: int,
                     lap: Callable[[str], object] = lambda name: None) -> list[dict]:
-        """The cond of each prompt for a video of height × width; of equal prompts it is one object.
+        """The cond of each prompt for a video of height × width; equal prompts share one object.
 
-        Args: lap("text") and lap("image") are called as each is done. Raises as the encoders and
+        lap("text") and lap("image") are called after each part. Raises as the encoders and
         read_image do.
         """
         unique = list(dict.fromkeys(prompts))
@@ -127,13 +124,13 @@ class Conditioner:
         return [cond_of[prompt] for prompt in prompts]
 
     def encode_images(self, images: Tensor, height: int, width: int) -> dict[str, Tensor]:
-        """What first frames [B, 3, h, w] add to conds, as image_cond has it, one after another."""
+        """image_cond of each of the first frames [B, 3, h, w], stacked."""
         device = next(self.clip.parameters()).device
         conds = [image_cond(image.to(device), self.vae, self.clip, self.frames, height, width)
                  for image in images]
         return {name: torch.stack([cond[name] for cond in conds]) for name in conds[0]}
 
     def with_text(self, text: str, conds: list[dict]) -> list[dict]:
-        """The conds with another text: a negative prompt sees the same image."""
+        """The conds with another text: a negative prompt keeps the image."""
         other = self.text.encode_each([text])[0]
         return [{**cond, **other} for cond in conds]

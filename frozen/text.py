@@ -1,4 +1,4 @@
-"""Text: what the encoders share · umT5 · LLaMA-3 and CLIP · tokenizers · prompts to text states.
+"""Text encoders: shared parts · umT5 · LLaMA-3 and CLIP · tokenizers · prompts to text states.
 
 Shapes: B prompts, L or S tokens, D width; ids and mask [B, L] int64, text states [B, L, D].
 """
@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from model import RMSNorm, collate
 
-# ------------------------------------------------------------------------- what the encoders share
+# ------------------------------------------------------------------------------------ shared parts
 
 def linears(bias: bool, **sizes: tuple[int, int]) -> nn.ModuleDict:
-    """Linear layers by name, of (inputs, outputs)."""
+    """Linear layers by name, each given as (inputs, outputs)."""
     return nn.ModuleDict({name: nn.Linear(*size, bias=bias) for name, size in sizes.items()})
 
 
 def attend(layers: nn.ModuleDict, x: Tensor, width: int, angle: Tensor | None = None,
            bias: Tensor | None = None) -> Tensor:
-    """Attention by heads of `width` over x [B, L, D]; layers are those of q, k, v and the output.
+    """Attention with heads of `width` over x [B, L, D]; layers of q, k, v and output, in order.
 
     Query heads may share keys and values. angle [L, width/2] rotates pairs (j, j + width/2). bias
-    [B, heads, L, L] is added to the logits, which are not scaled (T5); without one it is causal.
+    [B, heads, L, L] is added to unscaled logits (T5); without it attention is causal.
     """
     *to_qkv, to_out = layers.values()
     q, k, v = (f(x).unflatten(-1, (-1, width)).transpose(1, 2) for f in to_qkv)  # B heads L width
@@ -48,7 +48,7 @@ def attend(layers: nn.ModuleDict, x: Tensor, width: int, angle: Tensor | None = 
 # ------------------------------------------------------------------------ umT5: Wan's text encoder
 
 class RelativeBias(nn.Module):
-    """A learned bias on attention logits for each head and bucket of key - query (T5)."""
+    """A learned bias on attention logits by head and bucket of key - query (T5)."""
 
     def __init__(self, num_buckets: int, num_heads: int, max_distance: int):
         super().__init__()
@@ -60,7 +60,7 @@ class RelativeBias(nn.Module):
         positions = torch.arange(L, device=self.embedding.weight.device)
         r = positions[None, :] - positions[:, None]     # key - query
         half = self.num_buckets // 2                    # keys after the query use the upper half
-        exact = half // 2                               # nearer distances have their own bucket
+        exact = half // 2                               # smaller distances have a bucket each
         a = r.abs()
         far = torch.log(a.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         far = (exact + (far * (half - exact)).long()).clamp(max=half - 1)
@@ -78,7 +78,7 @@ class T5Block(nn.Module):
         gate = nn.Sequential(nn.Linear(dim, dim_ffn, bias=False), nn.GELU("tanh"))
         self.ffn = nn.ModuleDict(
             {"gate": gate, **linears(False, fc1=(dim, dim_ffn), fc2=(dim_ffn, dim))})
-        self.pos_embedding = RelativeBias(num_buckets, num_heads, max_distance)  # a block's own
+        self.pos_embedding = RelativeBias(num_buckets, num_heads, max_distance)  # one per block
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         bias = self.pos_embedding(x.shape[1])                                    # heads L L
@@ -111,7 +111,7 @@ class UMT5Encoder(nn.Module):
         return self.norm(x)
 
 
-# -------------------- LLaMA-3 and CLIP: HunyuanVideo's; causal, so no padding on the right matters
+# ------------------ LLaMA-3 and CLIP: HunyuanVideo's; causal, so that right padding has no effect
 
 class LlamaBlock(nn.Module):
     def __init__(self, dim: int, dim_ffn: int, num_heads: int, num_kv_heads: int, eps: float):
@@ -130,7 +130,7 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """The first 30 of LLaMA-3 8B's layers, without final norm; names as below its `model.`."""
+    """The first 30 layers of LLaMA-3 8B without the final norm, named as below `model.`."""
 
     def __init__(self, vocab_size=128320, dim=4096, dim_ffn=14336, num_layers=30, num_heads=32,
                  num_kv_heads=8, theta=500000.0, eps=1e-5):
@@ -142,7 +142,7 @@ class Llama(nn.Module):
                                     for _ in range(num_layers))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """States [B, L, dim] of ids [B, L] int64; shorter rows padded on the right."""
+        """States [B, L, dim] of ids [B, L] int64, where shorter rows are padded on the right."""
         positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
         angle = torch.outer(positions, torch.tensor(self.freq, device=ids.device))  # L width/2
         x = self.embed_tokens(ids)
@@ -166,7 +166,7 @@ class CLIPBlock(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """The text half of CLIP ViT-L/14, without projection; names as below its `text_model.`."""
+    """The text encoder of CLIP ViT-L/14 without projection, named as below `text_model.`."""
 
     def __init__(self, vocab_size=49408, dim=768, dim_ffn=3072, num_layers=12, num_heads=12,
                  max_len=77):
@@ -178,8 +178,8 @@ class CLIPText(nn.Module):
         self.final_layer_norm = nn.LayerNorm(dim)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """States [B, L, dim] of ids [B, L] int64; and pooled [B, dim], each row's state at its
-        largest id, the first <|endoftext|>."""
+        """States [B, L, dim] of ids [B, L] int64, and pooled [B, dim], the state at each row's
+        largest id, which is the first <|endoftext|>."""
         positions = self.embeddings["position_embedding"].weight[:ids.shape[1]]
         x = self.embeddings["token_embedding"](ids) + positions
         x = self.final_layer_norm(self.encoder["layers"](x))
@@ -191,25 +191,22 @@ class CLIPText(nn.Module):
 def check_prompts(prompts: list[str]) -> None:
     """Raises ValueError unless prompts is a list of at least one string."""
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"want a list of at least one prompt; got {prompts!r:.80}")
+        raise ValueError(f"prompts: expected a list of at least one prompt, got {prompts!r:.80}")
 
 
 def clean_text(text: str) -> str:
-    """Mends broken encodings and HTML entities, makes every run of whitespace one space (Wan)."""
+    """Fix broken encodings and HTML entities, and collapse whitespace to single spaces (Wan)."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 
 class Tokenizer:
-    """Text to umT5 ids, at most `max_len` with the final </s>, like Wan's.
+    """Text to umT5 ids, at most `max_len` with the final </s>, as in Wan.
 
-    Args:
-        path: tokenizer.json, spiece.model, or a folder that holds one; of both, the first. Or the
-            bytes of a spiece.model.
-        max_len: the longest row, in tokens.
-
-    The two files give equal ids but for literal special tokens in a text: `</s>` typed by a user
-    is one token to tokenizer.json (and so to the official code), plain text to spiece.model.
+    Args: path, a tokenizer.json or spiece.model, a folder that contains one (the first of both
+    counts), or the bytes of a spiece.model; max_len, the longest row in tokens.
+    The two files give equal ids except for literal special tokens: a typed `</s>` is one token to
+    tokenizer.json (and so to the official code), plain text to spiece.model.
     Raises FileNotFoundError if there is no such file, ValueError if it cannot be read.
     """
 
@@ -222,8 +219,8 @@ class Tokenizer:
         files = [path / name for name in names] if path.is_dir() else [path]
         self.file = path if inside else next((file for file in files if file.is_file()), None)
         if self.file is None:
-            raise FileNotFoundError(f"no tokenizer at {path}: want {' or '.join(names)} there; "
-                                    f"copy it from the checkpoint's google/umt5-xxl or tokenizer")
+            raise FileNotFoundError(f"{path}: contains no {' or '.join(names)}: copy it from the "
+                                    "checkpoint's google/umt5-xxl or tokenizer")
         self.max_len = max_len
         try:
             if self.file.suffix == ".json":
@@ -238,28 +235,27 @@ class Tokenizer:
                     **{"model_proto": model} if inside else {"model_file": str(self.file)})
                 self.size, end = self.sp.vocab_size(), self.sp.eos_id()
         except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
-            raise ValueError(f"{self.file} is not a tokenizer that can be read ({error}): "
-                             f"copy it anew from the checkpoint") from error
+            raise ValueError(f"{self.file}: is not a readable tokenizer ({error}): copy it again "
+                             "from the checkpoint") from error
         if end != self.END:
-            raise ValueError(f"{self.file}: </s> has id {end}; umT5's tokenizer has {self.END}: "
-                             f"this is another model's file")
+            raise ValueError(f"{self.file}: </s>: expected umT5's id {self.END}, got {end}: it is "
+                             "the file of another model")
 
     def pieces(self, text: str) -> list[int]:
-        """Ids of a cleaned text, without </s>, however many."""
+        """All ids of a cleaned text, without </s>."""
         if self.fast:
             return self.fast.encode(text, add_special_tokens=False).ids
         ids = []
         for i in self.sp.encode(text):
             i = self.UNKNOWN if self.sp.is_byte(i) else i
-            if not (i == self.UNKNOWN and ids[-1:] == [i]):  # a run of raw bytes is one unknown
+            if not (i == self.UNKNOWN and ids[-1:] == [i]):  # consecutive bytes are one unknown
                 ids.append(i)
         return ids
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask, int64 [B, L], right-padded to the longest text of the batch.
 
-        A text of more than max_len - 1 pieces is cut, with a warning.
-        Raises ValueError if texts is not a list of at least one string.
+        A text of more than max_len - 1 pieces is truncated with a warning. Raises as check_prompts.
         """
         check_prompts(texts)
         rows = []
@@ -268,7 +264,7 @@ class Tokenizer:
             lost = len(ids) - (self.max_len - 1)
             if lost > 0:
                 warnings.warn(f"prompt {text[:40]!r}... has {len(ids)} tokens; the text "
-                              f"encoder reads {self.max_len - 1}: the last {lost} are lost",
+                              f"encoder reads {self.max_len - 1}: the last {lost} are dropped",
                               stacklevel=2)
             rows.append(torch.tensor(ids[:self.max_len - 1] + [self.END]))
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.PAD)
@@ -277,7 +273,7 @@ class Tokenizer:
 
 
 def clip_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """CLIP's tokenizer of its older files: byte-pair encoding of lower-cased words (CLIP)."""
+    """CLIP's tokenizer from vocab.json and merges.txt: byte-pair encoding of lower-case words."""
     ends = start, end = "<|startoftext|>", "<|endoftext|>"
     vocab, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
     fast = tokenizers.Tokenizer(
@@ -297,26 +293,26 @@ def clip_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 def read_tokenizer(folder: Path, rows: int, text: str, count: int) -> tokenizers.Tokenizer:
     """The tokenizer of a folder's tokenizer.json, or of CLIP's vocab.json and merges.txt.
 
-    Raises FileNotFoundError if there is none, ValueError if it cannot be read, has more than `rows`
-    tokens or does not make `count` of `text`, and so is another model's.
+    Raises FileNotFoundError if there is none; ValueError if it cannot be read or is another
+    model's: it has more than `rows` tokens, or does not split `text` into `count` tokens.
     """
     file = folder / "tokenizer.json"
     if not (file.is_file() or (folder / "vocab.json").is_file()):
-        raise FileNotFoundError(f"no tokenizer at {folder}: want tokenizer.json (or CLIP's "
-                                f"vocab.json and merges.txt) there; copy it from the checkpoint")
+        raise FileNotFoundError(f"{folder}: contains no tokenizer.json (or CLIP's vocab.json and "
+                                "merges.txt): copy it from the checkpoint")
     try:
         fast = (tokenizers.Tokenizer.from_file(str(file)) if file.is_file()
                 else clip_tokenizer(folder))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{folder} holds no tokenizer that can be read ({error}): copy it anew "
-                         f"from the checkpoint") from error
+        raise ValueError(f"{folder}: contains no readable tokenizer ({error}): copy it again from "
+                         "the checkpoint") from error
     fast.no_padding()
     fast.no_truncation()
     size, got = fast.get_vocab_size(), len(fast.encode(text).ids)
     if size > rows or got != count:
-        raise ValueError(f"{folder}: the tokenizer has {size} tokens and makes {got} of "
-                         f"{text[:40]!r}…; want at most the text encoder's {rows}, and {count}: "
-                         f"they belong to different models")
+        raise ValueError(f"{folder}: expected a tokenizer of at most the text encoder's {rows} "
+                         f"tokens that splits {text[:40]!r}… into {count}, got {size} tokens and "
+                         f"{got}: copy both from one model")
     return fast
 
 
@@ -328,16 +324,16 @@ class TextEncoder:
     def __init__(self, encoder: UMT5Encoder, tokenizer: Tokenizer):
         rows = encoder.token_embedding.num_embeddings
         if tokenizer.size > rows:
-            raise ValueError(f"{tokenizer.file} has {tokenizer.size} tokens, the text encoder's "
-                             f"embedding {rows} rows: they are of different models, copy both anew")
+            raise ValueError(f"{tokenizer.file}: expected at most {rows} tokens as in the text "
+                             f"encoder, got {tokenizer.size}: copy both from one model")
         self.encoder, self.tokenizer = encoder, tokenizer
 
     @torch.no_grad()
     def encode_each(self, prompts: list[str]) -> list[dict[str, Tensor]]:
-        """{"text": fp32 [L_i, D]} of each prompt, </s> included, without padding.
+        """{"text": fp32 [L_i, D]} of each prompt, with </s> and without padding.
 
-        Prompts go one by one, so that a prompt's states do not depend on its company.
-        Raises ValueError if prompts is not a list of at least one string.
+        Prompts are encoded one by one, so that their states do not depend on each other. Raises as
+        check_prompts.
         """
         check_prompts(prompts)
         device = self.encoder.token_embedding.weight.device
@@ -346,12 +342,12 @@ class TextEncoder:
                 for ids, mask in rows]
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        """cond {"text": fp32 [B, L, D]}; rows past a prompt's own length are zero."""
+        """cond {"text": fp32 [B, L, D]}, zero past each prompt's length."""
         return collate(self.encode_each(prompts))
 
 
-# What the LLM reads around a prompt, and how many tokens of it come first, which the DiT does not
-# see. Sentences follow each other without a space. Source: HunyuanVideo.
+# The LLM's template around a prompt, and the number of tokens before the prompt, which the DiT does
+# not see. There is no space between sentences. Source: HunyuanVideo.
 USER = ":<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 DESCRIBE = "<|start_header_id|>system<|end_header_id|>\n\nDescribe the "
 TEMPLATES = {
@@ -368,10 +364,10 @@ TEMPLATES = {
 class HunyuanText:
     """Prompts to the text states and the pooled text that HunyuanVideo's DiT reads.
 
-    Args: the encoders; their tokenizers' folders; tokens that the DiT reads of a video's prompt;
-    image, whether prompts are of single frames: more of them fits, after a shorter template;
-    guidance, the embedded guidance scale, which the DiT reads beside the text.
-    Special tokens that a user types count as such, as in the official code.
+    Args: the encoders; their tokenizers' folders; text_len, tokens of a video's prompt that the DiT
+    reads; image, whether prompts describe single frames, whose shorter template leaves more room;
+    guidance, the embedded guidance scale. Special tokens in a prompt act as such, as in the
+    official code.
     """
 
     def __init__(self, llm: Llama, clip: CLIPText, llm_folder: Path, clip_folder: Path,
@@ -387,15 +383,15 @@ class HunyuanText:
     def ids(self, prompt: str) -> tuple[Tensor, Tensor]:
         """The LLM's ids of a prompt in its template, and CLIP's of the prompt alone: int64 [L].
 
-        What does not fit the LLM is cut, with a warning. CLIP's row is cut silently and keeps its
-        end token: prompts are usually longer than CLIP reads, and the LLM reads them.
+        The LLM's row is truncated with a warning. CLIP's is truncated silently and keeps its end
+        token, because prompts are usually longer than CLIP reads.
         """
         prompt = prompt.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8
         ids = self.llm_tokenizer.encode(self.template.replace("{}", prompt.strip())).ids
         lost, room = len(ids) - self.llm_len, self.llm_len - self.crop
         if lost > 0:
             warnings.warn(f"prompt {prompt[:40]!r}... has {room + lost} tokens; the text encoder "
-                          f"reads {room}: the last {lost} are lost", stacklevel=2)
+                          f"reads {room}: the last {lost} are dropped", stacklevel=2)
         *pooled, end = self.clip_tokenizer.encode(prompt).ids
         return torch.tensor(ids[:self.llm_len]), torch.tensor(pooled[:self.clip_len - 1] + [end])
 
@@ -403,8 +399,8 @@ class HunyuanText:
     def encode_each(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         """{"text": fp32 [S_i, D], "pooled": fp32 [D'], "guidance": fp32 []} of each prompt.
 
-        text: of the prompt and the template's end, without padding. Prompts go one by one and
-        errors are raised as in TextEncoder. Source: HunyuanVideo.
+        text contains the states of the prompt and the template's end, without padding. Prompts are
+        encoded one by one. Raises as check_prompts. Source: HunyuanVideo.
         """
         check_prompts(prompts)
         device, conds = self.llm.embed_tokens.weight.device, []
@@ -416,6 +412,6 @@ class HunyuanText:
         return conds
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        """A batch of them: "text" [B, S, D] with zeros past a prompt's end, "pooled" [B, D'],
-        "guidance" [B], and "mask" [B, S], 1 on tokens, if prompts differ in length."""
+        """A batch: "text" [B, S, D], zero past each prompt's end, "pooled" [B, D'], "guidance" [B]
+        and, if prompts differ in length, "mask" [B, S], 1 on tokens."""
         return collate(self.encode_each(prompts))

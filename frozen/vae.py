@@ -1,4 +1,4 @@
-"""The causal 3D VAEs: what both share · Wan 2.1 · HunyuanVideo.
+"""The causal 3D VAEs: shared parts · Wan 2.1 · HunyuanVideo.
 
 Shapes: video [B, 3, T, H, W] float in [-1, 1], latents [B, z, T', H', W'], layers [B, C, T, H, W].
 A video of T = 4n + 1 frames has T' = n + 1 latent frames; H' = H / 8, W' = W / 8.
@@ -14,26 +14,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------- what both VAEs share
+# ------------------------------------------------------------------------------------ shared parts
 
 def check_video(video: Tensor, time: int, space: int) -> None:
     """Raises ValueError unless video is [B, 3, time·n + 1, space·h, space·w]."""
     if video.ndim != 5 or video.shape[1] != 3:
-        raise ValueError(f"encode: got a video of shape {list(video.shape)}; want [B, 3, T, H, W]")
+        raise ValueError(f"encode: expected a video [B, 3, T, H, W], got {list(video.shape)}")
     T, H, W = video.shape[2:]
     if T % time != 1:
-        raise ValueError(f"encode: got {T} frames; want {time}n + 1, such as "
-                         f"{max(T - 1, 0) // time * time + 1}: cut the clip")
+        raise ValueError(f"encode: expected {time}n + 1 frames, as "
+                         f"{max(T - 1, 0) // time * time + 1}, got {T}: cut the clip")
     if 0 in (H, W) or H % space or W % space:
-        raise ValueError(f"encode: got frames of height {H} and width {W}; want multiples of "
-                         f"{space}: resize or crop the video")
+        raise ValueError(f"encode: expected height and width as multiples of {space}, got {H} and "
+                         f"{W}: resize or crop the video")
 
 
 def check_latents(latents: Tensor, z_dim: int) -> None:
     """Raises ValueError unless latents are [B, z_dim, T', H', W'] and not empty."""
     if latents.ndim != 5 or latents.shape[1] != z_dim or 0 in latents.shape:
-        raise ValueError(f"decode: got latents of shape {list(latents.shape)}; "
-                         f"want [B, {z_dim}, T', H', W'], nothing empty")
+        raise ValueError(f"decode: expected latents [B, {z_dim}, T', H', W'], not empty, got "
+                         f"{list(latents.shape)}")
 
 
 # ----------------------------------------- Wan 2.1: causal in time, 4 x 8 x 8 smaller, 16 channels
@@ -44,13 +44,13 @@ WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
 WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
-# Frames that a causal layer has seen in earlier chunks, by layer. None: the clip comes whole.
+# The last frames of earlier chunks, by causal layer. None: the complete clip comes at once.
 Past = dict[nn.Module, Tensor]
 
 
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """conv(x), on a CPU by oneDNN for a single clip, too: there torch itself unfolds the clip and
-    multiplies matrices, which takes 3 to 4 times as long; from two clips on it does not."""
+    """conv(x), on a CPU always by oneDNN: for a single clip torch unfolds the input and multiplies
+    matrices, which takes 3 to 4 times as long."""
     if (x.device.type != "cpu" or x.dtype != torch.float32 or len(x) > 1
             or not torch.backends.mkldnn.is_available()):
         return nn.Conv3d.forward(conv, x)
@@ -59,7 +59,7 @@ def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3D convolution that sees the past only: zeros, or the chunk before, on the left in time."""
+    """A 3D convolution over the past only: zeros, or the previous chunk, on the left in time."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel: tuple[int, int, int]):
         super().__init__(dim_in, dim_out, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
@@ -75,7 +75,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ChannelNorm(nn.Module):
-    """Scales each position's channel vector to length sqrt(C) times a learned gain (Wan 2.1)."""
+    """Scale each position's channel vector to length sqrt(C) times a learned gain (Wan 2.1)."""
 
     def __init__(self, dim: int, axes: int):
         super().__init__()
@@ -87,7 +87,7 @@ class ChannelNorm(nn.Module):
 
 
 def run(layers: nn.Sequential, x: Tensor, past: Past | None) -> Tensor:
-    """Applies layers in order; those with a memory also get `past`."""
+    """Apply layers in order; causal layers also get `past`."""
     for layer in layers:
         causal = isinstance(layer, (CausalConv3d, Residual, Down, Up))
         x = layer(x, past) if causal else layer(x)
@@ -130,7 +130,7 @@ class FrameAttention(nn.Module):
 
 
 def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
-    """Applies a 2D layer to every frame of x [B, C, T, H, W]."""
+    """Apply a 2D layer to every frame of x [B, C, T, H, W]."""
     B, _, T, _, _ = x.shape
     y = layer(x.transpose(1, 2).flatten(0, 1))
     return y.unflatten(0, (B, T)).transpose(1, 2)
@@ -153,7 +153,7 @@ class Down(nn.Module):
             past[self] = x[:, :, -1:].clone()
         if before is not None:
             return self.time_conv(torch.cat([before, x], dim=2))
-        first = x[:, :, :1]  # the clip's first frame stays as it is
+        first = x[:, :, :1]  # the clip's first frame is not convolved in time
         return first if x.shape[2] == 1 else torch.cat([first, self.time_conv(x)], dim=2)
 
 
@@ -170,9 +170,9 @@ class Up(nn.Module):
         if self.time_conv is not None:
             starts = past is None or self not in past
             if past is not None:
-                past[self] = x.new_empty(0)  # a mark: the clip has begun
+                past[self] = x.new_empty(0)  # marks that the clip has begun
             first, rest = (x[:, :, :1], x[:, :, 1:]) if starts else (x[:, :, :0], x)
-            if rest.shape[2]:  # the time convolution never sees the clip's first frame
+            if rest.shape[2]:  # the clip's first frame is not convolved in time
                 pair = self.time_conv(rest, past).unflatten(1, (2, x.shape[1]))  # B 2 C T H W
                 rest = pair.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)              # B C 2T H W
             x = torch.cat([first, rest], dim=2)
@@ -209,7 +209,7 @@ class Decoder(nn.Module):
         self.middle = nn.Sequential(Residual(top, top), FrameAttention(top), Residual(top, top))
         layers = []
         for i, (a, b) in enumerate(itertools.pairwise(dims)):
-            a = a if i == 0 else a // 2  # the step up before this level has halved the channels
+            a = a if i == 0 else a // 2  # Up has halved the channels
             layers += [Residual(a if j == 0 else b, b) for j in range(num_res + 1)]
             layers += [Up(b, temporal_up[i])] if i < len(mult) - 1 else []
         self.upsamples = nn.Sequential(*layers)
@@ -225,18 +225,16 @@ class Decoder(nn.Module):
 class WanVAE(nn.Module):
     """The causal 3D VAE of Wan 2.1, with the official checkpoint's parameter names.
 
-    `encode` / `decode` go through the clip in chunks, so that memory is bounded by the chunk, and
-    speak normalised latents; `moments` / `reconstruct` take the clip whole, are differentiable and
-    speak raw latents (training). Both are the same function of the clip.
+    `encode` and `decode` process chunks, which bounds memory, and use normalised latents; `moments`
+    and `reconstruct` process the complete clip, are differentiable and use raw latents (for
+    training). Both are the same function of the clip.
 
-    Args:
-        dim: channels of the first level; dim_mult: each level's factor; one step down between two.
-        z_dim: latent channels.  num_res_blocks: residual blocks of an encoder level.
-        temporal_down: for each step down, whether it also halves time.
-        latents_mean, latents_std: z_dim numbers each, the normalisation of latents.
+    Args: dim, channels of the first level; z_dim, latent channels; dim_mult, factor of each level;
+    num_res_blocks of an encoder level; temporal_down, whether each step down also halves time;
+    latents_mean and latents_std, z_dim numbers each.
     """
 
-    tiled = False  # chunks follow from each other: no rank can take one by itself
+    tiled = False  # each chunk depends on the one before, so that ranks cannot share them
 
     def __init__(self, dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
                  temporal_down=(False, True, True), latents_mean=WAN_MEAN, latents_std=WAN_STD):
@@ -244,9 +242,9 @@ class WanVAE(nn.Module):
         if len(temporal_down) != len(dim_mult) - 1 or len(latents_mean) != z_dim \
                 or len(latents_std) != z_dim:
             raise ValueError(
-                f"VAE config: dim_mult has {len(dim_mult)} levels, temporal_down "
-                f"{len(temporal_down)} steps (want one less), latents_mean and latents_std "
-                f"{len(latents_mean)} and {len(latents_std)} numbers (want z_dim={z_dim} each)")
+                f"VAE config: expected one step of temporal_down less than levels of dim_mult, got "
+                f"{len(temporal_down)} and {len(dim_mult)}; expected z_dim={z_dim} numbers of "
+                f"latents_mean and latents_std, got {len(latents_mean)} and {len(latents_std)}")
         self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
         self.z_dim = z_dim
         self.space, self.time = 2 ** (len(dim_mult) - 1), 2 ** sum(map(bool, temporal_down))
@@ -259,13 +257,13 @@ class WanVAE(nn.Module):
     def moments(self, video: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance [B, z, T', H', W'] of a video, not normalised.
 
-        With `past` the video is the next chunk of a clip: its first frame, or `time` later ones.
+        With `past` the video is the next chunk of a clip: its first frame, or `time` later frames.
         """
         mean, logvar = self.conv1(self.encoder(video, past)).chunk(2, dim=1)
         return mean, logvar
 
     def reconstruct(self, z: Tensor, past: Past | None = None) -> Tensor:
-        """The video [B, 3, T, H, W] of raw latents z, or of a clip's next ones; not clamped."""
+        """The video [B, 3, T, H, W] of raw latents z, or of a clip's next latents; not clamped."""
         return self.decoder(self.conv2(z), past)
 
     def encode(self, video: Tensor) -> Tensor:
@@ -321,7 +319,7 @@ class EdgeConv3d(nn.Module):
 
 
 def named_sequential(**layers: nn.Module) -> nn.Sequential:
-    """Layers one after the other, under their own names."""
+    """An nn.Sequential whose layers have names."""
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -330,7 +328,7 @@ class HunyuanResidual(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, dim_in, eps=1e-6)  # over the whole tile, time included
+        self.norm1 = nn.GroupNorm(groups, dim_in, eps=1e-6)  # over the tile, including time
         self.conv1 = EdgeConv3d(dim_in, dim_out)
         self.norm2 = nn.GroupNorm(groups, dim_out, eps=1e-6)
         self.conv2 = EdgeConv3d(dim_out, dim_out)
@@ -343,7 +341,7 @@ class HunyuanResidual(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """Between two residual blocks, one attention head over a frame and the frames before it."""
+    """One attention head over each frame and the frames before it, between residual blocks."""
 
     def __init__(self, dim: int, groups: int):
         super().__init__()
@@ -359,7 +357,7 @@ class MidBlock(nn.Module):
         q, k, v = (layers[name](y) for name in ("to_q", "to_k", "to_v"))
         ends = range(0, (T + 1) * H * W, H * W)
         y = [F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b])
-             for a, b in itertools.pairwise(ends)]  # frame by frame: no mask of (T*H*W)^2 numbers
+             for a, b in itertools.pairwise(ends)]  # by frame, which avoids a mask of (T*H*W)^2
         y = layers["to_out"](torch.cat(y, dim=2)).squeeze(1)                 # B T*H*W C
         return self.resnets[1](x + y.transpose(1, 2).unflatten(2, (T, H, W)))  # B C T H W
 
@@ -378,7 +376,7 @@ class Upsample3d(nn.Module):
 
 
 def levels(dims: tuple, num_res: int, groups: int, name: str, step: Callable) -> nn.Sequential:
-    """Residual blocks to each width in turn; after each but the last a step, at first in space."""
+    """Residual blocks of each width, and a step after each but the last; the first not in time."""
     out = []
     for i, (a, b) in enumerate(itertools.pairwise((dims[0], *dims))):
         blocks = [HunyuanResidual(b if j else a, b, groups) for j in range(num_res)]
@@ -388,7 +386,7 @@ def levels(dims: tuple, num_res: int, groups: int, name: str, step: Callable) ->
 
 
 def blend(tile: Tensor, before: Tensor, dim: int) -> None:
-    """Fades, in place, from the end of `before` into the start of `tile`, along axis `dim`."""
+    """Fade in place from the end of `before` into the start of `tile` along axis `dim`."""
     n = min(tile.shape[dim], before.shape[dim])
     weight = (torch.arange(n, device=tile.device) / n).view(-1, *[1] * (tile.ndim - 1 - dim))
     end = before.narrow(dim, before.shape[dim] - n, n)
@@ -398,13 +396,14 @@ def blend(tile: Tensor, before: Tensor, dim: int) -> None:
 class HunyuanVAE(nn.Module):
     """The causal 3D VAE of HunyuanVideo, with the official checkpoint's parameter names.
 
-    `encode` / `decode` go tile by tile, as the official inference does, and speak normalised
-    latents; `moments` / `reconstruct` take the clip whole, are differentiable and speak raw ones.
-    They differ: a tile is normalised on its own. Ranks that hold the same input may share the
-    tiles: `group`, set from outside. Args: dims, channels of the four levels; z_dim, of latents;
-    num_res_blocks, of an encoder level; groups of channels in a norm; scaling, normalised latents
-    over raw ones; sample_size (pixels) and sample_tsize (frames) of a tile, a quarter of it shared
-    with the next.
+    `encode` and `decode` process tiles, as the official inference does, and use normalised latents;
+    `moments` and `reconstruct` process the complete clip, are differentiable and use raw latents.
+    The results differ, because each tile is normalised separately. Ranks with the same input share
+    the tiles if the attribute `group` is set.
+
+    Args: dims, channels of the four levels; z_dim, latent channels; num_res_blocks of an encoder
+    level; groups of channels in a norm; scaling, normalised latents over raw ones; sample_size
+    (pixels) and sample_tsize (frames) of a tile, of which the next one overlaps a quarter.
     """
 
     time, space, tiled = 4, 8, True
@@ -414,9 +413,9 @@ class HunyuanVAE(nn.Module):
                  scaling=0.476986, sample_size=256, sample_tsize=64):
         super().__init__()
         fits = sample_size > 0 == sample_size % 32 and sample_tsize > 0 == sample_tsize % 16
-        if len(dims) != 4 or not fits:  # a quarter of a tile must be whole latents
-            raise ValueError(f"got widths {dims}, sample_size={sample_size}, sample_tsize="
-                             f"{sample_tsize}; want 4 widths, multiples of 32 and of 16")
+        if len(dims) != 4 or not fits:  # a quarter of a tile must be a whole number of latents
+            raise ValueError("VAE config: expected 4 widths, multiples of 32 and of 16, got "
+                             f"{dims}, sample_size={sample_size}, sample_tsize={sample_tsize}")
         self.z_dim, self.scaling, dims, (first, *_, top) = z_dim, scaling, tuple(dims), dims
         self.tile, self.tile_time = sample_size // self.space, sample_tsize // self.time
         self.encoder = named_sequential(
@@ -456,10 +455,10 @@ class HunyuanVAE(nn.Module):
 
     @torch.no_grad()
     def by_tiles(self, net: Callable[[Tensor], Tensor], x: Tensor, decode: bool = False) -> Tensor:
-        """net(x) in fp32, tile by tile, each faded into the next; net is an encoder or a decoder.
+        """net(x) in fp32 by tiles that fade into each other; net is an encoder or a decoder.
 
-        Memory: the result, what one tile needs, and the lower edges of one row of tiles; with a
-        group of ranks as many tiles as they are. Each gets the whole result.
+        Memory: the result, the activations of one tile, and the lower edges of one row of tiles
+        (with a group of ranks, a result of each). Every rank gets the complete result.
         """
         unit, S, N = (self.time, self.space), self.tile_time, self.tile
         (a, b), (c, d) = ((1, 1), unit) if decode else (unit, (1, 1))  # of a latent, in and out
@@ -473,7 +472,7 @@ class HunyuanVAE(nn.Module):
                  for t in starts for i in range(0, H, step) for j in range(0, W, step))
         results = self.run_tiles(net, tiles)
         for t in starts:
-            late, above, left = int(t > 0), {}, None  # a late tile sees a frame more, before it
+            late, above, left = int(t > 0), {}, None  # late tiles have one more frame in front
             for i, j in itertools.product(range(0, H, step), range(0, W, step)):
                 y = next(results)[:, :, late:]
                 if i:
@@ -484,23 +483,23 @@ class HunyuanVAE(nn.Module):
                 y = y[..., :keep, :keep]
                 part = out[:, :, c * t + late:c * (t + S) + 1, d * i:d * i + keep,
                            d * j:d * j + keep]
-                if late:  # the part begins with the end of the tile before
+                if late:  # the part begins with the end of the previous tile
                     blend(y, part[:, :, :c * (S - step_time)], dim=2)
                 part.copy_(y)
         return out
 
     def run_tiles(self, net: Callable, tiles: Iterator[Tensor]) -> Iterator[Tensor]:
-        """net of each tile in fp32, in order; a group's ranks make one each and tell the others."""
+        """net of each tile in fp32, in order; each rank of a group computes one and shares it."""
         if self.group is None:
             yield from (net(tile).float() for tile in tiles)
             return
         rank, size = self.group.rank(), self.group.size()
         while batch := list(itertools.islice(tiles, size)):
-            mine = net(batch[rank]).float().contiguous() if rank < len(batch) else None
+            local = net(batch[rank]).float().contiguous() if rank < len(batch) else None
             shapes: list = [None] * size
-            dist.all_gather_object(shapes, None if mine is None else mine.shape, group=self.group)
+            dist.all_gather_object(shapes, None if local is None else local.shape, group=self.group)
             for owner, shape in enumerate(shapes[:len(batch)]):
-                y = mine if owner == rank else torch.empty(shape, device=batch[0].device)
+                y = local if owner == rank else torch.empty(shape, device=batch[0].device)
                 dist.broadcast(y, group=self.group, group_src=owner)
                 yield y
 

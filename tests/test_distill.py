@@ -99,7 +99,7 @@ class Recorder(nn.Module):
         super().__init__()
         self.name, self.events, self.scale = name, events, nn.Parameter(torch.ones(()))
 
-    def forward(self, x, t, cond, taps=(), velocity=True):
+    def forward(self, x, t, cond, taps=(), features_only=False):
         kind = "generated" if x.requires_grad else "stored"
         self.events.append((self.name, round(float(t[0]), 6), *([kind, *taps] if taps else [])))
         return (None, [x.flatten(2).transpose(1, 2)]) if taps else self.scale * x

@@ -214,7 +214,7 @@ def store(config, tmp_path, monkeypatch):
     cfg = load_config(synvid.Config, "synvid", [str(config)])
     folder, teacher = tmp_path / "run/synvid", trajectories.fingerprint(cfg.weights)
     monkeypatch.setattr(trajectories, "fingerprint", lambda weights: teacher)  # not damaged here
-    manifest = trajectories.make_manifest(cfg, read_prompts(cfg.prompts))
+    manifest = trajectories.make_manifest(cfg)
     trajectories.open_manifest(folder, manifest)
     for i in range(2):
         x = synvid.draw_noise((len(manifest["stored"]), *manifest["shape"]), [("x", i)])[0].half()

@@ -1,13 +1,11 @@
-"""A tiny HunyuanVideo from an official folder on disk through all stages, which know no family."""
+"""A tiny HunyuanVideo, from an official folder on disk, through all stages."""
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_hunyuan_encoders import (
@@ -16,8 +14,7 @@ from transformers import LlamaForCausalLM
 
 import model
 from common.config import load_config
-from common.names import OFFICIAL_DITS
-from common.names import official_names
+from common.names import OFFICIAL_DITS, official_names
 from common.ranks import generator
 from common.video import read_video
 from frozen.load import load_text
@@ -49,7 +46,8 @@ def config(tmp_path_factory):
               "shift": 7.0, "key": [0, 2, 4, 6], "device": "cpu",
               "synvid": {"prompts": str(root / "prompts.txt"), "count": 6, "batch": 3, "videos": 1},
               "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
-                          "lr": 1e-3, "head_dim": 8, "eval_every": 1, "export_dtype": "fp32"}}
+                          "lr": 1e-3, "head_dim": 8, "eval_every": 1, "export_dtype": "fp32",
+                          "export": "diffusers"}}
     path = root / "hunyuan.yaml"
     path.write_text(json.dumps(values))  # YAML holds JSON
     return path, root
@@ -76,9 +74,9 @@ def test_trajectories_hold_what_the_encoders_made_and_follow_the_teacher(distill
         assert torch.allclose(stored["cond.text"].float(), cond["text"], atol=1e-4)
         assert stored["cond.guidance"].item() == pytest.approx(6.016)
         x = torch.randn(16, 2, 4, 6, generator=generator("synvid", 0, i, PROMPTS[i % 3]))
-        walked = list(model.sample_euler(dit, x[None], times, model.collate([cond])))
+        latents = list(model.sample_euler(dit, x[None], times, model.collate([cond])))
         for row, step in zip(stored["x"], (2, 4, 6), strict=True):
-            error = (row.float() - walked[step - 1][0]).abs().max() / walked[step - 1].abs().max()
+            error = (row.float() - latents[step - 1][0]).abs().max() / latents[step - 1].abs().max()
             assert error < 2e-3  # fp16 on disk
 
 
@@ -107,44 +105,39 @@ def test_default_taps_of_60_blocks_are_the_paper_s_60th_and_40th():
     assert distill.tap_blocks(distill.Config(key=cfg.key), depth) == [39, 59, 59, 59, 59]
 
 
-def test_the_student_and_the_teacher_sample_videos(distilled, run_stage):
+@pytest.fixture(scope="module")
+def sampled(distilled, run_stage):
+    """The folder of the student's and the teacher's video of the first prompt."""
     path, root = distilled
-    for who, options in (("student3", ()), ("teacher6", ("--teacher",))):
+    for options in ((), ("--teacher",)):
         run_stage("sample", path, "--prompt", PROMPTS[0], *options)
-        video = read_video(next((root / f"run/samples/{who}").glob("*.mp4")))
+    return root / "run/samples"
+
+
+def test_the_student_and_the_teacher_sample_videos(sampled):
+    for who in ("student3", "teacher6"):
+        video = read_video(next((sampled / who).glob("*.mp4")))
         assert video.shape == (3, 5, 32, 48) and video.std() > 0
-        report = json.loads((root / f"run/samples/{who}.json").read_text())
+        report = json.loads((sampled / f"{who}.json").read_text())
         assert report["tokens"] == 2 * 2 * 3
 
 
-def test_a_student_in_a_diffusers_folder_has_the_same_weights_and_samples_the_same(
-        distilled, run_stage, tmp_path):
+def test_a_student_in_a_diffusers_folder_or_accvideo_s_released_file_samples_the_same(
+        distilled, sampled, run_stage, tmp_path):
     path, root = distilled
-    shutil.copytree(root / "run", tmp_path / "run")
-    run_stage("distill", path, f"run={tmp_path / 'run'}", "export=diffusers")
-    ours = load_file(root / "run/student.safetensors")
-    folder = tmp_path / "run/student_diffusers/transformer"
-    theirs = load_file(folder / "diffusion_pytorch_model.safetensors")
-    want = official_names(ours, "transformer", reverse=True)
-    assert len(theirs) > len(ours) and theirs.keys() == want.keys()
-    assert all(torch.equal(theirs[name], want[name]) for name in want)
-    for run, student in ((root / "run", "student.safetensors"), (tmp_path / "run", folder)):
-        run_stage("sample", path, "--prompt", PROMPTS[2], "--student", run / student, "--out",
-                  run / "named")
-    one, two = (next((run / "named/student3").glob("*.mp4"))
-                for run in (root / "run", tmp_path / "run"))
-    assert one.read_bytes() == two.read_bytes()
-
-
-def test_accvideo_s_released_file_samples_as_a_student(distilled, run_stage):
-    path, root = distilled
-    (root / "accvideo-t2v-5-steps").mkdir()
-    file = root / "accvideo-t2v-5-steps/diffusion_pytorch_model.pt"
-    torch.save({"module": load_file(root / "run/student.safetensors")}, file)
-    run_stage("sample", path, "--prompt", PROMPTS[0], "--student", file, "--out", root / "foreign")
-    own, foreign = (next((root / f"{out}/student3").glob("*.mp4"))
-                    for out in ("run/samples", "foreign"))
-    assert own.read_bytes() == foreign.read_bytes()
+    ours, folder = load_file(root / "run/student.safetensors"), root / "run/student_diffusers"
+    theirs = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+    expected = official_names(ours, "transformer", reverse=True)
+    assert len(theirs) > len(ours) and theirs.keys() == expected.keys()
+    assert all(torch.equal(theirs[name], expected[name]) for name in expected)
+    released = tmp_path / "accvideo-t2v-5-steps/diffusion_pytorch_model.pt"
+    released.parent.mkdir()
+    torch.save({"module": ours}, released)
+    for student in (folder / "transformer", released):
+        run_stage("sample", path, "--prompt", PROMPTS[0], "--student", student, "--out", tmp_path)
+        one, two = (next((at / "student3").glob("*.mp4")) for at in (sampled, tmp_path))
+        assert one.read_bytes() == two.read_bytes()
+        two.unlink()
 
 
 def test_two_ranks_that_share_tokens_make_the_trajectories_of_one(distilled, run_stage, tmp_path):
@@ -157,28 +150,20 @@ def test_two_ranks_that_share_tokens_make_the_trajectories_of_one(distilled, run
         assert (one["x"].float() - two["x"].float()).abs().max() < 2e-3 * one["x"].abs().max()
 
 
-def test_two_ranks_that_share_tokens_and_tiles_sample_the_video_of_one(distilled, run_stage,
-                                                                       tmp_path):
-    path, root = distilled
-    run_stage("sample", path, f"prompt={PROMPTS[1]}", f"out={tmp_path}/one")
-    run_stage("sample", path, f"prompt={PROMPTS[1]}", f"out={tmp_path}/two", "sp=2", ranks=2)
-    one, two = (read_video(next((tmp_path / n / "student3").glob("*.mp4")))
-                for n in ("one", "two"))
+def test_two_ranks_that_share_tokens_and_tiles_sample_the_video_of_one(
+        distilled, sampled, run_stage, tmp_path):
+    path, _ = distilled
+    run_stage("sample", path, f"prompt={PROMPTS[0]}", f"out={tmp_path}", "sp=2", ranks=2)
+    one, two = (read_video(next((at / "student3").glob("*.mp4")))
+                for at in (sampled, tmp_path))
     assert one.shape == two.shape and (one - two).abs().max() < 0.05  # the last bits, and H.264
 
 
-@pytest.mark.parametrize("family", ["hunyuan", "wan"])
-def test_every_stage_runs_in_bf16_as_it_does_on_a_gpu(config, make_config, family, tmp_path):
-    path = config[0] if family == "hunyuan" else make_config(
-        synvid={"count": 6, "batch": 3}, distill={"iterations": 3, "batch": 2, "micro_batch": 2,
-                                                  "held_out": 2, "lr": 1e-3,
-                                                  "export_dtype": "fp32"})
-    worker = Path(__file__).with_name("bf16_stage.py")
+def test_every_stage_runs_in_bf16_as_it_does_on_a_gpu(config, tmp_path):
     run = tmp_path / "bf16"
-    for stage, *options in (("synvid",), ("distill",), ("sample", "--prompt", PROMPTS[0])):
-        done = subprocess.run([sys.executable, str(worker), stage, str(path), *options,
-                               "--run", str(run)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = run_script(Path(__file__).with_name("bf16_stage.py"), config[0], run, "synvid", "then",
+                      "distill", "then", "sample", "--prompt", PROMPTS[0])
+    assert done.returncode == 0, done.stderr[-3000:]
     with safe_open(run / "synvid/000/000000.safetensors", "pt") as f:
         assert f.get_tensor("cond.text").dtype == torch.bfloat16  # the encoder ran in bf16
     student = load_file(run / "student.safetensors")

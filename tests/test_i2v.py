@@ -25,7 +25,7 @@ MICRO = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=3, text_dim=12, te
 
 
 def near(got: Tensor, want: Tensor, tolerance: float = 2e-5) -> None:
-    """Assert that two tensors differ by at most a part of the wanted one's largest value."""
+    """Assert that two tensors differ by at most a part of the expected one's largest value."""
     assert got.shape == want.shape
     error = ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
     print(f"relative error {error:.1e} (tolerance {tolerance:.0e})")
@@ -88,7 +88,7 @@ def test_a_conditioning_without_its_image_is_an_error_that_says_so(official, nam
     cond = model.collate([fixture_cond("a", 0)])
     del cond[name]
     x, t = FIXTURE.get_tensor("in.a.x.0")[None], FIXTURE.get_tensor("in.a.t").double() / 1000
-    with pytest.raises(ValueError, match=f"cond: got .*; an image-to-video DiT wants .*{name}"):
+    with pytest.raises(ValueError, match=f"cond: expected .*{name}.* for an image-to-video DiT"):
         official(x, t, cond)
 
 
@@ -234,7 +234,7 @@ def test_our_image_tower_equals_transformers_and_loads_both_layouts(clip, tmp_pa
     save_tensors(tmp_path / "official/models_clip_tiny.safetensors", state,
                        {"config": json.dumps(config)})
     assert torch.equal(load_image_encoder(tmp_path / "official")(pixels), ours(pixels))
-    with pytest.raises(FileNotFoundError, match="holds no image encoder: want models_clip"):
+    with pytest.raises(FileNotFoundError, match="no image encoder: expected models_clip"):
         load_image_encoder(FIXTURES)
 
 

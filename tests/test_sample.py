@@ -392,8 +392,8 @@ def test_a_student_of_another_project_takes_the_config_s_key_timesteps(run, stud
     ((), "prompt: got none; give --prompt"),
     (("--prompt", "  "), "prompt: got none"),
     (("--prompt_file", "nowhere.txt"), "nowhere.txt: no such prompt file"),
-    (("--prompt", "x", "--frames", "6"), "frames: got 6; wanted 4n"),
-    (("--prompt", "x", "--height", "40"), "height: got 40; wanted a multiple of 16"),
+    (("--prompt", "x", "--frames", "6"), "frames: expected 4n .*got 6"),
+    (("--prompt", "x", "--height", "40"), "height: expected 16n.*got 40"),
     (("--prompt", "x", "--width", "0"), "width: expected .*, got 0"),
     (("--prompt", "x", "--count", "0"), "count: expected .*, got 0"),
     (("--prompt", "x", "--steps", "three"), "steps: expected int, got 'three'"),
@@ -402,7 +402,7 @@ def test_a_student_of_another_project_takes_the_config_s_key_timesteps(run, stud
     (("--prompt", "x", "--teacher", "--student", "s.safetensors"), "both --teacher and --student"),
     (("--prompt", "x", "--peak_tflops", "0"), "peak_tflops: expected .*, got 0.0"),
     (("--prompt", "x", "--preset", "wan-t2v-14b"), "preset is 'tiny', the config's 'wan-t2v-14b'"),
-    (("--prompt", "x", "--teacher", "--preset", "huge"), "preset: got 'huge'"),
+    (("--prompt", "x", "--teacher", "--preset", "huge"), "preset: .*got 'huge'"),
 ])
 def test_bad_options_are_refused_by_name(run, student, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):

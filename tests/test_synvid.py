@@ -1,6 +1,7 @@
-"""SynVid: trajectories obey Eq. 5, their bytes depend on seed, index and prompt alone, nothing is
-lost to a kill, and what a user can get wrong is named. On random weights of preset `tiny`."""
+"""SynVid: trajectories obey Eq. 5, their bytes depend on seed, index and prompt alone, kills lose
+nothing, and user errors are reported in one line. On random weights of preset `tiny`."""
 
+import itertools
 import json
 import os
 import random
@@ -8,21 +9,24 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from processes import start_script
+from processes import start_each
 from safetensors import safe_open
 
-from artifacts import trajectories
+import common.files
 import model
 import synvid
-from common.config import load_config
-from common.files import ROOT, write_json
-from model import collate, euler_step, load_dit, time_grid, velocity
+from artifacts import trajectories
 from artifacts.trajectories import SynVid, initial_noise, trajectory_path
+from common.config import load_config
+from common.files import write_json
+from common.ranks import cli
+from frozen.load import load_text
+from model import collate, euler_step, load_dit, time_grid, velocity
 
 
 def generate(config: Path, *args) -> Path:
@@ -68,7 +72,7 @@ def tmpfs(tmp_path):
 # ------------------------------------------------------------------------------ trajectories
 
 @pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
-def test_a_stored_trajectory_satisfies_eq_5_exactly_when_rewalked(make_config, cfg_scale):
+def test_a_stored_trajectory_satisfies_eq_5_exactly_step_by_step(make_config, cfg_scale):
     config = make_config(n=6, key=list(range(7)), cfg_scale=cfg_scale, negative_prompt="a red disc",
                          synvid={"keep": "all", "dtype": "fp32", "batch": 3, "count": 3})
     data, cfg = SynVid(generate(config), config_of(config)), config_of(config)
@@ -77,7 +81,6 @@ def test_a_stored_trajectory_satisfies_eq_5_exactly_when_rewalked(make_config, c
     assert data.t_key == times[::-1]
     dit, uncond = load_dit(cfg.weights, cfg.preset), None
     if cfg_scale != 1:
-        from frozen.load import load_text
         text = load_text(cfg.weights, "cpu", torch.float32, dit.cfg.text_len)
         uncond = collate(text.encode_each(["a red disc"]) * 3)
     for k in range(5, -1, -1):  # k + 1 is the noisier end
@@ -88,7 +91,7 @@ def test_a_stored_trajectory_satisfies_eq_5_exactly_when_rewalked(make_config, c
         assert not torch.equal(x_key[k], x_key[k + 1])
 
 
-def test_key_latents_are_those_of_the_whole_trajectory_and_fp16_rounds_once(make_config, tmp_path):
+def test_key_latents_are_those_of_all_latents_and_fp16_rounds_once(make_config, tmp_path):
     config = make_config(n=6, key=[0, 2, 4, 6], synvid={"count": 3})
 
     def latents(*args):
@@ -97,12 +100,12 @@ def test_key_latents_are_those_of_the_whole_trajectory_and_fp16_rounds_once(make
         data = SynVid(generate(config, "--run", run, *args), cfg)
         return torch.stack([data.read(i)[0] for i in range(3)])
 
-    whole = latents("--keep", "all", "--dtype", "fp32")
-    assert torch.equal(latents("--dtype", "fp32"), whole)
+    reference = latents("--keep", "all", "--dtype", "fp32")
+    assert torch.equal(latents("--dtype", "fp32"), reference)
     half = latents("--dtype", "fp16")
-    assert torch.equal(half[:, :-1], whole[:, :-1].half().float())
-    assert torch.equal(half[:, -1], whole[:, -1])  # the noise is drawn again, in fp32
-    assert whole.abs().mean() > 0.1
+    assert torch.equal(half[:, :-1], reference[:, :-1].half().float())
+    assert torch.equal(half[:, -1], reference[:, -1])  # the noise is drawn again, in fp32
+    assert reference.abs().mean() > 0.1
 
 
 def test_the_noise_is_a_function_of_seed_index_and_prompt_alone():
@@ -132,9 +135,9 @@ def test_the_reader_gives_prompts_conditions_and_times_in_order(made, tiny_weigh
 
 def test_text_states_are_stored_without_loss_and_as_bf16_where_that_holds_them():
     exact, other = torch.randn(3, 4).bfloat16().float(), torch.randn(3, 4)
-    assert trajectories.shorten(exact).dtype == torch.bfloat16
-    assert torch.equal(trajectories.shorten(exact).float(), exact)
-    assert trajectories.shorten(other) is other
+    assert trajectories.bf16_if_exact(exact).dtype == torch.bfloat16
+    assert torch.equal(trajectories.bf16_if_exact(exact).float(), exact)
+    assert trajectories.bf16_if_exact(other) is other
 
 
 def test_more_trajectories_than_prompts_take_the_prompts_in_turn(make_config, tmp_path):
@@ -158,14 +161,14 @@ def test_the_first_trajectories_are_decoded_to_videos_and_lost_ones_made_again(m
     assert contents(folder) == before
 
 
-def test_the_cost_is_told_before_and_after_the_first_batch(make_config, capsys):
+def test_the_cost_is_printed_before_the_start_and_after_the_first_batch(make_config, capsys):
     config = make_config(synvid={"count": 5, "batch": 2})
     generate(config, "--count", 3)
     capsys.readouterr()
     generate(config)
     out = capsys.readouterr().out
-    assert "2 trajectories to do, 3 of 5 are there" in out and "free at" in out
-    assert "a trajectory on cpu" in out and "device-hours" in out and "to go" in out
+    assert "2 trajectories to make, 3 of 5 exist" in out and "free at" in out
+    assert "per trajectory on cpu" in out and "device-hours" in out and "left with 1 rank" in out
 
 
 def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
@@ -173,31 +176,23 @@ def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
     manifest = trajectories.read_manifest(folder)
     x = torch.zeros(2, 16, 2, 2, 2, dtype=torch.float16)
     x[1, 3] = torch.inf
-    with pytest.raises(ValueError, match=r"000000.safetensors: the latent after step 4 holds NaN"):
+    with pytest.raises(ValueError, match=r"000000.safetensors: .* after step 4 contains NaN"):
         trajectories.write_trajectory(tmp_path, manifest, 0, "a red disc", x, {})
     assert contents(tmp_path) == {}
-
-
-def test_the_trainer_reads_synvid_without_the_frozen_networks():
-    done = subprocess.run([sys.executable, "-c", "import sys, distill; print(*sys.modules)"],
-                          cwd=ROOT, check=True, capture_output=True, text=True)
-    imported = done.stdout.split()
-    assert {"distill", "synvid", "model"}.issubset(imported)
-    assert not [name for name in imported if name.startswith("frozen")]
 
 
 # ----------------------------------------------------------------------- nothing but the index
 
 def test_neither_ranks_nor_jobs_nor_their_order_change_a_byte(make_config, run_stage, tmp_path):
     config = make_config(synvid={"count": 11, "batch": 4, "videos": 2})
-    whole = contents(generate(config, "--run", tmp_path / "one"))
-    assert len(whole) == 1 + 11 + 2
-    for start, count in ((9, 2), (0, 3), (3, 6)):  # parts that are not whole batches, out of order
+    reference = contents(generate(config, "--run", tmp_path / "one"))
+    assert len(reference) == 1 + 11 + 2
+    for start, count in ((9, 2), (0, 3), (3, 6)):  # cut batches, out of order
         jobs = generate(config, "--run", tmp_path / "jobs", "--start", start, "--count", count)
-    assert contents(jobs) == whole
+    assert contents(jobs) == reference
     done = run_stage("synvid", config, "--run", tmp_path / "ranks", ranks=2)
     assert "with 2 rank(s)" in done.stdout
-    assert contents(tmp_path / "ranks/synvid") == whole
+    assert contents(tmp_path / "ranks/synvid") == reference
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -218,11 +213,9 @@ def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rou
         make_config, run_stage, tmp_path):
     config = make_config(height=32, cfg_scale=3.0, negative_prompt="a ring",
                          synvid={"count": 5, "batch": 2, "dtype": "fp32"})
-    whole = contents(generate(config, "--run", tmp_path / "one"))
-    done = run_stage("synvid", config, f"run={tmp_path / 'pair'}", "cfg_parallel=true", ranks=2)
-    assert contents(tmp_path / "pair/synvid") == whole and "with 2 rank(s)" in done.stdout
-    run_stage("synvid", config, f"run={tmp_path / 'pairs'}", "cfg_parallel=true", ranks=4)
-    assert contents(tmp_path / "pairs/synvid") == whole
+    reference = contents(generate(config, "--run", tmp_path / "one"))
+    done = run_stage("synvid", config, f"run={tmp_path / 'pairs'}", "cfg_parallel=true", ranks=4)
+    assert contents(tmp_path / "pairs/synvid") == reference and "with 4 rank(s)" in done.stdout
     run_stage("synvid", config, f"run={tmp_path / 'both'}", "cfg_parallel=true", "sp=2", ranks=4)
     manifest = trajectories.read_manifest(tmp_path / "one/synvid")
     for i in range(5):
@@ -231,36 +224,33 @@ def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rou
                         for name in ("both", "one"))
         assert torch.equal(ours[1]["text"], theirs[1]["text"])
         assert (ours[0] - theirs[0]).abs().max() < 1e-5 * theirs[0].abs().max()  # products' shapes
-    few = run_stage("synvid", config, f"run={tmp_path / 'few'}", "cfg_parallel=true", check=False)
-    assert few.returncode == 1
-    assert "cfg_parallel: got 1 rank(s) with sp 1; expected a multiple of 2" in few.stderr
+    with pytest.raises(ValueError, match="cfg_parallel: got 1 rank.* with sp 1; .*multiple of 2"):
+        generate(config, "--run", tmp_path / "few", "--cfg_parallel", "true")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_verify_lists_what_is_wrong_and_repair_makes_just_that_again(made, run_stage, tmp_path,
-                                                                     ranks):
+def test_verify_lists_what_is_wrong_and_repair_makes_just_that_again(made, run_stage, tmp_path):
     folder, _, args = made
     arguments = [f"{str(a)[2:]}={b}" for a, b in zip(args[1::2], args[2::2], strict=True)
                  if a != "--run"]
     command = ("synvid", args[0], *arguments, f"run={tmp_path}")
     copy = Path(shutil.copytree(folder, tmp_path / "synvid"))
-    done = run_stage(*command, "verify=true", ranks=ranks)
-    assert "7 of 7 trajectories are whole, 0 are not" in done.stdout
+    done = run_stage(*command, "verify=true", ranks=2)
+    assert "7 of 7 trajectories are complete, 0 are damaged or missing" in done.stdout
     trajectory_path(copy, 2).unlink()
     os.truncate(trajectory_path(copy, 3), 2000)
     raw = bytearray(trajectory_path(copy, 5).read_bytes())
     raw[-9] ^= 4
     trajectory_path(copy, 5).write_bytes(raw)
     before = contents(copy)
-    done = run_stage(*command, "verify=true", ranks=ranks, check=False)
-    assert done.returncode == 1 and "4 of 7 trajectories are whole, 3 are not" in done.stdout
-    told = [line for line in done.stdout.splitlines() if line.startswith(str(copy))]
-    for line, i, fault in zip(told, (2, 3, 5), ("missing", "", "checksum"), strict=True):
+    done = run_stage(*command, "verify=true", ranks=2, check=False)
+    assert done.returncode == 1 and "4 of 7 trajectories are complete, 3 are damaged" in done.stdout
+    faults = [line for line in done.stdout.splitlines() if line.startswith(str(copy))]
+    for line, i, fault in zip(faults, (2, 3, 5), ("missing", "", "checksum"), strict=True):
         assert line.startswith(f"{trajectory_path(copy, i)}: ") and fault in line
     assert contents(copy) == before
     untouched = {i: trajectory_path(copy, i).stat().st_mtime_ns for i in (0, 1, 4, 6)}
-    done = run_stage(*command, "repair=true", ranks=ranks)
-    assert "3 trajectories to do" in done.stdout and contents(copy) == contents(folder)
+    done = run_stage(*command, "repair=true", ranks=2)
+    assert "3 trajectories to make" in done.stdout and contents(copy) == contents(folder)
     assert {i: trajectory_path(copy, i).stat().st_mtime_ns for i in untouched} == untouched
 
 
@@ -288,25 +278,45 @@ def test_the_batch_size_changes_no_more_than_rounding(make_config, tmp_path):
 
 # ------------------------------------------------------------------------------ nothing lost
 
-def test_killed_at_random_moments_the_same_command_ends_with_the_same_bytes(make_config, tmp_path):
-    config = make_config(height=48, width=48, n=6, key=[0, 3, 6],
-                         synvid={"count": 200, "batch": 2, "keep": "all", "dtype": "fp32"})
-    whole = contents(generate(config, "--run", tmp_path / "whole"))
-    folder, rng, there = tmp_path / "run/synvid", random.Random(0), {}
-    for _ in range(10):
-        enough = len(trajectories.find_trajectories(folder)) + rng.choice((1, 2, 3))
-        [victim] = start_script(synvid.__file__, config, outputs=(os.devnull, tmp_path / "errors"))
-        while victim.is_alive() and len(trajectories.find_trajectories(folder)) < enough:
-            time.sleep(0.004)
-        time.sleep(rng.uniform(0, 0.05))
-        victim.kill()
-        victim.join(120)
-        assert victim.exitcode == -signal.SIGKILL, (tmp_path / "errors").read_text()
-        there = {name: data for name, data in contents(folder).items() if "/." not in name}
-        assert there.items() <= whole.items()  # nothing half-written has a final name
-    assert len(there) < len(whole)  # each victim had work left
+STAGE_FILES = {module.__file__ for module in (synvid, trajectories, common.files)}
+
+
+def each_call(action: Callable[[], None]) -> Callable:
+    """A profiler that acts before each call, also of C functions, in this stage's files."""
+    def profile(frame, event, arg):
+        if event in ("call", "c_call") and frame.f_code.co_filename in STAGE_FILES:
+            action()
+    return profile
+
+
+def run_until_call(variables: dict, argv: list[str], last: int) -> None:
+    """Run stage 1 in a process that is killed at its call number `last`."""
+    calls = itertools.count(1)
+    sys.setprofile(each_call(lambda: next(calls) < last or os.kill(os.getpid(), signal.SIGKILL)))
+    cli(lambda: synvid.main(argv))
+
+
+def test_killed_at_random_calls_the_same_command_ends_with_the_same_bytes(make_config, tmp_path):
+    config = make_config(synvid={"count": 12, "batch": 2, "keep": "all", "dtype": "fp32"})
+    calls, rng = [], random.Random(0)
+    sys.setprofile(each_call(lambda: calls.append(None)))
+    try:
+        reference = contents(generate(config, "--run", tmp_path / "reference"))
+    finally:
+        sys.setprofile(None)
+    folder, done = tmp_path / "run/synvid", 0
+    for _ in range(5):
+        last = len(calls) // 6 + rng.randrange(len(calls) // 4)  # after some of the trajectories
+        [victim] = start_each(1, run_until_call, [str(config)], last)
+        victim.join(300)
+        assert victim.exitcode == -signal.SIGKILL
+        left = {name: data for name, data in contents(folder).items() if "/." not in name}
+        assert left.items() <= reference.items()  # no half-written file has its final name
+        assert done <= len(left) < len(reference)
+        done = len(left)
+    assert done > 1
     generate(config)
-    assert contents(folder) == whole
+    assert contents(folder) == reference
 
 
 def test_dying_while_a_file_is_written_leaves_no_final_name(made, tmp_path):
@@ -341,11 +351,11 @@ def test_dying_while_a_file_is_written_leaves_no_final_name(made, tmp_path):
 def test_leftovers_of_other_jobs_are_left_alone(make_config):
     config = make_config(synvid={"count": 3, "batch": 2})
     folder = generate(config)
-    mine, other = (folder / f"000/.{i:06d}.safetensors.123.part.safetensors" for i in (2, 3))
-    for part in (mine, other):
+    own, other = (folder / f"000/.{i:06d}.safetensors.123.part.safetensors" for i in (2, 3))
+    for part in (own, other):
         part.write_bytes(b"half")
     generate(config)
-    assert other.exists() and not mine.exists()
+    assert other.exists() and not own.exists()
     assert len(SynVid(folder, config_of(config))) == 3
 
 
@@ -365,7 +375,7 @@ def other(request, make_weights, tmp_path):
 def test_trajectories_of_another_teacher_grid_guidance_or_size_are_refused(made, key, other):
     folder, _, args = made
     before = contents(folder)
-    wrong = rf"manifest.json: {key} is .*, this config wants .*: .*--run"
+    wrong = rf"manifest.json: {key}: expected .* by this config, got .*: .*--run"
     with pytest.raises(ValueError, match=wrong):
         SynVid(folder, config_of(*args, *other))
     with pytest.raises(ValueError, match=wrong):
@@ -374,16 +384,11 @@ def test_trajectories_of_another_teacher_grid_guidance_or_size_are_refused(made,
 
 
 @pytest.mark.parametrize("key, args", {
-    "stored": ["--keep", "all"], "dtype": ["--dtype", "fp32"], "seed": ["--seed", 1],
-    "count": ["--prompts", "fewer.txt"], "prompts": ["--prompts", "others.txt"]}.items())
-def test_a_job_of_other_storage_seed_or_prompts_is_refused(made, key, args, tmp_path, monkeypatch):
-    folder, cfg, first = made
-    prompts = Path(cfg.prompts).read_text()
-    (tmp_path / "fewer.txt").write_text(prompts.partition("\n")[2])
-    (tmp_path / "others.txt").write_text(prompts.replace("red", "pink"))
-    monkeypatch.chdir(tmp_path)
+    "stored": ["--keep", "all"], "dtype": ["--dtype", "fp32"], "seed": ["--seed", 1]}.items())
+def test_a_job_of_other_storage_or_seed_is_refused(made, key, args):
+    folder, _, first = made
     before = contents(folder)
-    with pytest.raises(ValueError, match=f"manifest.json: {key} is"):
+    with pytest.raises(ValueError, match=f"manifest.json: {key}: expected .*, got .*--run"):
         generate(*first, *args)
     assert contents(folder) == before
 
@@ -395,22 +400,24 @@ def test_without_guidance_the_negative_prompt_does_not_matter_and_the_trainers_s
 
 def test_a_key_timestep_that_is_not_stored_is_named(made):
     folder, _, args = made
-    with pytest.raises(ValueError, match=r"latents after steps \[2, 4\].*needs 3.*--keep all"):
+    with pytest.raises(ValueError, match=r"latent after step 3.*those after \[2, 4\].*--keep all"):
         SynVid(folder, config_of(*args, "--key", "0,3,4"))
 
 
 def test_missing_empty_and_unfinished_folders_are_named_with_the_command(made, tmp_path):
     folder, cfg, _ = made
-    with pytest.raises(FileNotFoundError, match="no SynVid; make it by `python synvid.py"):
+    with pytest.raises(FileNotFoundError, match="no SynVid in this folder: .*`python synvid.py"):
         SynVid(tmp_path / "none", cfg)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     trajectory_path(copy, 4).unlink()
-    with pytest.raises(ValueError, match="000004.safetensors: is missing, 6 others are there"):
+    trajectory_path(copy, 5).unlink()
+    with pytest.raises(ValueError, match="000004.*missing, the first of a gap of 2; 5 traj"):
         SynVid(copy, cfg)
     shutil.rmtree(copy / "000")
-    with pytest.raises(ValueError, match="000000.safetensors: is missing, 0 others are there"):
+    with pytest.raises(ValueError, match="000000.*missing, the first of a gap of 1; 0 traj"):
         SynVid(copy, cfg)
-    for text, wrong in (('{"version": 2}', "format version 2"), ("{", "is not valid JSON")):
+    for text, wrong in (('{"version": 1}', "expected format version 2, got 1"),
+                        ("{", "is not valid JSON")):
         (copy / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match=f"manifest.json: .*{wrong}"):
             SynVid(copy, cfg)
@@ -418,17 +425,54 @@ def test_missing_empty_and_unfinished_folders_are_named_with_the_command(made, t
 
 def test_a_manifest_that_changes_under_a_running_job_stops_it(make_config, monkeypatch):
     config = make_config(synvid={"count": 4, "batch": 2})
-    folder, encode = Path(config_of(config).run) / "synvid", synvid.sample_trajectories
+    folder, sample = Path(config_of(config).run) / "synvid", synvid.sample_trajectories
 
     def meddle(*args):
         manifest = json.loads((folder / "manifest.json").read_text())
         write_json(folder / "manifest.json", manifest | {"seed": 9})
-        return encode(*args)
+        return sample(*args)
 
     monkeypatch.setattr(synvid, "sample_trajectories", meddle)
-    with pytest.raises(ValueError, match="was changed while this job ran"):
+    with pytest.raises(ValueError, match="other settings replaced it while this job ran"):
         generate(config)
     assert not (folder / "000").exists()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: path.unlink(), lambda path: path.write_text("{"),
+    lambda path: write_json(path, json.loads(path.read_text()) | {"version": 1}),
+    lambda path: write_json(path, json.loads(path.read_text()) | {"seed": 9})])
+def test_a_lost_or_damaged_manifest_is_written_again_if_the_trajectories_fit(
+        made, tmp_path, damage, capsys):
+    folder, cfg, args = made
+    copy = Path(shutil.copytree(folder, tmp_path / "synvid"))
+    damage(copy / "manifest.json")
+    before = contents(copy)
+    with pytest.raises((ValueError, FileNotFoundError), match="python synvid.py|--repair"):
+        SynVid(copy, cfg).read(0)
+    with pytest.raises(ValueError, match="manifest.json: .*(--run|command that made it)"):
+        generate(*args, "--run", tmp_path, "--shift", 3)
+    assert contents(copy) == before
+    assert contents(generate(*args, "--run", tmp_path)) == contents(folder)
+    assert "manifest.json: was missing or damaged; written again" in capsys.readouterr().out
+
+
+def test_prompts_may_be_appended_while_another_job_runs(made, tmp_path, monkeypatch):
+    folder, cfg, args = made
+    texts, longer = Path(cfg.prompts).read_text(), tmp_path / "longer.txt"
+    longer.write_text(texts + "one more\n")
+    sample, last = synvid.sample_trajectories, len(texts.splitlines())
+
+    def second_job(*arguments):
+        monkeypatch.setattr(synvid, "sample_trajectories", sample)
+        generate(*args, "--run", tmp_path, "--prompts", longer, "--start", last, "--count", 1)
+        return sample(*arguments)
+
+    monkeypatch.setattr(synvid, "sample_trajectories", second_job)
+    generate(*args, "--run", tmp_path)
+    both, manifest = tmp_path / "synvid", trajectories.read_manifest(folder)
+    assert contents(folder).items() <= contents(both).items()
+    assert trajectories.read_trajectory(both, manifest, last, [4])[2] == "one more"
 
 
 # --------------------------------------------------------------------------------- bad files
@@ -528,24 +572,24 @@ def test_prompts_that_look_like_flags_paths_or_markup_are_text(make_config, tmp_
     (["--dtype", "bf16"], "dtype: expected fp16 | fp32, got 'bf16'"),
     (["--count", 0], "count: expected 1 ≤ count"), (["--start", -1], "start: expected 0 ≤ start"),
     (["--batch", 0], "batch: got 0"), (["--videos", -1], "videos: got -1"),
-    (["--start", 27], "start: got 27 with no count.*--count"),
-    (["--preset", "tinny"], "preset: got 'tinny'.*did you mean 'tiny'")])
+    (["--start", 27], "start: expected less than the 27 prompts .*, got 27: .*--count"),
+    (["--preset", "tinny"], "preset: .*got 'tinny'.*did you mean 'tiny'")])
 def test_settings_that_cannot_work_are_named(make_config, args, wrong):
     with pytest.raises(ValueError, match=wrong.replace("|", r"\|")):
         generate(make_config(), *args)
 
 
-def test_a_disk_that_is_too_small_is_told_before_the_start(make_config, tmpfs):
+def test_a_disk_that_is_too_small_is_reported_before_the_start(make_config, tmpfs):
     config = make_config(run=str(tmpfs / "run"), synvid={"count": 500})
     with pytest.raises(ValueError, match="500 trajectories need up to .*B, got .*B: free some"):
         generate(config)
     assert not list(tmpfs.rglob("*.safetensors"))
 
 
-def test_a_disk_that_fills_up_is_told_and_the_same_command_ends_with_the_same_bytes(
+def test_a_disk_that_fills_up_is_reported_and_the_same_command_ends_with_the_same_bytes(
         make_config, tmpfs, tmp_path, monkeypatch):
     config = make_config(synvid={"count": 12, "batch": 4})
-    whole = contents(generate(config, "--run", tmp_path / "whole"))
+    reference = contents(generate(config, "--run", tmp_path / "complete"))
     huge = shutil.disk_usage(tmpfs)._replace(free=10 ** 12)
     (tmpfs / "filler").write_bytes(bytes(2 ** 20 - 40_000))
     with monkeypatch.context() as patch:
@@ -553,9 +597,9 @@ def test_a_disk_that_fills_up_is_told_and_the_same_command_ends_with_the_same_by
         with pytest.raises(ValueError, match=r"\.safetensors: cannot be written .*No space left"):
             generate(config, "--run", tmpfs / "run")
     left = contents(tmpfs / "run/synvid")
-    assert 1 < len(left) < 13 and left.items() <= whole.items()
+    assert 1 < len(left) < 13 and left.items() <= reference.items()
     (tmpfs / "filler").unlink()
-    assert contents(generate(config, "--run", tmpfs / "run")) == whole
+    assert contents(generate(config, "--run", tmpfs / "run")) == reference
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(make_config, tmp_path, tmpfs):
@@ -565,22 +609,3 @@ def test_a_run_folder_that_cannot_be_written_is_named(make_config, tmp_path, tmp
     subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
     with pytest.raises(ValueError, match=r"run/synvid: cannot be written .*[Rr]ead-only.*--run"):
         generate(make_config(run=str(tmpfs / "run")))
-
-
-def test_a_folder_grows_by_prompts_at_the_end_and_its_trajectories_keep_theirs(made, tmp_path):
-    folder, cfg, args = made
-    copy = Path(shutil.copytree(folder, tmp_path / "synvid"))
-    texts = Path(cfg.prompts).read_text()
-    for extra in ("one more\n", "one more\nand one\n"):
-        (tmp_path / "more.txt").write_text(texts + extra)
-        longer = [*args, "--run", tmp_path, "--prompts", tmp_path / "more.txt", "--count", 1]
-        wanted = len((texts + extra).splitlines()) - 1
-        generate(*longer, "--start", wanted)
-    manifest, before = trajectories.read_manifest(copy), contents(folder)
-    assert manifest["count"] == wanted + 1 and len(manifest["earlier"]) == 2
-    assert all(contents(copy)[name] == data for name, data in before.items() if "manifest" not in
-               name)
-    assert trajectories.read_trajectory(copy, manifest, 0, [4])[2] == texts.splitlines()[0]
-    assert trajectories.read_trajectory(copy, manifest, wanted, [4])[2] == "and one"
-    with pytest.raises(ValueError, match="count is .*, this config wants .*prompts at the end"):
-        generate(*args, "--run", tmp_path)  # it does not shrink

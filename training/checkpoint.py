@@ -348,8 +348,7 @@ def check_same_run(path: Path, saved: dict, meta: dict) -> None:
     """Raise ValueError if the run saved at `path` had other settings, teacher or data."""
     for key in ["teacher", "synvid", *(k for k in meta["config"] if k not in CHANGEABLE_ON_RESUME)]:
         old, new = (facts.get(key, facts["config"].get(key)) for facts in (saved, meta))
-        grown = key == "synvid" and old in meta.get("earlier", [])  # by prompts; its order stays
-        if old != new and not grown:
+        if old != new:
             raise ValueError(f"{path}: that run began with {key}={old}, the config has {new}: go "
                              "back to it, choose another --run, or remove that run's checkpoints")
 

@@ -482,7 +482,7 @@ def test_official_and_diffusers_folders_load_and_give_equal_outputs(folders):
 
 def test_a_full_size_pth_without_config_is_read_as_the_official_size(tmp_path):
     torch.save(WanVAE(dim=4).state_dict(), tmp_path / "Wan2.1_VAE.pth")
-    with pytest.raises(ValueError, match=r"shape \[.*4.*\], wanted \[.*96.*\]"):
+    with pytest.raises(ValueError, match=r"shape \[.*4.*\], expected \[.*96.*\]"):
         load_vae(tmp_path)
 
 

@@ -66,8 +66,9 @@ def short_form(line: dict) -> str:
                     ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line)
 
 
-def step_flops(cfg: Any, state: Any, k: int, tokens: int) -> float:
-    """Floating-point operations of an iteration; recomputation is not counted (for MFU).
+def step_flops(cfg: Any, state: Any, k: int, tokens: int, recomputed: bool = False) -> float:
+    """Floating-point operations of an iteration; with what checkpointing computes again, if
+    `recomputed` (not for MFU).
 
     Student: forward and backward (3 forwards' worth, 2 with a LoRA) for each loss; teacher: two
     forwards and a backward to its input, up to the tap.
@@ -75,6 +76,8 @@ def step_flops(cfg: Any, state: Any, k: int, tokens: int) -> float:
     tapped = (state.taps[k] + 1) / len(state.teacher.blocks)
     student = 3 if cfg.lora is None else 2
     forwards = student * (cfg.traj + cfg.adv) + 3 * cfg.adv * tapped
+    if recomputed and cfg.checkpointing:
+        forwards += cfg.traj + cfg.adv * (2 + tapped)
     return forwards * cfg.batch * state.student.flops(tokens)
 
 
@@ -83,7 +86,7 @@ def print_bill(cfg: Any, taps: list[int], shape: tuple[int, ...]) -> None:
     dit, m = meta_student(sizes_of(cfg.preset), cfg.lora), len(taps)
     state, tokens = SimpleNamespace(student=dit, teacher=dit, taps=taps), math.prod(
         dit.token_grid(*shape[1:]))
-    flop = sum(step_flops(cfg, state, k, tokens) for k in range(m)) / m * cfg.iterations
+    flop = sum(step_flops(cfg, state, k, tokens, True) for k in range(m)) / m * cfg.iterations
     print(f"distill: {cfg.iterations} iterations of {cfg.batch} samples, {flop:.3g} FLOP in all: "
           f"{flop / 1.44e18:.3g} GPU-hours at 400 TFLOP/s (40% of an H100's peak)", flush=True)
 

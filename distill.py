@@ -209,8 +209,8 @@ class Config(Shared):
     micro_batch: int = field(1, "most samples in one forward; gradients accumulate to batch",
                              "[1, inf)")
     lr: float = field(5e-6, "AdamW learning rate of the student; the paper's 5e-6", "(0, inf)")
-    lr_final: float = field(1.0, "fraction of lr at the last iteration, reached linearly (D15)",
-                            "[0, inf)")
+    lr_final: float = field(1.0, "fraction of lr at the last iteration, reached linearly (D15); "
+                            "other than 1 it fixes iterations", "[0, inf)")
     lr_heads: float | None = field(None, "learning rate of the heads; default lr", "(0, inf)")
     beta1: float = field(0.0, "AdamW first moment decay (not stated in the paper; D16)", "[0, 1)")
     beta2: float = field(0.999, "AdamW second moment decay (not stated)", "[0, 1)")

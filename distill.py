@@ -37,7 +37,7 @@ from common.config import Shared, announce, field, load_config, settings_to_comp
 from common.names import fingerprint
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, generator, lock_run_folder, on_first_rank,
-    prefer_attention, progress_bar, setup_distributed)
+    prefer_attention, print_line, progress_bar, setup_distributed)
 from model import check_model, euler_step, frozen_copy, load_dit, sizes_of, velocity
 from training import checkpoint, monitor, optimizer
 from training.data import Batch, Loader, fresh_noise, open_synvid
@@ -373,12 +373,12 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
                 break
     if state.step < cfg.iterations:
         if ranks.rank == 0:
-            print(f"stopped by a signal after iteration {state.step}: rerun the same command to "
-                  "resume")
+            print_line(f"stopped by a signal after iteration {state.step}: rerun the same command "
+                       "to resume")
         return
     path = export_student(cfg, state, ranks, meta)
     if ranks.rank == 0:
-        print(f"student: {path}  curves: {folder / 'curves.png'}", flush=True)
+        print_line(f"student: {path}  curves: {folder / 'curves.png'}")
         monitor.print_result(cfg, journal.lines)
 
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,16 +29,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
-from tqdm import tqdm
 
 from artifacts.lora import load_lora_student
 from artifacts.student import export_student
+from artifacts.trajectories import manifest_checksum
 from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.files import crc32_of_json
 from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compile_blocks, compute_dtype, generator, lock_run_folder, prefer_attention,
-    require_same, setup_distributed)
+    Ranks, cli, compile_blocks, compute_dtype, generator, lock_run_folder, on_first_rank,
+    prefer_attention, print_line, progress_bar, setup_distributed)
 from model import check_model, euler_step, frozen_copy, load_dit, sizes_of, velocity
 from training import checkpoint, monitor, optimizer
 from training.data import Batch, Loader, fresh_noise, open_synvid
@@ -211,8 +209,8 @@ class Config(Shared):
     micro_batch: int = field(1, "most samples in one forward; gradients accumulate to batch",
                              "[1, inf)")
     lr: float = field(5e-6, "AdamW learning rate of the student; the paper's 5e-6", "(0, inf)")
-    lr_final: float = field(1.0, "fraction of lr at the last iteration, reached linearly (D15)",
-                            "[0, inf)")
+    lr_final: float = field(1.0, "fraction of lr at the last iteration, reached linearly (D15); "
+                            "other than 1 it fixes iterations", "[0, inf)")
     lr_heads: float | None = field(None, "learning rate of the heads; default lr", "(0, inf)")
     beta1: float = field(0.0, "AdamW first moment decay (not stated in the paper; D16)", "[0, 1)")
     beta2: float = field(0.999, "AdamW second moment decay (not stated)", "[0, 1)")
@@ -318,11 +316,25 @@ def tap_blocks(cfg: Config, depth: int) -> list[int]:
 # ------------------------------------------------------------------------------------- train
 
 def catch_signals() -> list[int]:
-    """A list that collects the signals to stop, so that the current iteration can finish."""
+    """A list that collects the signals to stop, so that the current iteration can finish.
+
+    SIGUSR1 and SIGUSR2 are SLURM's usual warnings. A second Ctrl-C ends the process at once.
+    """
     caught: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: caught.append(number))
+
+    def catch(number: int, _: Any) -> None:
+        caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, catch)
     return caught
+
+
+def is_export_step(cfg: Config, step: int) -> bool:
+    """Whether the student is exported after `step` iterations, which are not the last."""
+    return bool(cfg.export_every) and step % cfg.export_every == 0 and 0 < step < cfg.iterations
 
 
 def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: dict,
@@ -334,10 +346,12 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
     tokens = math.prod(state.student.token_grid(*loader.shape[1:]))
     journal = monitor.Journal(folder, state.step, ranks)
     teacher = monitor.teacher_errors(cfg, state.teacher, loader, ranks, journal)
+    if is_export_step(cfg, state.step) and on_first_rank(  # an export that failed, then a save
+            lambda: not (Path(cfg.run) / f"student_{state.step:06d}.safetensors").exists()):
+        export_student(cfg, state, ranks, meta, f"student_{state.step:06d}")
     caught, saver = catch_signals(), checkpoint.Saver(folder, ranks, cfg.keep, state.step)
-    with checkpoint.saving(saver, state, loader, meta), tqdm(
-            total=cfg.iterations, initial=state.step, desc="distill", disable=ranks.rank > 0,
-            mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
+    with checkpoint.saving(saver, state, loader, meta), progress_bar(
+            cfg.iterations, "distill", ranks.rank, state.step) as bar:
         for step, k, log in algorithm_1(cfg, state, loader):                     # load, step
             last = state.step == cfg.iterations
             figures = log.gather(stop=bool(caught), retry=saver.error is not None)
@@ -349,7 +363,7 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
             if state.step % cfg.eval_every == 0 or last:                         # evaluate
                 errors = monitor.held_out_errors(cfg, state.student, loader, ranks)
                 journal.extend(errors | teacher)
-            if cfg.export_every and state.step % cfg.export_every == 0 and not last:
+            if is_export_step(cfg, state.step):
                 export_student(cfg, state, ranks, meta, f"student_{state.step:06d}")
             if state.step % cfg.save_every == 0 or last or stop or retry:        # save
                 checkpoint.save_state(saver, state, loader, meta)
@@ -359,12 +373,12 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
                 break
     if state.step < cfg.iterations:
         if ranks.rank == 0:
-            print(f"stopped by a signal after iteration {state.step}: rerun the same command to "
-                  "resume")
+            print_line(f"stopped by a signal after iteration {state.step}: rerun the same command "
+                       "to resume")
         return
     path = export_student(cfg, state, ranks, meta)
     if ranks.rank == 0:
-        print(f"student: {path}  curves: {folder / 'curves.png'}", flush=True)
+        print_line(f"student: {path}  curves: {folder / 'curves.png'}")
         monitor.print_result(cfg, journal.lines)
 
 
@@ -382,11 +396,11 @@ def main(argv: list[str] | None = None) -> None:
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
     with lock_run_folder(Path(cfg.run) / "distill"):
         data = open_synvid(cfg)
-        contents = crc32_of_json(data.manifest)
-        require_same({"synvid": contents})
         loader = Loader(cfg, data, ranks)
         meta = {"config": asdict(cfg), "teacher": teacher, "count": loader.count,
-                "synvid": contents}
+                "synvid": manifest_checksum(data.manifest)}
+        if ranks.rank == 0:
+            monitor.print_bill(cfg, tap_blocks(cfg, sizes.num_layers), loader.shape)
         check_resources(cfg, loader.shape, ranks)
         state = build(cfg, data.t_key, ranks)
         checkpoint.resume(cfg, state, loader, ranks, meta)

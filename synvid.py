@@ -30,15 +30,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts.trajectories import (
-    LATENT_DTYPES, find_trajectories, make_manifest, open_manifest, read_manifest, read_trajectory,
-    trajectory_path, verify, write_trajectory)
+    LATENT_DTYPES, find_trajectories, first_gap, make_manifest, open_manifest, read_manifest,
+    read_trajectory, trajectory_path, verify, write_trajectory)
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import format_bytes, format_seconds
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, read_prompts
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, draw_noise, lock_run_folder, on_first_rank,
-    prefer_attention, setup_distributed)
+    prefer_attention, progress_bar, setup_distributed)
 from common.video import write_video
 from frozen.load import load_conditioner, load_vae
 from model import (
@@ -104,7 +104,7 @@ def job_indices(cfg: Config, prompts: list[Prompt]) -> range:
 
 def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torch.device,
          damaged: Iterable[int]) -> list[int]:
-    """The indices of trajectories to make; prints their bytes and FLOPs.
+    """The indices of trajectories to make; prints their bytes and FLOPs, and a gap before them.
 
     Removes what killed runs of this job left half-written; other jobs may be writing theirs.
     Raises ValueError if the disk is too small.
@@ -130,6 +130,10 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
           f"exist; at most {format_bytes(need)} to write, {format_bytes(free)} free at {folder}\n"
           f"synvid: {evaluations} evaluations each, {flop:.3g} FLOP in all: {flop / 1.44e18:.3g} "
           "GPU-hours at 400 TFLOP/s (40% of an H100's peak)", flush=True)
+    if gap := first_gap(existing.union(indices)):
+        print(f"synvid: trajectories {gap[0]} to {gap[-1]} do not exist and are not of this job: "
+              f"distill.py needs them too: make them with --start {gap[0]} --count {len(gap)}, "
+              "unless another job does", flush=True)
     if need > free:
         raise ValueError(f"{folder}: {len(todo)} trajectories need up to {format_bytes(need)}, got "
                          f"{format_bytes(free)}: free some space, choose another --run, or make "
@@ -192,8 +196,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
 
     start = time.perf_counter()
-    bar = tqdm(total=sum(len(missing[b]) for b in own), desc="synvid", unit="trajectory",
-               mininterval=1 if sys.stderr.isatty() else 60, disable=ranks.rank != 0)
+    bar = progress_bar(sum(len(missing[b]) for b in own), "synvid", ranks.rank, unit="trajectory")
     for b in own:
         # The complete batch is computed, even if little of it is missing: same rounding and bytes.
         batch = range(b * cfg.batch, (b + 1) * cfg.batch)

@@ -26,14 +26,13 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from common.config import Shared
 from common.files import (
     NUMBER, abbreviate, crc32_of_json, error_summary, parse_json, path_hint, read_json,
     replace_file, shape_error, write_json)
 from common.names import fingerprint
-from common.ranks import Ranks, draw_noise
+from common.ranks import Ranks, draw_noise, on_first_rank, progress_bar, require_same
 from model import key_times, latent_shape, time_grid
 
 VERSION = 2  # of the format on disk; 1 also held the number and the digest of the prompts
@@ -147,6 +146,12 @@ def find_trajectories(folder: Path) -> set[int]:
     """Indices of the complete trajectories in a folder: those whose files have their final name."""
     return {int(path.stem) for path in folder.glob("[0-9]*/[0-9]*.safetensors")
             if path.stem.isdecimal() and path == trajectory_path(folder, int(path.stem))}
+
+
+def first_gap(existing: set[int]) -> range:
+    """The first indices that are missing although later ones exist; empty if there are none."""
+    first = next(i for i in itertools.count() if i not in existing)
+    return range(first, min((i for i in existing if i > first), default=first))
 
 
 def initial_noise(seed: int, i: int, prompt: str, shape: Iterable[int]) -> Tensor:
@@ -268,12 +273,10 @@ class SynVid:
                              "CONFIG` in another --run")
         existing = find_trajectories(self.folder)
         self.count = len(existing)
-        first = next(i for i in itertools.count() if i not in existing)
-        if first < self.count or not existing:
-            last = min((i for i in existing if i > first), default=1) - 1
-            raise ValueError(f"{trajectory_path(self.folder, first)}: is missing, the first of a "
-                             f"gap of {last + 1 - first}; {self.count} trajectories exist: finish "
-                             "by the same `python synvid.py` command")
+        if gap := first_gap(existing) if existing else range(1):
+            raise ValueError(f"{trajectory_path(self.folder, gap[0])}: is missing, the first of a "
+                             f"gap of {len(gap)}; {self.count} trajectories exist: finish by the "
+                             "same `python synvid.py` command")
 
     def __len__(self) -> int:
         return self.count
@@ -291,13 +294,25 @@ class SynVid:
         return read_trajectory(self.folder, self.manifest, i, points)
 
 
+def open_trajectories(folder: Path, cfg: Shared) -> SynVid:
+    """The trajectories that rank 0 finds, on all ranks: a network disk may not show all of them
+    everywhere yet. Raises as SynVid; ValueError if a rank has another manifest or none."""
+    data = on_first_rank(lambda: SynVid(folder, cfg))
+    data.folder = folder  # paths may differ from rank to rank
+    exists = (folder / "manifest.json").exists()
+    require_same({"synvid": manifest_checksum(read_manifest(folder)) if exists else None})
+    return data
+
+
 # ------------------------------------------------------------------------------- verification
 
 def verify(folder: Path, indices: range, manifest: dict, ranks: Ranks) -> dict[int, str]:
     """The faulty trajectories with their faults; every byte is read, a share by each rank."""
     faults: dict[int, str] = {}
-    for i in tqdm(indices[ranks.rank::ranks.world], "verify", unit="trajectory", mininterval=1,
-                  disable=None if ranks.rank == 0 else True):
+    own = indices[ranks.rank::ranks.world]
+    bar = progress_bar(len(own), "verify", ranks.rank, unit="trajectory")
+    for i in own:
+        bar.update()
         if not trajectory_path(folder, i).exists():
             faults[i] = "missing"
             continue
@@ -305,6 +320,7 @@ def verify(folder: Path, indices: range, manifest: dict, ranks: Ranks) -> dict[i
             read_trajectory(folder, manifest, i, manifest["stored"])
         except ValueError as e:
             faults[i] = str(e.__cause__)
+    bar.close()
     parts: list[Any] = [None] * ranks.world
     dist.all_gather_object(parts, faults)
     faults = {i: fault for part in parts for i, fault in part.items()}

@@ -33,7 +33,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from common.files import lock_folder
+from common.files import TOKEN, lock_folder, write_text
 
 # ----------------------------------------------------------------------- processes and devices
 
@@ -311,6 +311,29 @@ def on_first_rank(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
+SIGHT = 60.0  # seconds after which a network disk shows a new file on all nodes (NFS: acdirmax)
+
+
+def require_shared_folder(folder: Path) -> None:
+    """Raise ValueError if a rank does not see the file that rank 0 writes into the folder."""
+    if dist.get_world_size() == 1:
+        return
+    name = f".shared.{os.getpid()}-{TOKEN}.part"  # removed as a leftover if this is killed
+    path = folder / on_first_rank(lambda: write_text(folder / name, name) or name)
+    until = time.monotonic() + SIGHT
+    while not (sees := path.exists()) and time.monotonic() < until:
+        time.sleep(1)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, sees)
+    if dist.get_rank() == 0:
+        path.unlink(missing_ok=True)
+    if blind := [rank for rank, sees in enumerate(found) if not sees]:
+        error = ValueError(f"{folder}: rank(s) {', '.join(map(str, blind))} of {len(found)} do not "
+                           "see what rank 0 writes there: expected one folder for all ranks: put "
+                           "--run on a disk that all nodes share")
+        raise error if dist.get_rank() == 0 else SystemExit(1)
+
+
 class AgreedError(ValueError):
     """An error that every rank raises at the same point, so that they can still act together; only
     one of them has a message."""
@@ -327,9 +350,10 @@ def raise_together(error: Exception | None) -> None:
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
-    """files.lock_folder for all ranks of this job."""
+    """files.lock_folder for all ranks of this job. Raises also as require_shared_folder."""
     with contextlib.ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(lock_folder(folder, first, stop)))
+        require_shared_folder(folder)
         yield
 
 
@@ -350,6 +374,30 @@ def watch_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def print_line(line: str, error: bool = False) -> None:
+    """Print a line that is not worth a run: if it cannot be written, it is dropped."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+class WholeLines:
+    """A stream for tqdm without a terminal: each state of a bar is a line of its own on stderr."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print_line(line, error=True)
+
+    def flush(self) -> None:
+        """write has done it."""
+
+
+def progress_bar(total: int, name: str, rank: int = 0, initial: int = 0, unit: str = "it") -> tqdm:
+    """A progress bar on rank 0; without a terminal, a line a minute."""
+    interval, stream = (0.5, sys.stderr) if sys.stderr.isatty() else (60, WholeLines())
+    return tqdm(total=total, desc=name, initial=initial, unit=unit, mininterval=interval,
+                file=stream, disable=rank > 0)
 
 
 def print_error(error: str) -> None:

@@ -178,7 +178,8 @@ def test_a_method_s_student_is_one_that_evaluate_reads(method, config, tiny_weig
     captions.write_text("\n".join(world.make_captions(0, 0, 3, held_out=True)))
     argv = [str(config), "--method", method, "--data_count", "6"]
     baselines.main(argv)
-    path = tmp_path / "run/student.safetensors"
+    path = tmp_path / f"run/baselines/{method}-matched-seed0/student.safetensors"
+    assert not (tmp_path / "run/student.safetensors").exists()  # that is distill.py's
     facts = json.loads(safetensors_metadata(path)["accvideo"])
     assert facts["key"] == [0, 2, 4] and facts["iterations"] == 4
     first = {name: t.read() for name, t in open_tensors(path).items()}
@@ -188,7 +189,8 @@ def test_a_method_s_student_is_one_that_evaluate_reads(method, config, tiny_weig
     baselines.main(argv)  # by its seeds alone; the clips are read again
     again = open_tensors(path)
     assert all(torch.equal(first[name], again[name].read()) for name in first)
-    evaluate.main([str(config), "--prompts", str(captions), "--pictures", "false"])
+    evaluate.main([str(config), "--prompts", str(captions), "--pictures", "false", "--students",
+                   str(path)])
     table = json.loads((tmp_path / "run/evaluate/table.json").read_text())
     assert [row["label"] for row in table["rows"]] == ["teacher@4", "teacher@2", "student@2"]
 

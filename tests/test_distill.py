@@ -9,6 +9,7 @@ import signal
 import time
 from collections import deque
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from common.weights import save_tensors
 from model import WanConfig, key_times
 from training import data as loading
 from training import monitor
-from training.checkpoint import Saver, resume, save_state, tensors_of
+from training.checkpoint import Saver, check_same_run, resume, save_state, tensors_of
 from training.monitor import Journal, Log, held_out_errors, step_flops, teacher_errors
 
 SMALL = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=3, text_dim=8, text_len=4,
@@ -242,6 +243,38 @@ def test_the_teacher_s_errors_are_read_from_the_log_of_an_earlier_start(weights,
     assert teacher_errors(cfg, nets.teacher, loader, ranks, journal) == first
 
 
+def test_a_log_line_or_picture_that_cannot_be_written_is_a_warning_and_the_line_comes_later(
+        tmp_path, ranks, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    journal = Journal(tmp_path, 0, ranks)
+    with monkeypatch.context() as m:
+        for name in ("append_log", "write_text", "draw_curves"):
+            m.setattr(monitor, name, fails)
+        journal.append({"step": 1, "k": 1})
+        journal.extend({"endpoint": 0.5})
+    assert capsys.readouterr().out.count("No space left on device; training continues") == 3
+    assert (tmp_path / "log.jsonl").read_text() == ""
+    journal.append({"step": 2, "k": 0})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(x["step"], x.get("endpoint")) for x in lines] == [(1, 0.5), (2, None)]
+    assert all(datetime.fromisoformat(x["time"]).tzinfo for x in lines)
+
+
+def test_signals_are_collected_and_a_second_ctrl_c_ends_the_process_at_once():
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT]
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        caught = distill.catch_signals()
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        assert caught == numbers and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def test_accumulated_micro_batches_equal_one_batch(weights, tmp_path, ranks):
     full, _ = run(settings(weights, tmp_path, lr=1e-4), ranks)
     parts, _ = run(settings(weights, tmp_path, lr=1e-4, micro_batch=1), ranks)
@@ -366,6 +399,13 @@ def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_p
     other = asdict(settings(weights, tmp_path, lr=2e-3))
     with pytest.raises(ValueError, match="lr=0.001, the config has 0.002"):
         resume(cfg, nets, loader, ranks, {**meta, "config": other})
+    longer = asdict(settings(weights, tmp_path, iterations=9))
+    resume(cfg, nets, loader, ranks, {**meta, "config": longer})
+    falling = {**meta, "config": {**meta["config"], "lr_final": 0.1}}
+    with pytest.raises(ValueError, match=r"iterations=6, which its learning rate depends on "
+                                         r"\(lr_final\), the config has 9: go back"):
+        check_same_run(Path("step"), falling, {**meta, "config": {**longer, "lr_final": 0.1}})
+    check_same_run(Path("step"), falling, falling)
     for key in ("teacher", "synvid"):
         with pytest.raises(ValueError, match=f"{key}={meta[key]}, the config has other"):
             resume(cfg, nets, loader, ranks, {**meta, key: "other"})
@@ -430,7 +470,9 @@ def undisturbed(tmp_path_factory, tiny_weights, run_stage):
               "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
-    (folder / "a.out").write_text(run_stage("distill", path, "--run", folder / "a").stdout)
+    done = run_stage("distill", path, "--run", folder / "a")
+    (folder / "a.out").write_text(done.stdout)
+    (folder / "a.err").write_text(done.stderr)
     return folder, path
 
 
@@ -438,6 +480,9 @@ def test_command_makes_a_missing_small_synvid_trains_and_exports(undisturbed):
     folder, _ = undisturbed
     printed = (folder / "a.out").read_text()
     assert "memory plan" in printed and "held-out endpoint error" in printed
+    assert "8 iterations of 4 samples" in printed and "GPU-hours at 400 TFLOP/s" in printed
+    bar = (folder / "a.err").read_bytes()  # in a file, each state of the bar is a line
+    assert b"\r" not in bar and bar.splitlines()[-1].startswith(b"distill: 100%")
     path = folder / "a/student.safetensors"
     with safe_open(path, "pt") as f:
         about = json.loads(f.metadata()["accvideo"])
@@ -448,7 +493,7 @@ def test_command_makes_a_missing_small_synvid_trains_and_exports(undisturbed):
     assert [x["step"] for x in lines] == list(range(1, 9))
     assert [x["k"] for x in lines[:3]] == [1, 0, 1]
     assert {"loss_traj", "loss_adv", "loss_head", "acc_real", "acc_fake", "grad_traj", "grad_adv",
-            "grad_head", "lr", "s_data", "tokens_per_s"} <= lines[0].keys()
+            "grad_head", "lr", "s_data", "tokens_per_s", "time"} <= lines[0].keys()
     assert "endpoint" in lines[3] and len(lines[3]["velocity"]) == 2
     assert (folder / "a/distill/curves.png").read_bytes()[:4] == b"\x89PNG"
     kept = sorted(p.name for p in (folder / "a/distill").glob("step_*"))
@@ -493,6 +538,21 @@ def test_killed_and_terminated_at_any_moment_it_ends_with_the_same_weights(undis
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_an_export_that_is_missing_at_the_checkpoint_is_made_on_resuming(undisturbed, run_stage,
+                                                                         tmp_path):
+    folder, config = undisturbed
+    shutil.copytree(folder / "a", tmp_path / "run")
+    path = tmp_path / "run/synvid/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["t"] = [math.nextafter(t, 2) for t in manifest["t"]]  # as another library rounds
+    path.write_text(json.dumps(manifest))
+    done = run_stage("distill", config, f"run={tmp_path / 'run'}", "iterations=9", "export_every=8")
+    assert "resuming from" in done.stdout
+    ours, theirs = (load_file(p) for p in (tmp_path / "run/student_000008.safetensors",
+                                           folder / "a/student.safetensors"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def _made(path):
     path.mkdir(parents=True)
     return path
@@ -519,7 +579,7 @@ def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, 
     assert kept and max(kept) == steps[-1]  # though it was still being written
 
 
-def test_missing_synvid_of_another_preset_names_the_command(tmp_path, monkeypatch):
+def test_missing_synvid_of_another_preset_names_the_command(tmp_path, monkeypatch, ranks):
     monkeypatch.setitem(model.PRESETS, "small", SMALL)
     cfg = distill.Config(preset="small", run=str(tmp_path))
     cfg.path = "my.yaml"

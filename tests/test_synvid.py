@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from processes import start_each
+from processes import in_processes, start_each
 from safetensors import safe_open
 
 import common.files
+import common.ranks
 import model
 import synvid
 from artifacts import trajectories
@@ -133,6 +135,30 @@ def test_the_reader_gives_prompts_conditions_and_times_in_order(made, tiny_weigh
         data.read(7)
 
 
+def apart(ranks, folder: Path, made: Path, args: list) -> None:
+    """One of two processes with a folder each; then the second one's list of trajectories lags."""
+    common.ranks.SIGHT = 0
+    try:
+        with common.ranks.lock_run_folder(folder / str(ranks.rank)):
+            said = "no error"
+    except (ValueError, SystemExit) as e:
+        said = str(e)
+    if ranks.rank == 1:
+        trajectories.find_trajectories = lambda folder: {0, 1, 4}
+    data = trajectories.open_trajectories(made, config_of(*args))
+    write_json(folder / f"{ranks.rank}.json", [said, len(data), data.read(6)[2]])
+
+
+def test_ranks_must_see_one_run_folder_and_take_the_first_one_s_list(made, tmp_path, tiny_weights):
+    folder, _, args = made
+    in_processes(2, partial(apart, made=folder, args=args), tmp_path)
+    (first, *one), (second, *two) = (json.loads((tmp_path / f"{r}.json").read_text())
+                                     for r in range(2))
+    assert "0: rank(s) 1 of 2 do not see what rank 0 writes there" in first and second == "1"
+    assert one == two == [7, (tiny_weights / "prompts.txt").read_text().splitlines()[6]]
+    assert not [p for p in tmp_path.rglob(".*") if p.name != ".owners"]
+
+
 def test_text_states_are_stored_without_loss_and_as_bf16_where_that_holds_them():
     exact, other = torch.randn(3, 4).bfloat16().float(), torch.randn(3, 4)
     assert trajectories.bf16_if_exact(exact).dtype == torch.bfloat16
@@ -169,6 +195,10 @@ def test_the_cost_is_printed_before_the_start_and_after_the_first_batch(make_con
     out = capsys.readouterr().out
     assert "2 trajectories to make, 3 of 5 exist" in out and "free at" in out
     assert "per trajectory on cpu" in out and "device-hours" in out and "left with 1 rank" in out
+    assert "do not exist" not in out
+    generate(config, "--start", 8, "--count", 1)
+    assert "trajectories 5 to 7 do not exist and are not of this job: distill.py needs them too: " \
+           "make them with --start 5 --count 3" in capsys.readouterr().out
 
 
 def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):

@@ -5,7 +5,8 @@
 
 In:  the teacher's folder; with --data samples also <run>/synvid (or --synvid). The settings are
      distill.py's, as far as the methods have them. A stopped run starts from the beginning.
-Out: <run>/student.safetensors, which sample.py and evaluate.py read like any student.
+Out: student.safetensors in --run, by default <run of the config>/baselines/perflow-matched-seed0
+     and so on, next to distill.py's student; sample.py and evaluate.py read it like any student.
 They start from noised data, which are useless where no trajectory of the teacher passes (Sec. 3.2,
 Eq. 4). The small world's data are known, so `python -m tools.paper` measures this (Table 3).
 """
@@ -25,13 +26,13 @@ from tqdm import tqdm
 
 import distill
 from artifacts.student import export_student
-from artifacts.trajectories import SynVid
+from artifacts.trajectories import open_trajectories
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.names import fingerprint
 from common.prompts import Prompt
 from common.ranks import (
-    Ranks, Timer, cli, compute_dtype, generator, on_first_rank, lock_run_folder, prefer_attention,
-    setup_distributed)
+    Ranks, Timer, cli, compute_dtype, generator, lock_run_folder, on_first_rank, prefer_attention,
+    progress_bar, setup_distributed)
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from distill import COLLECTIVE_TIMEOUT, build, learning_rate
 from frozen.load import encode_prompts, load_conditioner, load_vae
@@ -181,7 +182,7 @@ def keep_clips(cfg: Shared, path: Path, radius: tuple[float, float], seed: int, 
 def load_data(cfg: Config, device: torch.device) -> Data:
     """The videos that cfg.data names, as latents with their conditioning."""
     if cfg.data == "samples":
-        store = SynVid(cfg.synvid or Path(cfg.run) / "synvid", cfg)
+        store = open_trajectories(Path(cfg.synvid or f"{cfg.run}/synvid"), cfg)
         items = [store.read(i, [0]) for i in range(min(cfg.data_count, len(store)))]
         conds = [cond for _, cond, _ in items]
         unconds = None if cfg.cfg_scale == 1 else load_conditioner(
@@ -248,9 +249,8 @@ def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ra
         state.opts["fake"] = adamw(cfg, fake, cfg.offload)
     state.opts["student"] = state.opts["traj"]
     each, losses = cfg.batch // (cfg.micro_batch * ranks.dp_size), {}
-    bar = tqdm(range(cfg.iterations), f"{cfg.method}, {cfg.data}", mininterval=1,
-               disable=None if ranks.rank == 0 else True)
-    for step in bar:
+    bar = progress_bar(cfg.iterations, f"{cfg.method}, {cfg.data}", ranks.rank)
+    for step in range(cfg.iterations):
         k = m - 1 - step % m
         for name, network, updates in networks:
             for update in range(updates):
@@ -270,17 +270,22 @@ def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ra
                 lr = learning_rate(cfg, step, cfg.lr)
                 apply_update(state.opts[name], params, lr, cfg.clip)
         state.step = step + 1
+        bar.update()
         if step % 10 == 9:
             values = {name: float(loss) for name, loss in losses.items()}
             if not all(math.isfinite(value) for value in values.values()):
                 raise ValueError(f"{cfg.method}: iteration {step + 1}: losses are {values}: "
                                  "stopping. Lower lr")
-            bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()})
+            bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
+    bar.close()
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, load or encode the data, train, export."""
     cfg = load_config(Config, "distill", argv, __doc__, "-m tools.baselines")
+    if "run" not in cfg.given:  # <run> is that of the config, whose student is distill.py's
+        cfg.synvid, cfg.clips = cfg.synvid or f"{cfg.run}/synvid", cfg.clips or f"{cfg.run}/clips"
+        cfg.run = f"{cfg.run}/baselines/{cfg.method}-{cfg.data}-seed{cfg.seed}"
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, COLLECTIVE_TIMEOUT,
                               same=settings_to_compare(cfg, teacher=teacher))

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import distill
 from artifacts.student import load_student, student_facts
-from artifacts.trajectories import SynVid
+from artifacts.trajectories import SynVid, open_trajectories
 from common.config import announce, field, load_config, settings_to_compare
 from common.files import replace_file, write_json
 from common.names import fingerprint
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     distill.check_config(cfg, 1)
     if cfg.student is not None:
         student_facts(Path(cfg.student), cfg, same_teacher=True)
-    data = SynVid(cfg.synvid or Path(cfg.run) / "synvid", cfg)
+    data = open_trajectories(Path(cfg.synvid or f"{cfg.run}/synvid"), cfg)
     check_choice(cfg, len(data), sizes.num_layers)
     cfg.videos = cfg.videos or min(128, len(data))
     count = min(8, sizes.num_layers)

@@ -9,9 +9,9 @@ reported and skipped. It loads on any number of ranks, and holds no pickle.
 
 import contextlib
 import json
-import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -25,9 +25,10 @@ from torch.distributed.tensor import DTensor
 
 from common.config import read_settings
 from common.files import (
-    crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log, shape_error,
-    sync_to_disk, write_json, write_remedy)
-from common.ranks import AgreedError, Ranks, local_rows, on_first_rank, raise_together
+    crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log, replace_folder,
+    shape_error, write_json, write_remedy)
+from common.ranks import (
+    AgreedError, Ranks, local_rows, on_first_rank, print_line, raise_together)
 from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
 
 # ------------------------------------------------------------------------------------ saving
@@ -69,11 +70,11 @@ class Saver:
         """
         self.wait(retries=1)
         if self.failures and self.ranks.rank == 0:
-            print(f"{self.failure()}; trying once more", flush=True)
+            print_line(f"{self.failure()}; trying once more")
         self.path, self.step, self.error = self.folder / f"step_{step:06d}", step, None
         aside = self.folder / f".step_{step:06d}.part"
         if self.ranks.rank == 0:
-            for stale in self.folder.glob(".step_*.part"):
+            for stale in self.folder.glob(".step_*"):  # what killed runs left
                 shutil.rmtree(stale, ignore_errors=True)
         tensors, rows = self.copy_to_host(dict(flatten(state)))
         meta = {**meta, "format": FORMAT, "step": step}
@@ -128,18 +129,17 @@ class Saver:
         """On the first rank: write meta.json, rename the folder, remove old checkpoints."""
         try:
             write_json(aside / "meta.json", {**meta, "crc32": crc32_of_json(meta)})
-            shutil.rmtree(self.path, ignore_errors=True)
-            os.replace(aside, self.path)
-            sync_to_disk(self.folder)
+            replace_folder(self.path, aside)
             self.prune(meta["step"])
         except (OSError, ValueError) as e:
             return e
         return None
 
     def prune(self, step: int) -> None:
-        """Remove all but the last few up to `step`, and later ones, which resuming skipped."""
+        """Remove all but the last few up to `step`. Resuming may have skipped later ones, which
+        stay until the run has passed them: what one start cannot read, the next may."""
         steps = checkpoints(self.folder)
-        for old in [s for s in steps if s > step] + [s for s in steps if s <= step][:-self.keep]:
+        for old in [s for s in steps if s <= step][:-self.keep]:
             shutil.rmtree(steps[old], ignore_errors=True)
 
     def wait(self, retries: int = 0) -> None:
@@ -225,19 +225,31 @@ def read_meta(path: Path) -> dict | str:
     return meta
 
 
+SECOND_LOOK = 60.0  # seconds after which a network disk shows a file on all nodes
+
+
 def check_files(path: Path, files: dict[str, list], ranks: Ranks) -> str | None:
-    """Compare size and CRC-32 of a checkpoint's files, a share on each rank; None if all match."""
+    """Compare a checkpoint's files, their sizes on each rank and their CRC-32 on one; None if all
+    match. Where several ranks share a disk, one may see a file late: it is checked once more."""
+    own = list(files)[ranks.rank::ranks.world]
+
     def matches(name: str) -> bool:
+        size, checksum = files[name]
         try:
-            return [(path / name).stat().st_size, crc32_of_file(path / name)] == files[name]
+            return (path / name).stat().st_size == size and (
+                name not in own or crc32_of_file(path / name) == checksum)
         except OSError:
             return False
 
-    parts: list[Any] = [None] * ranks.world
-    dist.all_gather_object(parts, [name for name in list(files)[ranks.rank::ranks.world]
-                                   if not matches(name)])
-    damaged = ", ".join(name for part in parts for name in part)
-    return f"missing, truncated or changed: {damaged}" if damaged else None
+    names, parts = list(files), [[]] * ranks.world
+    for wait in (SECOND_LOOK, 0) if ranks.world > 1 else (0,):
+        names = [name for name in names if not matches(name)]
+        dist.all_gather_object(parts, names)
+        if not any(parts):
+            return None
+        time.sleep(wait)
+    damaged = sorted({name for part in parts for name in part})
+    return f"missing, truncated or changed: {', '.join(damaged)}"
 
 
 def load_checkpoint(path: Path, state: dict) -> None:
@@ -345,12 +357,19 @@ CHANGEABLE_ON_RESUME = {
 
 
 def check_same_run(path: Path, saved: dict, meta: dict) -> None:
-    """Raise ValueError if the run saved at `path` had other settings, teacher or data."""
-    for key in ["teacher", "synvid", *(k for k in meta["config"] if k not in CHANGEABLE_ON_RESUME)]:
+    """Raise ValueError if the run saved at `path` had other settings, teacher or data.
+
+    If the learning rate falls to lr_final at the last iteration, their number cannot change either.
+    """
+    fixed = {"iterations"} if meta["config"].get("lr_final", 1) != 1 else set()
+    changeable = CHANGEABLE_ON_RESUME - fixed
+    for key in ["teacher", "synvid", *(k for k in meta["config"] if k not in changeable)]:
         old, new = (facts.get(key, facts["config"].get(key)) for facts in (saved, meta))
         if old != new:
-            raise ValueError(f"{path}: that run began with {key}={old}, the config has {new}: go "
-                             "back to it, choose another --run, or remove that run's checkpoints")
+            why = ", which its learning rate depends on (lr_final)" if key in fixed else ""
+            raise ValueError(f"{path}: that run began with {key}={old}{why}, the config has {new}: "
+                             "go back to it, choose another --run, or remove that run's "
+                             "checkpoints")
 
 
 def check_begun(folder: Path, meta: dict) -> None:

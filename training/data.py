@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from artifacts.trajectories import SynVid, find_trajectories, read_manifest
+from artifacts.trajectories import (
+    SynVid, find_trajectories, open_trajectories, read_manifest)
 from common.config import Shared, load_yaml
 from common.files import ROOT, path_hint
 from common.ranks import Ranks, draw_noise, generator, on_first_rank, raise_together
@@ -23,15 +23,19 @@ from model import collate
 def open_synvid(cfg: Any) -> SynVid:
     """The trajectories of this run; in the small world, missing ones are made first.
 
-    Raises FileNotFoundError if the folder has none; other errors are SynVid's.
+    Raises FileNotFoundError if the folder has none; other errors are open_trajectories'.
     """
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
     if cfg.preset == "tiny" and cfg.synvid is None:
         on_first_rank(lambda: make_small_synvid(cfg, folder))
-    if not (folder / "manifest.json").exists():
-        raise FileNotFoundError(f"{folder}: found no SynVid{path_hint(folder)}: make it with "
-                                f"`python synvid.py {cfg.path}`")
-    return SynVid(folder, cfg)
+
+    def check() -> None:
+        if not (folder / "manifest.json").exists():
+            raise FileNotFoundError(f"{folder}: found no SynVid{path_hint(folder)}: make it with "
+                                    f"`python synvid.py {cfg.path}`")
+
+    on_first_rank(check)
+    return open_trajectories(folder, cfg)
 
 
 def make_small_synvid(cfg: Any, folder: Path) -> None:
@@ -100,9 +104,7 @@ class Loader:
     def __init__(self, cfg: Any, data: SynVid, ranks: Ranks):
         self.cfg, self.data, self.device = cfg, data, ranks.device
         self.shape = tuple(data.manifest["shape"])                            # C T H W
-        count = torch.tensor(len(data) - cfg.held_out)
-        dist.broadcast(count, 0)  # a job may still be adding trajectories
-        self.count = int(count)
+        self.count = len(data) - cfg.held_out
         if self.count < 1:
             raise ValueError(f"held_out: expected fewer than the {len(data)} trajectories, got "
                              f"{cfg.held_out}: lower it, or make more trajectories")

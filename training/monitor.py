@@ -2,17 +2,21 @@
 
 import json
 import math
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.files import append_log, read_log, write_text
-from common.ranks import Ranks, Timer, on_first_rank, raise_together
+from common.files import append_log, error_summary, read_log, write_text
+from common.ranks import Ranks, Timer, on_first_rank, print_line, raise_together
 from common.video import draw_panels
-from model import sample_euler, velocity
+from model import sample_euler, sizes_of, velocity
+from training.memory import meta_student
 
 
 class Log:
@@ -62,8 +66,9 @@ def short_form(line: dict) -> str:
                     ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line)
 
 
-def step_flops(cfg: Any, state: Any, k: int, tokens: int) -> float:
-    """Floating-point operations of an iteration; recomputation is not counted (for MFU).
+def step_flops(cfg: Any, state: Any, k: int, tokens: int, recomputed: bool = False) -> float:
+    """Floating-point operations of an iteration; with what checkpointing computes again, if
+    `recomputed` (not for MFU).
 
     Student: forward and backward (3 forwards' worth, 2 with a LoRA) for each loss; teacher: two
     forwards and a backward to its input, up to the tap.
@@ -71,7 +76,19 @@ def step_flops(cfg: Any, state: Any, k: int, tokens: int) -> float:
     tapped = (state.taps[k] + 1) / len(state.teacher.blocks)
     student = 3 if cfg.lora is None else 2
     forwards = student * (cfg.traj + cfg.adv) + 3 * cfg.adv * tapped
+    if recomputed and cfg.checkpointing:
+        forwards += cfg.traj + cfg.adv * (2 + tapped)
     return forwards * cfg.batch * state.student.flops(tokens)
+
+
+def print_bill(cfg: Any, taps: list[int], shape: tuple[int, ...]) -> None:
+    """Print the work of all iterations on latents of `shape` [C,T,H,W], computed from shapes."""
+    dit, m = meta_student(sizes_of(cfg.preset), cfg.lora), len(taps)
+    state, tokens = SimpleNamespace(student=dit, teacher=dit, taps=taps), math.prod(
+        dit.token_grid(*shape[1:]))
+    flop = sum(step_flops(cfg, state, k, tokens, True) for k in range(m)) / m * cfg.iterations
+    print(f"distill: {cfg.iterations} iterations of {cfg.batch} samples, {flop:.3g} FLOP in all: "
+          f"{flop / 1.44e18:.3g} GPU-hours at 400 TFLOP/s (40% of an H100's peak)", flush=True)
 
 
 def check_finite(line: dict, folder: Path) -> None:
@@ -87,31 +104,49 @@ def check_finite(line: dict, folder: Path) -> None:
 class Journal:
     """log.jsonl, one line per iteration, and curves.png; the first rank writes both.
 
+    Neither is worth a run: if one cannot be written, that is printed, and training continues.
     Args: folder that holds them; step, the last iteration to keep: later ones will be repeated.
     """
 
     def __init__(self, folder: Path, step: int, ranks: Ranks):
         self.path, self.writes, self.lines = folder / "log.jsonl", ranks.rank == 0, []
+        self.incomplete = True  # whether the file lacks lines
         if self.writes:
             self.lines = [x for x in read_log(self.path, "step", "k") if x["step"] <= step]
-            self.rewrite()
+            self.attempt(self.rewrite)
+
+    def attempt(self, write: Callable[[], None]) -> None:
+        """Write, or print why that failed."""
+        try:
+            write()
+        except Exception as e:  # matplotlib raises many kinds
+            print_line(f"warning: {error_summary(e)}; training continues")
 
     def rewrite(self) -> None:
         """Replace the file by the lines."""
+        self.incomplete = True
         write_text(self.path, "".join(json.dumps(x) + "\n" for x in self.lines))
+        self.incomplete = False
 
     def append(self, line: dict) -> None:
-        """Log an iteration."""
+        """Log an iteration with the time of day."""
         if self.writes:
-            self.lines.append(line)
-            append_log(self.path, line)
+            self.lines.append({"time": datetime.now().astimezone().isoformat(timespec="seconds"),
+                               **line})
+            self.attempt(self.rewrite if self.incomplete else self.append_last)
+
+    def append_last(self) -> None:
+        """Append the last line to the file."""
+        self.incomplete = True
+        append_log(self.path, self.lines[-1])
+        self.incomplete = False
 
     def extend(self, errors: dict) -> None:
         """Add held-out errors to the last iteration's line, and redraw the curves."""
         if self.writes:
             self.lines[-1] |= errors
-            self.rewrite()
-            draw_curves(self.path.with_name("curves.png"), self.lines)
+            self.attempt(self.rewrite)
+            self.attempt(lambda: draw_curves(self.path.with_name("curves.png"), self.lines))
 
 
 def print_result(cfg: Any, lines: list[dict]) -> None:

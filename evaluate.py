@@ -11,6 +11,7 @@ Out:  <run>/evaluate/: report.html, one page with everything; table.md, table.js
 Cost: 2 · `count` trajectories of the teacher and a few decodes: a minute for the small world.
 """
 
+import common  # noqa: F401 (before torch, see common)
 import dataclasses
 import itertools
 import json

@@ -12,6 +12,7 @@ do not change a byte; another batch size or machine changes the last bits. The s
 and --count may fill one folder at the same time, and prompts may be appended to the file.
 """
 
+import common  # noqa: F401 (before torch, see common)
 import itertools
 import math
 import shutil

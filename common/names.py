@@ -87,9 +87,10 @@ def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     markers. Raises ValueError naming the scheme of weights that are quantised in another form."""
     out, scales = {}, {}
     for name, t in tensors.items():
-        check_scheme(name, t)
-        if match := SCALE.fullmatch(name):
-            scales[f"{match[1]}.weight"] = name, t
+        scale = SCALE.fullmatch(name)
+        check_scheme(name, t, twice=scale is not None and f"{scale[1]}.weight" in scales)
+        if scale:
+            scales[f"{scale[1]}.weight"] = name, t
         elif not UNUSED_SCALE.fullmatch(name):
             out[name] = t
     for name, (scale_name, scale) in scales.items():
@@ -104,9 +105,10 @@ def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     return out
 
 
-def check_scheme(name: str, t: LazyTensor) -> None:
-    """Raise ValueError if a tensor belongs to a form of quantised weights that is not read."""
-    kind, scheme = str(t.dtype).removeprefix("torch."), None
+def check_scheme(name: str, t: LazyTensor, twice: bool) -> None:
+    """Raise ValueError if a tensor belongs to a form of quantised weights that is not read, or is
+    the second scale of a weight (twice)."""
+    kind, scheme = str(t.dtype).removeprefix("torch."), "with two scales" if twice else None
     if name.endswith("weight") and len(t.shape) > 1 and t.dtype not in FLOATS:
         raise ValueError(f"{t.file}: {name} holds {kind}: the weights are quantised to integers or "
                          f"to less than fp8: {REMEDY}")

@@ -64,7 +64,7 @@ def plain_names(tensors: dict, component: str) -> dict:
         return tensors
     for name, t in tensors.items():
         if LORA.fullmatch(name):
-            raise ValueError(f"{t.file}: is a LoRA ({name}), which changes a model: point "
+            raise ValueError(f"{t.file}: is a LoRA ({name:.80}), which changes a model: point "
                              "`weights` at the model, and give this file as --lora")
     file = next(iter(tensors.values())).file
     tensors = {WRAPPERS.sub("", name): t for name, t in tensors.items()}

@@ -144,8 +144,10 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
                 row, part = (end - begin) // max(1, shape[0]), (max(0, stop - first), *shape[1:])
                 a, b = begin + first * row, begin + (first + part[0]) * row
             # Read, not mapped: a map would keep all that was ever read in memory.
-            stored = torch.from_numpy(np.fromfile(path, np.uint8, b - a, offset=a))
-            return stored.view(dtype).view(part)
+            stored = np.fromfile(path, np.uint8, b - a, offset=a)
+            if len(stored) < b - a:
+                raise ValueError(f"{path}: was cut while it was read: copy or make it again")
+            return torch.from_numpy(stored).view(dtype).view(part)
 
         return LazyTensor(shape, dtype, path, read)
 

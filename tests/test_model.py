@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend
 
 import model
-from common.config import STAGES, Shared, announce, field, load_config
+from common.config import STAGES, Shared, announce, field, load_config, settings_to_compare
 from common.files import ROOT, read_json, replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint
 from common.names import official_names
@@ -884,6 +884,17 @@ def test_every_shipped_config_loads_in_every_stage(path, stage):
     argv = [str(path), "weights=assets/tiny"]  # tiny-i2v's weights are not shipped
     cfg = load_config(importlib.import_module(MODULES.get(stage, stage)).Config, stage, argv)
     assert model.check_model(cfg) is model.PRESETS[cfg.preset]
+
+
+def test_a_path_may_start_with_a_tilde_and_differ_from_rank_to_rank_but_a_number_may_not():
+    import distill
+    import sample
+    cfg = load_config(sample.Config, "sample", ["lora=~/a.safetensors", "--image", "~/b,c.png"])
+    home = os.path.expanduser("~")
+    assert (cfg.lora, cfg.image) == (f"{home}/a.safetensors", f"{home}/b,c.png")
+    assert "lora" not in settings_to_compare(cfg)
+    rank = load_config(distill.Config, "distill", ["lora=8"])
+    assert settings_to_compare(rank)["lora"] == 8
 
 
 def test_pyproject_holds_settings_of_tools_and_nothing_that_cannot_be_installed():

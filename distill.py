@@ -129,7 +129,7 @@ def algorithm_1(cfg: Config, state: TrainState,
     """Distill, in the paper's order and symbols; yields (step, k, log) after each k-step.
 
     loader(step) returns the micro-batches of an iteration. The first column of tags is the line
-    of Algorithm 1; build() implements lines 1 to 3.
+    of Algorithm 1; build() has lines 1 and 3, model.key_times line 2.
     """
     student, teacher, heads, queues = state.student, state.teacher, state.heads, state.queues
     t_key, m = state.t_key, len(state.t_key) - 1

@@ -8,7 +8,7 @@ Out:  <run>/evaluate/: report.html, one page with everything; table.md, table.js
       videos.mp4, .gif, .png with teacher@n, teacher@m and student@m side by side; with students
       of several numbers of steps also ladder.png and ladder.gif; teacher.safetensors, the
       teacher's latents, which the next evaluation reads instead of sampling them again.
-Cost: 2 · `count` trajectories of the teacher and a few decodes: a minute for the small world.
+Cost: 2 · `count` trajectories of the teacher (target and reference) and the decodes.
 """
 
 import common  # noqa: F401 (before torch, see common)

@@ -6,8 +6,8 @@
 In:  the teacher's folder `weights` and a file of prompts (with images for image-to-video).
 Out: <run>/synvid: a manifest and one file per trajectory (artifacts/trajectories.py), a few videos.
 
-Trajectory i depends on (seed, i, its prompt) alone: ranks, order, restarts and the number of jobs
-do not change a byte; another batch size or machine changes the last bits. The same command resumes;
+With one config, trajectory i follows from (seed, i, its prompt): ranks, order, restarts and jobs do
+not change a byte, another batch size or machine may change the last bits. The same command resumes;
 --verify lists damaged and missing files, --repair makes these again. Jobs with their own --start
 and --count may fill one folder at the same time, and prompts may be appended to the file.
 """

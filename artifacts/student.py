@@ -1,7 +1,8 @@
 """A student's file: what it says about itself, loading, export, and its page of instructions.
 
 <name>.safetensors       the DiT under official names; its metadata "accvideo" holds the times
-                         t_key, the teacher's fingerprint and the settings of distillation
+                         t_key from 1 (noise) to 0 (data), the reverse of distill.py's t_key[k],
+                         the teacher's fingerprint and the settings of distillation
 <name>_lora.safetensors  the LoRA that distill.py --lora trained, with the same metadata
 <name>_diffusers/        transformer/ and scheduler/ as diffusers loads them (--export diffusers)
 <name>.md                how other programs run it, from the templates assets/student*.md

@@ -89,9 +89,11 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
     flags = "-xerror -threads 1 -fflags +bitexact -flags:v +bitexact "
     if path.suffix == ".mp4":
         frames = np.pad(frames, [(0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)], "edge")
-        # Converted to BT.709 and tagged so, so that every player shows the same colours.
+        # Converted to BT.709 and tagged so, or a player shows other colours. ffmpeg 8 and newer
+        # leaves out the primaries and the transfer, which only x264 itself still writes.
         flags += ("-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd -colorspace "
-                  "bt709 -color_primaries bt709 -color_trc bt709 -crf 14 -movflags +faststart")
+                  "bt709 -x264-params colorprim=bt709:transfer=bt709:colormatrix=bt709 -crf 14 "
+                  "-movflags +faststart")
         encode = {"codec": "libx264", "pixelformat": "yuv420p", "output_params": flags.split()}
     else:
         flags += "-vf split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=none -loop 0"

@@ -230,19 +230,20 @@ def table_row(samples: Samples, teacher_n: Samples, reference: Tensor, direction
 
     Args: teacher_n from the same noise; reference, teacher@n's latents [N, …] from other noise.
     """
-    n, shares = len(samples.latents), samples.values.keys() & {"hf", "floor"}
+    n, ratios = len(samples.latents), {"hf", "floor"}  # of sums over videos, to teacher@n's
     row = {"label": samples.label, "kind": samples.kind, "m": samples.m,
            "evaluations": samples.evaluations, "seconds": samples.seconds,
            "decode_seconds": samples.decode_seconds}
     distances_of = set_distances(samples.latents, reference, directions)
     zeros = set_distances(teacher_n.latents, reference, directions)
     means = {"endpoint": endpoint_error(samples.latents, teacher_n.latents),
-             **{name: value for name, value in samples.values.items() if name not in shares}}
-    ratios = {name: (samples.values[name], teacher_n.values[name]) for name in shares}
+             **{name: value for name, value in samples.values.items() if name not in ratios}}
+    pairs = {name: (samples.values[name], value) for name, value in teacher_n.values.items()
+             if name in ratios and value.sum() > 0}
     statistics: dict[str, Statistic] = {
         **{name: lambda i, v=value: float(v[i].mean()) for name, value in means.items()},
         **{name: lambda i, v=both: float(v[0][i].sum() / v[1][i].sum())
-           for name, both in ratios.items()},
+           for name, both in pairs.items()},
         **{name: lambda i, d=distances_of[name], z=zeros[name]: d(i) - z(i) for name in zeros},
         "spread": spread(samples.latents, teacher_n.latents)}
     left = {name: leave_one_out(statistic, n) for name, statistic in statistics.items()}

@@ -5,6 +5,7 @@ import itertools
 import re
 import string
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +19,8 @@ from common.config import Shared
 from common.files import ROOT, commit, replace_file, write_json, write_text
 from common.video import write_video
 from evaluation.measures import Samples, endpoint_error
-from evaluation.sheets import comparison_sheet, data_uri, side_by_side, video_wall
+from evaluation.sheets import (
+    comparison_sheet, data_uri, side_by_side, video_table, video_wall)
 from small_world.clips import ATTRIBUTES
 
 ORACLE = (*ATTRIBUTES, "all")
@@ -65,7 +67,7 @@ def markdown(rows: list[dict], gates: list[dict], cfg: Shared, facts: dict) -> s
     lines += ["", f"Decoding takes {decode:.3f} s per video in addition, in every row."]
     if gates:
         lines += ["", *markdown_table(["gate", "measured", "required", ""], [
-            [gate["gate"], f"{gate['got']:.4f}", gate["wanted"],
+            [gate["gate"], f"{gate['measured']:.4f}", gate["required"],
              "pass" if gate["pass"] else "**FAIL**"] for gate in gates])]
     return "\n".join(lines) + "\n"
 
@@ -126,19 +128,30 @@ class Example:
     notes: list[str]
 
 
-def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, float]:
-    """The videos to show, easy ones first: {index: quantile} of those at EXAMPLE_QUANTILES of
-    errors [N]. Each caption is shown once, at the highest of its quantiles."""
+def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, str]:
+    """The videos to show, with a note on each: {index: note}, from errors [N].
+
+    Of the small world one per colour, all shapes in turn, that of median error among its kind. Else
+    those at EXAMPLE_QUANTILES, easy ones first; a caption is shown once, at its highest quantile.
+    """
     order, examples = errors.argsort(stable=True).tolist(), {}
+    words = [text.replace(",", "").split() for text in captions]
+    for colour, shape in zip(ATTRIBUTES["colour"], itertools.cycle(ATTRIBUTES["shape"]),
+                             strict=False):
+        if kind := [i for i in order if colour in words[i] and shape in words[i]]:
+            examples[kind[len(kind) // 2]] = ""
+    if len(examples) == len(ATTRIBUTES["colour"]):
+        return examples
+    examples.clear()
     for quantile in reversed(EXAMPLE_QUANTILES):
         video = order[round(quantile * (len(order) - 1))]
         if captions[video] not in [captions[i] for i in examples]:
-            examples[video] = quantile
+            examples[video] = f" ({quantile:g} quantile)".replace("0.", ".")
     return dict(reversed(examples.items()))
 
 
 def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dict],
-                   compared: list[dict], captions: list[str], chosen: dict[int, float], table: str,
+                   compared: list[dict], captions: list[str], chosen: dict[int, str], table: str,
                    facts: dict) -> None:
     """Write the table as a picture, the videos side by side, the ladder and the page.
 
@@ -152,12 +165,11 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
             pictured += list(group)[:None if cfg.names else 1]
     labels = [model.label.removesuffix(" #1") for model in pictured]
     errors = [endpoint_error(model.latents, models[0].latents) for model in pictured[1:]]
-    quantiles = [f"{quantile:g}".lstrip("0") for quantile in chosen.values()]
-    examples = [Example(f"{captions[i]} ({quantile} quantile)",
-                        [model.examples[i] for model in pictured],
+    examples = [Example(captions[i] + note, [model.examples[i] for model in pictured],
                         ["the target", *(f"error {float(error[i]):.3f}" for error in errors)])
-                for i, quantile in zip(chosen, quantiles, strict=True)]
-    title = f"captions at the {', '.join(quantiles)} quantile of {labels[1]}'s endpoint error"
+                for i, note in chosen.items()]
+    title = (f"captions at quantiles of {labels[1]}'s endpoint error" if any(chosen.values()) else
+             f"one caption per colour, of median error of {labels[1]} among its colour and shape")
     if len(pictured) > 3:
         write_ladder(out, examples, labels, title, cfg.fps)
     labels = labels[:3]
@@ -174,12 +186,13 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
 
 def write_ladder(out: Path, examples: list[Example], labels: list[str], title: str,
                  fps: float) -> None:
-    """Write ladder.png and ladder.gif: a row per model, a column per caption."""
-    rows = [(label, [(e.videos[i], e.notes[i]) for e in examples])
-            for i, label in enumerate(labels)]
+    """Write ladder.png, .gif and .mp4: a row per model, a column per caption."""
+    rows = [(label.replace("@", "\n") + " steps" * ("@" in label),
+             [(e.videos[i], e.notes[i]) for e in examples]) for i, label in enumerate(labels)]
     comparison_sheet(out / "ladder.png", [e.caption for e in examples], rows, title)
-    strips = [(label, side_by_side([video for video, _ in cells])) for label, cells in rows]
-    write_video(out / "ladder.gif", video_wall(strips, strips[0][1].shape[2] + 24), fps)
+    table = video_table([textwrap.fill(e.caption, 16, max_lines=2) for e in examples], rows)
+    write_video(out / "ladder.gif", table, fps)
+    write_video(out / "ladder.mp4", table, fps, LOOP_SECONDS)
 
 
 # ------------------------------------------------------------------------------------- the page

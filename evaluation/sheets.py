@@ -79,6 +79,37 @@ def tile(videos: Sequence[np.ndarray], captions: Sequence[str | None], columns: 
     return np.concatenate(lines, axis=1)
 
 
+def video_table(headings: list[str], rows: list[tuple[str, list[tuple[Tensor, str]]]],
+                ) -> np.ndarray:
+    """One video, uint8 [T, H, W, 3], with a row of videos per label and a column per heading.
+
+    rows: (label, [(video [3, T, h, w], note under it), …, one for each heading]). Lines of a label
+    are separated by line breaks. The text is large enough to be read on a phone.
+    """
+    scale = max(1, -(-128 // rows[0][1][0][0].shape[2]))
+    frames = [[to_uint8(video).repeat(scale, 1).repeat(scale, 2) for video, _ in cells]
+              for _, cells in rows]
+    T, h, w, _ = frames[0][0].shape
+    left, top, line, gap = 150, 58, 24, 6
+    canvas = Image.new("RGB", (left + (w + gap) * len(headings),
+                               top + (h + line) * len(rows)), "white")
+    draw, large, small = ImageDraw.Draw(canvas), *(ImageFont.load_default(n) for n in (24, 17))
+    for j, heading in enumerate(headings):
+        draw.multiline_text((left + j * (w + gap) + w / 2, top - 6), heading, "black", small, "md",
+                            align="center")
+    for i, (label, cells) in enumerate(rows):
+        y = top + i * (h + line)
+        draw.multiline_text((6, y + h / 2), label, "black", large, "lm", spacing=6)
+        for j, (_, note) in enumerate(cells):
+            draw.text((left + j * (w + gap) + w / 2, y + h + 3), note, "#5c6470", small, "mt")
+    video = np.repeat(np.asarray(canvas)[None], T, 0)
+    for i, row in enumerate(frames):
+        for j, cell in enumerate(row):
+            y, x = top + i * (h + line), left + j * (w + gap)
+            video[:, y:y + h, x:x + w] = cell
+    return video
+
+
 def label_strip(text: str, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, 3]: text in black on white, cut to fit."""
     strip, font = Image.new("RGB", (width, height), "white"), ImageFont.load_default(12)

@@ -398,8 +398,8 @@ class HunyuanVAE(nn.Module):
 
     `encode` and `decode` process tiles, as the official inference does, and use normalised latents;
     `moments` and `reconstruct` process the complete clip, are differentiable and use raw latents.
-    The results differ, because each tile is normalised separately. Ranks with the same input share
-    the tiles if the attribute `group` is set.
+    The results differ, because GroupNorm takes its statistics per tile. Ranks with the same input
+    share the tiles if the attribute `group` is set.
 
     Args: dims, channels of the four levels; z_dim, latent channels; num_res_blocks of an encoder
     level; groups of channels in a norm; scaling, normalised latents over raw ones; sample_size

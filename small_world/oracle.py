@@ -125,11 +125,12 @@ def agreement(video: Tensor, captions: list[str]) -> dict[str, float]:
     return {name: float(hits.float().mean()) for name, hits in oracle_hits(video, captions).items()}
 
 
-def gate(name: str, got: float, least: float = -math.inf, most: float = math.inf) -> dict:
+def gate(name: str, measured: float, least: float = -math.inf, most: float = math.inf) -> dict:
     """A bound on a figure, and whether it is kept."""
-    wanted = (f"{least:g} … {most:g}" if math.inf not in (-least, most) else
-              f"≥ {least:g}" if most == math.inf else f"≤ {most:.4g}")
-    return {"gate": name, "got": got, "wanted": wanted, "pass": least <= got <= most}
+    required = (f"{least:g} … {most:g}" if math.inf not in (-least, most) else
+                f"≥ {least:g}" if most == math.inf else f"≤ {most:.4g}")
+    return {"gate": name, "measured": measured, "required": required,
+            "pass": least <= measured <= most}
 
 
 def psnr(video: Tensor, reference: Tensor) -> Tensor:

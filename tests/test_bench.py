@@ -44,7 +44,7 @@ def test_a_run_stores_rows_lists_what_it_left_out_and_keeps_other_results(
     assert forward["row"] == "DiT forward" and len(left_out) > 5
     low, high = forward["range"]
     assert 0 < low <= forward["seconds"] <= high and forward["runs"] == 3
-    assert forward["tokens"] == 3 * 3 * 3  # 9 frames of 48 × 48 pixels
+    assert forward["tokens"] == 3 * 4 * 4  # 9 frames of 64 × 64 pixels
     assert forward["mfu"] == pytest.approx(forward["tflops"] / result["peak_tflops"])
     weights = sum(p.numel() * 4 for p in networks.random_dit(
         load_config(bench.Config, "bench", []), CPU, None).parameters())

@@ -22,7 +22,7 @@ from evaluation.page import choose_examples, html_of
 from evaluation.sheets import data_uri
 from evaluation.statistics import jackknife_error, leave_one_out, mean_and_error
 from small_world.clips import ATTRIBUTES, make_captions, make_clips
-from small_world.oracle import high_frequency, oracle_hits
+from small_world.oracle import caption_attributes, high_frequency, oracle_hits
 
 
 def normal(*shape: int, key: str = "x") -> Tensor:
@@ -188,14 +188,25 @@ def test_the_mean_of_students_has_the_error_over_students():
 def test_the_examples_are_at_the_quantiles_of_the_errors():
     errors = torch.arange(21.0).flip(0)  # the video at place i has rank 20 − i
     examples = choose_examples(errors, [str(i) for i in range(21)])
-    assert list(examples.items()) == [(10, 0.5), (4, 0.8), (2, 0.9), (1, 0.95), (0, 1.0)]
+    notes = [f" ({q} quantile)" for q in (".5", ".8", ".9", ".95", "1")]
+    assert list(examples.items()) == list(zip((10, 4, 2, 1, 0), notes, strict=True))
 
 
 def test_a_caption_is_an_example_once_at_the_highest_of_its_quantiles():
-    errors = torch.tensor([0.4, 0.1, 0.3, 0.2])
-    assert choose_examples(errors, ["a", "b", "c", "d"]) == {2: 0.8, 0: 1.0}
-    assert choose_examples(errors, ["a", "b", "a", "d"]) == {0: 1.0}
-    assert choose_examples(errors[:1], ["a"]) == {0: 1.0}
+    errors, last = torch.tensor([0.4, 0.1, 0.3, 0.2]), " (1 quantile)"
+    assert choose_examples(errors, ["a", "b", "c", "d"]) == {2: " (.8 quantile)", 0: last}
+    assert choose_examples(errors, ["a", "b", "a", "d"]) == {0: last}
+    assert choose_examples(errors[:1], ["a"]) == {0: last}
+
+
+def test_the_small_world_s_examples_show_each_colour_and_shape_at_their_median_error():
+    captions = make_captions(0, 0, 144, held_out=True)
+    examples = choose_examples(torch.arange(144.0), captions)
+    shown = [caption_attributes(captions[i]) for i in examples]
+    assert [a["colour"] for a in shown] == list(range(6)) and set(examples.values()) == {""}
+    assert [a["shape"] for a in shown] == [0, 1, 2, 0, 1, 2]
+    first = [i for i, text in enumerate(captions) if "red" in text and "ball" in text]
+    assert next(iter(examples)) == sorted(first)[len(first) // 2]
 
 
 def test_the_values_of_ranks_are_joined_in_the_videos_order():
@@ -252,10 +263,10 @@ def test_the_table_of_a_student_that_is_its_teacher(finished):
     assert [r["evaluations"] for r in table["rows"]] == [r["m"] for r in table["rows"]] == [4, 2, 2]
     assert teacher_n["endpoint"] == [0, 0] and teacher_n["hf"] == [1, 0]
     assert teacher_m["endpoint"][0] > 0
-    assert teacher_n["energy"] == teacher_n["sliced"] == [0, 0] and teacher_n["floor"] == [1, 0]
+    assert teacher_n["energy"] == teacher_n["sliced"] == [0, 0] and teacher_n["hf"] == [1, 0]
     assert teacher_n["edges"] == pytest.approx([1, 0], abs=1e-4)
     assert teacher_m["edges"][0] < 0.999
-    for name in ("endpoint", "energy", "sliced", "hf", "edges", "floor", "all"):
+    for name in ("endpoint", "energy", "sliced", "hf", "edges", "all"):
         assert student[name] == teacher_m[name]
         assert len(student["left"][name]) == table["config"]["count"]
     assert len(table["gates"]) == 5 and table["command"].startswith("python evaluate.py ")

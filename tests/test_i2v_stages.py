@@ -381,7 +381,7 @@ def test_text_files_for_image_models_and_images_for_text_models_are_errors(tmp_p
             (sample.Config(prompt="a", preset="tiny-i2v"), "got none; preset tiny-i2v starts"),
             (sample.Config(image="b.png", preset="tiny-i2v"), "it goes with --prompt")):
         with pytest.raises(ValueError, match=f"image: .*{fault}"):
-            sample.wanted_prompts(cfg)
+            sample.collect_prompts(cfg)
 
 
 def test_an_image_that_many_lines_name_is_decoded_once(world, tmp_path, monkeypatch):
@@ -391,6 +391,6 @@ def test_an_image_that_many_lines_name_is_decoded_once(world, tmp_path, monkeypa
     monkeypatch.setattr(prompts, "decode_image", lambda path: (calls.append(path), real(path))[1])
     assert len(read_prompts(table, images=True)) == 8 and calls == [path]
     cfg = sample.Config(preset="tiny-i2v", prompt_file=str(table), count=3)
-    assert len(sample.make_jobs(cfg)) == 24 and len(calls) == 2  # the check of this call
+    assert len(sample.list_videos(cfg, "student5", "x")) == 24 and len(calls) == 2  # one check
     monkeypatch.setenv("RANK", "1")
     assert len(read_prompts(table, images=True)) == 8 and len(calls) == 2

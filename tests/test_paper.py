@@ -52,9 +52,9 @@ def test_a_verdict_is_the_paired_interval_s():
     assert better["half"] == pytest.approx(4.303 * 0.1 / 3 ** 0.5, rel=1e-3)  # 2 degrees of freedom
     assert better["verdict"] == "holds"
     assert verdict([1.5, 2.4, 3.6], [1.0, 2.0, 3.0])["verdict"] == "does not hold"
-    assert verdict([1.0, 2.0, 3.0], [1.1, 1.9, 3.05])["verdict"] == "cannot be told"
+    assert verdict([1.0, 2.0, 3.0], [1.1, 1.9, 3.05])["verdict"] == "undecided"
     assert verdict([1.0], [9.0]) == {"difference": -8.0, "half": None, "pairs": 1, "p": None,
-                                     "verdict": "cannot be told"}
+                                     "verdict": "undecided"}
     assert verdict([1.0, 2.0, 3.0, 4.0], [2.0, 3.1])["pairs"] == 2  # the seeds that both have
 
 
@@ -70,7 +70,7 @@ def test_videos_that_disagree_widen_an_interval():
         student["left"]["hf"] = [0.9, 0.7, 1.1, 0.9]
     wide = runs.compare(ours, theirs, "HF from 1")
     assert narrow["verdict"] == "holds" and narrow["half"] < 1e-6 < wide["half"]
-    assert wide["verdict"] == "cannot be told" and wide["difference"] == narrow["difference"]
+    assert wide["verdict"] == "undecided" and wide["difference"] == narrow["difference"]
 
 
 def test_a_claim_is_corrected_for_all_claims_and_measures_of_its_table():
@@ -298,7 +298,7 @@ def test_a_table_and_a_figure_are_one_command_that_resumes_with_the_same_numbers
     assert (measured["count"], measured["directions"]) == (3, 4)  # of the command, of the file
     page = (out / "report.html").read_text()
     assert "://" not in page and page.count('src="data:image/png') == 2
-    assert "cannot be told" in page + (out / "paper.md").read_text()
+    assert "undecided" in page + (out / "paper.md").read_text()
 
     done = {path: path.stat().st_mtime_ns for path in out.rglob("done.json")}
     assert len(done) == 1 + 4 + 2  # SynVid, runs, evaluations

@@ -571,7 +571,7 @@ def test_prompts_that_look_like_flags_paths_or_markup_are_text(make_config, tmp_
     (["--keep", "some"], "keep: expected key | all, got 'some'"),
     (["--dtype", "bf16"], "dtype: expected fp16 | fp32, got 'bf16'"),
     (["--count", 0], "count: expected 1 ≤ count"), (["--start", -1], "start: expected 0 ≤ start"),
-    (["--batch", 0], "batch: got 0"), (["--videos", -1], "videos: got -1"),
+    (["--batch", 0], "batch: expected .*got 0"), (["--videos", -1], "videos: expected .*got -1"),
     (["--start", 27], "start: expected less than the 27 prompts .*, got 27: .*--count"),
     (["--preset", "tinny"], "preset: .*got 'tinny'.*did you mean 'tiny'")])
 def test_settings_that_cannot_work_are_named(make_config, args, wrong):

@@ -14,6 +14,7 @@ docs/scaling.md, "Measure your machine", explains the columns and the comparison
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import math
 import shlex
@@ -99,6 +100,7 @@ def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
 
     Counted from torch's allocations: the growth of the process depends on what it freed before.
     """
+    gc.collect()  # else what earlier work left is freed meanwhile, and counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events()

@@ -53,11 +53,11 @@ class Config(Shared):
                         "the command line")
     options: str = field("", "options of every training run, such as `lr=1e-5 iterations=600`; "
                          "only on the command line")
-    prompts: str | None = field(None, "evaluate.py's; defaults to the config's, as do the next")
-    count: int | None = field(None, "evaluate.py's")
-    batch: int | None = field(None, "evaluate.py's")
-    directions: int | None = field(None, "evaluate.py's")
-    c2st_steps: int | None = field(None, "evaluate.py's")
+    prompts: str | None = field(None, "held-out captions, as in evaluate.py; default: the config's")
+    count: int | None = field(None, "videos per model, as in evaluate.py; default: the config's")
+    batch: int | None = field(None, "videos denoised at once; default: the config's")
+    directions: int | None = field(None, "of sliced W; default: the config's")
+    c2st_steps: int | None = field(None, "of C2ST's classifier; default: the config's")
 
 
 EVALUATION = ("prompts", "count", "batch", "directions", "c2st_steps")  # settings of every one

@@ -216,7 +216,7 @@ HOW_TO_READ = (
     "Rows: mean ± standard error over seeds. Claims: paired difference, over the seeds that both "
     "arms have, of how far each is from the teacher, with its 95% interval over seeds and videos "
     "(Student's t): a claim holds where the interval is below 0, does not hold where it is above, "
-    "and cannot be told where it contains 0. In brackets: the p value after Holm's correction for "
+    "and is undecided where it contains 0. In brackets: the p value after Holm's correction for "
     "all claims and measures of the table; a verdict is bold where it is below .05.")
 
 
@@ -242,7 +242,7 @@ def compare(ours: Measured, theirs: Measured, name: str) -> dict:
                                        dtype=torch.float64)) for arm in (ours, theirs)]
         found = difference(*values, *left)
     half, mean = found["half"], found["difference"]
-    return found | {"verdict": "cannot be told" if half is None or abs(mean) <= half else
+    return found | {"verdict": "undecided" if half is None or abs(mean) <= half else
                     "holds" if mean < 0 else "does not hold"}
 
 

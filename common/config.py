@@ -269,7 +269,7 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
             if name not in given and value.startswith("assets/") and not Path(value).exists():
                 value = str(ROOT / value)  # shipped files are found from any directory
             setattr(cfg, name, value)
-    cfg.path = path
+    cfg.path, cfg.given = path, given
     cfg.origin = "  ".join([str(path), *(f"{name}={getattr(cfg, name)}" for name in given)])
     if wants_help:
         default = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"

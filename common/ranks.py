@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common  # before torch, see common
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -33,7 +34,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from common import LAUNCHER
 from common.files import lock_folder
 
 # ----------------------------------------------------------------------- processes and devices
@@ -341,7 +341,7 @@ def watch_launcher() -> None:
     once. torchrun may have ended while torch was imported: its id was taken before.
     """
     def watch() -> None:
-        while os.getppid() == LAUNCHER:
+        while os.getppid() == common.LAUNCHER:
             time.sleep(1)
         print("torchrun exited; stopping this rank", file=sys.stderr, flush=True)
         if not dist.is_initialized():

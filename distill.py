@@ -13,6 +13,7 @@ Tags D1 … D16: departures from the paper and open points, decided in docs/deci
 
 from __future__ import annotations
 
+import common  # noqa: F401 (before torch, see common)
 import dataclasses
 import math
 import signal

@@ -11,6 +11,7 @@ Out:  <run>/evaluate/: report.html, one page with everything; table.md, table.js
 Cost: 2 · `count` trajectories of the teacher (target and reference) and the decodes.
 """
 
+import common  # noqa: F401 (before torch, see common)
 import dataclasses
 import itertools
 import json

@@ -11,6 +11,7 @@ Out: in <run>/samples or --out, where <who> is student5, teacher50, lora5, teach
      <who>.json and <who>.png, prompts, files, seconds and a contact sheet of the last command.
 """
 
+import common  # noqa: F401 (before torch, see common)
 import itertools
 import math
 from collections.abc import Iterator

@@ -12,6 +12,7 @@ not change a byte, another batch size or machine may change the last bits. The s
 and --count may fill one folder at the same time, and prompts may be appended to the file.
 """
 
+import common  # noqa: F401 (before torch, see common)
 import itertools
 import math
 import shutil

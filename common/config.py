@@ -111,14 +111,15 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             items = value.replace(",", " ").split() if isinstance(value, str) else value
             if isinstance(items, list):
                 return [coerce(item, arguments[0], key, where) for item in items]
+        elif not isinstance(value, str | int | float):  # str() of a nested one has no bound
+            pass
         elif kind is bool:
             return BOOLEANS[str(value).lower()]
         elif kind is int and not isinstance(value, bool) and INTEGER.fullmatch(str(value)):
             number = Fraction(str(value))
             if number.denominator == 1:
                 return int(number)
-        elif not origin and kind is not int and isinstance(value, str | int | float) \
-                and not isinstance(value, bool):
+        elif not origin and kind is not int and not isinstance(value, bool):
             number = kind(value)
             if kind is not float or math.isfinite(number):
                 return number
@@ -137,11 +138,18 @@ class PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if (name := str(key.value)) in seen:
+            if not isinstance(key, yaml.ScalarNode):  # printing one takes time without bound
+                raise yaml.constructor.ConstructorError(
+                    None, None, "expected text before the colon, got a list or keys: write "
+                    "`key: value`", key.start_mark)
+            if (name := key.value) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{name:.80}' is given twice: keep one", node.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """No merge keys (!!merge): a few lines of them would grow without bound."""
 
 
 for tag, pattern in (
@@ -206,6 +214,12 @@ def names_config(args: list[str]) -> bool:
     return bool(args) and not args[0].startswith("-") and "=" not in args[0]
 
 
+def is_option(arg: str, fields: dict) -> bool:
+    """Whether an argument starts an override, rather than being the value of the one before it."""
+    name, equals, _ = arg.partition("=")
+    return arg.startswith("--") or bool(equals) and name.replace("-", "_") in fields
+
+
 def parse_options(args: list[str], fields: dict) -> dict[str, Any]:
     """The overrides of a command line by field. Raises ValueError naming an unknown option."""
     given, args = {}, [arg for arg in args if arg not in ("--help", "-h")]
@@ -216,7 +230,7 @@ def parse_options(args: list[str], fields: dict) -> dict[str, Any]:
         if not (arg.startswith("--") or equals) or name not in fields:
             raise ValueError(f"command line: unknown option {abbreviate(arg)}"
                              f"{nearest(name, fields)}; see --help")
-        if not equals and fields[name] is bool and (not args or args[0].startswith("--")):
+        if not equals and fields[name] is bool and (not args or is_option(args[0], fields)):
             value = True
         elif not equals:
             if not args:
@@ -241,7 +255,7 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     wants_help = "--help" in args or "-h" in args
     named = names_config(args)
     path = Path(args.pop(0)) if named else ROOT / "configs/tiny.yaml"
-    values = read_yaml(path, stage, fields) if named or not wants_help else {}
+    values = read_yaml(path, stage, fields)
     given = parse_options(args, fields)
     intervals = {f.name: f.metadata["within"] for f in dataclasses.fields(cls)}
     for name, value in {**values, **given}.items():
@@ -249,15 +263,15 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
         values[name] = coerce(value, fields[name], name, where)
         check_within(values[name], intervals[name], name, where)
     cfg = cls(**values)
-    for name in PATHS & fields.keys():
+    for name in paths_of(cls):
         if value := getattr(cfg, name):
-            value = os.path.expanduser(value)
+            value = ",".join(map(os.path.expanduser, value.split(",")))  # students are several
             if name not in given and value.startswith("assets/") and not Path(value).exists():
                 value = str(ROOT / value)  # shipped files are found from any directory
             setattr(cfg, name, value)
     cfg.path, cfg.given = path, given
-    cfg.origin = "  ".join([str(path) if named or not wants_help else cfg.origin,
-                            *(f"{name}={getattr(cfg, name)}" for name in given)])
+    cfg.path, cfg.given = path, given
+    cfg.origin = "  ".join([str(path), *(f"{name}={getattr(cfg, name)}" for name in given)])
     if wants_help:
         default = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
         print_help(cfg, script or default, doc)
@@ -290,14 +304,21 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-# Paths may differ from rank to rank; the contents of the files may not.
+# Paths may differ from rank to rank; the contents of the files may not. (distill.py's lora, an int,
+# is none.)
 PATHS = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
-         "out", "base", "teacher_samples", "clips", "vbench", "vbench_prompts",
+         "lora", "out", "base", "teacher_samples", "clips", "vbench", "vbench_prompts",
          "vbench_flickering", "vbench_scores", "how"}
+
+
+def paths_of(cls: type) -> set[str]:
+    """The fields of a stage's Config that are paths."""
+    return {name for name, kind in typing.get_type_hints(cls).items()
+            if name in PATHS and kind in (str, str | None)}
 
 
 def settings_to_compare(cfg: Any, **contents: Any) -> dict[str, Any]:
     """What all ranks must agree on: every setting but paths and the device, and `contents`, which
     identify the files at the paths."""
-    values = dataclasses.asdict(cfg)
-    return {name: values[name] for name in values if name not in PATHS | {"device"}} | contents
+    values, paths = dataclasses.asdict(cfg), paths_of(type(cfg))
+    return {name: values[name] for name in values if name not in paths | {"device"}} | contents

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
+import math
 import os
 import re
 from pathlib import Path
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 
 from common.config import check_keys, load_yaml
-from common.files import ROOT, abbreviate, read_json
-from common.weights import WEIGHT_SUFFIXES, LazyTensor, only_weights, open_tensors
+from common.files import ROOT, abbreviate, parse_json, read_json
+from common.weights import (
+    WEIGHT_SUFFIXES, LazyTensor, only_weights, open_tensors, sample_blocks, sample_file)
 
 # -------------------------------------------------------------------- prefixes, scales, refusals
 
@@ -32,33 +35,45 @@ ANCHORS = {
     "llm": ("embed_tokens.weight",), "clip_text": ("embeddings.token_embedding.weight",),
     "image_encoder": ("visual.cls_embedding", "vision_model.embeddings.class_embedding")}
 LORA = re.compile(r".*[._](lora_(A|B|up|down)|hada_w1_a|lokr_w1)\b.*")
-SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOAT8)
+SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")  # of a layer's fp8 weight
+# Of its input, for fp8 products, and ComfyUI's markers: not needed for the weights.
+UNUSED_SCALE = re.compile(r"(.+\.)?(scale_input|input_scale|comfy_quant|scaled_fp8)")
+# Tensors that only quantised layers have, in forms that are not read.
+SCHEMES = tuple((re.compile(pattern), scheme) for pattern, scheme in (
+    (r".+\.weight_scale_inv", "fp8 with one scale per block (DeepSeek's)"),
+    (r".+\.weight\._(data|scale|shift)", "quanto"), (r".+\.weight_scale_2", "nvfp4"),
+    (r".+\.weight\.(absmax|quant_map|nested_|quant_state).*|.+\.(SCB|weight_format)",
+     "bitsandbytes"),
+    (r".+\.(qweight|qzeros|g_idx|scales|wscales|wtscale)", "GPTQ, AWQ or SVDQuant"),
+    (r".+\.(pre_quant_scale|smooth_factor)", "weights scaled together with their inputs"),
+    (r".+\.weight[._](?!g$|v$|mask$)\w+", "weights stored in parts")))
+REMEDY = ("use bf16, fp16 or fp32 weights, or fp8 with one scale per tensor or per row of each "
+          "weight (`weight_scale`)")
 
 
 def plain_names(tensors: dict, component: str) -> dict:
     """Lazy tensors without other programs' wrappers and prefixes, fp8 ones with their scales
     applied, ComfyUI's HunyuanVideo names made official. Tensors outside the prefix are dropped.
 
-    Raises ValueError for a LoRA, integer weights, and several networks of the kind in one file.
+    Raises ValueError for a LoRA, several networks of the kind in one file, and weights that are
+    quantised in another form than fp8 with a scale per tensor or row, before any of them is used.
     """
     if not tensors or not isinstance(next(iter(tensors.values())), LazyTensor):
         return tensors
     for name, t in tensors.items():
         if LORA.fullmatch(name):
-            raise ValueError(f"{t.file}: is a LoRA ({name}), which changes a model: point "
+            raise ValueError(f"{t.file}: is a LoRA ({name:.80}), which changes a model: point "
                              "`weights` at the model, and give this file as --lora")
-        if name.endswith("weight") and len(t.shape) > 1 and not t.dtype.is_floating_point:
-            raise ValueError(f"{t.file}: {name} holds {str(t.dtype).removeprefix('torch.')}: the "
-                             "weights are quantised to integers in a form that is not supported: "
-                             "use bf16, fp16, fp32 or fp8 weights")
     file = next(iter(tensors.values())).file
     tensors = {WRAPPERS.sub("", name): t for name, t in tensors.items()}
     prefixes = {name.removesuffix(anchor) for name in tensors for anchor in ANCHORS[component]
                 if name == anchor or name.endswith(f".{anchor}")} or {""}
     if len(prefixes) > 1:
         raise ValueError(f"{file}: contains several networks of this kind, under "
-                         f"{', '.join(sorted(map(repr, prefixes)))}: save the one you mean alone")
+                         f"{', '.join(f'{p!r:.80}' for p in sorted(prefixes)[:6])}: save the one "
+                         "you mean alone")
     prefix = prefixes.pop()
     tensors = with_scales({name.removeprefix(prefix): t for name, t in tensors.items()
                            if name.startswith(prefix)})
@@ -68,27 +83,79 @@ def plain_names(tensors: dict, component: str) -> dict:
 
 
 def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Tensors with fp8 weights multiplied by their scales, without the scales and ComfyUI's marker.
-    """
-    def scaled(t: LazyTensor, scale: LazyTensor) -> LazyTensor:
-        def read(rows: slice | None = None) -> Tensor:
-            factor = scale.read().float()
-            factor = factor.reshape(-1, *[1] * (len(t.shape) - 1)) if factor.numel() > 1 else factor
-            return t.read(rows).float() * (factor[rows] if rows and factor.numel() > 1 else factor)
-
-        return dataclasses.replace(t, dtype=torch.float32, read=read)
-
-    out = {}
+    """Tensors with scaled weights multiplied by their scales, without the scales and ComfyUI's
+    markers. Raises ValueError naming the scheme of weights that are quantised in another form."""
+    out, scales = {}, {}
     for name, t in tensors.items():
-        base = name.removesuffix(".weight")
-        scale = next((tensors[base + end] for end in SCALES[:2] if base + end in tensors), None)
-        if name.endswith(SCALES) or name in ("scaled_fp8", "comfy_quant"):
-            continue
+        scale = SCALE.fullmatch(name)
+        check_scheme(name, t, twice=scale is not None and f"{scale[1]}.weight" in scales)
+        if scale:
+            scales[f"{scale[1]}.weight"] = name, t
+        elif not UNUSED_SCALE.fullmatch(name):
+            out[name] = t
+    for name, (scale_name, scale) in scales.items():
+        if name in out:
+            out[name] = scaled(out[name], scale_name, scale)
+    for name, t in out.items():
         if t.dtype in FLOAT8:
-            warn_of_fp8(t.file, scale is not None)
-            t = t if scale is None else scaled(t, scale)
-        out[name] = t
+            check_range(name, t)
+    for t in tensors.values():
+        if t.dtype in FLOAT8 and t.shape != (0,):  # ComfyUI's marker is empty
+            warn_of_fp8(t.file, bool(scales))
     return out
+
+
+def check_scheme(name: str, t: LazyTensor, twice: bool) -> None:
+    """Raise ValueError if a tensor belongs to a form of quantised weights that is not read, or is
+    the second scale of a weight (twice)."""
+    kind, scheme = str(t.dtype).removeprefix("torch."), "with two scales" if twice else None
+    if name.endswith("weight") and len(t.shape) > 1 and t.dtype not in FLOATS:
+        raise ValueError(f"{t.file}: {name} holds {kind}: the weights are quantised to integers or "
+                         f"to less than fp8: {REMEDY}")
+    if name.endswith(".comfy_quant"):
+        if t.dtype != torch.uint8 or not 0 < math.prod(t.shape) <= 4096:
+            scheme = "ComfyUI's, with a description that cannot be read"
+        else:
+            text = bytes(t.read().flatten().tolist()).decode(errors="replace")
+            facts = parse_json(text, f"{t.file}: {name}", remedy="copy the file again")
+            plain = facts.get("format") in ("float8_e4m3fn", "float8_e5m2")
+            if not plain or facts.keys() - {"format", "full_precision_matrix_mult"}:
+                scheme = f"ComfyUI's {abbreviate(json.dumps(facts))}"
+    elif not SCALE.fullmatch(name):
+        scheme = next((scheme for pattern, scheme in SCHEMES if pattern.fullmatch(name)), None)
+    if scheme:
+        raise ValueError(f"{t.file}: {name:.80} shows that the weights are quantised in a form "
+                         f"that is not supported ({scheme}): {REMEDY}")
+
+
+def scaled(t: LazyTensor, name: str, scale: LazyTensor) -> LazyTensor:
+    """A weight times its scale, one for all of it or one per row. Raises ValueError for others."""
+    count, rows = math.prod(scale.shape), (*t.shape, 1)[0]
+    if scale.dtype not in FLOATS or count not in (1, rows) or (*scale.shape, 1)[0] != count:
+        raise ValueError(f"{t.file}: {name} holds {str(scale.dtype).removeprefix('torch.')} "
+                         f"{list(scale.shape)} for a weight {list(t.shape)}: scales per block are "
+                         f"not supported: {REMEDY}")
+
+    def read(part: slice | None = None) -> Tensor:
+        factor = scale.read().float().flatten()
+        if count > 1:
+            factor = (factor[part] if part else factor).reshape(-1, *[1] * (len(t.shape) - 1))
+        return t.read(part).float() * factor
+
+    return dataclasses.replace(t, dtype=torch.float32, read=read)
+
+
+def check_range(name: str, t: LazyTensor) -> None:
+    """Raise ValueError for an fp8 matrix whose values use the range of fp8, to 448 in e4m3: weights
+    are below 10, so these were divided by a scale, which is not in the file."""
+    if len(t.shape) < 2 or re.search("embed|shared", name):  # umT5's embeddings are large
+        return
+    top = float(sample_blocks(t).abs().max())
+    if top > torch.finfo(t.dtype).max / 4:
+        raise ValueError(f"{t.file}: {name} is fp8 with values up to {top:.0f} and without its "
+                         "scale: the scales of these weights are stored elsewhere (HunyuanVideo's "
+                         "in …_fp8_map.pt, which belongs next to …_fp8.pt) or were lost: "
+                         f"{REMEDY}")
 
 
 @functools.lru_cache
@@ -236,16 +303,17 @@ def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | Non
     weights = Path(weights)
     if is_list(weights):
         path = read_list(weights).get(role)
-        if path is None or not path.exists():
+        if path is None or not (path.exists() or path.is_symlink()):
             raise FileNotFoundError(f"{weights}: {role}: expected the file or folder of this "
                                     f"network, got {path}: correct this line")
         return path
     if not any((weights / folder).is_dir() for folder in COMFY_FOLDERS["dit"][0]):
         return None
     folders, begin = COMFY_FOLDERS.get(role, ((), {}))
-    found = sorted(p for folder in folders for p in (weights / folder).rglob("*")
-                   if p.suffix in WEIGHT_SUFFIXES and p.is_file()
-                   and p.name.startswith(begin.get(family, "-")))
+    files = sorted(p for folder in folders for p in (weights / folder).rglob("*")
+                   if not p.is_dir() and p.name.startswith(begin.get(family, "-")))
+    found = [p for p in files if p.suffix in WEIGHT_SUFFIXES] or [
+        p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
     if len(found) != 1:
         got = ", ".join(str(p.relative_to(weights)) for p in found[:6]) or "no such file"
         raise (ValueError if found else FileNotFoundError)(
@@ -271,6 +339,7 @@ def find_dit(weights: str | Path) -> Path:
     weights = role_file(weights, "dit") or weights
     if (weights / "transformer").is_dir():
         weights = weights / "transformer"
+    refuse_experts(weights)
     if not weights.is_dir():
         return weights
     file = weights / "diffusion_pytorch_model.safetensors"
@@ -282,6 +351,24 @@ def find_dit(weights: str | Path) -> Path:
         return index if index.exists() else file
     others = sorted(weights.glob("diffusion_pytorch_model*"))  # a variant, or .bin
     return only_weights(weights) if others else file
+
+
+def refuse_experts(dit: Path) -> None:
+    """Raise ValueError if a DiT's file or folder is part of Wan 2.2 A14B, whose two DiTs have the
+    names and shapes of Wan 2.1's but sample one part of the steps each."""
+    folder = dit if dit.is_dir() else dit.parent
+    root = folder.parent if folder.name == "transformer" else folder
+    experts = ("high_noise_model", "low_noise_model")
+    found = [name for name in ("transformer_2", *experts) if (root / name).exists()]
+    found += [folder.name] if folder.name in experts else []
+    found += [dit.name] if re.search("(high|low)_noise", dit.name) else []
+    index = root / "model_index.json"
+    if index.is_file() and read_json(index, remedy="copy it again").get("boundary_ratio"):
+        found.append("boundary_ratio in model_index.json")
+    if found:
+        raise ValueError(f"{dit}: is of Wan 2.2 A14B, by {found[0]}: its two DiTs sample one part "
+                         "of the steps each, and this code samples all steps by one DiT: point "
+                         "`weights` at Wan 2.1")
 
 
 def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
@@ -303,33 +390,26 @@ def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
 
 
 def fingerprint(weights: str | Path) -> str:
-    """Identity of a DiT's weights: a hash over each tensor's name, shape and first row.
+    """Identity of a DiT's weights: a hash over each tensor's name, shape and 64 spread blocks.
 
-    The same for official, diffusers, sharded and single files of one dtype. It distinguishes
-    models; it does not detect damage.
+    The same for official, diffusers, sharded and single files of one dtype. A change between the
+    blocks, such as a flipped bit, is not seen.
     """
     tensors, digest = dit_tensors(weights), hashlib.sha256()
     for name in sorted(tensors):
-        row = tensors[name].read(slice(0, 1)).float().contiguous()
         digest.update(f"{name}{list(tensors[name].shape)}".encode())
-        digest.update(row.numpy().tobytes())
+        digest.update(sample_blocks(tensors[name]).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 def fingerprint_files(weights: str | Path) -> str:
-    """Identity of all weight files of a folder: names, sizes, first and last 64 KB of each.
-
-    It shows whether two hosts have the same encoders; a change elsewhere in a file is not seen.
-    """
+    """Identity of all weight files of a folder: the name, size and 64 spread blocks of each. What
+    it cannot see is the same as in fingerprint."""
     digest, weights = hashlib.sha256(), Path(weights)
     top = weights.parent if weights.is_file() else weights
     starts = list(read_list(weights).values()) if is_list(weights) else [weights]
     for path in sorted(p for start in starts for p in (start, *start.rglob("*"))
                        if p.suffix in WEIGHT_SUFFIXES and p.is_file()):
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            ends = f.read(1 << 16)
-            f.seek(max(0, size - (1 << 16)))
-            ends += f.read()
-        digest.update(f"{os.path.relpath(path, top)} {size} ".encode() + ends)
+        digest.update(f"{os.path.relpath(path, top)} {path.stat().st_size} ".encode())
+        digest.update(sample_file(path))
     return digest.hexdigest()[:32]

@@ -40,9 +40,11 @@ class Prompt(NamedTuple):
 
 
 def digest_texts(prompts: list[Prompt]) -> str:
-    """SHA-256 over the texts of prompts and the sizes of their images."""
-    lines = [[text, image.stat().st_size if image is not None and image.exists() else None]
-             for text, image in prompts]
+    """SHA-256 over the texts of prompts and the bytes of their images, each read once."""
+    digests = {image: hashlib.sha256(image.read_bytes()).hexdigest()
+               for image in dict.fromkeys(image for _, image in prompts)
+               if image is not None and image.is_file()}
+    lines = [[text, digests.get(image)] for text, image in prompts]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 

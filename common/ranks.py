@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common  # before torch, see common
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -289,10 +290,10 @@ def require_same(facts: dict[str, Any]) -> None:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, facts)
     for rank, other in enumerate(found):
-        for name in found[0]:
-            if other.get(name) != found[0][name]:
+        for name in found[0] | other:
+            if other.get(name) != found[0].get(name):
                 error = ValueError(f"{name}: rank {rank} has {other.get(name)!r}, rank 0 "
-                                   f"{found[0][name]!r}: give all ranks the same settings and "
+                                   f"{found[0].get(name)!r}: give all ranks the same settings and "
                                    "files; nothing was written")
                 raise error if dist.get_rank() == 0 else SystemExit(1)
 
@@ -361,12 +362,10 @@ def watch_launcher() -> None:
     """End this process soon after torchrun ends, even while it waits for other ranks.
 
     It gets the signal that torchrun would have sent; before the process group exists it ends at
-    once.
+    once. torchrun may have ended while torch was imported: its id was taken before.
     """
-    launcher = os.getppid()
-
     def watch() -> None:
-        while os.getppid() == launcher:
+        while os.getppid() == common.LAUNCHER:
             time.sleep(1)
         print("torchrun exited; stopping this rank", file=sys.stderr, flush=True)
         if not dist.is_initialized():

@@ -5,22 +5,25 @@ A tensor is read when it is needed, and each rank reads only the rows that it ke
 
 import contextlib
 import json
+import math
 import os
 import pickle
+import re
 import struct
+import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from common.files import crc32_of_file, error_summary, read_json, replace_file
+from common.files import crc32_of_file, error_summary, read_json, replace_file, shape_error
 from common.ranks import local_rows
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".model")
@@ -82,38 +85,79 @@ def file_kind(path: Path) -> str:
                      f"a file that starts with {start[:8]!r}: name the right file")
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[safe_open]:
-    """A safetensors file, open. Raises ValueError naming it if it is damaged or another file."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+          "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32,
+          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int]:
+    """The metadata of a safetensors file, what it says about each tensor (dtype, shape,
+    data_offsets), and where its data start. The data are not read, so that their size is free.
+
+    Raises ValueError naming the file unless the tensors fill the data without gap or overlap.
+    Source: the format's own description (8 bytes of header length, JSON, data).
+    """
+    def damaged(reason: str) -> ValueError:
+        return ValueError(f"{path}: not a complete safetensors file ({reason:.300}): copy or make "
+                          "it again")
+
+    with path.open("rb") as f:
+        size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
+        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
+            raise damaged(f"its header has {length} bytes, the file {size}")
+        text = f.read(length)
     try:
-        with safe_open(path, "pt") as f:
-            yield f
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path}: not a complete safetensors file ({error_summary(e)}): copy or "
-                         "make it again") from e
+        entries = json.loads(text.decode())
+        fault = shape_error(entries, {str: dict})
+    except (ValueError, RecursionError) as e:
+        raise damaged(error_summary(e)) from e
+    metadata = {} if fault else entries.pop("__metadata__", {})
+    fault = fault or shape_error(metadata, {str: str}, "__metadata__") or shape_error(
+        entries, {str: {"dtype": str, "shape": [int], "data_offsets": [int]}})
+    if fault:
+        raise damaged(fault)
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
+        if dtype is None or len(shape) > 8 or not all(0 <= n < 1 << 40 for n in shape):
+            raise damaged(f"{name:.80} has dtype {entry['dtype']:.40} and shape {shape[:8]}")
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        if entry["data_offsets"] != [start, end]:
+            raise damaged(f"{name:.80} is not at bytes {start} to {end}")
+    if 8 + length + end != size:
+        raise damaged(f"its tensors have {end} bytes, the file {size - 8 - length}")
+    return metadata, entries, 8 + length
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Names and lazy tensors of one safetensors file. Raises ValueError as opened does."""
-    def lazy(name: str) -> LazyTensor:
-        view = f.get_slice(name)
-        shape = tuple(view.get_shape())
-        dtype = (view[:0] if shape else f.get_tensor(name)).dtype
+    """Names and lazy tensors of one safetensors file. Raises ValueError as read_header does."""
+    def lazy(entry: dict) -> LazyTensor:
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        begin, end = (data + offset for offset in entry["data_offsets"])
 
         def read(rows: slice | None = None) -> Tensor:
-            with opened(path) as file:  # mapped again: one map would keep all that was ever read
-                return file.get_slice(name)[rows] if rows and shape else file.get_tensor(name)
+            a, b, part = begin, end, shape
+            if rows and shape:
+                first, stop, _ = rows.indices(shape[0])
+                row, part = (end - begin) // max(1, shape[0]), (max(0, stop - first), *shape[1:])
+                a, b = begin + first * row, begin + (first + part[0]) * row
+            # Read, not mapped: a map would keep all that was ever read in memory.
+            stored = np.fromfile(path, np.uint8, b - a, offset=a)
+            if len(stored) < b - a:
+                raise ValueError(f"{path}: was cut while it was read: copy or make it again")
+            return torch.from_numpy(stored).view(dtype).view(part)
 
         return LazyTensor(shape, dtype, path, read)
 
-    with opened(path) as f:
-        return {name: lazy(name) for name in f.keys()}
+    _, entries, data = read_header(path)
+    return {name: lazy(entry) for name, entry in entries.items()}
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """The strings in a safetensors file's header. Raises ValueError as opened does."""
-    with opened(path) as f:
-        return f.metadata() or {}
+    """The strings in a safetensors file's header. Raises ValueError as read_header does."""
+    return read_header(path)[0]
 
 
 def open_torch(path: Path, old: bool) -> dict[str, LazyTensor]:
@@ -124,15 +168,19 @@ def open_torch(path: Path, old: bool) -> dict[str, LazyTensor]:
     Raises ValueError for a damaged file or one that contains code.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
+        with warnings.catch_warnings():  # of pickle protocols; the error says what to do
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
         raise ValueError(f"{path}: cannot be read as weights ({error_summary(e)}): it is damaged, "
-                         "or contains code, which is never read: copy it again, or as "
-                         ".safetensors") from e
+                         "or contains code, which is never read, or was saved with another pickle "
+                         "protocol than torch's own: copy it again, or save it as .safetensors"
+                         ) from e
     for wrapper in ("module", "ema", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(v, Tensor) for name, v in state.items()):
         raise ValueError(f"{path}: expected a state dict of tensors, got {type(state).__name__} of "
                          "other things: name the right file")
 
@@ -160,6 +208,9 @@ def only_weights(folder: Path) -> Path:
     return found[0]
 
 
+SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
+
+
 def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
     """Every tensor of a checkpoint by name, none of them read yet.
 
@@ -167,24 +218,43 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
     them. Raises FileNotFoundError or ValueError naming the file and the remedy.
     """
     path = only_weights(Path(path)) if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weight file; point `weights` at an official or "
-                                "diffusers folder (or make the file that is missing)")
-    kind = file_kind(path)
-    if kind == "index":
+    if path.suffix == ".json" and path.is_file() and file_kind(path) == "index":
         shards = read_index(path)
-        files = {name: open_tensors(path.parent / name) for name in sorted(set(shards.values()))}
+        files = {name: open_file(path.parent / name) for name in sorted(set(shards.values()))}
         absent = [n for n, shard in shards.items() if n not in files[shard]]
         if absent:
             raise ValueError(f"{path}: {absent[0]} should be in {shards[absent[0]]} and is not: "
                              "shards and index are of different downloads: download both again")
         return {name: files[shard][name] for name, shard in shards.items()}
-    return open_safetensors(path) if kind == "safetensors" else open_torch(path, kind != "torch")
+    if (shard := SHARD.fullmatch(path.name)) and int(shard[1]) > 1:
+        raise ValueError(f"{path}: is one of {int(shard[1])} shards: get the others and their "
+                         ".index.json, and point `weights` at their folder")
+    return open_file(path)
+
+
+def open_file(path: Path) -> dict[str, LazyTensor]:
+    """Every tensor of one weight file. HunyuanVideo's fp8 release keeps the scale of each layer in
+    a file of its own, …_fp8_map.pt: they are added as `<layer>.weight_scale`. Raises as
+    open_tensors."""
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path}: is a link to {path.readlink()}, which does not exist: "
+                                "the download is incomplete, repeat it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weight file; point `weights` at an official or "
+                                "diffusers folder (or make the file that is missing)")
+    kind = file_kind(path)
+    if kind == "index":
+        raise ValueError(f"{path}: expected weights, got JSON: copy index and shards again")
+    tensors = open_safetensors(path) if kind == "safetensors" else open_torch(path, kind != "torch")
+    scales = path.with_name(f"{path.stem}_map{path.suffix}")
+    if path.stem.endswith("_fp8") and scales.is_file():
+        tensors |= {f"{layer}.weight_scale": t for layer, t in open_file(scales).items()}
+    return tensors
 
 
 def read_index(path: Path) -> dict[str, str]:
     """The shard of each tensor by an index. Raises ValueError if it is not an index, or names a
-    file outside its folder."""
+    file outside its folder or one that is not a shard."""
     remedy = 'an index of shards has a "weight_map" of tensor names and files: copy it again'
     shards = read_json(path, {"weight_map": {str: str}}, remedy)["weight_map"]
     outside = [shard for shard in shards.values() if shard != Path(shard).name or shard == ".."]
@@ -194,11 +264,51 @@ def read_index(path: Path) -> dict[str, str]:
     return shards
 
 
+# ------------------------------------------------------------------------------------ identity
+
+BLOCKS = 64          # of a file or a tensor, that its identity reads
+BLOCK = 4096         # bytes of a file's block
+BLOCK_VALUES = 1024  # of a tensor's
+
+
+def block_starts(size: int, block: int) -> list[int]:
+    """Where BLOCKS blocks start that are spread from the beginning to the end of `size`; blocks
+    that cover all of it if they can."""
+    if size <= BLOCKS * block:
+        return list(range(0, size, block))
+    return [i * (size - block) // (BLOCKS - 1) for i in range(BLOCKS)]
+
+
+def sample_blocks(tensor: LazyTensor) -> Tensor:
+    """The values of a tensor's spread blocks, in fp32 and one dimension; all of a small tensor."""
+    size, row = math.prod(tensor.shape), max(1, math.prod(tensor.shape[1:]))
+    if size <= BLOCKS * BLOCK_VALUES:
+        return tensor.read().float().flatten()
+    blocks = []
+    for start in block_starts(size, BLOCK_VALUES):
+        a, stop = start // row, start + BLOCK_VALUES
+        rows = tensor.read(slice(a, -(-stop // row))).flatten()
+        blocks.append(rows[start - a * row:stop - a * row].float())
+    return torch.cat(blocks)
+
+
+def sample_file(path: Path) -> bytes:
+    """The bytes of a file's spread blocks; all of a small file."""
+    with path.open("rb") as f:
+        def block(start: int) -> bytes:
+            f.seek(start)
+            return f.read(BLOCK)
+
+        return b"".join(map(block, block_starts(os.fstat(f.fileno()).st_size, BLOCK)))
+
+
 # Models by a tensor that they have, and the start of its shape where that distinguishes them.
 MODELS = (
+    ("vace_patch_embedding.weight", (), "Wan 2.1 VACE"), ("img_emb.emb_pos", (), "Wan 2.1 FLF2V"),
+    ("img_emb.proj.3.weight", (5120,), "Wan 2.1 I2V 14B"),
     ("patch_embedding.weight", (1536, 16), "Wan 2.1 T2V 1.3B"),
     ("patch_embedding.weight", (5120, 16), "Wan 2.1 T2V 14B"),
-    ("patch_embedding.weight", (5120, 36), "Wan 2.1 I2V 14B"),
+    ("patch_embedding.weight", (5120, 36), "Wan 2.2 I2V A14B"),
     ("patch_embedding.weight", (3072, 48), "Wan 2.2 TI2V 5B"),
     ("patch_embedding.weight", (), "a Wan DiT"),
     ("img_in.proj.weight", (3072, 16), "HunyuanVideo"),
@@ -235,11 +345,16 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
     for problem, names in (("misses", parameters.keys() - tensors.keys()),
                            ("has unknown", tensors.keys() - parameters.keys())):
         if names:
-            some = ", ".join(sorted(names)[:4]) + (" …" if len(names) > 4 else "")
+            some = ", ".join(f"{n:.80}" for n in sorted(names)[:4])
+            some += " …" if len(names) > 4 else ""
             raise ValueError(f"{what}: the checkpoint {problem} {len(names)} tensor(s): {some}; "
                              "it is of another model or size than the config's preset"
                              f"{describe_model(tensors)}")
     for name, p in parameters.items():
+        if not tensors[name].dtype.is_floating_point:
+            raise ValueError(f"{what}: {name} in {tensors[name].file} holds "
+                             f"{str(tensors[name].dtype).removeprefix('torch.')}: expected "
+                             "numbers as bf16, fp16 or fp32: use other weights")
         if tuple(p.shape) != tensors[name].shape:
             raise ValueError(f"{what}: {name} in {tensors[name].file} has shape "
                              f"{list(tensors[name].shape)}, expected {list(p.shape)}: it is of "
@@ -278,7 +393,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
 # ------------------------------------------------------------------------- writing safetensors
 
 CHECKSUM = "-" * 8  # placeholder in the metadata, crc32: CHECKSUM, for the CRC-32 of the data
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
@@ -287,14 +402,12 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
 
     Each read() is called once, in order, even after an error or without `write`, since it may be a
     collective of all ranks. If metadata["crc32"] is CHECKSUM, it and the CRC-32 that is returned
-    become that of the data alone, for check_data.
-    Raises OSError if the file cannot be written. Source: the format's own description (8 bytes of
-    header length, JSON, data).
+    become that of the data alone, for check_data. Raises OSError if it cannot be written.
     """
     header, end = {"__metadata__": metadata}, 0
     for name, t in tensors.items():
         start, end = end, end + t.dtype.itemsize * torch.Size(t.shape).numel()
-        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape),
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

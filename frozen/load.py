@@ -49,7 +49,7 @@ def component(weights: str | Path, what: str, official: list[str], subfolder: st
         raise FileNotFoundError(f"weights: {weights} does not exist: expected an official or "
                                 "diffusers folder")
     path = find(weights, official) or weights / subfolder
-    if not (path.is_file() or (path / "config.json").is_file()):
+    if not (path.is_file() or path.is_symlink() or (path / "config.json").is_file()):
         raise FileNotFoundError(f"{weights}: contains no {what}: expected {' or '.join(official)} "
                                 f"(official) or {subfolder}/config.json (diffusers)")
     return path

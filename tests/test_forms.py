@@ -17,7 +17,7 @@ from common.files import write_json
 from common.names import dit_tensors, find_dit, fingerprint, fingerprint_files, role_file
 from common.names import COMFY, comfy_to_official, official_names, plain_names
 from common.ranks import generator
-from common.weights import LazyTensor, describe_model, open_tensors
+from common.weights import LazyTensor, describe_model, open_tensors, safetensors_metadata
 from frozen.load import load_text, load_vae
 from model import PRESETS, build_dit, load_dit
 
@@ -150,6 +150,14 @@ def test_comfyui_s_folder_of_models_is_a_weight_folder(comfy):
     shutil.copy(official / FULL, models / "diffusion_models/sub/wan2.1_i2v.safetensors")
     with pytest.raises(ValueError, match=r"dit: expected one file, .*sub/wan2.1_i2v.safet.*name"):
         find_dit(models)
+    (models / "vae/wan_2.1_vae.safetensors").rename(models / "vae/wan_2.1_vae.gguf")
+    (models / "vae/wan_2.1_vae.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(ValueError, match="wan_2.1_vae.gguf: is a GGUF file"):
+        load_vae(models)
+    (models / "vae/wan_2.1_vae.gguf").unlink()
+    (models / "vae/wan_2.1_vae.safetensors").symlink_to("../../blobs/0a")
+    with pytest.raises(FileNotFoundError, match="wan_2.1_vae.safetensors: is a link to .*blobs/0a"):
+        load_vae(models)
     (models / "vae/wan_2.1_vae.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="vae: expected one file, got no such file"):
         load_vae(models)
@@ -188,28 +196,92 @@ def test_floats_of_every_width_are_read(dtype, atol, tmp_path, capsys):
     assert ("fp8 weights: on the small world they cost velocities" in said) == (dtype.itemsize == 1)
 
 
-@pytest.mark.parametrize("end", [".scale_weight", ".weight_scale"])
-@pytest.mark.parametrize("rows", [False, True])
-def test_scaled_fp8_is_read_by_its_scales(end, rows, tmp_path, capsys):
-    state, stored = state_of(), {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+def json_tensor(**facts: object) -> Tensor:
+    """A description of a layer as ComfyUI stores it: JSON as bytes."""
+    return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
+
+
+def fp8_of(state: dict[str, Tensor], end: str, shape: tuple[int, ...]
+           ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Matrices of a state as fp8 that fills its range, and their scales under `layer + end`."""
+    stored, scales = {}, {}
     for name, t in state.items():
         if name.endswith(".weight") and t.ndim == 2:
-            state[name] = t = 1e-3 * t  # beneath fp8's own range
-            top = t.abs().amax(1) if rows else t.abs().amax()
+            top = t.abs().amax(1) if shape else t.abs().amax()
             scale = (top / 448).clamp(min=1e-12)
-            stored[name.removesuffix(".weight") + end] = scale
-            stored[name] = (t / (scale[:, None] if rows else scale)).to(torch.float8_e4m3fn)
-            stored[name.removesuffix("weight") + "scale_input"] = torch.ones(())
+            scales[name.removesuffix(".weight") + end] = scale.reshape(shape)
+            stored[name] = (t / (scale[:, None] if shape else scale)).to(torch.float8_e4m3fn)
         else:
             stored[name] = t
+    return stored, scales
+
+
+SMALL = {name: 1e-3 * t for name, t in state_of().items()}  # beneath fp8's own range
+
+
+@pytest.mark.parametrize("end, shape, more", [
+    (".scale_weight", (), "input"), (".scale_weight", (-1,), "input"),
+    (".weight_scale", (), "comfy"), (".weight_scale", (-1, 1), "comfy"),
+    (".weight_scale", (-1, 1, 1), "input")])
+def test_scaled_fp8_is_read_by_its_scales(end, shape, more, tmp_path, capsys):
+    stored, scales = fp8_of(SMALL, end, shape)
+    stored |= scales
+    for layer in (name.removesuffix(end) for name in scales):
+        stored[f"{layer}.scale_input" if more == "input" else f"{layer}.comfy_quant"] = (
+            torch.ones(()) if more == "input" else json_tensor(format="float8_e4m3fn"))
+    if more == "input":
+        stored["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
     save_file({f"model.diffusion_model.{name}": t for name, t in stored.items()},
               tmp_path / "a.safetensors")
     got = loaded(tmp_path / "a.safetensors")
-    for name, t in state.items():
+    for name, t in SMALL.items():
         assert (got[name] - t).abs().max() <= 0.07 * t.abs().max() + 1e-9, name
     assert "scaled fp8 weights" in capsys.readouterr().out
     one = dit_tensors(tmp_path / "a.safetensors")["blocks.1.ffn.0.weight"]
     assert torch.equal(one.read(slice(3, 7)), one.read()[3:7])  # each rank its rows
+
+
+def test_hunyuan_s_fp8_release_is_read_with_the_scales_in_its_map(tmp_path):
+    state = {name: 1e-3 * t for name, t in state_of("hunyuan-tiny").items()}
+    stored, scales = fp8_of(state, "", ())
+    torch.save({"module": stored}, tmp_path / "a_fp8.pt")
+    with pytest.raises(ValueError, match="without its scale: .*_fp8_map.pt, which belongs next to"):
+        dit_tensors(tmp_path / "a_fp8.pt")
+    torch.save(scales, tmp_path / "a_fp8_map.pt")
+    got = loaded(tmp_path / "a_fp8.pt", "hunyuan-tiny")
+    for name, t in state.items():
+        assert (got[name] - t).abs().max() <= 0.07 * t.abs().max() + 1e-9, name
+
+
+LAYER = "blocks.1.ffn.0"  # a matrix of [256, 128]
+
+
+@pytest.mark.parametrize("more, scheme", [
+    ({}, "without its scale: the scales of these weights are stored elsewhere"),
+    ({"scale_weight": torch.ones(256, 4, 1)}, r"\[256, 4, 1\] .*: scales per block are not supp"),
+    ({"weight_scale": torch.ones(1, 128)}, r"\[1, 128\] for a weight .*: scales per block"),
+    ({"weight_scale": torch.ones(256, 4, dtype=torch.uint8)}, "holds uint8 .*scales per block"),
+    ({"weight_scale_inv": torch.ones(2, 1)}, r"weight_scale_inv .*\(fp8 with one scale per block"),
+    ({"weight_scale": torch.ones(()), "comfy_quant": json_tensor(format="nvfp4")},
+     r"comfy_quant .*\(ComfyUI's .*nvfp4"),
+    ({"weight_scale": torch.ones(()), "comfy_quant": json_tensor(format="float8_e4m3fn", rot=1)},
+     r"comfy_quant .*\(ComfyUI's .*rot"),
+    ({"comfy_quant": torch.ones(5000, dtype=torch.uint8)}, "description that cannot be read"),
+    ({"weight.scale": torch.ones(2, 1)}, r"weight.scale .*\(weights stored in parts\)"),
+    ({"weight._scale": torch.ones(256, 1)}, r"weight._scale .*\(quanto\)"),
+    ({"weight_scale_2": torch.ones(())}, r"\(nvfp4\)"),
+    ({"scale_weight": torch.ones(()), "weight_scale": torch.ones(())}, r"\(with two scales\)"),
+    ({"weight.absmax": torch.ones(4)}, r"\(bitsandbytes\)"),
+    ({"qweight": torch.ones(4, dtype=torch.int32)}, r"\(GPTQ, AWQ or SVDQuant\)")])
+def test_weights_quantised_in_another_form_are_refused_by_its_name(more, scheme, tmp_path):
+    stored, scales = fp8_of(SMALL, ".weight_scale", ())
+    del scales[f"{LAYER}.weight_scale"]
+    save_file(stored | scales | {f"{LAYER}.{name}": t for name, t in more.items()},
+              tmp_path / "a.safetensors")
+    for read in (dit_tensors, fingerprint):  # before a network is built, on every rank alike
+        with pytest.raises(ValueError, match=scheme) as error:
+            read(tmp_path / "a.safetensors")
+        assert LAYER in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("component, prefix, anchor", [
@@ -286,6 +358,31 @@ def test_each_stored_form_is_read(form, tmp_path):
     assert fingerprint(weights) == fingerprint(tmp_path / "plain.safetensors")
 
 
+@pytest.mark.parametrize("place", [0, 147_500, 299_999])
+def test_an_identity_sees_the_beginning_the_middle_and_the_end_of_a_tensor_and_of_a_file(
+        place, tmp_path):
+    prints = []
+    for value in (0.0, 1.0):
+        big = torch.zeros(300, 1000)
+        big.view(-1)[place] = value
+        save_file({"patch_embedding.weight": big}, tmp_path / "a.safetensors")
+        prints.append((fingerprint(tmp_path / "a.safetensors"),
+                       fingerprint_files(tmp_path / "a.safetensors")))
+    assert prints[0][0] != prints[1][0] and prints[0][1] != prints[1][1]
+
+
+def test_a_tensor_is_read_without_the_rest_of_its_file(tmp_path):
+    data, shape = 1 << 40, [1 << 19, 1 << 19]  # a terabyte, of which the disk has a page
+    header = json.dumps({"__metadata__": {"accvideo": "{}"}, "patch_embedding.weight": {
+        "dtype": "F32", "shape": shape, "data_offsets": [0, data]}}).encode()
+    with (tmp_path / "a.safetensors").open("wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        f.truncate(8 + len(header) + data)
+    [tensor] = open_tensors(tmp_path / "a.safetensors").values()
+    assert tensor.read(slice(7, 8)).shape == (1, 1 << 19)
+    assert safetensors_metadata(tmp_path / "a.safetensors") == {"accvideo": "{}"}
+
+
 # ------------------------------------------------------------------------------------- refusals
 
 def torch_with_code() -> bytes:
@@ -300,6 +397,11 @@ REFUSED = {
     "an empty file": (b"", "is empty: copy or download it again"),
     "a web page": (b"<!DOCTYPE html><html>login</html>", "is a web page, not weights"),
     "GGUF": (b"GGUF\x03\0\0\0", "is a GGUF file, whose weights are quantised: use bf16"),
+    "a dtype that does not exist": (
+        b"\x40\0\0\0\0\0\0\0" + json.dumps({"a": {"dtype": "abc", "shape": [1], "data_offsets":
+                                                     [0, 4]}}).ljust(64).encode() + b"1234",
+        "not a complete safetensors file (a has dtype abc and shape [1])"),
+    "a pickle of protocol 5": (b"\x80\x05\x95", "is a file of torch.save despite its name"),
     "a cut file": (b"\xff\xff\xff\0\0\0\0\0{\"a\"", "not a complete safetensors file"),
     "noise": (b"\x12\x34" * 40, "not a complete safetensors file"),
     "torch's": (torch_with_code(), "is a file of torch.save despite its name: let its name")}
@@ -317,6 +419,9 @@ def test_a_file_of_another_kind_is_refused_by_what_it_is(kind, tmp_path):
     (tmp_path / "code.pt").write_bytes(torch_with_code())
     with pytest.raises(ValueError, match="damaged, or contains code, which is never read"):
         open_tensors(tmp_path / "code.pt")
+    torch.save({"a": torch.ones(2)}, tmp_path / "five.pt", pickle_protocol=5)
+    with pytest.raises(ValueError, match="saved with another pickle protocol than torch's own"):
+        open_tensors(tmp_path / "five.pt")
     (tmp_path / "noise.bin").write_bytes(b"\x12\x34" * 40)
     with pytest.raises(ValueError, match="expected weights as .safetensors .*starts with"):
         open_tensors(tmp_path / "noise.bin")
@@ -339,11 +444,42 @@ def test_tensors_of_another_kind_are_refused_before_a_network_is_built(tensors, 
     ({"weight_map": {"a": "../b.safetensors"}}, "in its own folder only, got ../b"),
     ({"weight_map": {"a": "/etc/b.safetensors"}}, "in its own folder only, got /etc"),
     ({"weight_map": {"a": 3}}, "weight_map.a: expected text, got 3"),
+    ({"weight_map": {"a": f"{FULL}.index.json"}}, "expected weights, got JSON: copy index and"),
+    ({"weight_map": {"a": "gone"}}, "gone: is a link to blobs/0a, .*: the download is incomplete"),
+    ({"weight_map": {"a": "self"}}, "self: no such weight file"),
     ([1], "expected weights as .safetensors"), ({"other": 1}, "the object has no key weight_map")])
 def test_an_index_of_another_shape_or_that_points_outside_is_refused(index, message, tmp_path):
     write_json(tmp_path / f"{FULL}.index.json", index)
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "gone").symlink_to("blobs/0a")
+    (tmp_path / "self").symlink_to(".")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         dit_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("diffusion_pytorch_model-00002-of-00003.safetensors", "is one of 3 shards: get the others"),
+    ("wan2.2_t2v_high_noise_14B_fp16.safetensors", "is of Wan 2.2 A14B, by wan2.2_t2v_high"),
+    ("low_noise_model/" + FULL, "is of Wan 2.2 A14B, by low_noise_model: its two DiTs"),
+    ("transformer_2/config.json", "is of Wan 2.2 A14B, by transformer_2: .*point `weights` at Wan"),
+    ("high_noise_model/config.json", "is of Wan 2.2 A14B, by high_noise_model"),
+    ("model_index.json", "is of Wan 2.2 A14B, by boundary_ratio in model_index.json")])
+def test_a_part_of_a_model_is_not_taken_for_all_of_it(name, message, tmp_path):
+    state, path = state_of(), tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "transformer").mkdir()
+    save_file(state, tmp_path / "transformer" / FULL)
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        write_json(path, {"boundary_ratio": 0.875})
+    whole = path.suffix != ".safetensors"
+    for weights in (tmp_path, tmp_path / "transformer", tmp_path / "transformer" / FULL
+                    ) if whole else (path,):
+        with pytest.raises(ValueError, match=message):
+            dit_tensors(weights)
+    if name == "model_index.json":  # Wan 2.1's, or Wan 2.2 TI2V's
+        write_json(path, {"boundary_ratio": None})
+        assert_same(loaded(tmp_path), state)
 
 
 def test_a_student_next_to_its_teacher_s_shards_is_refused_as_ambiguous(tmp_path):
@@ -364,6 +500,11 @@ def test_a_released_checkpoint_is_recognised_by_its_names_and_shapes(keys, model
                for name, shape in shapes.items()}
     found = describe_model(plain_names(tensors, "transformer"))
     assert found.startswith(f"; it looks like {model}")
+    if keys == "wan_i2v_14b":
+        tensors = {name: t for name, t in tensors.items() if "img_emb" not in name}
+        assert describe_model(tensors) == "; it looks like Wan 2.2 I2V A14B"
+        tensors["vace_patch_embedding.weight"] = tensors["patch_embedding.weight"]
+        assert describe_model(tensors) == "; it looks like Wan 2.1 VACE, width 5120"
 
 
 def test_the_wrong_model_is_named(tmp_path):

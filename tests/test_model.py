@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend
 
 import model
-from common.config import STAGES, Shared, announce, field, load_config
+from common.config import STAGES, Shared, announce, field, load_config, settings_to_compare
 from common.files import ROOT, read_json, replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint
 from common.names import official_names
@@ -748,6 +748,8 @@ def test_a_config_is_its_defaults_its_file_and_its_command_line_in_this_order(tm
 
 @pytest.mark.parametrize("argv,key,value", [
     (["--adv"], "adv", True), (["--adv", "--steps", "3"], "adv", True),
+    (["--adv", "steps=3"], "adv", True), (["--adv", "negative-prompt=a"], "adv", True),
+    (["--negative-prompt", "steps=3"], "negative_prompt", "steps=3"),
     (["--adv=false"], "adv", False), (["--adv", "off"], "adv", False),
     (["--queue", "none"], "queue", None), (["--queue", "3"], "queue", 3),
     (["--lr", "5e-6"], "lr", 5e-6), (["--lr", "1"], "lr", 1.0), (["--steps", "1e3"], "steps", 1000),
@@ -781,6 +783,7 @@ def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     ("n: 4\nn: 5", "key 'n' is given twice: keep one"), ("n: 0", "n: expected 1 ≤ n ≤ 10000"),
     ("n: " + "9" * 5000, "is not valid YAML"), ("fps: 0", "fps: expected 0 < fps ≤ 1000"),
     ("distill: {adv: true, adv: false}", "key 'adv' is given twice"),
+    ("distill: {adv: [true]}", r"adv: expected bool, got \['?[Tt]rue"),
     ("run: " + "[" * 5000, "is not valid YAML"),
     ("n: [" + "7," * 9999 + "7]", r"n: expected int, got \[7, (7, )+\.\.\.\]"),
     ("a: b: c", "is not valid YAML"), ("family: wam", "family: expected wan \\| hunyuan")])
@@ -807,9 +810,11 @@ def test_a_config_file_that_does_not_exist_is_named():
 
 def test_help_lists_every_field_with_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as e:
-        load_config(Config, "distill", ["--help"], "What it does.")
+        load_config(Config, "lora", ["--help"], "What it does.")
     said = capsys.readouterr().out
-    assert e.value.code == 0 and "What it does." in said and "python distill.py" in said
+    assert e.value.code == 0 and "What it does." in said and "python lora.py" in said
+    assert "values of" in said and "configs/tiny.yaml" in said
+    assert re.search(r"--shift .*\[2.0\]", said)  # the file's, which a command takes
     for f in dataclasses.fields(Config):
         assert f"--{f.name} " in said and f.metadata["help"] in said
     assert "[5e-06]" in said and "[none]" in said
@@ -879,6 +884,17 @@ def test_every_shipped_config_loads_in_every_stage(path, stage):
     argv = [str(path), "weights=assets/tiny"]  # tiny-i2v's weights are not shipped
     cfg = load_config(importlib.import_module(MODULES.get(stage, stage)).Config, stage, argv)
     assert model.check_model(cfg) is model.PRESETS[cfg.preset]
+
+
+def test_a_path_may_start_with_a_tilde_and_differ_from_rank_to_rank_but_a_number_may_not():
+    import distill
+    import sample
+    cfg = load_config(sample.Config, "sample", ["lora=~/a.safetensors", "--image", "~/b,c.png"])
+    home = os.path.expanduser("~")
+    assert (cfg.lora, cfg.image) == (f"{home}/a.safetensors", f"{home}/b,c.png")
+    assert "lora" not in settings_to_compare(cfg)
+    rank = load_config(distill.Config, "distill", ["lora=8"])
+    assert settings_to_compare(rank)["lora"] == 8
 
 
 def test_pyproject_holds_settings_of_tools_and_nothing_that_cannot_be_installed():

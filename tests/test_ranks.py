@@ -20,6 +20,7 @@ import distill
 from artifacts.trajectories import trajectory_path
 from common import weights
 from common.files import ROOT
+from common.prompts import Prompt, digest_texts
 from common.ranks import AgreedError, raise_together
 from common.weights import safetensors_metadata
 from training import data as loading
@@ -113,6 +114,14 @@ def test_ranks_never_evaluate_or_sample_different_students(finished, tmp_path):
                            f"run={tmp_path / 'run'}", *more)
         assert "rank 1 has" in said and said.count("error: ") == 1
         assert not (tmp_path / "run").exists()
+
+
+def test_images_of_equal_size_and_other_bytes_are_other_prompts(tmp_path):
+    image, digests = tmp_path / "a.png", []
+    for byte in (b"a", b"b"):
+        image.write_bytes(99 * b"x" + byte)
+        digests.append(digest_texts([Prompt("a dog", image), Prompt("a cat")]))
+    assert digests[0] != digests[1] == digest_texts([Prompt("a dog", image), Prompt("a cat")])
 
 
 def failing(ranks, folder: Path) -> None:
@@ -271,14 +280,21 @@ def has_socket(pid: int) -> bool:
                for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
 
 
-def test_a_rank_whose_launcher_was_killed_ends_although_it_waits_for_others(finished, tmp_path):
+def imports_torch(pid: int) -> bool:
+    """Whether a process has begun to import torch."""
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+
+
+@pytest.mark.parametrize("moment", [imports_torch, has_socket])
+def test_a_rank_whose_launcher_was_killed_ends_although_it_waits_for_others(moment, finished,
+                                                                            tmp_path):
     _, config = finished
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, sys.executable,
                                  str(ROOT / "distill.py"), config, f"run={tmp_path / 'run'}"],
                                 stdout=subprocess.PIPE, text=True)
     worker = int(launcher.stdout.readline())
-    while not has_socket(worker):
-        time.sleep(0.1)
+    while not moment(worker):
+        time.sleep(0.02)
     stat = Path(f"/proc/{worker}/stat")
     launcher.kill()
     launcher.wait()

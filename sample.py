@@ -13,6 +13,7 @@ Out: in <run>/samples or --out, where <who> is student5, teacher50, lora5, teach
 
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +55,6 @@ def sample_videos(cfg: "Config", videos: list[Video], times: list[float], settin
     device, timer, lines = ranks.device, Timer(ranks.device), []
     conds, unconds = encode_prompts(cfg, [v.prompt for v in videos],
                                     [(v.height, v.width) for v in videos], False, device, timer)
-    unconds = unconds if cfg.teacher else None  # guidance is built into a student
     dit, vae = load_networks(cfg, ranks)
     timer.lap("load")
     bar = tqdm(total=len(videos) * (len(times) - 1), desc=record.stem, unit="step", mininterval=1,
@@ -115,7 +115,8 @@ class Config(Shared):
     teacher: bool = field(False, "sample the teacher, along its grid, instead of the student")
     student: str | None = field(None, "a student's file or folder, sampled at its own times, "
                                 "without guidance; none: <run>/student.safetensors")
-    lora: str | None = field(None, "file of any LoRA that makes the DiT of `weights` a student")
+    lora: str | None = field(None, "file of any LoRA that makes the DiT of `weights` a student, or "
+                             "peft's folder")
     lora_scale: float = field(1.0, "factor of the LoRA's change")
     how: str | None = field(None, "a student's file: print how other programs run it, and exit")
     steps: int | None = field(None, "steps of the teacher's grid; none: n", "[1, 10000]")
@@ -138,12 +139,30 @@ def check_config(cfg: Config) -> None:
     if cfg.lora is not None and (cfg.teacher or cfg.student is not None):
         raise ValueError(f"lora: got {cfg.lora} together with --teacher or --student; a LoRA "
                          "changes the DiT of `weights`: leave the other option out")
-    if cfg.lora is not None and not Path(cfg.lora).is_file():
+    if cfg.lora is None and cfg.lora_scale != 1:
+        raise ValueError(f"lora_scale: got {cfg.lora_scale} without a LoRA: give --lora FILE, or "
+                         "leave it out")
+    if cfg.lora is not None and not Path(cfg.lora).exists():
         raise FileNotFoundError(f"lora: {cfg.lora}: no such file; extract one from a student by "
                                 "`python -m tools.extract_lora CONFIG`, or give another program's")
     if cfg.solver == "unipc" and cfg.family != "wan":
         raise ValueError(f"solver: got unipc; family {cfg.family} has no grid for it, wan has: "
                          "leave --solver out")
+
+
+def drop_guidance(cfg: Config) -> None:
+    """Reset the settings of guidance where there is none, so that they change no file's name, and
+    print which had a value: a student is sampled without, and a teacher at cfg_scale 1."""
+    if cfg.teacher and cfg.cfg_scale != 1:
+        return
+    none = {"cfg_scale": 1.0, "negative_prompt": ""}
+    unused = [name for name, value in none.items() if getattr(cfg, name) != value]
+    for name in unused:
+        setattr(cfg, name, none[name])
+    if unused and os.environ.get("RANK", "0") == "0":
+        why = "at cfg_scale 1" if cfg.teacher else "for a student, which has guidance built in"
+        print(f"{' and '.join(unused)} {'have' if len(unused) > 1 else 'has'} no effect {why}",
+              flush=True)
 
 
 # --------------------------------------------------------------------------- times and networks
@@ -165,6 +184,11 @@ def sampling_times(cfg: Config) -> list[float]:
         return grid.tolist()
     facts = student_facts(student_path(cfg), cfg, foreign=bool(cfg.student or cfg.lora))
     times = facts["t_key"]
+    other = [f"{name} {getattr(cfg, name)}" for name in ("n", "shift", "key")
+             if facts.get(name) not in (None, getattr(cfg, name))]
+    if other and os.environ.get("RANK", "0") == "0":
+        print(f"{student_path(cfg)} is sampled at its own times: the config's {', '.join(other)} "
+              "have no effect", flush=True)
     if cfg.steps not in (None, len(times) - 1):
         raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
                          f"{len(times) - 1} steps: leave --steps out, or distill with another "
@@ -291,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
         return print(how_to_use(Path(cfg.how)))
     sizes = check_model(cfg)
     check_config(cfg)
+    drop_guidance(cfg)
     times = sampling_times(cfg)
     who = f"{'teacher' if cfg.teacher else 'lora' if cfg.lora else 'student'}{len(times) - 1}"
     who = who if cfg.solver == "euler" else f"{who}_{cfg.solver}"

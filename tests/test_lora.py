@@ -308,6 +308,73 @@ def test_diffusers_own_names_of_wan_and_alpha_in_its_metadata_are_read(tmp_path)
         assert torch.allclose(got[q].read(), w[q] + (2 if about else 1) * B @ A, atol=1e-6)
 
 
+PEFT = {"r": 4, "target_modules": ["q", "ffn.0", "head.head"]}
+
+
+@pytest.mark.parametrize("settings, form", [
+    ({"lora_alpha": 10}, "folder"), ({"lora_alpha": 10}, "file"),
+    ({"lora_alpha": 3, "lora_bias": True}, "adapter"),
+    ({"lora_alpha": 10, "use_rslora": True, "lora_bias": True}, "pipeline"),
+    ({"lora_alpha": 5, "rank_pattern": {"head.head": 2}, "lora_bias": True}, "folder")])
+def test_a_lora_of_peft_has_the_strength_of_peft_s_own_forward(tmp_path, settings, form):
+    peft = pytest.importorskip("peft")
+    teacher, *_ = write_pair(tmp_path, WAN)
+    dit = model.load_dit(teacher, WAN, torch.float32)
+    x, t, cond = draw("x", (1, 16, 2, 4, 4)), torch.tensor([0.5]), {"text": draw("t", (1, 3, 12))}
+    theirs = peft.get_peft_model(dit, peft.LoraConfig(**PEFT, **settings)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.copy_(draw(name, p.shape, 0.2))
+        want = theirs(x, t, cond)
+    theirs.save_pretrained(tmp_path / "lora")
+    path, about = tmp_path / "lora", {**theirs.peft_config["default"].to_dict()}
+    about = {name: sorted(v) if isinstance(v, set) else v for name, v in about.items()}
+    if form == "file":
+        path = path / "adapter_model.safetensors"
+    elif form != "folder":  # as save_lora_adapter and pipeline.save_lora_weights write it
+        prefix = "transformer." if form == "pipeline" else ""
+        tensors = {name.replace("base_model.model.", prefix): t.read()
+                   for name, t in open_tensors(path).items()}
+        path = tmp_path / "l.safetensors"
+        save_tensors(path, tensors, {"lora_adapter_metadata": json.dumps(
+            {prefix + name: value for name, value in about.items()}, default=str)})
+    merged = {n: t.read() for n, t in with_lora(dit_tensors(teacher), path).items()}
+    ours = build_dit(WAN)
+    ours.load_state_dict(merged)
+    with torch.no_grad():
+        assert (ours(x, t, cond) - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("alpha_pattern", {"q": 2}), ("use_dora", True), ("bias", "all"), ("modules_to_save", ["head"]),
+    ("init_lora_weights", "pissa"), ("lora_alpha", "much")])
+def test_a_lora_whose_peft_settings_change_more_is_refused(tmp_path, setting, value):
+    teacher, *_ = write_pair(tmp_path, WAN)
+    q = "base_model.model.blocks.1.self_attn.q"
+    save_tensors(tmp_path / "l.safetensors", {f"{q}.lora_A.weight": draw("A", (2, 24)),
+                                              f"{q}.lora_B.weight": draw("B", (24, 2))}, {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4,
+                                                              setting: value}))
+    with pytest.raises(ValueError, match=rf"adapter_config.json: {setting}: expected "):
+        with_lora(dit_tensors(teacher), tmp_path / "l.safetensors")
+
+
+def test_a_lora_of_differences_alone_applies_under_any_prefix(tmp_path, monkeypatch):
+    teacher, _, w, _ = write_pair(tmp_path, WAN)
+    bias, norm = "blocks.0.self_attn.q.bias", "blocks.0.norm3.weight"
+    for i, prefix in enumerate(("diffusion_model", "unet", "dit", "module", "pipe.dit")):
+        path = tmp_path / f"{i}.safetensors"
+        save_tensors(path, {f"{prefix}.{bias[:-5]}.diff_b": draw("b", (24,)),
+                            f"{prefix}.{norm[:-7]}.diff": draw("n", (24,))}, {})
+        monkeypatch.setitem(model.PRESETS, "small", WAN)
+        cfg = sample.Config(weights=str(teacher), preset="small")
+        got = dict(student_file.load_student(cfg, path, torch.device("cpu"),
+                                             scale=0.5).named_parameters())
+        assert torch.allclose(got[bias], w[bias] + 0.5 * draw("b", (24,)))
+        assert torch.allclose(got[norm], w[norm] + 0.5 * draw("n", (24,)))
+
+
 def test_comfyui_s_names_of_hunyuanvideo_are_read(tmp_path):
     teacher, *_ = write_pair(tmp_path, HUNYUAN)
     module = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -349,10 +416,26 @@ def test_a_dora_and_a_whole_model_are_refused_as_loras(tmp_path):
     teacher, student, *_ = write_pair(tmp_path, WAN)
     with pytest.raises(ValueError, match="looks like a Wan DiT, width 24; it is not a LoRA"):
         with_lora(dit_tensors(teacher), student)
-    save_tensors(tmp_path / "l.safetensors", {
-        "diffusion_model.blocks.0.self_attn.q.dora_scale": draw("d", (24, 1))}, {})
-    with pytest.raises(ValueError, match="is a DoRA"):
-        with_lora(dit_tensors(teacher), tmp_path / "l.safetensors")
+    q, path = "diffusion_model.blocks.0.self_attn.q", tmp_path / "l.safetensors"
+    halves = {f"{q}.lora_A.weight": draw("A", (2, 24)), f"{q}.lora_B.weight": draw("B", (24, 2))}
+    for more, message in (
+            ({f"{q}.dora_scale": draw("d", (24, 1))}, "is a DoRA"),
+            ({f"{q}.lora_magnitude_vector": draw("m", (24,))}, "is a DoRA"),
+            ({f"transformer.{q[16:]}.lora_A.weight": draw("A", (2, 24))}, "save one LoRA"),
+            ({f"{q}.diff_b": torch.ones(24, dtype=torch.int8)}, "expected one floating-point")):
+        save_tensors(path, halves | more, {})
+        with pytest.raises(ValueError, match=message):
+            with_lora(dit_tensors(teacher), path)
+
+
+def test_extract_replaces_no_file_of_another_kind(make_config, tiny_weights, tmp_path):
+    write_student(tmp_path / "run/student.safetensors", tiny_weights)
+    config = [str(make_config(n=4, key=[0, 1, 4])), "--rank", "2", "--out"]
+    (tmp_path / "notes.md").write_text("mine")
+    for name, existing in (("run/student", "student.safetensors"), ("notes", "notes.md")):
+        with pytest.raises(ValueError, match=f"out: .*{existing} exists, and is not of a LoRA"):
+            extract_lora.main([*config, f"{tmp_path}/{name}.safetensors"])
+    assert (tmp_path / "notes.md").read_text() == "mine"
 
 
 # ---------------------------------------------------------------------------------- sample.py

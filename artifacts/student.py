@@ -102,8 +102,8 @@ def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> N
     if error := shape_error(facts, types):
         raise ValueError(f"{path}: 'accvideo' metadata: {error}: distill it again")
     if facts.get("dtype", "fp32") not in EXPORT_DTYPES:
-        raise ValueError(f"{path}: 'accvideo' metadata: dtype: expected {', '.join(EXPORT_DTYPES)}, "
-                         f"got {abbreviate(facts['dtype'])}: distill it again")
+        raise ValueError(f"{path}: 'accvideo' metadata: dtype: expected bf16, fp16 or fp32, got "
+                         f"{abbreviate(facts['dtype'])}: distill it again")
     t = facts["t_key"]
     if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
         raise ValueError(f"{path}: t_key: expected times falling from 1 (noise) to 0 (data), got "

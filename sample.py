@@ -187,8 +187,8 @@ def sampling_times(cfg: Config) -> list[float]:
     other = [f"{name} {getattr(cfg, name)}" for name in ("n", "shift", "key")
              if facts.get(name) not in (None, getattr(cfg, name))]
     if other and os.environ.get("RANK", "0") == "0":
-        print(f"{student_path(cfg)} is sampled at its own times: the config's {', '.join(other)} "
-              "have no effect", flush=True)
+        print(f"{student_path(cfg)} is sampled at its own times, not by the config's "
+              f"{', '.join(other)}", flush=True)
     if cfg.steps not in (None, len(times) - 1):
         raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
                          f"{len(times) - 1} steps: leave --steps out, or distill with another "

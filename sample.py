@@ -115,8 +115,7 @@ class Config(Shared):
     teacher: bool = field(False, "sample the teacher, along its grid, instead of the student")
     student: str | None = field(None, "a student's file or folder, sampled at its own times, "
                                 "without guidance; none: <run>/student.safetensors")
-    lora: str | None = field(None, "file of any LoRA that makes the DiT of `weights` a student, or "
-                             "peft's folder")
+    lora: str | None = field(None, "any LoRA that makes the DiT of `weights` a student")
     lora_scale: float = field(1.0, "factor of the LoRA's change")
     how: str | None = field(None, "a student's file: print how other programs run it, and exit")
     steps: int | None = field(None, "steps of the teacher's grid; none: n", "[1, 10000]")
@@ -151,18 +150,15 @@ def check_config(cfg: Config) -> None:
 
 
 def drop_guidance(cfg: Config) -> None:
-    """Reset the settings of guidance where there is none, so that they change no file's name, and
-    print which had a value: a student is sampled without, and a teacher at cfg_scale 1."""
-    if cfg.teacher and cfg.cfg_scale != 1:
-        return
+    """Reset guidance where it has no effect, so that it names no file, and print what was given."""
     none = {"cfg_scale": 1.0, "negative_prompt": ""}
-    unused = [name for name, value in none.items() if getattr(cfg, name) != value]
-    for name in unused:
-        setattr(cfg, name, none[name])
-    if unused and os.environ.get("RANK", "0") == "0":
-        why = "at cfg_scale 1" if cfg.teacher else "for a student, which has guidance built in"
-        print(f"{' and '.join(unused)} {'have' if len(unused) > 1 else 'has'} no effect {why}",
-              flush=True)
+    given = [name for name, value in none.items() if getattr(cfg, name) != value]
+    if (cfg.teacher and cfg.cfg_scale != 1) or not given:
+        return
+    vars(cfg).update(none)
+    why = "at cfg_scale 1" if cfg.teacher else "for a student, which has guidance built in"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"no effect {why}: {', '.join(given)}", flush=True)
 
 
 # --------------------------------------------------------------------------- times and networks

@@ -151,6 +151,8 @@ def test_the_command_writes_file_table_and_plot_and_sample_uses_it(tiny_weights,
     tensors = open_tensors(out)
     assert {t.dtype for t in tensors.values()} == {torch.float16} and is_lora(tensors)
     assert not any(name.endswith("alpha") for name in tensors)
+    sample.main(["--how", str(out)])
+    assert f'pipe.load_lora_weights("{out.name}")' in capsys.readouterr().out
     table = json.loads(out.with_suffix(".json").read_text())
     names = dict(build_dit("tiny").named_parameters())
     assert {row["name"] for row in table["rows"]} == names.keys()
@@ -557,6 +559,8 @@ def test_a_trained_lora_moves_the_blocks_matrices_alone_and_its_file_is_the_stud
     same = [safetensors_metadata(run / f"student{end}.safetensors")["accvideo"]
             for end in ("", "_lora")]
     assert same[0] == same[1]
+    page = student_file.how_to_use(run / "student_lora.safetensors")
+    assert (run / "student_lora.md").read_text() == page and "LoraLoaderModelOnly" in page
     assert {t.dtype for t in open_tensors(run / "student_lora.safetensors").values()} == {
         torch.float16}
 

@@ -131,13 +131,16 @@ def test_vbench_s_numbers_of_videos(tmp_path):
     (["--info={}/all.txt", "--prompts={}/long.txt"], "long.txt: expected 2 prompts, .* got 1"),
     (["--info={}/all.txt", "--flickering={}/slash.txt"],
      "slash.txt: expected prompts of .*all.txt only, got 'a/b'"),
-    (["--info={}/none.txt"], "none.txt: no such prompt file")])
+    (["--info={}/none.txt"], "none.txt: no such prompt file"),
+    (["--info={}/all.txt", "--out={}/mine.jsonl"], "mine.jsonl: exists, and is not a file of VB")])
 def test_prompts_that_vbench_cannot_use_are_refused(tmp_path, options, message):
     (tmp_path / "all.txt").write_text("a\nb\n")
     (tmp_path / "slash.txt").write_text("a/b\n")
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a fox"}')
     (tmp_path / "long.txt").write_text("é" * ((NAME_BYTES - 6) // 2) + "x" * (NAME_BYTES % 2 + 1))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        vbench.main([*(option.format(tmp_path) for option in options), f"--out={tmp_path}/v.jsonl"])
+        vbench.main([f"--out={tmp_path}/v.jsonl", *(option.format(tmp_path) for option in options)])
+    assert (tmp_path / "mine.jsonl").read_text() == '{"prompt": "a fox"}'
     assert not (tmp_path / "v.jsonl").exists()
 
 

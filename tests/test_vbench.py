@@ -147,9 +147,10 @@ def test_prompts_that_vbench_cannot_use_are_refused(tmp_path, options, message):
 @pytest.mark.parametrize("lines, options, message", [
     (['{"prompt": "a", "seed": 1, "file": "../a.mp4"}'], [], "prompt 1: file: expected .*'../a"),
     (['{"prompt": "a", "seed": 1, "file": "a"}'], [], "got 'a' with .* no .mp4"),
-    (['{"prompt": "a", "seed": 1, "file": "a.mp4"}', '{"prompt": "b"}'], [], "prompt 2: it lacks"),
+    (['{"prompt": "a", "seed": 1, "file": "a.mp4"}', '{"prompt": "b"}'], [],
+     "prompt 2: the object has no key seed"),
     (['{"prompt": "a", "seed": 1, "file": "a.mp4"}'] * 2, [], "with a name used before"),
-    (['{"prompt": "a", "seed": "1", "file": "a.mp4"}'], [], "prompt 1: seed is '1'"),
+    (['{"prompt": "a", "seed": "1", "file": "a.mp4"}'], [], "prompt 1: seed: expected .*'1'"),
     (['{"prompt": "a", "seed": 1, "file": "a.mp4"}'], ["--count=2"], "count: got 2; .* names each"),
     (['{"prompt": "a", "seed": 1, "file": "a.mp4"}'], ["--preset=tiny-i2v"], 'has no "image"')])
 def test_bad_names_are_refused_before_anything_is_loaded(tmp_path, make_config, tiny_weights, lines,

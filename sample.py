@@ -14,6 +14,7 @@ Out: in <run>/samples or --out, where <who> is student5, teacher50, lora5, teach
 import common  # noqa: F401 (before torch, see common)
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,7 +56,6 @@ def sample_videos(cfg: "Config", videos: list[Video], times: list[float], settin
     device, timer, lines = ranks.device, Timer(ranks.device), []
     conds, unconds = encode_prompts(cfg, [v.prompt for v in videos],
                                     [(v.height, v.width) for v in videos], False, device, timer)
-    unconds = unconds if cfg.teacher else None  # guidance is built into a student
     dit, vae = load_networks(cfg, ranks)
     timer.lap("load")
     bar = tqdm(total=len(videos) * (len(times) - 1), desc=record.stem, unit="step", mininterval=1,
@@ -116,7 +116,7 @@ class Config(Shared):
     teacher: bool = field(False, "sample the teacher, along its grid, instead of the student")
     student: str | None = field(None, "a student's file or folder, sampled at its own times, "
                                 "without guidance; none: <run>/student.safetensors")
-    lora: str | None = field(None, "file of any LoRA that makes the DiT of `weights` a student")
+    lora: str | None = field(None, "any LoRA that makes the DiT of `weights` a student")
     lora_scale: float = field(1.0, "factor of the LoRA's change")
     how: str | None = field(None, "a student's file: print how other programs run it, and exit")
     steps: int | None = field(None, "steps of the teacher's grid; none: n", "[1, 10000]")
@@ -139,12 +139,27 @@ def check_config(cfg: Config) -> None:
     if cfg.lora is not None and (cfg.teacher or cfg.student is not None):
         raise ValueError(f"lora: got {cfg.lora} together with --teacher or --student; a LoRA "
                          "changes the DiT of `weights`: leave the other option out")
-    if cfg.lora is not None and not Path(cfg.lora).is_file():
+    if cfg.lora is None and cfg.lora_scale != 1:
+        raise ValueError(f"lora_scale: got {cfg.lora_scale} without a LoRA: give --lora FILE, or "
+                         "leave it out")
+    if cfg.lora is not None and not Path(cfg.lora).exists():
         raise FileNotFoundError(f"lora: {cfg.lora}: no such file; extract one from a student by "
                                 "`python -m tools.extract_lora CONFIG`, or give another program's")
     if cfg.solver == "unipc" and cfg.family != "wan":
         raise ValueError(f"solver: got unipc; family {cfg.family} has no grid for it, wan has: "
                          "leave --solver out")
+
+
+def drop_guidance(cfg: Config) -> None:
+    """Reset guidance where it has no effect, so that it names no file, and print what was given."""
+    none = {"cfg_scale": 1.0, "negative_prompt": ""}
+    given = [name for name, value in none.items() if getattr(cfg, name) != value]
+    if (cfg.teacher and cfg.cfg_scale != 1) or not given:
+        return
+    vars(cfg).update(none)
+    why = "at cfg_scale 1" if cfg.teacher else "for a student, which has guidance built in"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"no effect {why}: {', '.join(given)}", flush=True)
 
 
 # --------------------------------------------------------------------------- times and networks
@@ -166,6 +181,11 @@ def sampling_times(cfg: Config) -> list[float]:
         return grid.tolist()
     facts = student_facts(student_path(cfg), cfg, foreign=bool(cfg.student or cfg.lora))
     times = facts["t_key"]
+    other = [f"{name} {getattr(cfg, name)}" for name in ("n", "shift", "key")
+             if facts.get(name) not in (None, getattr(cfg, name))]
+    if other and os.environ.get("RANK", "0") == "0":
+        print(f"{student_path(cfg)} is sampled at its own times, not by the config's "
+              f"{', '.join(other)}", flush=True)
     if cfg.steps not in (None, len(times) - 1):
         raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
                          f"{len(times) - 1} steps: leave --steps out, or distill with another "
@@ -292,6 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         return print(how_to_use(Path(cfg.how)))
     sizes = check_model(cfg)
     check_config(cfg)
+    drop_guidance(cfg)
     times = sampling_times(cfg)
     who = f"{'teacher' if cfg.teacher else 'lora' if cfg.lora else 'student'}{len(times) - 1}"
     who = who if cfg.solver == "euler" else f"{who}_{cfg.solver}"

@@ -1,5 +1,6 @@
 """LoRA files of this project and of others: reading, merging, training, writing."""
 
+import functools
 import math
 import os
 import re
@@ -11,7 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from common.files import NUMBER, parse_json, shape_error
+from common.files import NUMBER, abbreviate, parse_json, read_json, shape_error
 from common.linear import Linear, linear
 from common.names import check_sizes, comfy_to_official, dit_tensors, official_names
 from common.ranks import Ranks, generator, shard
@@ -22,14 +23,22 @@ from model import build_dit
 
 # --------------------------------------------------------------------------- reading and merging
 
-PREFIXES = re.compile(r"^((base_model|model|diffusion_model|transformer|pipe\.dit)\.|"
+PREFIXES = re.compile(r"^((base_model|model|diffusion_model|transformer|unet|dit|module|pipe)\.|"
                       r"lora_unet_|lora_transformer_)+")
 # The parts of a module's change, by the endings that programs give them.
 PARTS = {part: re.compile(rf"(.+?)(?:{ending})") for part, ending in {
     "down": r"\.lora_A(\.default)?(\.weight)?|\.lora_down\.weight|[._]lora\.down\.weight",
     "up": r"\.lora_B(\.default)?(\.weight)?|\.lora_up\.weight|[._]lora\.up\.weight",
-    "bias": r"\.diff_b|\.lora_B(\.default)?\.bias", "alpha": r"\.alpha", "weight": r"\.diff",
-    "modulation": r"\.diff_m"}.items()}
+    "up_bias": r"\.lora_B(\.default)?\.bias", "alpha": r"\.alpha", "weight": r"\.diff",
+    "bias": r"\.diff_b", "modulation": r"\.diff_m"}.items()}
+# Changes of other kinds: DoRA, LoHa, LoKr, a third factor.
+OTHER_KINDS = re.compile(r"dora_scale|lora_magnitude_vector|hada_|lokr_|lora_mid")
+# Settings of peft with which a change is more than alpha / rank times B·A, unless they are empty.
+PEFT_EXTRAS = (
+    "alpha_pattern", "use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication",
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
+PEFT_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change W, too
 # Models by the names in their LoRAs, for errors.
 MODELS = ((r"double_blocks.*img_attn", "HunyuanVideo or Flux"),
           (r"(single_)?transformer_blocks", "HunyuanVideo, Flux or another, with diffusers' names"),
@@ -39,8 +48,8 @@ MODELS = ((r"double_blocks.*img_attn", "HunyuanVideo or Flux"),
 
 
 def is_lora(tensors: Iterable[str]) -> bool:
-    """Whether names are a LoRA's: some are the halves of a matrix."""
-    return any(split_name(name)[0] in ("down", "up") for name in tensors)
+    """Whether names are a LoRA's, or another change's that lora_changes refuses."""
+    return any(split_name(name)[0] or OTHER_KINDS.search(name) for name in tensors)
 
 
 def split_name(name: str) -> tuple[str | None, str]:
@@ -97,7 +106,7 @@ def lora_changes(path: Path, shapes: dict[str, tuple[int, ...]],
     parts: dict[str, dict[str, tuple[str, LazyTensor]]] = {}  # by official module
     unused = []
     for name, tensor in tensors.items():
-        if name.endswith("dora_scale") or re.search(r"hada_|lokr_", name):
+        if OTHER_KINDS.search(name):
             raise ValueError(f"{path}: {name}: is a DoRA, LoHa or LoKr, which are not supported: "
                              "give a LoRA (lora_A and lora_B, or lora_down and lora_up)")
         part, module = split_name(name)
@@ -105,24 +114,30 @@ def lora_changes(path: Path, shapes: dict[str, tuple[int, ...]],
             comfy_to_official(f"{module}.weight").removesuffix(".weight"))
         if part is None or official is None:
             unused.append(name)
+        elif part in parts.setdefault(official, {}) or not (
+                tensor.dtype.is_floating_point or part == "alpha"):
+            raise ValueError(f"{path}: {name}: expected one floating-point {part} for {official}, "
+                             f"got {tensor.dtype} and {parts[official].get(part, ('no other',))[0]}"
+                             ": save one LoRA, in 16 bits, in the file")
         else:
-            parts.setdefault(official, {})[part] = name, tensor
+            parts[official][part] = name, tensor
     changes: dict[str, list[LazyTensor]] = {}
-    default_alpha = alpha_per_rank(path)
+    factor = peft_factor(path, tensors)
     for module, found in parts.items():
-        weight = f"{module}.weight"
+        weight, times = f"{module}.weight", 1.0
         if {"up", "down"} <= found.keys() and weight in shapes:
             (_, up), (name, down) = found.pop("up"), found.pop("down")
             check_lora_shapes(path, name, up, down, shapes[weight])
-            alpha = default_alpha
-            if "alpha" in found:
-                alpha = float(found.pop("alpha")[1].read()) / down.shape[0]
+            rank = down.shape[0]
+            times = (float(found.pop("alpha")[1].read()) / rank if "alpha" in found else
+                     factor(rank))
             changes.setdefault(weight, []).append(
-                low_rank_product(up, down, scale * alpha, shapes[weight]))
+                low_rank_product(up, down, scale * times, shapes[weight]))
         for part, (name, tensor) in found.items():
-            target = module if module in shapes else f"{module}.{part}"
+            target = module if module in shapes else f"{module}.{part.removeprefix('up_')}"
             if shapes.get(target) == tensor.shape and part not in ("up", "down", "alpha"):
-                changes.setdefault(target, []).append(scaled(tensor, scale))
+                by = scale * (times if part == "up_bias" else 1.0)  # it is scaled as B·A is
+                changes.setdefault(target, []).append(scaled(tensor, by))
             else:
                 unused.append(name)
     if not changes:
@@ -143,16 +158,45 @@ def check_lora_shapes(path: Path, name: str, up: LazyTensor, down: LazyTensor,
                          "it is a LoRA for another size of the model than `preset`")
 
 
-def alpha_per_rank(path: Path) -> float:
-    """alpha / rank of a file that diffusers saved, from its metadata; 1 for other files."""
-    if file_kind(path) != "safetensors":
-        return 1.0
-    where = f"{path}: its lora_adapter_metadata"
-    metadata = parse_json(safetensors_metadata(path).get("lora_adapter_metadata", "{}"), where)
-    keys = [key for key in ("transformer.lora_alpha", "transformer.r") if metadata.get(key)]
-    if error := shape_error(metadata, dict.fromkeys(keys, NUMBER)):
+def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], float]:
+    """The factor of B·A by its rank, as peft's settings have it: 1 for files without them.
+
+    They are in the metadata of a file that diffusers saved, plain or with "transformer." before
+    them, or for peft's own names ("base_model.…") in adapter_config.json next to the file.
+    Raises ValueError for settings with which a change is more than a factor times B·A.
+    """
+    file = next((t.file for t in tensors.values()), path)
+    where, config = f"{file}: its lora_adapter_metadata", file.with_name("adapter_config.json")
+    settings = {}
+    if file_kind(file) == "safetensors":
+        stored = parse_json(safetensors_metadata(file).get("lora_adapter_metadata", "{}"), where,
+                            remedy="save the LoRA again")
+        settings = {name.removeprefix("transformer."): value for name, value in stored.items()}
+    if not settings and any(name.startswith("base_model.") for name in tensors):
+        if config.exists():
+            where, settings = str(config), read_json(config)
+        else:
+            warn_of_alpha(config)
+    extras = [name for name in PEFT_EXTRAS if settings.get(name)]
+    extras += ["bias"] * (settings.get("bias") not in (None, "none"))
+    extras += ["init_lora_weights"] * (settings.get("init_lora_weights") not in PEFT_STARTS)
+    if extras:
+        raise ValueError(f"{where}: {extras[0]}: expected none, got "
+                         f"{abbreviate(settings[extras[0]])}, which is not supported: merge the "
+                         "LoRA in peft, and give the result as `weights`")
+    if settings.get("lora_alpha") is None:
+        return lambda rank: 1.0
+    if error := shape_error(settings, {"lora_alpha": NUMBER}):
         raise ValueError(f"{where}: {error}: save the LoRA again")
-    return metadata[keys[0]] / metadata[keys[1]] if len(keys) == 2 else 1.0
+    alpha, root = settings["lora_alpha"], bool(settings.get("use_rslora"))
+    return lambda rank: alpha / (math.sqrt(rank) if root else rank)
+
+
+@functools.lru_cache
+def warn_of_alpha(config: Path) -> None:
+    """Print once that a LoRA's strength is not known."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config}: there is none: the LoRA's alpha is taken to be its rank", flush=True)
 
 
 def describe_lora(tensors: dict[str, LazyTensor]) -> str:

@@ -6,6 +6,8 @@
 <name>_lora.safetensors  the LoRA that distill.py --lora trained, with the same metadata
 <name>_diffusers/        transformer/ and scheduler/ as diffusers loads them (--export diffusers)
 <name>.md                how other programs run it, from the templates assets/student*.md
+<name>_lora.md           the same of its LoRA
+<name>_comfyui.json      ComfyUI's workflow of it, to drag into its window
 """
 
 import itertools
@@ -14,31 +16,34 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from artifacts.instructions import comfyui_workflow, stock_scheduler, student_page
 from artifacts.lora import is_lora, lora_changes, lora_file, student_tensors, with_lora
 from common.config import Shared
 from common.files import (
-    NUMBER, ROOT, abbreviate, parse_json, path_hint, replace_file, replace_folder, shape_error,
-    write_json, write_text)
+    NUMBER, abbreviate, error_summary, parse_json, path_hint, replace_file, replace_folder,
+    shape_error, write_json, write_text)
 from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
 from common.weights import (
-    CHECKSUM, LazyTensor, check_data, file_kind, load_module, open_tensors, safetensors_metadata,
-    stream_safetensors)
+    CHECKSUM, LazyTensor, check_data, file_kind, load_module, only_weights, open_tensors,
+    read_index, stream_safetensors)
 from model import Sizes, empty_dit, key_times, sizes_of
 
 # ------------------------------------------------------------------- what a student's file says
 
 FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
 FACT_TYPES = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int,
-              "key": [int], "shift": NUMBER, "cfg_scale": NUMBER}
+              "key": [int], "shift": NUMBER, "cfg_scale": NUMBER, "height": int, "width": int,
+              "frames": int, "fps": NUMBER, "dtype": str, "embedded_guidance": NUMBER}
+HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def student_facts(path: Path, cfg: Shared, foreign: bool = False,
@@ -56,7 +61,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no student yet{path_hint(path)}; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
-    tensors = open_tensors(path)  # raises an error for a damaged file
+    tensors = open_student(path)  # raises an error for a damaged file
     if os.environ.get("LOCAL_RANK", "0") == "0":  # it reads all of the file: once on each host
         for file in dict.fromkeys(t.file for t in tensors.values()):
             if file_kind(file) == "safetensors":
@@ -81,6 +86,12 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     return facts
 
 
+def open_student(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a student: its file, an index of shards, or a folder, such as the one that
+    --export diffusers writes. Raises as common.weights.open_tensors."""
+    return open_tensors(path / "transformer" if (path / "transformer").is_dir() else path)
+
+
 def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> None:
     """Raise ValueError if a student says too little about itself, or has no valid times."""
     absent = [name for name in required if name not in facts]
@@ -91,6 +102,9 @@ def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> N
     types = {name: kind for name, kind in FACT_TYPES.items() if name in facts}
     if error := shape_error(facts, types):
         raise ValueError(f"{path}: 'accvideo' metadata: {error}: distill it again")
+    if facts.get("dtype", "fp32") not in EXPORT_DTYPES:
+        raise ValueError(f"{path}: 'accvideo' metadata: dtype: expected bf16, fp16 or fp32, got "
+                         f"{abbreviate(facts['dtype'])}: distill it again")
     t = facts["t_key"]
     if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
         raise ValueError(f"{path}: t_key: expected times falling from 1 (noise) to 0 (data), got "
@@ -105,10 +119,24 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
 
 def facts_in(file: Path) -> dict:
     """What a student's file says about itself; {} for nothing. ValueError if it is damaged."""
+    where = f"{file}: 'accvideo' metadata"
+    metadata = safetensors_header(file).get("__metadata__", {})
+    if error := shape_error(metadata, {name: str for name in ("accvideo",) if name in metadata}):
+        raise ValueError(f"{where}: {error}: distill it again, or remove the metadata")
+    return parse_json(metadata.get("accvideo", "{}"), where,
+                      remedy="distill it again, or remove the metadata")
+
+
+def safetensors_header(file: Path) -> dict[str, dict]:
+    """The header of a safetensors file, alone, since a file that is larger than memory may not be
+    mapped; {} for torch's files. ValueError if it is damaged."""
     if file_kind(file) != "safetensors":
         return {}
-    return parse_json(safetensors_metadata(file).get("accvideo", "{}"), f"{file}: 'accvideo' "
-                      "metadata", remedy="distill it again, or remove the metadata")
+    with file.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        text = f.read(size) if size <= HEADER_BYTES else b""
+    return parse_json(text.decode(errors="replace"), f"{file}: header", {str: dict},
+                      "copy the file again")
 
 
 def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: str | None,
@@ -149,7 +177,7 @@ def load_student(cfg: Shared, path: Path, device: torch.device, ranks: Ranks | N
     dtype of computation. Raises ValueError as artifacts.lora.lora_changes.
     """
     dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
-    tensors = open_tensors(path)
+    tensors = open_student(path)
     tensors = (with_lora(dit_tensors(cfg.weights), path, scale) if is_lora(tensors) else
                official_names(tensors, "transformer"))
     return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
@@ -163,7 +191,8 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
     weight.
     """
     path, dtype = Path(cfg.run) / f"{name}.safetensors", EXPORT_DTYPES[cfg.export_dtype]
-    keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance")
+    keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance", "height",
+            "width", "frames", "fps")
     facts = {key: getattr(cfg, key) for key in keys}
     facts |= {"t_key": state.t_key[::-1], "teacher": meta["teacher"], "iterations": state.step,
               "dtype": cfg.export_dtype}
@@ -178,8 +207,15 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
     if cfg.export == "diffusers":
         export_diffusers(path.with_name(f"{name}_diffusers"), tensors, metadata,
                          sizes_of(cfg.preset), facts["t_key"], ranks)
-    page = student_page(facts, path.name)
-    on_rank_0(lambda: write_text(path.with_suffix(".md"), page), ranks)
+
+    def write_pages() -> None:
+        write_text(path.with_suffix(".md"), student_page(facts, path.name))
+        write_json(path.with_name(f"{name}_comfyui.json"), comfyui_workflow(facts, path.name))
+        if cfg.lora is not None:
+            write_text(path.with_name(f"{name}_lora.md"),
+                       student_page(facts, f"{name}_lora.safetensors", lora=True))
+
+    on_rank_0(write_pages, ranks)
     return path
 
 
@@ -244,13 +280,16 @@ SHARD = 5 * 10 ** 9  # bytes of a file at most, unless one tensor is larger
 def export_diffusers(folder: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
                      sizes: Sizes, t_key: list[float], ranks: Ranks) -> None:
     """Write a folder with transformer/ and scheduler/ as diffusers loads them, aside and renamed.
+    Other files of a folder that is there already are kept.
 
     Args: tensors under official names; metadata of each file; t_key from 1 to 0.
     Raises AgreedError on all ranks if it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.part")
+    aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
 
     def start() -> None:
+        if old.exists() and not folder.exists():  # killed between the two renames
+            os.replace(old, folder)
         shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
         write_json(aside / "transformer/config.json", transformer_config(sizes))
         write_json(aside / "scheduler/scheduler_config.json", scheduler_config(sizes, t_key))
@@ -270,9 +309,34 @@ def export_diffusers(folder: Path, tensors: dict[str, LazyTensor], metadata: dic
                 "metadata": {"total_size": size},
                 "weight_map": {name: file for file, part in zip(files, parts, strict=True)
                                for name in part}})
+        try:
+            if folder.is_dir():
+                shutil.copytree(
+                    folder, aside, symlinks=True, copy_function=link_file, dirs_exist_ok=True,
+                    ignore=lambda part, names: exported_names(os.path.relpath(part, folder), names))
+        except OSError as e:
+            raise ValueError(f"{folder}: its other files cannot be kept ({error_summary(e)}): "
+                             "rename the folder, or free some space") from e
         replace_folder(folder, aside)
 
     on_rank_0(finish, ranks)
+
+
+EXPORTED = {"transformer": ("config.json", "diffusion_pytorch_model*.safetensors*"),
+            "scheduler": ("scheduler_config.json",)}
+
+
+def exported_names(folder: str, names: list[str]) -> list[str]:
+    """The names in a subfolder that export_diffusers writes, now or in an earlier export."""
+    return [n for n in names if any(fnmatch(n, p) for p in EXPORTED.get(folder, ()))]
+
+
+def link_file(source: str, target: str) -> None:
+    """Give a file a second name; on a disk that cannot, copy it."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def bytes_in(tensor: LazyTensor | Tensor) -> int:
@@ -322,133 +386,23 @@ def scheduler_config(sizes: Sizes, t_key: list[float]) -> dict[str, Any]:
             **settings}
 
 
-def stock_scheduler(family: str, t_key: list[float]) -> dict[str, float] | None:
-    """Settings with which diffusers' FlowMatchEulerDiscreteScheduler makes the times t_key itself.
-
-    Args: t_key, times from 1 to 0; the pipeline is given as many steps. Returns None if there are
-    none: the key timesteps are not evenly spread over the teacher's grid.
-    HunyuanVideo: the shift alone. Wan: WanPipeline passes no times, so that the scheduler takes
-    even ones from 1 to its own end. There k / (1 - t_k) is a line A - B k with B / A = (a - 1) / a
-    · d, d the step before shift a, and shift_terminal stretches it by what is left.
-    """
-    t, steps = t_key, len(t_key) - 1
-    if family == "hunyuan":
-        shift = 1.0 if steps == 1 else t[1] * (1 / steps) / ((1 - 1 / steps) * (1 - t[1]))
-        settings = {"shift": round(shift, 7)}
-    elif steps == 1:
-        settings = {"shift": 1.0}
-    else:
-        first, last = 1 / (1 - t[1]), (steps - 1) / (1 - t[-2])
-        slope = (first - last) / max(steps - 2, 1)
-        r = slope / (first + slope) * (steps - 1)    # (a - 1) / a · 999 / (999 + a)
-        root = (999 * (1 - r)) ** 2 - 4 * 999 * r
-        if root < 0:
-            return None
-        shift = 2 * 999 / (999 * (1 - r) + math.sqrt(root))
-        settings = {"shift": round(shift, 7), "shift_terminal": t[-2]}
-    times = stock_times(family, steps, **settings)
-    near = all(abs(a - b) < 1e-6 for a, b in zip(times, t, strict=True))
-    return settings if near else None
-
-
-def stock_times(family: str, steps: int, shift: float,
-                shift_terminal: float | None = None) -> list[float]:
-    """The times of diffusers' pipeline with FlowMatchEulerDiscreteScheduler, 1 to 0."""
-    end = shift / (999 + shift) if family == "wan" else 1 / steps
-    even = [1 + (end - 1) * k / max(steps - 1, 1) for k in range(steps)]
-    times = [shift * u / (1 + (shift - 1) * u) for u in even]
-    if shift_terminal is not None:
-        stretch = (1 - shift_terminal) / (1 - times[-1])
-        times = [1 - (1 - t) * stretch for t in times]
-    return [*times, 0.0]
-
-
 # --------------------------------------------------------------------- the page of instructions
 
-# A preset's teacher: the repository of its diffusers pipeline, and the official folder.
-TEACHERS = {
-    "wan-t2v-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-1.3B"),
-    "wan-t2v-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan2.1-T2V-14B"),
-    "wan-i2v-14b": ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan2.1-I2V-14B-480P"),
-    "hunyuan-t2v": ("hunyuanvideo-community/HunyuanVideo", "HunyuanVideo")}
-ACCVIDEO = {False: (50, 5), True: (40, 4)}  # steps of its Wan scripts; every how many is key
-SET_SIGMAS = """
-set_timesteps = pipe.scheduler.set_timesteps  # WanPipeline passes no sigmas: they are set here
-pipe.scheduler.set_timesteps = lambda steps, device=None: set_timesteps(
-    sigmas=[{}], device=device)"""
-
-
 def how_to_use(path: Path) -> str:
-    """The text of a student's student.md, from what its file says about itself.
+    """The text of a student's student.md, from what the header of its file says about itself.
 
     Raises FileNotFoundError if there is none, ValueError if it says too little.
     """
-    facts = facts_of(open_tensors(path))
+    file = path / "transformer" if (path / "transformer").is_dir() else path
+    file = only_weights(file) if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such weight file: name a student or a LoRA")
+    if file_kind(file) == "index":
+        file = file.parent / next(iter(read_index(file).values()), "")
+    facts = facts_in(file)
     check_facts(path, facts, (*FACTS, "key"))
+    if (family := sizes_of(facts["preset"]).family) != facts["family"]:
+        raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "
+                         f"{facts['preset']} is {family}: distill it again")
     return student_page(facts, path.name if path.suffix == ".safetensors" else
-                        "student.safetensors")
-
-
-def student_page(facts: dict[str, Any], file: str) -> str:
-    """student.md: what a student is, and how diffusers, ComfyUI, LightX2V, the official code and
-    this project run it, by the templates assets/student*.md.
-
-    Args: facts, its metadata; file, its name.
-    """
-    t_key, steps, n = facts["t_key"], len(facts["t_key"]) - 1, facts["n"]
-    image, dtype = sizes_of(facts["preset"]).takes_image, facts.get("dtype", "fp32")
-    stock, stem = stock_scheduler(facts["family"], t_key), file.removesuffix(".safetensors")
-    teacher, official = TEACHERS.get(facts["preset"], ("teacher-diffusers",
-                                                       "the teacher's official folder"))
-    values = {
-        **facts, "file": file, "stem": stem, "steps": steps, "points": steps + 1,
-        "times": digits(t_key), "thousandths": [round(1000 * t) for t in t_key[:-1]],
-        "key": ", ".join(map(str, facts["key"])), "shift": f"{facts['shift']:g}",
-        "dtype": dtype, "torch_dtype": str(EXPORT_DTYPES[dtype]).removeprefix("torch."),
-        "task": "image to video" if image else "text to video",
-        "import_load_image": ", load_image" if image else "",
-        "image_argument": ', image=load_image("photo.jpg")' if image else "",
-        "image_option": " --image photo.jpg" if image else "",
-        "teacher": teacher, "official": official,
-        "scheduler": ", ".join(f"{k}={v}" for k, v in (stock or {"shift": 1.0}).items()),
-        "scheduler_note": f"`{stem}_diffusers/scheduler`\nholds the same." if stock else
-        "No stock\nscheduler has these times: the sigmas are passed to it."}
-    manual, embedded = fill("student_sigmas", values), facts["embedded_guidance"]
-    if facts["family"] == "wan":
-        steps_of_script, every = ACCVIDEO[image]
-        published = n == steps_of_script and facts["key"] == list(range(0, n + 1, every))
-        values |= {
-            "model": "Wan 2.1", "network": "WanTransformer3DModel", "fps": 16,
-            "pipeline": "WanImageToVideoPipeline" if image else "WanPipeline",
-            "guidance": "Without guidance: one evaluation per step.", "guidance_scale": 1.0,
-            "sigmas_setting": "", "comfyui": manual,
-            "set_sigmas": "" if stock else SET_SIGMAS.format(digits(t_key[:-1])),
-            "accvideo": "AccVideo's copy samples at these times with `--sample_solver euler "
-            f"--sample_steps {n} --sample_shift {values['shift']}`." if published else
-            "No official script samples at these times."}
-    else:
-        simple = ("" if stock is None else f"ModelSamplingSD3: shift {stock['shift']:g}. KSampler "
-                  f"or BasicScheduler: sampler euler, scheduler simple, {steps} steps.\nThat gives "
-                  "the times above.\n") if 1000 % steps == 0 else ""  # it picks from 1000 times
-        values |= {
-            "model": "HunyuanVideo", "network": "HunyuanVideoTransformer3DModel", "fps": 24,
-            "pipeline": "HunyuanVideoPipeline", "guidance": "Without true guidance; the embedded "
-            f"guidance, an input of the network, is {embedded}.", "guidance_scale": embedded,
-            "sigmas_setting": "" if stock else f', "sigmas": [{digits(t_key[:-1])}]',
-            "set_sigmas": "",
-            "comfyui": f"FluxGuidance: {embedded}. cfg 1.\n{simple or manual}",
-            "options": "No option of either gives these times." if stock is None else
-            f"Both: `--infer-steps {steps} --flow-shift {stock['shift']:g} --flow-reverse "
-            f"--cfg-scale 1 --embedded-cfg-scale {embedded}`."}
-    return fill("student", {**values, "family_part": fill(f"student_{facts['family']}", values)})
-
-
-def digits(t_key: list[float]) -> str:
-    """Times as text, seven digits of each."""
-    return ", ".join(f"{t:.7g}" if t in (0, 1) else f"{t:.7f}" for t in t_key)
-
-
-def fill(template: str, values: dict[str, Any]) -> str:
-    """A template of assets/ with the values at its $names."""
-    text = (ROOT / f"assets/{template}.md").read_text(encoding="utf-8")
-    return Template(text).substitute(values)
+                        "student.safetensors", is_lora(safetensors_header(file)))

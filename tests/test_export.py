@@ -15,7 +15,8 @@ import distill
 import model
 import sample
 from artifacts import student as student_file
-from artifacts.student import stock_scheduler, student_page
+from artifacts.instructions import comfyui_workflow, stock_scheduler, student_page
+from common.files import write_text
 from common.names import official_names
 from common.ranks import AgreedError, generator
 from common.weights import save_tensors
@@ -202,30 +203,44 @@ def test_lightx2v_s_step_list_is_the_known_one(config, steps):
     text = page_of(config)
     settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
     assert settings == {"infer_steps": 10, "denoising_step_list": steps, "sample_shift": 1,
-                        "enable_cfg": False}
+                        "enable_cfg": False, "model_cls": "wan2.1_distill",
+                        "dit_original_ckpt": "student.safetensors"}
 
 
-def page_of(config: str, key: list[int] | None = None) -> str:
-    """The page of a student of a shipped config, or of one with other key timesteps up to n - 1."""
+def facts_of(config: str, key: list[int] | None = None) -> dict:
+    """What a student of a shipped config, or one with other key timesteps up to n - 1, says."""
     cfg = distill.load_config(distill.Config, "distill", [f"configs/{config}.yaml",
                                                           "weights=assets/tiny"])
-    facts = {name: getattr(cfg, name) for name in ("family", "preset", "n", "shift", "cfg_scale",
-                                                   "embedded_guidance")}
+    facts = {name: getattr(cfg, name) for name in (
+        "family", "preset", "n", "shift", "cfg_scale", "embedded_guidance", "height", "width",
+        "frames", "fps")}
     facts["key"] = cfg.key if key is None else [*key, cfg.n]
     facts["t_key"] = model.key_times(cfg.family, cfg.n, cfg.shift, facts["key"])
-    return student_page(facts, "student.safetensors")
+    return facts
+
+
+def page_of(config: str, key: list[int] | None = None, lora: bool = False) -> str:
+    return student_page(facts_of(config, key), f"student{'_lora' * lora}.safetensors", lora)
 
 
 @pytest.mark.parametrize("config", [
     "tiny", "tiny-i2v", "wan-t2v-14b-480p", "wan-i2v-14b-480p", "hunyuan-t2v-544p"])
 @pytest.mark.parametrize("even", [True, False])
-def test_a_page_is_complete_for_every_family_and_key_timesteps(config, even):
-    text = page_of(config, None if even else [0, 1, 20])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_page_is_complete_for_every_family_and_key_timesteps(config, even, lora):
+    text = page_of(config, None if even else [0, 1, 20], lora)
     wan = not config.startswith("hunyuan")
     assert re.findall(r"^## .*", text, re.MULTILINE) == [
-        "## diffusers", "## ComfyUI", *["## LightX2V"] * wan, "## The official code",
-        "## This project"]
-    assert "$" not in text and ("load_image" in text) == ("i2v" in config)
+        "## diffusers", "## ComfyUI", *["## LightX2V"] * wan,
+        *["## The official code"] * (not lora), "## This project"]
+    assert ("load_lora_weights" in text) == ("LoraLoaderModelOnly" in text) == lora
+    assert ("from_single_file" in text) == ("--student student.saf" in text) == (not lora)
+    assert "$" not in text and " \n" not in text and "\n\n\n" not in text
+    assert "Tried with diffusers 0." in text and "frames per second" in text
+    points = re.findall(r"interpolate_to_steps (\d+)", text)
+    assert points == [str(len(facts_of(config, None if even else [0, 1, 20])["t_key"]) - 1)
+                      for _ in points]
+    assert ("load_image" in text) == ("i2v" in config)
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, "student.md", "exec")
     assert ("No stock\nscheduler" in text) == (not even)
@@ -279,8 +294,15 @@ def test_a_diffusers_folder_in_shards_holds_the_student_and_loads_in_both_progra
     import diffusers
     monkeypatch.setattr(student_file, "SHARD", 300_000)
     file, student = make_student(preset, 6, 5.0, [0, 2, 4, 6], export="diffusers")
-    make_student(preset, 6, 5.0, [0, 2, 4, 6], export="diffusers")  # once more, over it
     folder = file.with_name("student_diffusers")
+    kept = [folder / name for name in ("model_index.json", "vae/config.json", "transformer/NOTE")]
+    for path in kept:
+        write_text(path, "a person's")
+    stale = folder / "transformer/diffusion_pytorch_model-00001-of-00099.safetensors"
+    stale.touch()
+    make_student(preset, 6, 5.0, [0, 2, 4, 6], export="diffusers")  # once more, over it
+    assert [path.read_text() for path in kept] == ["a person's"] * 3 and not stale.exists()
+    (folder / "vae/config.json").unlink()
     shards = sorted((folder / "transformer").glob("*.safetensors"))
     assert len(shards) > 2 and max(p.stat().st_size for p in shards) < 700_000  # a tensor alone
     network = getattr(diffusers, student_file.transformer_config(PRESETS[preset])["_class_name"])
@@ -296,7 +318,9 @@ def test_a_diffusers_folder_in_shards_holds_the_student_and_loads_in_both_progra
     ours, single = (student_file.load_student(cfg, p, torch.device("cpu")) for p in (index, file))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), single.parameters(),
                                                  strict=True))
-    assert student_file.student_facts(index, cfg)["t_key"] == t_key_of(file)
+    for path in (index, folder):
+        assert student_file.student_facts(path, cfg)["t_key"] == t_key_of(file)
+    assert student_file.how_to_use(folder) == student_file.how_to_use(file)
     assert [p.name for p in file.parent.iterdir() if p.name.startswith(".")] == []
 
 
@@ -323,16 +347,76 @@ def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, preset
     sample.main(["--how", str(file)])
     text = file.with_suffix(".md").read_text()
     assert capsys.readouterr().out == text + "\n"
+    assert "Size: 48 × 48, 9 frames, 8 frames per second" in text
+    workflow = json.loads(file.with_name("student_comfyui.json").read_text())
+    assert workflow == comfyui_workflow(student_file.facts_in(file), file.name)
     assert all(f"{t:.7f}" in text for t in t_key_of(file)[1:-1])
     assert ("LightX2V" in text) == (preset != "hunyuan-tiny")
+    with file.open("r+b") as f:  # of a file that is larger than memory only the header is read
+        f.truncate(8 + int.from_bytes(f.read(8), "little"))
+    sample.main(["--how", str(file)])
+    assert capsys.readouterr().out == text + "\n"
 
 
 def test_how_of_a_missing_file_or_of_no_student_is_one_line(tmp_path, run_stage, tiny_weights):
+    gguf = tmp_path / "student.gguf"
+    gguf.write_bytes(b"GGUF" + bytes(100))
     for path, fault in ((tmp_path / "none.safetensors", "no such weight file"),
-                        (tiny_weights / "diffusion_pytorch_model.safetensors", "metadata lacks")):
+                        (tiny_weights / "diffusion_pytorch_model.safetensors", "metadata lacks"),
+                        (gguf, "is a GGUF file")):
         done = run_stage("sample", "--how", path, check=False)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
         assert f"error: {path}: " in done.stderr and fault in done.stderr
+
+
+# The kind of each input that is another node's output, by that node's kind and output.
+OUTPUTS = {"UNETLoader": ["model"], "CLIPLoader": ["clip"], "DualCLIPLoader": ["clip"],
+           "VAELoader": ["vae"], "CLIPTextEncode": ["cond"], "FluxGuidance": ["cond"],
+           "ModelSamplingSD3": ["model"], "KSamplerSelect": ["sampler"], "ManualSigmas": ["sigmas"],
+           "BasicScheduler": ["sigmas"], "LoadImage": ["image"],
+           "CLIPVisionLoader": ["clip_vision"], "CLIPVisionEncode": ["features"],
+           "WanImageToVideo": ["cond", "cond", "latent"],
+           "EmptyHunyuanLatentVideo": ["latent"], "SamplerCustom": ["latent"],
+           "VAEDecode": ["image"], "CreateVideo": ["video"], "SaveVideo": []}
+KINDS = {"positive": "cond", "negative": "cond", "conditioning": "cond", "latent_image": "latent",
+         "samples": "latent", "images": "image", "start_image": "image",
+         "clip_vision_output": "features"}
+
+
+@pytest.mark.parametrize("config", ["wan-t2v-14b-480p", "wan-i2v-14b-480p", "hunyuan-t2v-544p"])
+@pytest.mark.parametrize("even", [True, False])
+def test_comfyui_s_workflow_is_one_graph_with_the_student_s_facts(config, even):
+    facts = facts_of(config, None if even else [0, 1, 20])
+    graph = comfyui_workflow(facts, "student.safetensors")
+    assert all(node.keys() == {"class_type", "inputs"} for node in graph.values())
+    nodes = {node["class_type"]: node["inputs"] for node in graph.values()}
+    links = [(key, *value) for node in graph.values() for key, value in node["inputs"].items()
+             if isinstance(value, list)]
+    for key, number, output in links:
+        assert OUTPUTS[graph[number]["class_type"]][output] == KINDS.get(key, key)
+    assert {number for _, number, _ in links} == {  # every node but the last is used
+        number for number, node in graph.items() if node["class_type"] != "SaveVideo"}
+    if "BasicScheduler" in nodes:  # simple: every 1000 / steps of 1000 shifted times
+        steps, shift = nodes["BasicScheduler"]["steps"], nodes["ModelSamplingSD3"]["shift"]
+        times = [1 - i / steps for i in range(steps)]
+        times = [*(shift * t / (1 + (shift - 1) * t) for t in times), 0.0]
+    else:
+        times = list(map(float, nodes["ManualSigmas"]["sigmas"].split(",")))
+        assert nodes["ModelSamplingSD3"]["shift"] == 1
+    assert ("BasicScheduler" in nodes) == (even and config.startswith("hunyuan"))
+    assert times == pytest.approx(facts["t_key"], abs=1e-6)
+    size = nodes["WanImageToVideo" if "i2v" in config else "EmptyHunyuanLatentVideo"]
+    assert [size[name] for name in ("width", "height", "length")] == [
+        facts["width"], facts["height"], facts["frames"]]
+    assert nodes["CreateVideo"]["fps"] == facts["fps"] and nodes["SamplerCustom"]["cfg"] == 1
+    assert nodes["UNETLoader"]["unet_name"] == "student.safetensors"
+
+
+def test_the_page_has_each_official_script_s_own_option_names():
+    text = page_of("hunyuan-t2v-544p")
+    assert ("sample_t2v.py`: `--num_inference_steps 5 --flow_shift 7 --flow-reverse "
+            "--guidance_scale 1 --embedded_cfg_scale 6.016`") in text
+    assert "`--infer-steps 5 --flow-shift 7 --flow-reverse --cfg-scale 1 --embedded-cfg" in text
 
 
 def test_the_page_knows_the_official_code_s_own_key_timesteps():

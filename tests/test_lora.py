@@ -151,6 +151,8 @@ def test_the_command_writes_file_table_and_plot_and_sample_uses_it(tiny_weights,
     tensors = open_tensors(out)
     assert {t.dtype for t in tensors.values()} == {torch.float16} and is_lora(tensors)
     assert not any(name.endswith("alpha") for name in tensors)
+    sample.main(["--how", str(out)])
+    assert f'pipe.load_lora_weights("{out.name}")' in capsys.readouterr().out
     table = json.loads(out.with_suffix(".json").read_text())
     names = dict(build_dit("tiny").named_parameters())
     assert {row["name"] for row in table["rows"]} == names.keys()
@@ -308,6 +310,74 @@ def test_diffusers_own_names_of_wan_and_alpha_in_its_metadata_are_read(tmp_path)
         assert torch.allclose(got[q].read(), w[q] + (2 if about else 1) * B @ A, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings, form", [
+    ({"lora_alpha": 10}, "folder"), ({"lora_alpha": 10}, "file"),
+    ({"lora_alpha": 3, "lora_bias": True}, "adapter"),
+    ({"lora_alpha": 10, "use_rslora": True, "lora_bias": True}, "pipeline"),
+    ({"lora_alpha": 5, "rank_pattern": {"proj_out": 2}, "lora_bias": True}, "folder")])
+def test_a_lora_of_peft_has_the_strength_of_peft_s_own_forward(tmp_path, settings, form):
+    peft = pytest.importorskip("peft")
+    teacher, _, w, _ = write_pair(tmp_path, WAN)
+    theirs = diffusers_model(WAN).eval()
+    theirs.load_state_dict(official_names(w, "transformer", reverse=True), strict=True)
+    config = peft.LoraConfig(r=4, target_modules=["to_q", "ffn.net.0.proj", "proj_out"], **settings)
+    if form in ("folder", "file"):
+        theirs = peft.get_peft_model(theirs, config)
+    else:
+        theirs.add_adapter(config)
+    x, text = draw("x", (1, 16, 2, 4, 4)), draw("text", (1, 6, 12))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if ".lora_" in name:
+                p.copy_(draw(name, p.shape, 0.2))
+        want = theirs(x, torch.tensor([500.0]), text, return_dict=False)[0]
+    path = tmp_path / "lora"
+    if form in ("folder", "file"):
+        theirs.save_pretrained(path)
+        path = path / "adapter_model.safetensors" if form == "file" else path
+    else:
+        theirs.save_lora_adapter(path)
+        path = next(path.iterdir())
+    if form == "pipeline":  # as save_lora_weights writes it: "transformer." before all names
+        about = json.loads(safetensors_metadata(path)["lora_adapter_metadata"])
+        save_tensors(path, {f"transformer.{n}": t.read() for n, t in open_tensors(path).items()}, {
+            "lora_adapter_metadata": json.dumps({f"transformer.{n}": v for n, v in about.items()})})
+    ours = build_dit(WAN)
+    ours.load_state_dict({n: t.read() for n, t in with_lora(dit_tensors(teacher), path).items()})
+    with torch.no_grad():
+        got = ours(x, torch.tensor([0.5]), {"text": text})
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("alpha_pattern", {"q": 2}), ("use_dora", True), ("bias", "all"), ("modules_to_save", ["head"]),
+    ("init_lora_weights", "pissa"), ("lora_alpha", "much")])
+def test_a_lora_whose_peft_settings_change_more_is_refused(tmp_path, setting, value):
+    teacher, *_ = write_pair(tmp_path, WAN)
+    q = "base_model.model.blocks.1.self_attn.q"
+    save_tensors(tmp_path / "l.safetensors", {f"{q}.lora_A.weight": draw("A", (2, 24)),
+                                              f"{q}.lora_B.weight": draw("B", (24, 2))}, {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4,
+                                                              setting: value}))
+    with pytest.raises(ValueError, match=rf"adapter_config.json: {setting}: expected "):
+        with_lora(dit_tensors(teacher), tmp_path / "l.safetensors")
+
+
+def test_a_lora_of_differences_alone_applies_under_any_prefix(tmp_path, monkeypatch):
+    teacher, _, w, _ = write_pair(tmp_path, WAN)
+    bias, norm = "blocks.0.self_attn.q.bias", "blocks.0.norm3.weight"
+    for i, prefix in enumerate(("diffusion_model", "unet", "dit", "module", "pipe.dit")):
+        path = tmp_path / f"{i}.safetensors"
+        save_tensors(path, {f"{prefix}.{bias[:-5]}.diff_b": draw("b", (24,)),
+                            f"{prefix}.{norm[:-7]}.diff": draw("n", (24,))}, {})
+        monkeypatch.setitem(model.PRESETS, "small", WAN)
+        cfg = sample.Config(weights=str(teacher), preset="small")
+        got = dict(student_file.load_student(cfg, path, torch.device("cpu"),
+                                             scale=0.5).named_parameters())
+        assert torch.allclose(got[bias], w[bias] + 0.5 * draw("b", (24,)))
+        assert torch.allclose(got[norm], w[norm] + 0.5 * draw("n", (24,)))
+
+
 def test_comfyui_s_names_of_hunyuanvideo_are_read(tmp_path):
     teacher, *_ = write_pair(tmp_path, HUNYUAN)
     module = "diffusion_model.double_blocks.0.img_attn.qkv"
@@ -349,10 +419,26 @@ def test_a_dora_and_a_whole_model_are_refused_as_loras(tmp_path):
     teacher, student, *_ = write_pair(tmp_path, WAN)
     with pytest.raises(ValueError, match="looks like a Wan DiT, width 24; it is not a LoRA"):
         with_lora(dit_tensors(teacher), student)
-    save_tensors(tmp_path / "l.safetensors", {
-        "diffusion_model.blocks.0.self_attn.q.dora_scale": draw("d", (24, 1))}, {})
-    with pytest.raises(ValueError, match="is a DoRA"):
-        with_lora(dit_tensors(teacher), tmp_path / "l.safetensors")
+    q, path = "diffusion_model.blocks.0.self_attn.q", tmp_path / "l.safetensors"
+    halves = {f"{q}.lora_A.weight": draw("A", (2, 24)), f"{q}.lora_B.weight": draw("B", (24, 2))}
+    for more, message in (
+            ({f"{q}.dora_scale": draw("d", (24, 1))}, "is a DoRA"),
+            ({f"{q}.lora_magnitude_vector": draw("m", (24,))}, "is a DoRA"),
+            ({f"transformer.{q[16:]}.lora_A.weight": draw("A", (2, 24))}, "save one LoRA"),
+            ({f"{q}.diff_b": torch.ones(24, dtype=torch.int8)}, "expected one floating-point")):
+        save_tensors(path, halves | more, {})
+        with pytest.raises(ValueError, match=message):
+            with_lora(dit_tensors(teacher), path)
+
+
+def test_extract_replaces_no_file_of_another_kind(make_config, tiny_weights, tmp_path):
+    write_student(tmp_path / "run/student.safetensors", tiny_weights)
+    config = [str(make_config(n=4, key=[0, 1, 4])), "--rank", "2", "--out"]
+    (tmp_path / "notes.md").write_text("mine")
+    for name, existing in (("run/student", "student.safetensors"), ("notes", "notes.md")):
+        with pytest.raises(ValueError, match=f"out: .*{existing} exists, and is not of a LoRA"):
+            extract_lora.main([*config, f"{tmp_path}/{name}.safetensors"])
+    assert (tmp_path / "notes.md").read_text() == "mine"
 
 
 # ---------------------------------------------------------------------------------- sample.py
@@ -473,6 +559,8 @@ def test_a_trained_lora_moves_the_blocks_matrices_alone_and_its_file_is_the_stud
     same = [safetensors_metadata(run / f"student{end}.safetensors")["accvideo"]
             for end in ("", "_lora")]
     assert same[0] == same[1]
+    page = student_file.how_to_use(run / "student_lora.safetensors")
+    assert (run / "student_lora.md").read_text() == page and "LoraLoaderModelOnly" in page
     assert {t.dtype for t in open_tensors(run / "student_lora.safetensors").values()} == {
         torch.float16}
 

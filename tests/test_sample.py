@@ -154,6 +154,27 @@ def test_each_is_sampled_at_its_own_times_and_only_the_teacher_is_guided(run, st
     assert counts == [2, 8, 4]
 
 
+def test_guidance_given_for_a_student_is_reported_and_changes_no_file(run, student, monkeypatch,
+                                                                      capsys):
+    fast_videos(monkeypatch)
+    run("--prompt", "a red disc")
+    assert "no effect" not in capsys.readouterr().out
+    out = run("--prompt", "a red disc", "--cfg_scale", "2", "--negative_prompt", "blur")
+    said = capsys.readouterr().out
+    assert "no effect for a student, which has guidance built in: cfg_scale, negative_prom" in said
+    assert len(list(out.glob("*/*.mp4"))) == 1
+    cfg = load_config(sample.Config, "sample", [str(run.config), "--shift", "3"])
+    sample.sampling_times(cfg)
+    assert "sampled at its own times, not by the config's shift 3.0" in capsys.readouterr().out
+
+
+def test_a_shipped_config_alone_has_no_prompts_to_sample():
+    for path in Path("configs").glob("*.yaml"):
+        cfg = load_config(sample.Config, "sample", [str(path), "weights=assets/tiny"])
+        with pytest.raises(ValueError, match="prompt: got none; give --prompt"):
+            sample.collect_prompts(cfg)
+
+
 def test_a_student_with_diffusers_names_is_the_same_student(run, student):
     other = write_student(run.folder / "diffusers.safetensors", run.weights, diffusers=True)
     cpu, shared = torch.device("cpu"), Shared(weights=str(run.weights))
@@ -403,6 +424,7 @@ def test_a_student_of_another_project_takes_the_config_s_key_timesteps(run, stud
     (("--prompt", "x", "--peak_tflops", "0"), "peak_tflops: expected .*, got 0.0"),
     (("--prompt", "x", "--preset", "wan-t2v-14b"), "preset is 'tiny', the config's 'wan-t2v-14b'"),
     (("--prompt", "x", "--teacher", "--preset", "huge"), "preset: .*got 'huge'"),
+    (("--prompt", "x", "--lora_scale", "2"), "lora_scale: got 2.0 without a LoRA"),
 ])
 def test_bad_options_are_refused_by_name(run, student, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts.lora import lora_form, lora_names
-from artifacts.student import student_facts
+from artifacts.student import facts_in, open_student, student_facts
 from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import cli, generator, pick_device
 from common.video import draw_panels
-from common.weights import CHECKSUM, LazyTensor, describe_model, open_tensors, stream_safetensors
+from common.weights import CHECKSUM, LazyTensor, describe_model, stream_safetensors
 from model import check_model
 
 
@@ -147,7 +147,7 @@ def extract(cfg: Config, path: Path, out: Path) -> list[dict]:
     Raises ValueError naming what does not fit, for example a student of another teacher.
     """
     facts = student_facts(path, cfg, foreign=cfg.student is not None, same_teacher=True)
-    student = official_names(open_tensors(path), "transformer")
+    student = official_names(open_student(path), "transformer")
     teacher, rows = dit_tensors(cfg.weights), []
     check_same_parameters(path, student, cfg.weights, teacher)
     device = pick_device(cfg.device)
@@ -205,7 +205,22 @@ def report(cfg: Config, rows: list[dict], out: Path) -> None:
     print(f"energy kept: {sums['all']:.4f} of all that changed, {sums['matrices']:.4f} of the "
           f"matrices in the file; per layer: {out.with_suffix('.md')}, .json, .png")
     print(f"{out}: {out.stat().st_size / 1e6:.3g} MB; use it by `python sample.py {cfg.path} "
-          f"--lora {out}`, or in ComfyUI, diffusers and LightX2V")
+          f"--lora {out}`; in ComfyUI, diffusers and LightX2V as `python sample.py --how {out}` "
+          "prints")
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError for a name without the suffix, or if the file, its table or its plot would
+    replace one of another kind: only a LoRA that this command extracted may be there."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out: expected a name that ends in .safetensors, got {out}: add the "
+                         "suffix")
+    existing = [path for path in map(out.with_suffix, (out.suffix, ".md", ".json", ".png"))
+                if path.exists()]
+    ours = out.is_file() and "lora_rank" in facts_in(out)
+    if existing and not ours:
+        raise ValueError(f"out: {existing[0]} exists, and is not of a LoRA that this command "
+                         "extracted: choose another name by --out")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -214,9 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     check_model(cfg)
     path = Path(cfg.student or Path(cfg.run) / "student.safetensors")
     out = Path(cfg.out or Path(cfg.run) / f"student_lora_rank{cfg.rank}.safetensors")
-    if out.suffix != ".safetensors":
-        raise ValueError(f"out: expected a name that ends in .safetensors, got {out}: add the "
-                         "suffix")
+    check_out(out)
     announce(cfg, "lora")
     report(cfg, extract(cfg, path, out), out)
 

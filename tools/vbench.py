@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from artifacts.videos import name_error, write_named_videos
+from artifacts.videos import name_error, read_named_videos, write_named_videos
 from common.files import abbreviate, read_json, write_json, write_text
 from common.prompts import read_prompts
 from common.ranks import cli, seed_of
@@ -188,6 +188,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.info is None or args.out is None or args.out.suffix != ".jsonl":
         parser.error("give --info FILE and --out FILE.jsonl, or --scores DIR")
     videos = expected_videos(args.info, args.prompts, args.flickering, args.seed)
+    if args.out.exists() and not read_named_videos(args.out):
+        raise ValueError(f"{args.out}: exists, and is not a file of VBench's prompts: choose "
+                         "another name by --out")
     write_named_videos(args.out, videos)
     print(f"{args.out} has {len(videos)} videos; make them by `python sample.py CONFIG "
           f"--prompt_file {args.out} --out DIR`")

@@ -311,32 +311,34 @@ def test_the_batch_size_changes_no_more_than_rounding(make_config, tmp_path):
 STAGE_FILES = {module.__file__ for module in (synvid, trajectories, common.files)}
 
 
-def each_call(action: Callable[[], None]) -> Callable:
-    """A profiler that acts before each call, also of C functions, in this stage's files."""
+def each_call(action: Callable[[str], None]) -> Callable:
+    """A profiler that acts on the function's name before each call in this stage's files, also of C
+    functions."""
     def profile(frame, event, arg):
         if event in ("call", "c_call") and frame.f_code.co_filename in STAGE_FILES:
-            action()
+            action(frame.f_code.co_name)
     return profile
 
 
 def run_until_call(variables: dict, argv: list[str], last: int) -> None:
     """Run stage 1 in a process that is killed at its call number `last`."""
     calls = itertools.count(1)
-    sys.setprofile(each_call(lambda: next(calls) < last or os.kill(os.getpid(), signal.SIGKILL)))
+    sys.setprofile(each_call(lambda _: next(calls) < last or os.kill(os.getpid(), signal.SIGKILL)))
     cli(lambda: synvid.main(argv))
 
 
 def test_killed_at_random_calls_the_same_command_ends_with_the_same_bytes(make_config, tmp_path):
     config = make_config(synvid={"count": 12, "batch": 2, "keep": "all", "dtype": "fp32"})
     calls, rng = [], random.Random(0)
-    sys.setprofile(each_call(lambda: calls.append(None)))
+    sys.setprofile(each_call(calls.append))
     try:
         reference = contents(generate(config, "--run", tmp_path / "reference"))
     finally:
         sys.setprofile(None)
-    folder, done = tmp_path / "run/synvid", 0
+    folder, done, first = tmp_path / "run/synvid", 0, calls.index("sample_trajectories")
+    batch = (len(calls) - first) // 6  # calls of one of the six batches
     for _ in range(5):
-        last = len(calls) // 6 + rng.randrange(len(calls) // 4)  # after some of the trajectories
+        last = first + batch // 2 + rng.randrange(batch)  # each run completes at most a batch or two
         [victim] = start_each(1, run_until_call, [str(config)], last)
         victim.join(300)
         assert victim.exitcode == -signal.SIGKILL

@@ -291,7 +291,7 @@ def test_the_page_needs_no_other_file_and_contains_everything(finished):
     for row in table["rows"]:
         assert row["label"] in text and f"{row['endpoint'][0]:.4f}" in text
     for gate in table["gates"]:
-        assert gate["gate"] in text and f"{gate['got']:.4f}" in text
+        assert gate["gate"] in text and f"{gate['measured']:.4f}" in text
     for name, values in ATTRIBUTES.items():
         assert f"{name}: {', '.join(values)}" in text
 

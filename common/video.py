@@ -96,7 +96,8 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
                   "-movflags +faststart")
         encode = {"codec": "libx264", "pixelformat": "yuv420p", "output_params": flags.split()}
     else:
-        flags += "-vf split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4 -loop 0"
+        flags += ("-vf split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4 "
+                  "-loop 0")
         encode = {"codec": "gif", "pixelformat": "pal8", "output_params": flags.split()}
     replace_file(path, write)
 

@@ -307,8 +307,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 # Paths may differ from rank to rank; the contents of the files may not. (distill.py's lora, an int,
 # is none.)
 PATHS = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
-         "lora", "out", "base", "teacher_samples", "clips", "vbench", "vbench_prompts",
-         "vbench_flickering", "vbench_scores", "how"}
+         "lora", "out", "base", "teacher_samples", "clips", "how"}
 
 
 def paths_of(cls: type) -> set[str]:

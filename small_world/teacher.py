@@ -74,7 +74,6 @@ class Config(Shared):
     vae_batch: int = field(3, "clips per iteration of the VAE", "[1, inf)")
     vae_crop: int = field(32, "side of the crops that the VAE is trained on, pixels")
     vae_dim: int = field(16, "base width of the VAE", "[1, inf)")
-    vae_bf16: bool = field(False, "train the VAE's convolutions in bfloat16")
     vae_sample_from: float = field(0.6, "fraction of the iterations before latents are sampled")
     dit_pool: int = field(24000, "clips encoded for the DiT", "[1, inf)")
     dit_muon_lr: float = field(8e-3, "learning rate of the DiT's blocks (Muon)", "(0, inf)")
@@ -162,14 +161,12 @@ def train_vae(cfg: Config, out: Path) -> None:
         clips = make_clips(cfg.seed, i * cfg.vae_batch, cfg.vae_batch, cfg.height, cfg.frames)[0]
         y, x = torch.randint(cfg.height - cfg.vae_crop + 1, (2,), generator=g).tolist()
         video = clips[..., y:y + cfg.vae_crop, x:x + cfg.vae_crop].contiguous().to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.vae_bf16):
-            mean, logvar = (m.float() for m in moments(video))
+        mean, logvar = moments(video)
         z, divergence = mean, 0.0
         if i >= cfg.vae_sample_from * cfg.vae_iters:
             z = mean + torch.randn(mean.shape, generator=g).to(device) * (logvar / 2).exp()
             divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.vae_bf16):
-            error = reconstruct(z).float() - video
+        error = reconstruct(z) - video
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         return (error.square().mean() + 0.2 * error.abs().mean() + 0.1 * edges
                 + 1e-5 * mean.square().mean() + 1e-6 * divergence)

@@ -6,6 +6,7 @@ fp32 room for another order of summation, and none for another formula.
 
 import json
 import os
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from imageio_ffmpeg import get_ffmpeg_exe
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -595,6 +597,15 @@ def test_odd_sizes_are_padded_not_rescaled(tmp_path):
     assert (back[:, :, :31, :45] - video).abs().mean() < 0.06
     write_video(tmp_path / "odd.gif", video, fps=16)
     assert read_video(tmp_path / "odd.gif").shape == (3, 3, 31, 45)
+
+
+def test_every_colour_tag_of_an_mp4_is_bt709_and_a_flat_patch_keeps_its_colour(tmp_path):
+    patch = np.broadcast_to(np.array([229, 27, 27], np.uint8), (3, 64, 64, 3))
+    write_video(tmp_path / "a.mp4", patch, 8)
+    tags = subprocess.run([get_ffmpeg_exe(), "-i", str(tmp_path / "a.mp4")], capture_output=True,
+                          text=True, check=False).stderr
+    assert "(tv, bt709," in tags  # ffmpeg prints bt709/unknown/unknown where two are missing
+    assert np.abs(to_uint8(read_video(tmp_path / "a.mp4")).astype(int) - patch).max() <= 3
 
 
 def test_a_single_frame_is_a_video(tmp_path):

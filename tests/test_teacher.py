@@ -17,7 +17,7 @@ from small_world import fit, oracle, teacher
 
 TINY = {"height": 32, "width": 32, "frames": 5, "n": 4, "key": "0,2,4", "text_iters": 3,
         "vae_iters": 3, "vae_batch": 1, "vae_dim": 8, "dit_iters": 3, "dit_batch": 4, "dit_pool": 6,
-        "gate_clips": 2, "eval_every": 2, "save_every": 0.0, "compile": False, "vae_bf16": False}
+        "gate_clips": 2, "eval_every": 2, "save_every": 0.0, "compile": False}
 
 
 @pytest.fixture(scope="module")

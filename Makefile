@@ -32,7 +32,7 @@ i2v: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $$(($(RANKS) + 1)) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(RANKS) --dist loadfile --no-loadscope-reorder
 
 toy: .venv/installed
 	$(BIN)/python toy1d.py

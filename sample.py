@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from artifacts.student import how_to_use, load_student, student_facts
 from artifacts.videos import (
-    Video, finished_videos, read_named_videos, video_name, write_report)
+    Video, finished_videos, read_named_videos, timing_table, video_name, write_report)
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.files import append_log, crc32_of_json
 from common.names import fingerprint, fingerprint_files
@@ -284,25 +284,6 @@ def dit_cost(cfg: Config, videos: list[dict], ranks: Ranks) -> dict[str, float]:
     if cfg.peak_tflops is not None:
         cost["mfu"] = tflop / seconds / cfg.peak_tflops / ranks.sp
     return cost
-
-
-def timing_table(results: list[dict], cost: dict[str, float]) -> str:
-    """Seconds by phase as text: of the slowest rank, and per video; then the DiT's cost."""
-    videos = [video for result in results for video in result["videos"]]
-    slowest = max(results, key=lambda result: sum(result["seconds"].values()))
-    steps = len(videos[0]["seconds"]["steps"])
-    lines = [f"{'':<10}{'seconds':>10}{'per video':>11}"]
-    for name, seconds in slowest["seconds"].items():
-        each = "" if name == "load" else f"{seconds / len(slowest['videos']):11.3f}"
-        lines.append(f"{f'{steps} steps' if name == 'steps' else name:<10}{seconds:10.2f}{each}")
-    step = sum(sum(v["seconds"]["steps"]) for v in videos) / len(videos) / steps
-    peak = max(result["peak_bytes"] for result in results) / 2 ** 30
-    mfu = f", {cost['mfu']:.1%} of the peak" if "mfu" in cost else ""
-    return "\n".join([
-        *lines, f"{len(videos)} videos, {videos[0]['evaluations']} evaluations per video, "
-        f"{step:.3f} s per step, peak memory {peak:.2f} GiB per process",
-        f"{cost['tokens']} tokens, {cost['tflop_an_evaluation']:.4g} TFLOP and "
-        f"{cost['seconds_an_evaluation']:.3f} s per evaluation{mfu}"])
 
 
 def main(argv: list[str] | None = None) -> None:

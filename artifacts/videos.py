@@ -122,3 +122,22 @@ def write_report(record: Path, lines: list[dict[str, Any]], facts: dict[str, Any
              thumbnail(read_video(record.parent / line["file"]))) for line in lines[:SHEET_ROWS]]
     sizes = dict.fromkeys(f"{line['width']}×{line['height']}" for line in lines[:SHEET_ROWS])
     contact_sheet(record.with_suffix(".png"), rows, title=f"{record.stem}, {', '.join(sizes)}")
+
+
+def timing_table(results: list[dict], cost: dict[str, float]) -> str:
+    """Seconds by phase as text: of the slowest rank, and per video; then the DiT's cost."""
+    videos = [video for result in results for video in result["videos"]]
+    slowest = max(results, key=lambda result: sum(result["seconds"].values()))
+    steps = len(videos[0]["seconds"]["steps"])
+    lines = [f"{'':<10}{'seconds':>10}{'per video':>11}"]
+    for name, seconds in slowest["seconds"].items():
+        each = "" if name == "load" else f"{seconds / len(slowest['videos']):11.3f}"
+        lines.append(f"{f'{steps} steps' if name == 'steps' else name:<10}{seconds:10.2f}{each}")
+    step = sum(sum(v["seconds"]["steps"]) for v in videos) / len(videos) / steps
+    peak = max(result["peak_bytes"] for result in results) / 2 ** 30
+    mfu = f", {cost['mfu']:.1%} of the peak" if "mfu" in cost else ""
+    return "\n".join([
+        *lines, f"{len(videos)} videos, {videos[0]['evaluations']} evaluations per video, "
+        f"{step:.3f} s per step, peak memory {peak:.2f} GiB per process",
+        f"{cost['tokens']} tokens, {cost['tflop_an_evaluation']:.4g} TFLOP and "
+        f"{cost['seconds_an_evaluation']:.3f} s per evaluation{mfu}"])

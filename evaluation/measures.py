@@ -40,8 +40,6 @@ from small_world.oracle import (
 
 # --------------------------------------------------------------------------- distances of latents
 
-
-
 def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
     """‖x − x50‖² / ‖x50‖² of each video, float64 [N], for latents [N, …] from the same noise."""
     x, x50 = x.double().flatten(1), x50.double().flatten(1)
@@ -255,9 +253,10 @@ def table_row(samples: Samples, teacher_n: Samples, reference: Tensor, direction
 
 def mean_row(rows: list[dict]) -> dict:
     """The mean of several students' rows, ± the standard error over students."""
-    out = {**rows[0], "kind": "mean",
+    one = {name: value for name, value in rows[0].items() if name != "left"}  # of one student
+    out = {**one, "kind": "mean",
            "label": f"{rows[0]['label'].removesuffix(' #1')}, mean of {len(rows)}"}
-    for name, value in rows[0].items():
+    for name, value in one.items():
         if isinstance(value, tuple):
             out[name] = mean_and_error(torch.tensor([row[name][0] for row in rows]))
         elif isinstance(value, float):

@@ -22,6 +22,7 @@ from evaluation.measures import Samples, endpoint_error
 from evaluation.sheets import (
     comparison_sheet, data_uri, side_by_side, video_table, video_wall)
 from small_world.clips import ATTRIBUTES
+from small_world.oracle import caption_attributes
 
 ORACLE = (*ATTRIBUTES, "all")
 COLUMN_TITLES = {
@@ -135,10 +136,11 @@ def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, str]:
     those at EXAMPLE_QUANTILES, easy ones first; a caption is shown once, at its highest quantile.
     """
     order, examples = errors.argsort(stable=True).tolist(), {}
-    words = [text.replace(",", "").split() for text in captions]
-    for colour, shape in zip(ATTRIBUTES["colour"], itertools.cycle(ATTRIBUTES["shape"]),
-                             strict=False):
-        if kind := [i for i in order if colour in words[i] and shape in words[i]]:
+    shown = [caption_attributes(text) for text in captions]
+    for colour in range(len(ATTRIBUTES["colour"])):
+        shape = colour % len(ATTRIBUTES["shape"])
+        if kind := [i for i in order if shown[i]["colour"] == colour
+                    and shown[i]["shape"] == shape]:
             examples[kind[len(kind) // 2]] = ""
     if len(examples) == len(ATTRIBUTES["colour"]):
         return examples

@@ -78,6 +78,7 @@ def optimisers(module: nn.Module, muon_lr: float, adam_lr: float) -> tuple:
 NOTE_EVERY = 50  # iterations per line of the log
 # A training state belongs to these settings and to those that start with the network's label.
 COMMON = ("seed", "height", "width", "frames", "ema")
+GROWING = ("iters", "pool")  # except these, which may grow: a longer run continues a shorter one
 
 
 def folder(cfg: Any) -> Path:
@@ -108,7 +109,14 @@ def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def resume(path: Path, settings: str, state: dict[str, Any]) -> tuple[int, float]:
+def same_or_longer(stored: dict, settings: dict, label: str) -> bool:
+    """Whether a state trained with `stored` may be continued with `settings`."""
+    growing = [f"{label}_{name}" for name in GROWING if f"{label}_{name}" in settings]
+    return (stored | {name: settings[name] for name in growing} == settings
+            and all(stored.get(name, 0) <= settings[name] for name in growing))
+
+
+def resume(path: Path, label: str, settings: dict, state: dict[str, Any]) -> tuple[int, float]:
     """Read the file at `path` into `state`; returns the iterations and seconds done so far.
 
     Raises ValueError if it cannot be read or belongs to other settings.
@@ -116,9 +124,9 @@ def resume(path: Path, settings: str, state: dict[str, Any]) -> tuple[int, float
     if not path.exists():
         return 0, 0.0
     about, tensors = safetensors_metadata(path), open_safetensors(path)
-    if about.get("settings") != settings:
-        raise ValueError(f"{path} was trained with {about.get('settings')}, expected {settings}: "
-                         "choose another --run, or remove the file")
+    if not same_or_longer(json.loads(about.get("settings", "{}")), settings, label):
+        raise ValueError(f"{path} was trained with {about.get('settings')}, expected "
+                         f"{json.dumps(settings)}: choose another --run, or remove the file")
     for name, of in state.items():
         own = {key.removeprefix(f"{name}."): t.read() for key, t in tensors.items()
                if key.startswith(f"{name}.")}
@@ -141,16 +149,18 @@ def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, f
     the fraction `decay_from` of the iterations on; loss_of(i), the loss of iteration i, whose draws
     are all seeded by i; evaluate(average), figures for the log; made_from, what else the result
     depends on that is not a setting of this network.
-    The state is saved every `save_every` seconds. Raises ValueError if a loss is not finite.
+    The state is saved every `save_every` seconds. With more `iters` than before, a finished run
+    continues at the longer run's rates. Raises ValueError if a loss is not finite.
     """
     path, begun = folder(cfg) / f"{label}_state.safetensors", time.perf_counter()
-    settings = json.dumps({name: value for name, value in asdict(cfg).items()
-                           if name in COMMON or name.startswith(f"{label}_")}
-                          | (made_from or {}))
+    settings = {name: value for name, value in asdict(cfg).items()
+                if name in COMMON or name.startswith(f"{label}_")} | (made_from or {})
     average = copy.deepcopy(module).requires_grad_(False).eval()
     muon, adam = optimisers(module, *lrs)
     state = {"module": module, "average": average, "muon": muon, "adam": adam}
-    first, spent = resume(path, settings, state)
+    first, spent = resume(path, label, settings, state)
+    if 0 < first < iters:
+        note(cfg, stage=label, iteration=first, seconds=round(spent, 1), resumed_for=iters)
     saved, total = begun, 0.0
     bar = tqdm(range(first, iters), label, iters, initial=first, disable=None, mininterval=1)
     for i in bar:
@@ -181,6 +191,6 @@ def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, f
             total = 0.0
             if done == iters or time.perf_counter() - saved > cfg.save_every:
                 save_tensors(path, state_tensors(state), {
-                    "settings": settings, "iteration": str(done), "seconds": str(seconds)})
+                    "settings": json.dumps(settings), "iteration": str(done), "seconds": str(seconds)})
                 saved = time.perf_counter()
     return average

@@ -11,14 +11,19 @@ from tools import baselines
 import evaluate
 import toy1d
 from tools.baselines import (
-    add_noise, dmd_loss, dmd_student_x0, flow_matching_loss, integrate, pcm_loss, perflow_loss,
-    same_time, to_window_end)
+    add_noise, dmd_loss, flow_matching_loss, integrate, pcm_loss, perflow_loss, predict_x0, rollout,
+    same_time, to_time, window_times)
 from common.ranks import generator
 from common.weights import open_tensors, safetensors_metadata
 from small_world import clips as world
 from small_world import oracle
 
-GRID = [1.0, 0.8, 0.6, 0.4]
+GRID = [1.0, 0.9, 0.8, 0.6, 0.4, 0.1, 0.0]
+KEY = [0, 3, 4, 6]  # windows of 3, 1 and 2 steps; window k = 2 is the one at the noise
+
+
+def windows(*k: int) -> Tensor:
+    return window_times(GRID, KEY, torch.tensor(k))
 
 
 def normal(*shape: int, key: str = "x") -> Tensor:
@@ -29,13 +34,49 @@ def constant(value: Tensor):
     return lambda x, t: value.expand_as(x)
 
 
+# ------------------------------------------------------------------------------------ windows
+
+def test_each_sample_s_window_has_the_teacher_s_times_and_repeats_its_end():
+    assert windows(2, 0, 1).tolist() == [[1.0, 0.9, 0.8, 0.6], [0.4, 0.1, 0.0, 0.0],
+                                         [0.6, 0.4, 0.4, 0.4]]
+
+
+def test_integration_along_padded_windows_is_that_of_each_window_alone():
+    x = normal(3, 2)
+    together = integrate(lambda x, t: x * t[:, None], x, windows(2, 0, 1))
+    for i, times in enumerate(([1.0, 0.9, 0.8, 0.6], [0.4, 0.1, 0.0], [0.6, 0.4])):
+        y = x[i]
+        for t, t_next in zip(times, times[1:], strict=False):
+            y = y + (t_next - t) * y * t
+        assert torch.allclose(together[i], y)
+
+
+@pytest.mark.parametrize("method", ["perflow", "pcm", "dmd"])
+def test_a_batch_has_as_many_times_as_samples(method):
+    seen = []
+
+    def network(x, t):
+        seen.append(t)
+        return x * 0.1
+
+    n, count = 200, 16
+    cfg = baselines.Config(method=method, key=[0, 50, 100, 150, 200], n=n)
+    grid = [1 - i / n for i in range(n + 1)]
+    baselines.compute_loss(cfg, (network,) * 3, normal(count, 2), grid, generator("draw"), False)
+    drawn = {"perflow": seen[-1], "pcm": seen[-1], "dmd": seen[-2]}[method]  # dmd: the scores'
+    assert drawn.shape == (count,) and len(set(drawn.tolist())) >= count - 2  # but for chance
+    starts = {float(t) for t in torch.cat(seen)}
+    assert len(starts) > 3  # windows too are drawn for each sample
+
+
 # ------------------------------------------------------------------------------------ PeRFlow
 
 def test_perflow_s_target_on_a_straight_path_is_its_velocity():
     x0, z, u = normal(5, 3), normal(5, 3, key="z"), torch.rand(5, generator=generator("u"))
     slope, wrong = normal(1, 3, key="v"), normal(1, 3, key="w")
-    assert perflow_loss(constant(slope), constant(slope), x0, z, GRID, u) < 1e-25
-    got = perflow_loss(constant(wrong), constant(slope), x0, z, GRID, u)
+    times = windows(0, 1, 2, 0, 1)
+    assert perflow_loss(constant(slope), constant(slope), x0, z, times, u) < 1e-25
+    got = perflow_loss(constant(wrong), constant(slope), x0, z, times, u)
     assert float(got) == pytest.approx(float((wrong - slope).square().mean()))
 
 
@@ -49,15 +90,14 @@ def test_perflow_evaluates_the_student_on_the_chord_at_the_part_u_of_the_window(
     def teacher(x, t):
         return x * t[:, None]
 
-    loss = perflow_loss(student, teacher, x0, z, GRID, u)
-    high = x0 + 1.0 * (z - x0)
-    low = high
-    for t, t_next in ((1.0, 0.8), (0.8, 0.6), (0.6, 0.4)):
+    loss = perflow_loss(student, teacher, x0, z, windows(2, 2, 2, 2), u)
+    low = z
+    for t, t_next in ((1.0, 0.9), (0.9, 0.8), (0.8, 0.6)):
         low = low + (t_next - t) * low * t
     [(x, t)] = seen
-    assert torch.allclose(t, 1 - 0.6 * u.double())
-    assert torch.allclose(x, torch.lerp(high, low, u.double()[:, None]))
-    assert torch.allclose(loss, ((low - high) / 0.6).square().mean())
+    assert torch.allclose(t, 1 - 0.4 * u.double())
+    assert torch.allclose(x, torch.lerp(z, low, u.double()[:, None]))
+    assert torch.allclose(loss, ((low - z) / 0.4).square().mean())
 
 
 def test_perflow_agrees_with_the_toy_s_on_the_toy_s_data():
@@ -71,7 +111,7 @@ def test_perflow_agrees_with_the_toy_s_on_the_toy_s_data():
     start = toy1d.forward_diffusion(x0, z, 1 - window / K)
     pairs = toy1d.perflow_pairs(field, start, window, K, n)
     target = toy1d.segment_velocity(*pairs)
-    times = [1 - j / n for j in range(5, 11)]
+    times = window_times([1 - j / n for j in range(n + 1)], [0, 5, 10, 15, 20], K - 1 - window)
     got = perflow_loss(lambda x, t: torch.zeros_like(x), field, x0, z, times, torch.zeros(64))
     assert float(got) == pytest.approx(float(target.square().mean()), rel=1e-4)
 
@@ -80,25 +120,35 @@ def test_perflow_agrees_with_the_toy_s_on_the_toy_s_data():
 
 def test_pcm_s_function_is_the_identity_at_the_window_s_end():
     x, v = normal(4, 3), normal(4, 3, key="v")
-    assert torch.equal(to_window_end(constant(v), x, 0.4, 0.4), x)
-    assert torch.allclose(to_window_end(constant(v), x, 1.0, 0.4), x - 0.6 * v)
+    end, t = same_time(0.4, x), torch.tensor([0.4, 1.0, 0.4, 0.7],
+                                                dtype=torch.float64)
+    got = to_time(constant(v), x, t, end)
+    assert torch.equal(got[[0, 2]], x[[0, 2]])
+    assert torch.allclose(got[1], x[1] - 0.6 * v[1]) and torch.allclose(got[3], x[3] - 0.3 * v[3])
 
 
-@pytest.mark.parametrize("j", [0, 1, 2])
-def test_pcm_is_0_for_a_student_that_steps_to_the_teacher_s_end_and_not_for_another(j):
-    x0, z = normal(6, 2), normal(6, 2, key="z")
+def test_pcm_is_0_for_a_student_that_steps_to_the_teacher_s_end_and_not_for_another():
+    x0, z, times = normal(6, 2), normal(6, 2, key="z"), windows(2, 2, 2, 0, 0, 1)
+    j = torch.tensor([0, 1, 2, 0, 1, 0])
 
     def teacher(x, t):
         return x * t[:, None]
 
-    def student(x, t):  # to where the teacher's own steps lead
-        first = GRID.index(float(t[0]))
-        return (integrate(teacher, x, GRID[first:]) - x) / (GRID[-1] - GRID[first])
+    def student(x, t):  # to where the teacher's own steps lead, from each sample's own time
+        slopes = []
+        for own, time, row in zip(x, t, times, strict=True):
+            left = row[row <= time]
+            if left[-1] == time:  # at the window's end
+                left = torch.stack([time, time - 1])
+            end = integrate(teacher, own[None], left[None])[0]
+            slopes.append((end - own) / (left[-1] - time))
+        return torch.stack(slopes)
 
-    assert pcm_loss(student, teacher, x0, z, GRID, j) < 1e-25
-    wrong = pcm_loss(lambda x, t: torch.zeros_like(x), teacher, x0, z, GRID, j)
-    x = add_noise(x0, z, same_time(GRID[j], x0))
-    step = (GRID[j + 1] - GRID[j]) * teacher(x, same_time(GRID[j], x))
+    assert pcm_loss(student, teacher, x0, z, times, j) < 1e-25
+    wrong = pcm_loss(lambda x, t: torch.zeros_like(x), teacher, x0, z, times, j)
+    rows = torch.arange(6)
+    t, t_next = times[rows, j], times[rows, j + 1]
+    step = (t_next - t)[:, None] * teacher(add_noise(x0, z, t), t)
     assert float(wrong) == pytest.approx(float(step.square().mean()))
 
 
@@ -138,9 +188,17 @@ def test_dmd_moves_a_gaussian_s_mean_to_the_teacher_s():
     assert mean.item() == pytest.approx(2.0, abs=0.1)
 
 
-def test_dmd_s_student_guesses_data_from_noised_data():
-    x0, z = normal(4, 3), normal(4, 3, key="z")
-    assert torch.allclose(dmd_student_x0(constant(z - x0), x0, z, 0.7), x0)
+def test_the_exact_velocity_predicts_the_data_from_noised_data():
+    x0, z, t = normal(4, 3), normal(4, 3, key="z"), torch.tensor([0.2, 0.5, 0.7, 1.0])
+    assert torch.allclose(predict_x0(constant(z - x0), add_noise(x0, z, t), t), x0)
+
+
+def test_backward_simulation_brings_each_sample_to_its_own_key_time():
+    z, t_key = normal(3, 2), torch.tensor([0.0, 0.4, 0.6, 1.0]).double()
+    got = rollout(lambda x, t: x * t[:, None], z, t_key, torch.tensor([2, 1, 0]))
+    first = z * (1 - 0.4)                   # from 1 to .6
+    second = first * (1 - 0.2 * 0.6)        # from .6 to .4
+    assert torch.allclose(got, torch.stack([z[0], first[1], second[2]]))
 
 
 def test_the_flow_matching_loss_of_the_exact_velocity_is_the_variance_that_is_left():

@@ -52,13 +52,16 @@ class Config(distill.Config):
         "matched", "clips like the teacher's own, clips of smaller objects, or SynVid's l_0")
     data_count: int = field(1024, "videos to learn from", "[1, inf)")
     clips: str | None = field(None, "folder for encoded clips; default <run>/clips")
-    fake_updates: int = field(2, "dmd: updates of the fake score per update of the student",
+    fake_updates: int = field(5, "dmd: updates of the fake score per update of the student",
                               "[1, inf)")
+    simulate: bool = field(True, "dmd: the student's inputs come from its own steps from noise, so "
+                           "that only the captions of the data are used; else from noised data")
 
 
 # ------------------------------------------------------------------------------------ losses
-# x0 data and z noise [B,C,T,H,W]; t times [B]; a window is [t'_k, t'_{k+1}]. Cost per sample and
-# iteration, in forwards of the teacher: PeRFlow n/m + 3, PCM 5, DMD 5 + 5 per fake update.
+# x0 data and z noise [B,C,T,H,W]; t times [B]. times [B,S+1] are the teacher's in each sample's own
+# window, from t'_{k+1} down to t'_k. Forwards of the teacher's size per sample and iteration:
+# PeRFlow n/m + 3, PCM 5, DMD m + 4 and m + 3 more per fake update.
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
     """Times [B] in a shape that broadcasts with x [B, …]."""
@@ -70,57 +73,81 @@ def add_noise(x0: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return x0 + expand(t, x0) * (z - x0)
 
 
+def window_times(grid: list[float], key: list[int], k: Tensor) -> Tensor:
+    """The teacher's times in window k of each sample: float64 [B,S+1], S steps at most.
+
+    Args: grid, the teacher's falling times; key, its key indices; k [B], 0 the window at the data.
+    A shorter window repeats its end, where steps have length 0.
+    """
+    windows = [grid[high:low + 1] for high, low in zip(key, key[1:], strict=False)][::-1]
+    longest = max(map(len, windows))
+    padded = [window + window[-1:] * (longest - len(window)) for window in windows]
+    return torch.tensor(padded, dtype=torch.float64, device=k.device)[k]
+
+
+def to_time(v: Velocity, x: Tensor, t: Tensor, end: Tensor) -> Tensor:
+    """One Euler step of v from times t to times `end`; the identity where they are equal. Eq. 5."""
+    return x + expand(end - t, x) * v(x, t)
+
+
+@torch.no_grad()
+def integrate(v: Velocity, x: Tensor, times: Tensor) -> Tensor:
+    """x after Euler steps of v along each sample's falling times. Eq. 5."""
+    for t, t_next in zip(times.T, times.T[1:], strict=False):
+        x = to_time(v, x, t, t_next)
+    return x
+
+
+def perflow_loss(student: Velocity, teacher: Velocity, x0: Tensor, z: Tensor, times: Tensor,
+                 u: Tensor) -> Tensor:
+    """PeRFlow: the teacher integrates noised data through a window; the student learns the chord.
+
+    Args: u [B] in [0, 1], where on the chord the student is evaluated. Source: Yan et al.,
+    arXiv 2405.07510.
+    """
+    start, length = times[:, 0], times[:, -1] - times[:, 0]
+    high = add_noise(x0, z, start)
+    slope = (integrate(teacher, high, times) - high) / expand(length, high)
+    x = high + expand(u * length, high) * slope
+    return F.mse_loss(student(x, start + u * length), slope)
+
+
+def pcm_loss(student: Velocity, teacher: Velocity, x0: Tensor, z: Tensor, times: Tensor,
+             j: Tensor) -> Tensor:
+    """PCM: the student's window end from times[j] agrees with that from one teacher step later.
+
+    Without adversarial loss and moving average. Args: j [B], each sample's index into its times.
+    Source: phased consistency, Wang et al., arXiv 2405.18407.
+    """
+    t, t_next = (times.gather(1, index[:, None])[:, 0] for index in (j, j + 1))
+    x, end = add_noise(x0, z, t), times[:, -1]
+    with torch.no_grad():
+        target = to_time(student, to_time(teacher, x, t, t_next), t_next, end)
+    return F.mse_loss(to_time(student, x, t, end), target)
+
+
+@torch.no_grad()
+def rollout(student: Velocity, z: Tensor, t_key: Tensor, k: Tensor) -> Tensor:
+    """DMD's backward simulation: each sample at its t'_{k+1}, by the student's steps from noise.
+
+    Args: z noise [B, …]; t_key [m+1], ascending; k [B]. Source: Yin et al., arXiv 2405.14867, whose
+    steps add fresh noise; here they are the Euler steps by which the student is sampled.
+    """
+    x = z
+    for step in range(len(t_key) - 2, 0, -1):  # from t'_{step+1} to t'_step
+        t, t_next = (same_time(float(t_key[i]), z) for i in (step + 1, step))
+        x = torch.where(expand(k, x) < step, to_time(student, x, t, t_next), x)
+    return x
+
+
 def same_time(t: float, x: Tensor) -> Tensor:
     """The time t of every sample of x [B, …]: float64 [B]."""
     return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
 
 
-@torch.no_grad()
-def integrate(v: Velocity, x: Tensor, times: list[float]) -> Tensor:
-    """x after Euler steps of v along falling times. Eq. 5."""
-    for t, t_next in zip(times, times[1:], strict=False):
-        x = x + (t_next - t) * v(x, same_time(t, x))
-    return x
-
-
-def perflow_loss(student: Velocity, teacher: Velocity, x0: Tensor, z: Tensor, times: list[float],
-                 u: Tensor) -> Tensor:
-    """PeRFlow: the teacher integrates noised data through a window; the student learns the chord.
-
-    Args: times, the teacher's grid in the window, from t'_{k+1} down to t'_k; u [B] in [0, 1],
-    where on the chord the student is evaluated. Source: Yan et al., arXiv 2405.07510.
-    """
-    high = add_noise(x0, z, same_time(times[0], x0))
-    slope = (integrate(teacher, high, times) - high) / (times[-1] - times[0])
-    t = times[0] + u.double() * (times[-1] - times[0])
-    x = high + expand(t - times[0], high) * slope
-    return F.mse_loss(student(x, t), slope)
-
-
-def to_window_end(v: Velocity, x: Tensor, t: float, end: float) -> Tensor:
-    """One Euler step of v from t to the window's end; the identity if t is the end."""
-    return x + (end - t) * v(x, same_time(t, x))
-
-
-def pcm_loss(student: Velocity, teacher: Velocity, x0: Tensor, z: Tensor, times: list[float],
-             j: int) -> Tensor:
-    """PCM: the student's window end from times[j] agrees with that from one teacher step later.
-
-    Without adversarial loss and moving average. Args: times as in perflow_loss; j in
-    0 … len(times) - 2. Source: phased consistency, Wang et al., arXiv 2405.18407.
-    """
-    x = add_noise(x0, z, same_time(times[j], x0))
-    with torch.no_grad():
-        target = integrate(teacher, x, times[j:j + 2])
-        if j + 2 < len(times):
-            target = to_window_end(student, target, times[j + 1], times[-1])
-    return F.mse_loss(to_window_end(student, x, times[j], times[-1]), target)
-
-
-def dmd_student_x0(student: Velocity, x0: Tensor, z: Tensor, t: float) -> Tensor:
-    """DMD: the student's prediction of x0 from data noised to t."""
-    x = add_noise(x0, z, same_time(t, x0))
-    return x - t * student(x, same_time(t, x))
+def predict_x0(v: Velocity, x: Tensor, t: Tensor) -> Tensor:
+    """The data that v predicts from x at times t."""
+    return x - expand(t, x) * v(x, t)
 
 
 def dmd_loss(guess: Tensor, teacher: Velocity, fake: Velocity, noise: Tensor, t: Tensor) -> Tensor:
@@ -132,7 +159,7 @@ def dmd_loss(guess: Tensor, teacher: Velocity, fake: Velocity, noise: Tensor, t:
     """
     with torch.no_grad():
         x = add_noise(guess, noise, t)
-        real_x0, fake_x0 = (x - expand(t, x) * v(x, t) for v in (teacher, fake))
+        real_x0, fake_x0 = (predict_x0(v, x, t) for v in (teacher, fake))
         scale = (guess - real_x0).abs().flatten(1).mean(1).clamp(min=1e-6)
         gradient = (fake_x0 - real_x0) / expand(scale, x)
     return 0.5 * F.mse_loss(guess, guess.detach() - gradient)
@@ -216,29 +243,35 @@ def velocities(cfg: Config, state: distill.TrainState, fake: nn.Module | None, d
 
 
 def compute_loss(cfg: Config, v: tuple[Velocity, Velocity, Velocity], x0: Tensor, grid: list[float],
-                 k: int, draw: torch.Generator, train_fake: bool) -> Tensor:
-    """The loss of one micro-batch in window k: the student's, or that of dmd's fake score."""
+                 draw: torch.Generator, train_fake: bool) -> Tensor:
+    """The loss of one micro-batch, the student's or that of dmd's fake score.
+
+    Each sample has its own window and its own times, as the methods' authors draw them.
+    """
     student, teacher, fake = v
-    high, low = cfg.key[-2 - k], cfg.key[-1 - k]  # the window in the teacher's grid
-    times = grid[high:low + 1]
     z, noise = (torch.randn(x0.shape, generator=draw).to(x0.device) for _ in range(2))
-    u = torch.rand(len(x0), generator=draw)
+    k = torch.randint(len(cfg.key) - 1, (len(x0),), generator=draw).to(x0.device)
+    u = torch.rand(len(x0), generator=draw, dtype=torch.float64).to(x0.device)
+    times = window_times(grid, cfg.key, k)
     if cfg.method == "perflow":
-        return perflow_loss(student, teacher, x0, z, times, u.to(x0.device))
+        return perflow_loss(student, teacher, x0, z, times, u)
     if cfg.method == "pcm":
-        return pcm_loss(student, teacher, x0, z, times, int(u[0] * (len(times) - 1)))
-    inner = torch.tensor(grid[1:-1], dtype=torch.float64)
-    t = inner[(u * len(inner)).long()].to(x0.device)
+        steps = (times.diff(dim=1) != 0).sum(1)
+        return pcm_loss(student, teacher, x0, z, times, (u * steps).long())
+    inner = torch.tensor(grid[1:-1], dtype=torch.float64, device=x0.device)
+    t, start = inner[(u * len(inner)).long()], times[:, 0]
+    t_key = torch.tensor(grid, dtype=torch.float64)[cfg.key].flip(0)
+    x = rollout(student, z, t_key, k) if cfg.simulate else add_noise(x0, z, start)
+    with torch.set_grad_enabled(not train_fake):
+        guess = predict_x0(student, x, start)
     if train_fake:
-        with torch.no_grad():
-            guess = dmd_student_x0(student, x0, z, times[0])
         return flow_matching_loss(fake, guess, noise, t)
-    return dmd_loss(dmd_student_x0(student, x0, z, times[0]), teacher, fake, noise, t)
+    return dmd_loss(guess, teacher, fake, noise, t)
 
 
 def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ranks) -> None:
-    """Train the student, window by window from noise to data, as distill.py does."""
-    device, m = ranks.device, len(state.t_key) - 1
+    """Train the student, for dmd after each update of the fake score."""
+    device = ranks.device
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     networks = [("student", state.student, 1)]
     fake = None
@@ -251,7 +284,6 @@ def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ra
     each, losses = cfg.batch // (cfg.micro_batch * ranks.dp_size), {}
     bar = progress_bar(cfg.iterations, f"{cfg.method}, {cfg.data}", ranks.rank)
     for step in range(cfg.iterations):
-        k = m - 1 - step % m
         for name, network, updates in networks:
             for update in range(updates):
                 for part in range(each):
@@ -262,7 +294,7 @@ def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ra
                               for epoch, position in positions]
                     v = velocities(cfg, state, fake, data, picked, device)
                     draw = generator(cfg.method, cfg.seed, step, name, update, first)
-                    loss = compute_loss(cfg, v, data.latents[picked].to(device), grid, k, draw,
+                    loss = compute_loss(cfg, v, data.latents[picked].to(device), grid, draw,
                                         name == "fake")
                     (loss / each).backward()
                     losses[name] = loss.detach()

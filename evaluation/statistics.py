@@ -83,7 +83,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float],
     if variance == 0:
         return {"difference": mean, "half": 0.0, "pairs": pairs, "p": float(mean == 0)}
     uncertainty = sum(part ** 2 / count for part, count in parts)
-    degrees = variance ** 2 / uncertainty if uncertainty else 1e6
+    degrees = min(variance ** 2 / uncertainty if uncertainty else math.inf, 1e6)  # the normal
     error = variance ** 0.5
     return {"difference": mean, "half": error * t_quantile(degrees), "pairs": pairs,
             "p": 1 - t_probability(mean / error, degrees)}

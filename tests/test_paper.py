@@ -116,7 +116,7 @@ def test_the_chosen_key_timesteps_are_evenly_spaced_indices():
 def plan_of(tmp_path: Path, at_once: int = 2) -> Plan:
     config = tmp_path / "config.yaml"
     config.write_text("seed: 0\nevaluate: {count: 3}\n")
-    return Plan(str(config), tmp_path / "paper", (), (), ("python",), at_once, 1)
+    return Plan(str(config), tmp_path / "paper", (), (), (), ("python",), at_once, 1)
 
 
 def run_of(plan: Plan, name: str, code: str, output: str = "log.txt") -> Run:
@@ -131,8 +131,18 @@ def test_a_finished_run_is_not_done_again_and_another_command_is_refused(tmp_pat
     run_all(started, plan, "runs")
     run_all(started, plan, "runs")
     assert [mark.read_text() for mark in marks] == ["1", "1"]
+    (started[1].folder / started[1].output).unlink()  # its product is missing: it is made again
+    run_all(started, plan, "runs")
+    assert [mark.read_text() for mark in marks] == ["1", "11"]
     Path(plan.config).write_text("seed: 0\nevaluate: {count: 9}\n")  # of no concern to a run
     assert is_done(started[0], plan.config)
+    synvid_run = run_of(plan, "synvid", "open('{}', 'w')".format(
+        plan.folder / "synvid/manifest.json"), "manifest.json")
+    run_all([synvid_run], plan, "runs")
+    Path(plan.config).write_text("seed: 0\nsynvid: {count: 9}\n")  # which SynVid depends on
+    assert is_done(started[0], plan.config)
+    with pytest.raises(ValueError, match="done.json: expected settings"):
+        is_done(synvid_run, plan.config)
     with pytest.raises(ValueError, match="done.json: expected command .* or remove"):
         run_all([replace(started[0], command=("python", "-c", "1"))], plan, "runs")
     Path(plan.config).write_text("seed: 1\n")
@@ -169,7 +179,7 @@ from pathlib import Path
 from tools.runs import Plan, Run, run_all
 line = "import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
 run = Run("slow", ("python", "-c", line), Path({str(tmp_path)!r}) / "slow", "x")
-run_all([run], Plan("configs/tiny.yaml", Path("."), (), (), (), 1, None), "runs")
+run_all([run], Plan("configs/tiny.yaml", Path("."), (), (), (), (), 1, None), "runs")
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     while not (started.exists() and started.read_text()):
@@ -184,7 +194,9 @@ run_all([run], Plan("configs/tiny.yaml", Path("."), (), (), (), 1, None), "runs"
 # ------------------------------------------------------------------------------------- tables
 
 SETTINGS = tables.Settings(n=50, times=time_grid("wan", 50, 2.0).tolist(), m=2, m_config=5,
-                           ladder=[5, 2, 1], seeds=3, baseline_seeds=2, iterations=80, clips=True)
+                           ladder=[5, 2, 1], seeds=3, other_seeds=2, iterations=80, lr=2e-4,
+                           lambda_adv=0.1, clips=True, traj_lr=4e-4, shared_lambda=0.15,
+                           methods={"perflow": [2e-3, 160], "pcm": [6e-4, 80], "dmd": [2e-4, 80]})
 
 
 def write_measured(plan: Plan, name: str, far: list[float]) -> None:
@@ -197,33 +209,84 @@ def write_measured(plan: Plan, name: str, far: list[float]) -> None:
 
 def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path):
     plan, noise = plan_of(tmp_path), [0.0, 0.01, 0.02]
-    for arm in tables.arms_of("table3", SETTINGS):
-        base = {"traj-m2": 0.3, "shared-m2": 0.2, "full-m2": 0.1}.get(arm.name, 0.5)
-        base += 0.2 * arm.name.endswith("-mismatched")
-        write_measured(plan, arm.name, [base + x for x in noise[:arm.seeds]])
-    section = tables.arms_table("table3", plan, SETTINGS)
-    claims = {entry["claim"]: entry for entry in section.numbers["claims"]}
-    assert len(claims) == 3 + 9 + 3
-    for entry in claims.values():
-        assert all(entry[name]["verdict"] == "holds" for name in runs.SHORTFALLS), entry
+    parts = {"traj-m2": 0.6, "traj-rate-m2": 0.5, "shared-m2": 0.4, "shared-dose-m2": 0.3,
+             "full-m2": 0.2, "full-rate-m2": 0.1}
+    for table in ("table3", "methods"):
+        for arm in tables.arms_of(table, SETTINGS):
+            base = parts.get(arm.name, 0.8 - 0.1 * arm.name.endswith("-samples")
+                             + 0.2 * arm.name.endswith("-mismatched"))
+            write_measured(plan, arm.name, [base + x for x in noise[:arm.seeds]])
+        section = tables.arms_table(table, plan, SETTINGS)
+        claims = {entry["claim"]: entry for entry in section.numbers["claims"]}
+        assert len(claims) == {"table3": 6, "methods": 10 + 6}[table]
+        for entry in claims.values():
+            assert not [name for name in runs.SHORTFALLS if entry[name]["verdict"] != "holds"], entry
+        assert {len(arm["seeds"]) for arm in section.numbers["arms"].values()} == (
+            {3} if table == "table3" else {3, 2})
+        assert section.pictures == [plan.folder / f"{table}-m2.png"]
+        assert section.pictures[0].exists()
+        text = "\n".join(section.lines)
+        if table == "table3":
+            assert "| L_traj alone | 3 | 0.6100 ± 0.0058 |" in text
+            assert "| teacher@2 |  | 0.9000 |" in text
     one = claims["full nearer than phased consistency on clips of smaller objects"]
     assert one["C2ST"]["pairs"] == 2
-    assert all(len(arm["seeds"]) == (2 if "-" in name and "m2" not in name else 3)
-               for name, arm in section.numbers["arms"].items())
-    text = "\n".join(section.lines)
-    assert "| L_traj alone | 3 | 0.3100 ± 0.0058 |" in text and "| teacher@2 |  | 0.9000 |" in text
-    assert section.pictures == [plan.folder / "table3-m2.png"] and section.pictures[0].exists()
+    shares = tables.data_shares(plan, SETTINGS)
+    for found in shares.values():
+        assert sum(found.values()) == pytest.approx(1)
+        assert found["mismatch"] == pytest.approx(0.2 / 1.005)
 
 
-def test_all_baselines_share_the_clips_that_table_3_measures(tmp_path):
+def test_controls_and_other_methods_take_the_settings_that_the_search_chose(tmp_path):
     plan = plan_of(tmp_path)
-    commands = [plan.train(arm, 0).command for arm in tables.arms_of("table3", SETTINGS)]
-    assert [f"clips={plan.clips}" in command for command in commands] == [False] * 3 + [True] * 9
+    commands = {arm.name: plan.train(arm, 0).command for table in ("table3", "methods")
+                for arm in tables.arms_of(table, SETTINGS)}
+    assert {name for name, command in commands.items() if "lr=0.0004" in command} == {
+        "traj-rate-m2", "full-rate-m2"}
+    assert "lambda_adv=0.15" in commands["shared-dose-m2"]
+    assert {"lr=0.002", "iterations=160"} < set(commands["perflow-matched"])
+    # All share the clips whose distance to the teacher's the page shows.
+    assert {name for name, command in commands.items() if f"clips={plan.clips}" in command} == {
+        name for name, command in commands.items() if "tools.baselines" in command}
+    simulated = [name for name, command in commands.items() if "method=dmd" in command
+                 and "simulate=false" not in command]
+    assert simulated == ["dmd-captions"]
+
+
+def test_every_method_is_searched_alike_on_other_captions_noise_and_seeds(tmp_path):
+    plan = replace(plan_of(tmp_path), evaluate=("prompts=a",), search=("prompts=b",))
+    arms = tables.arms_of("search", SETTINGS)
+    by_method = {}
+    for arm in arms[3:]:
+        options = dict(option.split("=") for option in arm.options)
+        by_method.setdefault(arm.name.split("/")[1].split("-")[0], set()).add(
+            (options["lr"], options["iterations"]))
+        assert arm.seed_range == range(100, 101)
+    assert set(map(frozenset, by_method.values())) == {frozenset(
+        (lr, iterations) for lr in ("0.0002", "0.0006", "0.002") for iterations in ("80", "160"))}
+    assert by_method.keys() == {"traj", "full", *tables.METHODS}
+    assert [option for arm in arms[:3] for option in arm.options if "lambda" in option] == [
+        "lambda_adv=0.1", "lambda_adv=0.15", "lambda_adv=0.2"]
+    [(name, rest)] = tables.evaluations_of("search", SETTINGS, plan).items()
+    command = plan.measure(name, *rest).command
+    assert "prompts=b" in command and "prompts=a" not in command
+    assert "seed100/student.safetensors" in " ".join(command)
+
+    folder = plan.folder / "search"
+    write_measured(plan, "search", [0.1 + i / 100 for i in range(len(arms))])
+    for arm in arms:
+        path = plan.student(arm, 100).parent / "distill/log.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps({"step": i, "grad_adv": i}) + "\n" for i in (1, 2))
+                        if "shared" in arm.name else "")
+    section = tables.search(plan, SETTINGS)
+    assert len(section.numbers["rows"]) == len(arms) == 33 and folder.exists()
+    assert set(section.numbers["doses"].values()) == {1.5} and len(section.numbers["doses"]) == 3
 
 
 def test_every_run_has_its_own_folder_and_tables_share_runs():
     arms = {}
-    for table in tables.TABLES:
+    for table in (*tables.TABLES, "search"):
         for arm in tables.arms_of(table, SETTINGS):
             old = arms.setdefault(arm.name, arm)
             assert replace(old, seeds=arm.seeds) == arm
@@ -231,8 +294,8 @@ def test_every_run_has_its_own_folder_and_tables_share_runs():
     assert "export_every=20" in arms["full-m2"].options
     assert not [name for name in arms if "matched" in name and "samples" in name]
     without = replace(SETTINGS, clips=False)
-    assert {arm.name for arm in tables.baseline_arms(without)} == {
-        "perflow-samples", "pcm-samples", "dmd-samples"}
+    assert {arm.name for arm in tables.method_arms(without)} == {
+        "perflow-samples", "pcm-samples", "dmd-captions", "dmd-samples"}
 
 
 @pytest.fixture
@@ -245,7 +308,7 @@ def study(make_config, tmp_path):
         distill={"iterations": 4, "batch": 4, "micro_batch": 4, "held_out": 2, "lr": 1e-3,
                  "head_dim": 8, "checkpointing": False},
         evaluate={"prompts": str(captions), "count": 4, "directions": 4, "c2st_steps": 1},
-        paper={"seeds": 2, "jobs": 2, "steps": [2, 1]})
+        paper={"seeds": 2, "other_seeds": 2, "jobs": 2, "steps": [2, 1]})
     return config, tmp_path / "run/paper"
 
 
@@ -317,6 +380,8 @@ def test_a_table_and_a_figure_are_one_command_that_resumes_with_the_same_numbers
 @pytest.mark.parametrize("options, message", [
     (("--tables", "table9"), "tables: expected all, or some of ladder, table3"),
     (("seeds=0",), "seeds: .*got 0"),
+    (("seeds=1",), "other_seeds: expected at most seeds, 1, got 2"),
+    (("pcm=1e-3",), "pcm: expected a learning rate and a number of iterations"),
     (("m=9",), "expected 1 … 4, .* got 9"),
     (("count=2",), "count: .*got 2"),
     (("options=lambada_adv=1",), "unknown option 'lambada_adv=1'.*lambda_adv"),

@@ -50,6 +50,11 @@ def test_one_seed_has_no_interval_and_equal_arms_have_no_difference():
     assert (same["difference"], same["half"], same["p"]) == (0, 0, 1)
 
 
+def test_equal_gaps_leave_the_scatter_of_the_videos_alone():
+    found = difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5], videos_variance=1e-4)
+    assert found["half"] == pytest.approx(1.96 * 0.01, rel=1e-3) and found["p"] < 1e-6
+
+
 def test_holm_corrects_as_in_his_example():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []

@@ -1,6 +1,6 @@
 """The paper's tables and figures on any teacher: training runs over seeds, their means, verdicts.
 
-    python -m tools.paper [CONFIG] [--tables table3,fig9] [--seeds 5] [--jobs 2]
+    python -m tools.paper [CONFIG] [--tables table3,fig9] [--seeds 8] [--jobs 2]
     python -m tools.paper CONFIG --launch "torchrun --nproc-per-node 8"
 
 In:  the weight folder and the prompts of stages 1 and 4.
@@ -21,6 +21,7 @@ import torch
 
 import distill
 import evaluate
+import synvid
 from common.config import Shared, field, load_config, read_yaml
 from common.files import commit, lock_folder, parse_json
 from common.prompts import read_prompts
@@ -39,13 +40,23 @@ from tools.runs import Plan, Run, run_all
 @dataclass
 class Config(Shared):
     """Settings of a set of tables."""
-    tables: str = field("all", "all, or some of table3, table4, fig5, fig6, fig8, fig9, ladder, "
-                        "separated by commas")
-    m: int | None = field(None, "steps of table3, fig6, fig8 and fig9; defaults to the config's",
+    tables: str = field("all", "all, or some of ladder, table3, table4, methods, fig5, fig6, fig8, "
+                        "fig9, separated by commas; or search, which compares settings")
+    m: int | None = field(None, "steps of all but table4 and the ladder; defaults to the config's",
                           "[1, inf)")
     steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder", "[1, 10000]")
-    seeds: int = field(5, "runs of each arm of a table", "[1, 1000]")
-    baseline_seeds: int = field(3, "runs of each other method, on each set of data", "[1, inf)")
+    seeds: int = field(8, "runs of each arm of table3", "[1, 1000]")
+    other_seeds: int = field(5, "runs of each arm of table4, fig9 and methods; at most seeds",
+                             "[1, inf)")
+    traj_lr: float | None = field(None, "learning rate that suits L_traj alone, for the controls "
+                                  "of table3; defaults to lr", "(0, inf)")
+    shared_lambda: float | None = field(None, "lambda_adv with which one shared head pulls as "
+                                        "strongly as separate heads; defaults to lambda_adv",
+                                        "[0, inf)")
+    perflow: list[float] | None = field(None, "learning rate and iterations of PeRFlow; defaults "
+                                        "to lr and iterations", "(0, inf)")
+    pcm: list[float] | None = field(None, "the same of phased consistency", "(0, inf)")
+    dmd: list[float] | None = field(None, "the same of distribution matching", "(0, inf)")
     jobs: int = field(1, "runs at once; with several each process has one CPU thread", "[1, inf)")
     synvid: str | None = field(None, "trajectories for the runs, made with --keep all; by default "
                                "they are made in <run>/paper/synvid")
@@ -90,9 +101,20 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
             raise ValueError(f"m, steps: expected 1 … {cfg.n}, the teacher's steps, got {m}: "
                              "correct --m or --steps")
     training = load_config(distill.Config, "distill", [str(cfg.path), *shlex.split(cfg.options)])
+    if cfg.other_seeds > cfg.seeds:
+        raise ValueError(f"other_seeds: expected at most seeds, {cfg.seeds}, got "
+                         f"{cfg.other_seeds}: correct --seeds or --other_seeds")
+    methods = {name: getattr(cfg, name) or [training.lr, training.iterations]
+               for name in tables.METHODS}
+    for name, values in methods.items():
+        if len(values) != 2 or values[1] != int(values[1]):
+            raise ValueError(f"{name}: expected a learning rate and a number of iterations, got "
+                             f"{values}: correct --{name}")
     return shared, evaluation, tables.Settings(
         cfg.n, time_grid(cfg.family, cfg.n, cfg.shift).tolist(), cfg.m or m_config, m_config,
-        cfg.steps, cfg.seeds, cfg.baseline_seeds, training.iterations, clips=cfg.preset == "tiny")
+        cfg.steps, cfg.seeds, cfg.other_seeds, training.iterations, training.lr,
+        training.lambda_adv, cfg.preset == "tiny", cfg.traj_lr or training.lr,
+        training.lambda_adv if cfg.shared_lambda is None else cfg.shared_lambda, methods)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,25 +123,30 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "paper", argv, __doc__, "-m tools.paper")
     check_model(cfg)
     chosen = tables.TABLES if cfg.tables == "all" else tuple(cfg.tables.split(","))
-    if unknown := [name for name in chosen if name not in tables.TABLES]:
-        raise ValueError(f"tables: expected all, or some of {', '.join(tables.TABLES)}, got "
+    known = (*tables.TABLES, "search")
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"tables: expected all, or some of {', '.join(known)}, got "
                          f"'{unknown[0]}': correct --tables")
     shared, evaluation, s = read_settings(cfg)
     out = Path(cfg.run) / "paper"
-    synvid = Path(cfg.synvid or out / "synvid")
-    measured = as_options({name: getattr(evaluation, name) for name in ("seed", *EVALUATION)})
+    trajectories = Path(cfg.synvid or out / "synvid")
+    measured = {name: getattr(evaluation, name) for name in ("seed", *EVALUATION)}
+    training_prompts = load_config(synvid.Config, "synvid", [str(cfg.path), *shared]).prompts
+    others = measured | {"prompts": training_prompts, "seed": cfg.seed + 1}
     plan = Plan(os.path.relpath(cfg.path), out,
-                (f"synvid={synvid}", *shared, *shlex.split(cfg.options)), (*shared, *measured),
+                (f"synvid={trajectories}", *shared, *shlex.split(cfg.options)),
+                (*shared, *as_options(measured)), (*shared, *as_options(others)),
                 tuple(shlex.split(cfg.launch)), cfg.jobs, 1 if cfg.jobs > 1 else None)
     with lock_folder(out):
         if cfg.synvid is None and (chosen != ("fig5",) or evaluation.prompts is None):
             launch = plan.launch if cfg.jobs == 1 else (
                 "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
             run_all([Run("SynVid", plan.command("synvid.py", out, "keep=all", *shared,
-                                                launch=launch), synvid, "manifest.json")],
+                                                launch=launch), trajectories,
+                         "manifest.json")],
                     plan, "SynVid")
         arms = {(arm.name, seed): arm for table in chosen for arm in tables.arms_of(table, s)
-                for seed in range(arm.seeds)}  # tables share arms
+                for seed in arm.seed_range}  # tables share arms
         run_all([plan.train(arm, seed) for (_, seed), arm in arms.items()], plan, "training runs")
         evaluations = {name: arguments for table in chosen for name, arguments
                        in tables.evaluations_of(table, s, plan).items()}
@@ -130,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
             key = tables.key_option(tables.even_key(s.n, s.m))
             command = plan.command("tools.taps", out / "fig6", *plan.options, key)
             run_all([Run("features", command, out / "fig6", "taps/taps.json")], plan, "fig6")
-        sections = {name: make_section(cfg, name, plan, s, synvid, evaluation.prompts)
+        sections = {name: make_section(cfg, name, plan, s, trajectories, evaluation.prompts)
                     for name in chosen}
         page = tables.write_report(plan, sections, {
             "command": shlex.join(["python", "-m", "tools.paper", *argv]), "commit": commit(),
@@ -139,24 +166,26 @@ def main(argv: list[str] | None = None) -> None:
     print(f"results: {page}; numbers of every seed: {out / 'paper.json'}")
 
 
-def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, synvid: Path,
+def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, trajectories: Path,
                  prompts: str | None) -> tables.Section:
     """One table or figure, from what was measured; prompts, a file that fig5 may read instead of
     trajectories."""
     if name == "fig5":
-        if prompts is not None and not (synvid / "manifest.json").exists():
+        if prompts is not None and not (trajectories / "manifest.json").exists():
             return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts)])
         return tables.fig5(plan, [stored_prompt(path)
-                                  for path in sorted(synvid.glob("*/*.safetensors"))])
+                                  for path in sorted(trajectories.glob("*/*.safetensors"))])
     if name == "fig6":
-        return tables.fig6(plan)
-    if name in ("fig8", "fig9", "ladder"):
-        return {"fig8": tables.fig8, "fig9": tables.fig9, "ladder": tables.ladder}[name](plan, s)
-    section = tables.arms_table(name, plan, s)
-    if name == "table3" and s.clips:
-        section.numbers["mismatch"] = mismatches(cfg, plan, synvid)
-        section.lines += ["", *mismatch_lines(section.numbers["mismatch"])]
-    return section
+        return tables.fig6(plan, s)
+    if name in ("table3", "table4", "methods"):
+        section = tables.arms_table(name, plan, s)
+        if name == "methods" and s.clips:
+            section.numbers["mismatch"] = mismatches(cfg, plan, trajectories)
+            section.numbers["shares"] = shares = tables.data_shares(plan, s)
+            section.lines += ["", *mismatch_lines(section.numbers["mismatch"]), "",
+                              *tables.share_lines(shares)]
+        return section
+    return getattr(tables, name)(plan, s)
 
 
 def stored_prompt(path: Path) -> str:
@@ -170,14 +199,14 @@ def stored_prompt(path: Path) -> str:
 TEACHER_CLIPS, COMPARED_CLIPS = 2048, 256
 
 
-def mismatches(cfg: Config, plan: Plan, synvid: Path) -> dict[str, tuple[float, float]]:
+def mismatches(cfg: Config, plan: Plan, trajectories: Path) -> dict[str, tuple[float, float]]:
     """M of Eq. 4 for each set that a method learned from: mean and standard error over videos."""
     def clips(name: str) -> torch.Tensor:
         return open_safetensors(plan.clips / f"{name}.safetensors")["latents"].read()
 
     keep_clips(cfg, plan.clips / "training.safetensors", SIZE, 0, TEACHER_CLIPS,
                pick_device(cfg.device))
-    files = sorted(synvid.glob("*/*.safetensors"))[:COMPARED_CLIPS]
+    files = sorted(trajectories.glob("*/*.safetensors"))[:COMPARED_CLIPS]
     sets = {name: clips(name)[:COMPARED_CLIPS] for name in ("matched", "mismatched")}
     sets["samples"] = torch.stack([open_safetensors(file)["x"].read()[-1] for file in files])
     training = clips("training")

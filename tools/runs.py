@@ -36,6 +36,12 @@ class Arm:
     options: tuple[str, ...]
     seeds: int
     script: str = "distill.py"
+    first_seed: int = 0
+
+    @property
+    def seed_range(self) -> range:
+        """The seeds of its runs."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Plan:
     folder: Path
     options: tuple[str, ...]                      # of every training run
     evaluate: tuple[str, ...]                     # options of every evaluation
+    search: tuple[str, ...]                       # those of the search: other captions and noise
     launch: tuple[str, ...]                       # python, or torchrun with its options
     at_once: int
     threads: int | None                           # per process; None: torch's default
@@ -81,10 +88,11 @@ class Plan:
                 names: list[str] | None = None) -> Run:
         """The evaluation of some students in <paper>/<name>, with pictures if they have names."""
         folder = self.folder / name
-        options = [f"names={','.join(names)}"] if names else ["pictures=false"]
+        options = self.search if name == "search" else (
+            f"teacher_samples={self.folder / 'teacher.safetensors'}", *self.evaluate)
+        pictures = f"names={','.join(names)}" if names else "pictures=false"
         return Run(f"{label}, evaluation", self.command(
-            "evaluate.py", folder, f"students={','.join(map(str, students))}",
-            f"teacher_samples={self.folder / 'teacher.safetensors'}", *self.evaluate, *options),
+            "evaluate.py", folder, f"students={','.join(map(str, students))}", *options, pictures),
             folder / "evaluate", "table.json")
 
     def student(self, arm: Arm, seed: int, iteration: int | None = None) -> Path:
@@ -94,17 +102,24 @@ class Plan:
 
 
 def done_record(run: Run, config: str) -> dict:
-    """What done.json holds: the command, and the part of the config file that a run depends on."""
-    unrelated = ("teacher", "synvid", "sample", "evaluate", "paper", "lora", "bench")
+    """What done.json holds: the command, and the part of the config file that a run depends on.
+
+    An evaluation's command has all of its settings; the other commands read their own section.
+    """
+    unrelated = {"teacher", "synvid", "sample", "evaluate", "paper", "lora", "bench"}
+    unrelated -= {"synvid"} if run.output == "manifest.json" else set()
     return {"command": list(run.command),
             "settings": {name: value for name, value in (load_yaml(Path(config)) or {}).items()
                          if name not in unrelated}}
 
 
 def is_done(run: Run, config: str) -> bool:
-    """Whether the run has finished. Raises ValueError if another one has in its folder."""
+    """Whether the run has finished and its output exists.
+
+    Raises ValueError if another run has finished in its folder.
+    """
     path, expected = run.folder / "done.json", done_record(run, config)
-    if not path.exists():
+    if not (path.exists() and (run.folder / run.output).exists()):
         return False
     found = read_json(path)
     for name in expected:

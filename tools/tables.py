@@ -4,11 +4,12 @@ A section is a function of what was measured, so that the page is redrawn in sec
 the numbers of steps of teacher and student, `s` the Settings.
 """
 
+import statistics
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.files import NUMBER, ROOT, read_json, write_json, write_text
+from common.files import NUMBER, ROOT, read_json, read_log, write_json, write_text
 from evaluation.page import (
     BLUE, ORANGE, draw_table, drawing, html_of, markdown_table)
 from evaluation.sheets import data_uri
@@ -16,8 +17,8 @@ from tools.runs import (
     HOW_TO_READ, Arm, Measured, Plan, claim_lines, make_claims, read_measured, table_lines,
     without_errors)
 
-TABLES = ("ladder", "table3", "table4", "fig5", "fig6", "fig8", "fig9")
-METHODS = {"perflow": "PeRFlow-style", "pcm": "phased consistency", "dmd": "distribution matching"}
+TABLES = ("ladder", "table3", "table4", "methods", "fig5", "fig6", "fig8", "fig9")
+METHODS = {"pcm": "phased consistency", "perflow": "PeRFlow-style", "dmd": "distribution matching"}
 DATA = {"matched": "the teacher's own kind of clips", "mismatched": "clips of smaller objects",
         "samples": "the teacher's own samples"}
 
@@ -29,13 +30,18 @@ class Settings:
     """What the arms depend on."""
     n: int
     times: list[float]                            # of the teacher's grid
-    m: int                                        # steps of table3, fig8, fig9
+    m: int                                        # steps of all tables but table4 and the ladder
     m_config: int                                 # the config's own steps
     ladder: list[int]                             # steps
-    seeds: int
-    baseline_seeds: int
+    seeds: int                                    # of table3
+    other_seeds: int                              # of table4, fig9 and other methods
     iterations: int
+    lr: float
+    lambda_adv: float
     clips: bool                                   # whether this is the small world, with its clips
+    traj_lr: float                                # L_traj's own best learning rate
+    shared_lambda: float                          # λ_adv of one shared head at equal dose
+    methods: dict[str, list[float]]               # learning rate and iterations of other methods
 
     @property
     def fig9_every(self) -> int:
@@ -77,32 +83,87 @@ def full_arm(s: Settings, m: int, seeds: int) -> Arm:
     return Arm(f"full-m{m}", "L_traj + L_adv, a head per timestep", m, tuple(options), seeds)
 
 
-def baseline_arms(s: Settings) -> list[Arm]:
+def parts_arms(s: Settings) -> list[Arm]:
+    """L_traj alone, one shared head and the complete method; each also with a control's setting:
+    L_traj's own best learning rate, and a shared head that pulls as strongly as separate ones."""
+    def arm(name: str, label: str, *options: str) -> Arm:
+        key = key_option(even_key(s.n, s.m))
+        return Arm(f"{name}-m{s.m}", label, s.m, (key, *options), s.seeds)
+
+    rate, dose = f"lr={s.traj_lr:g}", f"lambda_adv={s.shared_lambda:g}"
+    shared, full = "L_traj + L_adv, one shared head", "L_traj + L_adv, a head per timestep"
+    return [arm("traj", "L_traj alone", "adv=false"),
+            arm("traj-rate", f"L_traj alone, {rate}", "adv=false", rate),
+            arm("shared", shared, "heads=shared"),
+            arm("shared-dose", f"{shared}, {dose}", "heads=shared", dose),
+            full_arm(s, s.m, s.seeds), arm("full-rate", f"{full}, {rate}", rate)]
+
+
+def method_options(s: Settings, method: str, data: str) -> tuple[str, ...]:
+    """The options of tools.baselines for one method that learns from one set of data."""
+    simulate = ("simulate=false",) if method == "dmd" and data != "captions" else ()
+    return (key_option(even_key(s.n, s.m)), f"method={method}",
+            f"data={'samples' if data == 'captions' else data}", *simulate)
+
+
+def method_arms(s: Settings) -> list[Arm]:
     """Other families of methods on data: on clips in the small world, on samples everywhere."""
+    arms = []
+    for method, label in METHODS.items():
+        lr, iterations = s.methods[method]
+        captions = {"captions": "captions alone"} if method == "dmd" else {}
+        data = DATA if s.clips else {"samples": DATA["samples"]}
+        arms += [Arm(f"{method}-{name}", f"{label} on {title}", s.m,
+                     (*method_options(s, method, name), f"lr={lr:g}", f"iterations={iterations:g}"),
+                     s.other_seeds, "tools.baselines")
+                 for name, title in {**captions, **data}.items()]
+    return arms
+
+
+SEARCHED = (1, 3, 10)  # learning rates in units of the config's; each with 1 and 2 times its length
+DOSES = (1, 1.5, 2)  # λ_adv of a shared head in units of the config's
+SEARCH_SEED = 100  # which no table has
+
+
+def search_arms(s: Settings) -> list[Arm]:
+    """The same search for every method, on other captions and noise: rates and lengths, λ."""
     key = key_option(even_key(s.n, s.m))
-    return [Arm(f"{method}-{data}", f"{METHODS[method]} on {DATA[data]}", s.m,
-                (key, f"method={method}", f"data={data}"), s.baseline_seeds, "tools.baselines")
-            for method in METHODS for data in (DATA if s.clips else ("samples",))]
+    kinds = {"traj": ("L_traj alone", "distill.py", (key, "adv=false")),
+             "full": ("L_traj + L_adv", "distill.py", (key,))} | {
+        method: (label, "tools.baselines",
+                 method_options(s, method, "captions" if method == "dmd" else "samples"))
+        for method, label in METHODS.items()}
+    doses = [Arm(f"search/shared-{dose}", f"one shared head, λ = {dose * s.lambda_adv:g}", s.m,
+                 (key, "heads=shared", f"lambda_adv={dose * s.lambda_adv:g}"), 1,
+                 first_seed=SEARCH_SEED) for dose in DOSES]
+    return doses + [
+        Arm(f"search/{name}-{rate}-{length}",
+            f"{label}, lr={rate * s.lr:g}, {length * s.iterations} iterations", s.m,
+            (*options, f"lr={rate * s.lr:g}", f"iterations={length * s.iterations}"), 1, script,
+            SEARCH_SEED)
+        for name, (label, script, options) in kinds.items()
+        for length in (1, 2) for rate in SEARCHED]
 
 
 def arms_of(table: str, s: Settings) -> list[Arm]:
     """The training runs that a table or figure needs."""
-    key = key_option(even_key(s.n, s.m))
-    traj = Arm(f"traj-m{s.m}", "L_traj alone", s.m, (key, "adv=false"), s.seeds)
-    shared = Arm(f"shared-m{s.m}", "L_traj + L_adv, one shared head", s.m, (key, "heads=shared"),
-                 s.seeds)
-    adv = Arm(f"adv-m{s.m}", "L_adv alone", s.m,
-              (key, "traj=false", f"export_every={s.fig9_every}"), s.seeds)
-    full = full_arm(s, s.m, s.seeds)
+    key, parts = key_option(even_key(s.n, s.m)), {arm.name: arm for arm in parts_arms(s)}
+    traj, full = parts[f"traj-m{s.m}"], parts[f"full-m{s.m}"]
     if table == "table3":
-        return [traj, shared, full, *baseline_arms(s)]
+        return list(parts.values())
+    if table == "methods":
+        return [full, *method_arms(s)]
+    if table == "search":
+        return search_arms(s)
     if table == "table4":
         return [arm for m in dict.fromkeys((s.m_config, s.m)) for arm in (
-            full_arm(s, m, s.seeds),
+            full if m == s.m else full_arm(s, m, s.other_seeds),
             Arm(f"uniform-m{m}", "uniform key timesteps", m,
-                (key_option(uniform_key(s.times, m)),), s.seeds))]
+                (key_option(uniform_key(s.times, m)),), s.other_seeds))]
     if table == "ladder":
         return [full_arm(s, m, 1) for m in s.ladder]
+    adv = Arm(f"adv-m{s.m}", "L_adv alone", s.m,
+              (key, "traj=false", f"export_every={s.fig9_every}"), s.other_seeds)
     return {"fig8": [traj, full], "fig9": [adv, full]}.get(table, [])
 
 
@@ -115,9 +176,11 @@ def evaluations_of(table: str, s: Settings, plan: Plan) -> dict[str, tuple]:
     if table == "fig9":
         return {f"{arm.name}-at-{i or s.iterations}": (
             f"{arm.label}, iteration {i or s.iterations}",
-            [plan.student(arm, seed, i) for seed in range(arm.seeds)], None)
+            [plan.student(arm, seed, i) for seed in range(s.other_seeds)], None)
             for arm in arms for i in s.fig9_iterations}
-    return {arm.name: (arm.label, [plan.student(arm, seed) for seed in range(arm.seeds)], None)
+    if table == "search":
+        return {table: (table, [plan.student(arm, SEARCH_SEED) for arm in arms], None)}
+    return {arm.name: (arm.label, [plan.student(arm, seed) for seed in arm.seed_range], None)
             for arm in arms}
 
 
@@ -165,18 +228,29 @@ def claims_of(table: str, s: Settings) -> list[tuple[str, str, str]]:
     if table == "table4":
         return [(f"chosen key timesteps nearer than uniform ones, m = {m}", f"full-m{m}",
                  f"uniform-m{m}") for m in dict.fromkeys((s.m_config, s.m))]
-    traj, shared, full = (f"{name}-m{s.m}" for name in ("traj", "shared", "full"))
-    return [("one shared head nearer than L_traj alone", shared, traj),
-            ("a head per timestep nearer than L_traj alone", full, traj),
-            ("a head per timestep nearer than one shared head", full, shared),
-            *((f"full nearer than {arm.label}", full, arm.name) for arm in baseline_arms(s)),
-            *((f"{label} on matched clips nearer than on mismatched", f"{method}-matched",
-               f"{method}-mismatched") for method, label in METHODS.items() if s.clips)]
+    traj, traj_rate, shared, dose, full, full_rate = (arm.name for arm in parts_arms(s))
+    if table == "table3":
+        return [("one shared head nearer than L_traj alone", shared, traj),
+                ("a head per timestep nearer than L_traj alone", full, traj),
+                ("a head per timestep nearer than one shared head", full, shared),
+                ("a head per timestep nearer than one shared head of equal dose", full, dose),
+                ("a head per timestep nearer than L_traj alone at its own best rate", full,
+                 traj_rate),
+                ("a head per timestep nearer than L_traj alone, both at that rate", full_rate,
+                 traj_rate)]
+    claims = [(f"full nearer than {arm.label}", full, arm.name) for arm in method_arms(s)]
+    for method, label in METHODS.items() if s.clips else ():
+        claims += [(f"{label}: matched clips nearer than mismatched", f"{method}-matched",
+                    f"{method}-mismatched"),
+                   (f"{label}: the teacher's samples nearer than matched clips",
+                    f"{method}-samples", f"{method}-matched")]
+    return claims
 
 
 def arms_table(table: str, plan: Plan, s: Settings) -> Section:
-    """Table 3, the parts of the method and other methods, or Table 4, the choice of timesteps."""
-    title = {"table3": f"Table 3: the parts of the method, and other methods on data, m = {s.m}",
+    """Table 3, its parts of the method or its other methods, or Table 4, the key timesteps."""
+    title = {"table3": f"Table 3: the parts of the method, m = {s.m}",
+             "methods": f"Table 3: other methods on data, m = {s.m}",
              "table4": "Table 4: which key timesteps"}[table]
     arms = {arm.name: read_measured(plan, arm.name, arm.label) for arm in arms_of(table, s)}
     claims = make_claims([(text, arms[ours], arms[theirs])
@@ -194,6 +268,57 @@ def arms_table(table: str, plan: Plan, s: Settings) -> Section:
         pictures.append(plan.folder / f"{table}-m{m}.png")
         draw_table(pictures[-1], rows, title)
     return Section(title, [*lines, *claim_lines(claims)], all_numbers(arms, claims), pictures)
+
+
+def search(plan: Plan, s: Settings) -> Section:
+    """How rates, lengths and λ_adv were chosen: one run each, on other captions and noise.
+
+    The dose is the mean norm of λ_adv · g_adv, L_adv's gradient at the student, over a run.
+    """
+    measured, arms = read_measured(plan, "search", "seed 0"), search_arms(s)
+    rows = [row | {"label": arm.label} for arm, row in zip(arms, measured.rows, strict=True)]
+    doses = {}
+    for arm in arms:
+        log = plan.student(arm, SEARCH_SEED).parent / "distill/log.jsonl"
+        norms = [line["grad_adv"] for line in read_log(log, "step") if "grad_adv" in line]
+        if norms:
+            doses[arm.label] = statistics.fmean(norms)
+    lines = table_lines(map(without_errors, (measured.teacher_n, measured.teacher_m, *rows)))
+    lines += ["", *markdown_table(["run", "dose"], [[label, f"{dose:.4f}"]
+                                                    for label, dose in doses.items()])]
+    return Section(f"How rates, lengths and λ_adv were chosen, m = {s.m}, one seed", lines,
+                   {"rows": rows, "teacher": [measured.teacher_n, measured.teacher_m],
+                    "doses": doses})
+
+
+def data_shares(plan: Plan, s: Settings) -> dict[str, dict[str, float]]:
+    """What a method's endpoint error consists of, as shares of its error on mismatched clips.
+
+    ours, the error of the complete method on trajectories; method, what the method adds to that on
+    the teacher's own samples; data, what clips add that the teacher did not generate; mismatch,
+    what clips of other objects add to that.
+    """
+    def error_of(name: str) -> float:
+        return read_measured(plan, name, name).mean["endpoint"][0]
+
+    shares, ours = {}, error_of(f"full-m{s.m}")
+    for method, label in METHODS.items():
+        error = {data: error_of(f"{method}-{data}") for data in DATA}
+        whole = error["mismatched"]
+        shares[label] = {
+            "ours": ours / whole, "method": (error["samples"] - ours) / whole,
+            "data": (error["matched"] - error["samples"]) / whole,
+            "mismatch": (error["mismatched"] - error["matched"]) / whole}
+    return shares
+
+
+def share_lines(shares: dict[str, dict[str, float]]) -> list[str]:
+    """Shares as Markdown."""
+    return ["Shares of each method's endpoint error on clips of smaller objects:", "",
+            *markdown_table(["method", "remains with trajectories", "the method",
+                             "clips in place of the teacher's samples", "their mismatch"],
+                            [[label, *(f"{100 * share:.0f} %" for share in found.values())]
+                             for label, found in shares.items()])]
 
 
 def fig8(plan: Plan, s: Settings) -> Section:
@@ -257,8 +382,11 @@ def fig5(plan: Plan, prompts: list[str]) -> Section:
         "prompts": len(lengths), "different": len(set(prompts)), "words": words}, [path])
 
 
-def fig6(plan: Plan) -> Section:
-    """How well features of the teacher's blocks detect few-step latents, by tools.taps."""
+def fig6(plan: Plan, s: Settings) -> Section:
+    """How well features of the teacher's blocks detect few-step latents, by tools.taps.
+
+    The small world's features have 4×4 cells, which show nothing: there it has numbers only.
+    """
     taps = read_json(plan.folder / "fig6/taps/taps.json",
                      {"found": [{"block": int, "k": int, "probe": NUMBER, "head": NUMBER}]})
     entries = {(entry["block"], entry["k"]): entry for entry in taps["found"]}
@@ -270,7 +398,7 @@ def fig6(plan: Plan) -> Section:
     lines = markdown_table(["block", *(f"t'_{k}: probe, head" for k in ks)], rows)
     return Section("Figure 6: how well the teacher's features detect few-step latents", lines,
                    {"D7": taps["D7"], "found": taps["found"]},
-                   [plan.folder / "fig6/taps/taps.png"])
+                   [] if s.clips else [plan.folder / "fig6/taps/taps.png"])
 
 
 # ----------------------------------------------------------------------------------------- page

@@ -191,6 +191,7 @@ def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, f
             total = 0.0
             if done == iters or time.perf_counter() - saved > cfg.save_every:
                 save_tensors(path, state_tensors(state), {
-                    "settings": json.dumps(settings), "iteration": str(done), "seconds": str(seconds)})
+                    "settings": json.dumps(settings), "iteration": str(done),
+                    "seconds": str(seconds)})
                 saved = time.perf_counter()
     return average

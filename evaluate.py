@@ -199,8 +199,11 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
                  **{name: getattr(cfg, name) for name in SAMPLE_SETTINGS}}
 
     def read_stored() -> dict | None:
-        stored = facts_in(path) if path.exists() else {}
-        return stored if stored.get("about") == json.loads(json.dumps(made_from)) else None
+        stored = facts_in(path) if path.exists() else {"about": None}
+        if "about" not in stored:
+            raise ValueError(f"{path}: expected latents of teacher@{cfg.n}, or no such file, got "
+                             "weights: choose another --teacher_samples; it is not replaced")
+        return stored if stored["about"] == json.loads(json.dumps(made_from)) else None
 
     if stored := on_first_rank(read_stored):
         evaluations, file = cfg.n * (1 if unconds is None else 2), open_safetensors(path)

@@ -368,6 +368,11 @@ def test_the_teacher_s_latents_are_read_again_unless_something_that_made_them_ha
         sampled.clear()
         evaluate.main([str(run.folder / "config.yaml"), option])
         assert sampled == labels, option
+    student = run.folder / "run/student.safetensors"  # a file of another kind is not replaced
+    before = student.read_bytes()
+    with pytest.raises(ValueError, match="student.safetensors: expected latents of teacher@4"):
+        run(f"teacher_samples={student}")
+    assert student.read_bytes() == before
 
 
 def test_several_students_have_a_row_each_and_one_of_their_mean(run):

@@ -42,7 +42,7 @@ def caption(combination: int, wording: int) -> str:
     return WORDINGS[wording].format(**{name: ATTRIBUTES[name][index] for name, index in picked})
 
 
-def draw(seed: int, index: int, held_out: bool) -> tuple[int, int, Tensor]:
+def draw_scene(seed: int, index: int, held_out: bool) -> tuple[int, int, Tensor]:
     """Combination, wording and 14 uniform numbers of clip `index`: a function of its arguments."""
     g = generator(seed, "held-out clip" if held_out else "clip", index)
     u = torch.rand(16, generator=g, dtype=torch.float64)
@@ -56,7 +56,7 @@ def draw(seed: int, index: int, held_out: bool) -> tuple[int, int, Tensor]:
 
 def make_captions(seed: int, start: int, count: int, held_out: bool = False) -> list[str]:
     """Captions of clips `start` ... `start + count - 1`, the same as `make_clips` returns."""
-    drawn = (draw(seed, i, held_out)[:2] for i in range(start, start + count))
+    drawn = (draw_scene(seed, i, held_out)[:2] for i in range(start, start + count))
     return [caption(combination, wording) for combination, wording in drawn]
 
 
@@ -240,7 +240,7 @@ def make_clips(seed: int, start: int, count: int, size: int = 64, frames: int = 
     "shape", "direction" the indices [N] into ATTRIBUTES. `held_out` draws the held-out wordings;
     radius is the range of the solids' sizes.
     """
-    drawn = [draw(seed, i, held_out) for i in range(start, start + count)]
+    drawn = [draw_scene(seed, i, held_out) for i in range(start, start + count)]
     captions = [caption(combination, wording) for combination, wording, _ in drawn]
     chosen = torch.tensor([COMBINATIONS[combination] for combination, _, _ in drawn]).view(-1, 3)
     clips = [make_clip(shape, colour, direction, u.tolist(), size, frames, radius)

@@ -116,7 +116,7 @@ def same_or_longer(stored: dict, settings: dict, label: str) -> bool:
             and all(stored.get(name, 0) <= settings[name] for name in growing))
 
 
-def resume(path: Path, label: str, settings: dict, state: dict[str, Any]) -> tuple[int, float]:
+def load_state(path: Path, label: str, settings: dict, state: dict[str, Any]) -> tuple[int, float]:
     """Read the file at `path` into `state`; returns the iterations and seconds done so far.
 
     Raises ValueError if it cannot be read or belongs to other settings.
@@ -158,7 +158,7 @@ def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, f
     average = copy.deepcopy(module).requires_grad_(False).eval()
     muon, adam = optimisers(module, *lrs)
     state = {"module": module, "average": average, "muon": muon, "adam": adam}
-    first, spent = resume(path, label, settings, state)
+    first, spent = load_state(path, label, settings, state)
     if 0 < first < iters:
         note(cfg, stage=label, iteration=first, seconds=round(spent, 1), resumed_for=iters)
     saved, total = begun, 0.0

@@ -414,7 +414,7 @@ def conditioner_of(cfg: Config, out: Path) -> Conditioner:
 
 # ------------------------------------------------------------------------------------- gates
 
-def gates(cfg: Config, out: Path) -> dict[str, dict]:
+def measure_gates(cfg: Config, out: Path) -> dict[str, dict]:
     """Measure the weights in `out` on held-out captions, clips and noise.
 
     Returns a bound and a figure by gate, and the oracle's readings as fractions of all clips.
@@ -456,7 +456,7 @@ def gates(cfg: Config, out: Path) -> dict[str, dict]:
     return found | {"readings": readings}
 
 
-def draw_curves(cfg: Config, path: Path) -> None:
+def draw_training(cfg: Config, path: Path) -> None:
     """Losses and held-out figures of the long stages, from the log, as a PNG."""
     vae, dit = ([line for line in log_lines(cfg) if line["stage"] == stage]
                 for stage in ("vae", "dit"))
@@ -509,10 +509,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(cfg.threads)
     prefer_attention(cfg.attention, pick_device(cfg.device))
     with lock_folder(folder(cfg)):
-        train(cfg, sys.argv[1:] if argv is None else argv)
+        train_all(cfg, sys.argv[1:] if argv is None else argv)
 
 
-def train(cfg: Config, given: list[str]) -> None:
+def train_all(cfg: Config, given: list[str]) -> None:
     """Train all parts in order, continuing where an earlier process stopped, and measure them.
 
     Args: given, the command's arguments.
@@ -528,7 +528,7 @@ def train(cfg: Config, given: list[str]) -> None:
     if sizes_of(cfg.preset).takes_image:
         train_image(cfg, out)
     train_dit(cfg, out, load_vae(out, device), conditioner_of(cfg, out))
-    found, seconds = gates(cfg, out), {"encode": 0.0}
+    found, seconds = measure_gates(cfg, out), {"encode": 0.0}
     for line in log_lines(cfg):
         done = seconds["encode"] if line["stage"] == "encode" else 0.0
         seconds[line["stage"]] = round(done + line["seconds"], 1)
@@ -536,7 +536,7 @@ def train(cfg: Config, given: list[str]) -> None:
         "command": " ".join(["python -m small_world.teacher", *given]), "config": asdict(cfg),
         "seconds": seconds, "hardware": f"{cfg.threads} of {os.cpu_count()} cores, {processor()}",
         "torch": torch.__version__, "gates": found})
-    draw_curves(cfg, out / "curves.png")
+    draw_training(cfg, out / "curves.png")
     for name, figures in found.items():
         print(f"{name}: {figures}")
     print(f"weights, training.json and curves.png are in {out}")

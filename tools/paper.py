@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
             run_all([Run("features", command, out / "fig6", "taps/taps.json")], plan, "fig6")
         sections = {name: make_section(cfg, name, plan, s, trajectories, evaluation.prompts)
                     for name in chosen}
-        page = tables.write_report(plan, sections, {
+        page = tables.write_paper(plan, sections, {
             "command": shlex.join(["python", "-m", "tools.paper", *argv]), "commit": commit(),
             "device": device_name(pick_device(cfg.device)), "torch": torch.__version__,
             "seconds": round(time.perf_counter() - started, 1)})

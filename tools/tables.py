@@ -202,7 +202,7 @@ def all_numbers(arms: dict[str, Measured], claims: list[dict]) -> dict:
                      for name, arm in arms.items()}, "claims": claims}
 
 
-def draw_curves(path: Path, panels: dict[str, str], curves: dict[str, tuple], x: str,
+def draw_arms(path: Path, panels: dict[str, str], curves: dict[str, tuple], x: str,
                 lines: tuple[dict, ...] = ()) -> None:
     """A panel for each column {name: title} with one curve for each label, ± standard error.
 
@@ -341,7 +341,7 @@ def fig9(plan: Plan, s: Settings) -> Section:
     claims = make_claims([("with L_traj nearer than L_adv alone, at the end", full, adv)])
     panels = {"endpoint": "endpoint error", "hf": "HF", "spread": "spread", "c2st": "C2ST"}
     path = plan.folder / "fig9.png"
-    draw_curves(path, panels, {
+    draw_arms(path, panels, {
         label: (colour, points, [arm.mean for arm in curve.values()])
         for (label, curve), colour in zip(curves.items(), ("#b3402f", BLUE), strict=True)},
         "iteration", (adv.teacher_m,))
@@ -359,7 +359,7 @@ def ladder(plan: Plan, s: Settings) -> Section:
         curve = [row for row in rows if row["kind"] == kind]
         curves[label] = colour, [row["m"] for row in curve], curve
     panels = {"endpoint": "endpoint error", "hf": "HF, 1 = slow teacher's"}
-    draw_curves(path, panels, curves, "steps")
+    draw_arms(path, panels, curves, "steps")
     return Section("The ladder: fewer and fewer steps, seed 0",
                    table_lines(map(without_errors, rows)), {"rows": rows},
                    [plan.folder / "ladder/evaluate/ladder.gif", path])
@@ -403,7 +403,7 @@ def fig6(plan: Plan, s: Settings) -> Section:
 
 # ----------------------------------------------------------------------------------------- page
 
-def write_report(plan: Plan, sections: dict[str, Section], facts: dict) -> Path:
+def write_paper(plan: Plan, sections: dict[str, Section], facts: dict) -> Path:
     """Write paper.json, paper.md and report.html into the plan's folder; returns the page."""
     title, out = "The paper's tables and figures on this teacher", plan.folder
     write_json(out / "paper.json", {**facts, **{name: section.numbers for name, section

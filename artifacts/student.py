@@ -28,7 +28,7 @@ from artifacts.instructions import comfyui_workflow, stock_scheduler, student_pa
 from artifacts.lora import is_lora, lora_changes, lora_file, student_tensors, with_lora
 from common.config import Shared
 from common.files import (
-    NUMBER, abbreviate, error_summary, parse_json, path_hint, replace_file, replace_folder,
+    NUMBER, abbreviate, error_summary, parse_json, replace_file, replace_folder,
     shape_error, write_json, write_text)
 from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
@@ -59,7 +59,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     fit.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no student yet{path_hint(path)}; make it by "
+        raise FileNotFoundError(f"{path}: there is no student yet; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
     tensors = open_student(path)  # raises an error for a damaged file
     if os.environ.get("LOCAL_RANK", "0") == "0":  # it reads all of the file: once on each host

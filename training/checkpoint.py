@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from common.config import read_settings
 from common.files import (
-    crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log, replace_folder,
-    shape_error, write_json, write_remedy)
+    WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
+    replace_folder, shape_error, write_json)
 from common.ranks import (
     AgreedError, Ranks, local_rows, on_first_rank, print_line, raise_together)
 from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
@@ -155,7 +155,7 @@ class Saver:
         if not isinstance(self.error, (OSError, ValueError)):
             return self.error
         return ValueError(f"{self.path}: the checkpoint cannot be written "
-                          f"({error_summary(self.error)}): {write_remedy(self.error)}; older ones "
+                          f"({error_summary(self.error)}): {WRITE_REMEDY}; older ones "
                           "are untouched")
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from common.config import read_settings
+from common.config import saved_settings
 from common.files import (
     WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
     replace_folder, shape_error, write_json)
@@ -376,7 +376,7 @@ def check_begun(folder: Path, meta: dict) -> None:
     """As check_same_run, for a run that logged iterations and has no checkpoint yet."""
     path = folder / "config.yaml"
     if path.exists() and read_log(folder / "log.jsonl", "step"):
-        begun = {**meta["config"], **read_settings(path)}
+        begun = {**meta["config"], **saved_settings(path)}
         check_same_run(folder, {**meta, "config": begun}, meta)
 
 

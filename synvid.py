@@ -39,7 +39,7 @@ from common.prompts import Prompt, digest_texts, read_prompts
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, draw_noise, lock_run_folder, on_first_rank,
     prefer_attention, progress_bar, setup_distributed)
-from common.video import write_video
+from common.video import check_ffmpeg, write_video
 from frozen.load import load_conditioner, load_vae
 from model import (
     build_dit, check_model, collate, euler_step, load_dit, sizes_of, time_grid, velocity)
@@ -233,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     sizes = check_model(cfg)
     prompts = read_prompts(cfg.prompts, sizes.takes_image)
     indices = job_indices(cfg, prompts)
+    if cfg.videos > cfg.start and (cfg.repair or not cfg.verify):
+        check_ffmpeg()
     same = settings_to_compare(cfg, teacher=fingerprint(cfg.weights), prompts=digest_texts(prompts),
                                encoders=fingerprint_files(cfg.weights))
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, same=same,

@@ -22,10 +22,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import frozen.load
+from artifacts.videos import contact_sheet
 from common.names import official_names
 from common.prompts import read_prompts
 from common.ranks import generator
-from common.video import contact_sheet, read_video, to_uint8, write_video
+from common.video import read_video, to_uint8, write_video
 from common.weights import save_tensors
 from evaluation.sheets import comparison_sheet, side_by_side, still_strip
 from frozen.load import load_text, load_vae

@@ -35,6 +35,7 @@ from common.ranks import (
     Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, prefer_attention,
     setup_distributed)
 from common.weights import open_safetensors, save_tensors
+from common.video import check_ffmpeg
 from evaluation import measures, page
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_batch, unipc_grid
@@ -286,6 +287,8 @@ def main(argv: list[str] | None = None) -> None:
     held_out = read_prompts(cfg.prompts or heldout_prompts(cfg.weights, takes_image), takes_image)
     stride = max(1, len(held_out) // cfg.count)  # few videos: captions from the complete list
     prompts = [held_out[i * stride % len(held_out)] for i in range(cfg.count)]
+    if cfg.pictures:
+        check_ffmpeg()
     identity = {"teacher": fingerprint(cfg.weights), "encoders": fingerprint_files(cfg.weights),
                 "prompts": digest_texts(prompts)}
     ranks = setup_distributed(cfg.device, same=settings_to_compare(

@@ -35,7 +35,7 @@ from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, lock_run_folder,
     on_first_rank, peak_bytes, prefer_attention, setup_distributed)
-from common.video import decode_image, image_size, write_video
+from common.video import check_ffmpeg, decode_image, image_size, write_video
 from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_batch, unipc_grid
@@ -300,6 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = video_settings(cfg, who, times)
     checksum = crc32_of_json(settings)
     videos = list_videos(cfg, who, checksum)
+    check_ffmpeg()
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, same=settings_to_compare(
         cfg, **settings, videos=crc32_of_json([(v.file, v.seed, v.prompt.text) for v in videos])))
     prefer_attention(cfg.attention, ranks.device)

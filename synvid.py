@@ -34,13 +34,12 @@ from artifacts.trajectories import (
     LATENT_DTYPES, find_trajectories, first_gap, make_manifest, open_manifest, read_manifest,
     read_trajectory, trajectory_path, verify, write_trajectory)
 from common.config import Shared, announce, field, load_config, settings_to_compare
-from common.files import format_bytes, format_seconds
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, read_prompts
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, draw_noise, lock_run_folder, on_first_rank,
     prefer_attention, progress_bar, setup_distributed)
-from common.video import write_video
+from common.video import check_ffmpeg, write_video
 from frozen.load import load_conditioner, load_vae
 from model import (
     build_dit, check_model, collate, euler_step, load_dit, sizes_of, time_grid, velocity)
@@ -128,7 +127,7 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
     evaluations = cfg.n * (1 if cfg.cfg_scale == 1 else 2)
     flop = len(todo) * evaluations * dit.flops(math.prod(dit.token_grid(*shape[1:])))
     print(f"synvid: {len(todo)} trajectories to make, {len(indices) - len(todo)} of {len(indices)} "
-          f"exist; at most {format_bytes(need)} to write, {format_bytes(free)} free at {folder}\n"
+          f"exist; at most {need / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free at {folder}\n"
           f"synvid: {evaluations} evaluations each, {flop:.3g} FLOP in all: {flop / 1.44e18:.3g} "
           "GPU-hours at 400 TFLOP/s (40% of an H100's peak)", flush=True)
     if gap := first_gap(existing.union(indices)):
@@ -136,17 +135,17 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
               f"distill.py needs them too: make them with --start {gap[0]} --count {len(gap)}, "
               "unless another job does", flush=True)
     if need > free:
-        raise ValueError(f"{folder}: {len(todo)} trajectories need up to {format_bytes(need)}, got "
-                         f"{format_bytes(free)}: free some space, choose another --run, or make "
+        raise ValueError(f"{folder}: {len(todo)} trajectories need up to {need / 1e9:.3g} GB, got "
+                         f"{free / 1e9:.3g} GB: free some space, choose another --run, or make "
                          "fewer by --count")
     return todo
 
 
 def print_cost(seconds: float, batch: int, rounds: int, batches: int, ranks: Ranks) -> None:
     """Print the cost of all batches, `rounds` of them on this rank, from the first one's time."""
-    tqdm.write(f"synvid: {format_seconds(seconds / batch)} per trajectory on {ranks.device.type}; "
+    tqdm.write(f"synvid: {seconds / batch:.2g} s per trajectory on {ranks.device.type}; "
                f"{seconds * batches * ranks.world / ranks.dp_size / 3600:.3g} device-hours in all; "
-               f"{format_seconds(seconds * (rounds - 1))} left with {ranks.world} rank(s)")
+               f"{tqdm.format_interval(seconds * (rounds - 1))} left with {ranks.world} rank(s)")
     sys.stdout.flush()
 
 
@@ -224,8 +223,8 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     bar.close()
     if ranks.rank == 0:
         size = trajectory_path(folder, todo[0]).stat().st_size
-        print(f"synvid: rank 0 made {bar.n} trajectories of {format_bytes(size)} in "
-              f"{format_seconds(time.perf_counter() - start)}: {folder}", flush=True)
+        print(f"synvid: rank 0 made {bar.n} trajectories of {size / 1e6:.3g} MB in "
+              f"{tqdm.format_interval(time.perf_counter() - start)}: {folder}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -234,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     sizes = check_model(cfg)
     prompts = read_prompts(cfg.prompts, sizes.takes_image)
     indices = job_indices(cfg, prompts)
+    if cfg.videos > cfg.start and (cfg.repair or not cfg.verify):
+        check_ffmpeg()
     same = settings_to_compare(cfg, teacher=fingerprint(cfg.weights), prompts=digest_texts(prompts),
                                encoders=fingerprint_files(cfg.weights))
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, same=same,

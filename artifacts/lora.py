@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from common.files import NUMBER, abbreviate, parse_json, read_json, shape_error
 from common.linear import Linear, linear
 from common.names import check_sizes, comfy_to_official, dit_tensors, official_names
 from common.ranks import Ranks, generator, shard
 from common.weights import (
-    LazyTensor, describe_model, file_kind, full_tensor, load_module, open_tensors,
-    safetensors_metadata)
+    LazyTensor, describe_model, load_module, open_tensors, safetensors_metadata)
 from model import build_dit
 
 # --------------------------------------------------------------------------- reading and merging
@@ -167,11 +167,9 @@ def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], f
     """
     file = next((t.file for t in tensors.values()), path)
     where, config = f"{file}: its lora_adapter_metadata", file.with_name("adapter_config.json")
-    settings = {}
-    if file_kind(file) == "safetensors":
-        stored = parse_json(safetensors_metadata(file).get("lora_adapter_metadata", "{}"), where,
-                            remedy="save the LoRA again")
-        settings = {name.removeprefix("transformer."): value for name, value in stored.items()}
+    stored = parse_json(safetensors_metadata(file).get("lora_adapter_metadata", "{}"), where,
+                        remedy="save the LoRA again")
+    settings = {name.removeprefix("transformer."): value for name, value in stored.items()}
     if not settings and any(name.startswith("base_model.") for name in tensors):
         if config.exists():
             where, settings = str(config), read_json(config)
@@ -314,6 +312,15 @@ def factor_pairs(tensors: dict[str, LazyTensor]) -> Iterator[tuple[str, LazyTens
         if name.endswith("lora_A"):
             module = name.removesuffix(".lora_A")
             yield f"{module}.weight", tensors[name], tensors[f"{module}.lora_B"]
+
+
+def full_tensor(p: DTensor, path: Path, dtype: torch.dtype) -> LazyTensor:
+    """A sharded parameter in another dtype; read() gathers it on all ranks."""
+    def read(rows: slice | None = None) -> Tensor:
+        value = p.detach().to(dtype).full_tensor()
+        return value[rows] if rows else value
+
+    return LazyTensor(tuple(p.shape), dtype, path, read)
 
 
 def student_tensors(student: nn.Module, path: Path, dtype: torch.dtype) -> dict[str, LazyTensor]:

@@ -28,13 +28,13 @@ from artifacts.instructions import comfyui_workflow, stock_scheduler, student_pa
 from artifacts.lora import is_lora, lora_changes, lora_file, student_tensors, with_lora
 from common.config import Shared
 from common.files import (
-    NUMBER, abbreviate, error_summary, parse_json, path_hint, replace_file, replace_folder,
+    NUMBER, abbreviate, crc32_of_file, error_summary, parse_json, replace_file, replace_folder,
     shape_error, write_json, write_text)
 from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
 from common.weights import (
-    CHECKSUM, LazyTensor, check_data, file_kind, load_module, only_weights, open_tensors,
-    read_index, stream_safetensors)
+    CHECKSUM, LazyTensor, file_kind, load_module, only_weights, open_file, open_tensors, read_index,
+    safetensors_header, safetensors_metadata, stream_safetensors)
 from model import Sizes, empty_dit, key_times, sizes_of
 
 # ------------------------------------------------------------------- what a student's file says
@@ -43,7 +43,6 @@ FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "emb
 FACT_TYPES = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int,
               "key": [int], "shift": NUMBER, "cfg_scale": NUMBER, "height": int, "width": int,
               "frames": int, "fps": NUMBER, "dtype": str, "embedded_guidance": NUMBER}
-HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def student_facts(path: Path, cfg: Shared, foreign: bool = False,
@@ -59,7 +58,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     fit.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no student yet{path_hint(path)}; make it by "
+        raise FileNotFoundError(f"{path}: there is no student yet; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
     tensors = open_student(path)  # raises an error for a damaged file
     if os.environ.get("LOCAL_RANK", "0") == "0":  # it reads all of the file: once on each host
@@ -119,24 +118,20 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
 
 def facts_in(file: Path) -> dict:
     """What a student's file says about itself; {} for nothing. ValueError if it is damaged."""
-    where = f"{file}: 'accvideo' metadata"
-    metadata = safetensors_header(file).get("__metadata__", {})
-    if error := shape_error(metadata, {name: str for name in ("accvideo",) if name in metadata}):
-        raise ValueError(f"{where}: {error}: distill it again, or remove the metadata")
-    return parse_json(metadata.get("accvideo", "{}"), where,
+    return parse_json(safetensors_metadata(file).get("accvideo", "{}"),
+                      f"{file}: 'accvideo' metadata",
                       remedy="distill it again, or remove the metadata")
 
 
-def safetensors_header(file: Path) -> dict[str, dict]:
-    """The header of a safetensors file, alone, since a file that is larger than memory may not be
-    mapped; {} for torch's files. ValueError if it is damaged."""
-    if file_kind(file) != "safetensors":
-        return {}
-    with file.open("rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        text = f.read(size) if size <= HEADER_BYTES else b""
-    return parse_json(text.decode(errors="replace"), f"{file}: header", {str: dict},
-                      "copy the file again")
+def check_data(path: Path) -> None:
+    """Raise ValueError if the CRC-32 in a safetensors file's metadata is not that of its data."""
+    metadata, _, start = safetensors_header(path)
+    stored = metadata.get("crc32")
+    if stored is not None and stored != (found := crc32_of_file(path, start)):
+        raise ValueError(f"{path}: is damaged: its data have CRC-32 {found}, expected {stored} by "
+                         "its metadata: copy it again, or export it again by the command that made "
+                         "it (a program that changes it on purpose should drop crc32 from its "
+                         "metadata)")
 
 
 def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: str | None,
@@ -198,7 +193,7 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
               "dtype": cfg.export_dtype}
     metadata = {"format": "pt", "accvideo": json.dumps(facts), "crc32": CHECKSUM}
     if dtype == torch.float16:
-        check_range(state.student, dtype)
+        check_export_range(state.student, dtype)
     tensors = student_tensors(state.student, path, dtype)
     write_together(path, tensors, metadata, ranks)
     if cfg.lora is not None:
@@ -224,7 +219,7 @@ def bytes_a_parameter(cfg: Any) -> int:
     return EXPORT_DTYPES[cfg.export_dtype].itemsize * (2 if cfg.export == "diffusers" else 1)
 
 
-def check_range(student: nn.Module, dtype: torch.dtype) -> None:
+def check_export_range(student: nn.Module, dtype: torch.dtype) -> None:
     """Raise AgreedError on all ranks if a weight would be infinite in dtype; each rank checks its
     own rows."""
     error = None
@@ -274,7 +269,7 @@ def on_rank_0(work: Callable[[], Any], ranks: Ranks,
 
 # ---------------------------------------------------------------------------- diffusers' folder
 
-SHARD = 5 * 10 ** 9  # bytes of a file at most, unless one tensor is larger
+SHARD_BYTES = 5 * 10 ** 9  # bytes of a file at most, unless one tensor is larger
 
 
 def export_diffusers(folder: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
@@ -345,10 +340,10 @@ def bytes_in(tensor: LazyTensor | Tensor) -> int:
 
 
 def shards_of(tensors: dict[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
-    """Tensors in their order, cut where a file would be larger than SHARD."""
+    """Tensors in their order, cut where a file would be larger than SHARD_BYTES."""
     parts, size = [{}], 0
     for name, tensor in tensors.items():
-        if parts[-1] and size + bytes_in(tensor) > SHARD:
+        if parts[-1] and size + bytes_in(tensor) > SHARD_BYTES:
             parts.append({})
             size = 0
         parts[-1][name] = tensor
@@ -405,4 +400,4 @@ def how_to_use(path: Path) -> str:
         raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "
                          f"{facts['preset']} is {family}: distill it again")
     return student_page(facts, path.name if path.suffix == ".safetensors" else
-                        "student.safetensors", is_lora(safetensors_header(file)))
+                        "student.safetensors", is_lora(open_file(file)))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from common.config import Shared
 from common.files import (
-    NUMBER, abbreviate, crc32_of_json, error_summary, parse_json, path_hint, read_json,
+    NUMBER, abbreviate, crc32_of_json, error_summary, parse_json, read_json,
     replace_file, shape_error, write_json)
 from common.names import fingerprint
 from common.ranks import Ranks, draw_noise, on_first_rank, progress_bar, require_same
@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a SynVid folder. Raises FileNotFoundError or ValueError with the remedy."""
     path = folder / "manifest.json"
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no SynVid in this folder{path_hint(folder)}: make it by "
+        raise FileNotFoundError(f"{path}: no SynVid in this folder: make it by "
                                 "`python synvid.py CONFIG`")
     remedy = "rerun the `python synvid.py` command that made it, which writes it again"
     manifest = read_json(path, dict, remedy)
@@ -194,8 +194,7 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     # because its temporary file has a random name, which no later run could recognise.
     text = json.dumps({"trajectory": header, "crc32": crc32_of_json(header)}, ensure_ascii=False)
     data = save({"x": x.contiguous(), **conds}, {"synvid": text})
-    replace_file(trajectory_path(folder, i), lambda aside: aside.write_bytes(data),
-                 wait=False)  # a file that a power cut loses is made again
+    replace_file(trajectory_path(folder, i), lambda aside: aside.write_bytes(data))
 
 
 def read_header(f: Any) -> dict[str, Any]:

@@ -13,11 +13,14 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from torch import Tensor
+
 from common.files import (
     append_log, crc32_of_file, crc32_of_json, parse_json, read_log, read_text, remove_leftovers,
     write_json, write_text)
 from common.prompts import Prompt
-from common.video import contact_sheet, read_video, thumbnail
+from common.video import picture_sheet, read_video, thumbnail, to_uint8
 
 # The bytes of a file name that leave room for what replace_file adds while it writes.
 NAME_BYTES = 255 - len(".." + "4194304-01234567" + ".part.mp4")
@@ -122,6 +125,22 @@ def write_report(record: Path, lines: list[dict[str, Any]], facts: dict[str, Any
              thumbnail(read_video(record.parent / line["file"]))) for line in lines[:SHEET_ROWS]]
     sizes = dict.fromkeys(f"{line['width']}×{line['height']}" for line in lines[:SHEET_ROWS])
     contact_sheet(record.with_suffix(".png"), rows, title=f"{record.stem}, {', '.join(sizes)}")
+
+
+def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int = 9,
+                  title: str | None = None) -> None:
+    """Write a PNG with one row per (label, video): up to `columns` frames from first to last.
+
+    Raises ValueError if there are no rows or a video is bad.
+    """
+    if not rows:
+        raise ValueError(f"{path}: expected at least one video, got 0 videos")
+    cells = []
+    for label, video in rows:
+        frames = to_uint8(video)
+        times = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+        cells.append((label, [(frames[t], f"frame {t}") for t in times]))
+    picture_sheet(path, cells, 1.1, title)
 
 
 def timing_table(results: list[dict], cost: dict[str, float]) -> str:

@@ -6,12 +6,14 @@ its interval and explained by --help.
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import re
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -71,24 +73,15 @@ def nearest(name: str, names: Any) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def interval_text(interval: str, key: str) -> str:
-    """An interval in words: 1 ≤ batch, 0 < fps ≤ 1000, 0 ≤ beta1 < 1."""
-    low, high = (end.strip() for end in interval[1:-1].split(","))
-    text = f"{low} {'≤' if interval[0] == '[' else '<'} {key}"
-    return text if high == "inf" else f"{text} {'≤' if interval[-1] == ']' else '<'} {high}"
-
-
 def check_within(value: Any, interval: str | None, key: str, where: str) -> None:
     """Raise ValueError for a number, or one of a list, that is outside its field's interval."""
     if interval is None or value is None:
         return
     low, high = map(float, interval[1:-1].split(","))
-    for number in value if isinstance(value, list) else [value]:
-        above = number >= low if interval[0] == "[" else number > low
-        below = number <= high if interval[-1] == "]" else number < high
-        if not (above and below):
-            raise ValueError(f"{where}: {key}: expected {interval_text(interval, key)}, got "
-                             f"{number}")
+    for x in value if isinstance(value, list) else [value]:
+        if not (low < x < high or x == low and interval[0] == "[" or x == high and
+                interval[-1] == "]"):
+            raise ValueError(f"{where}: {key}: expected a number in {interval}, got {x}")
 
 
 BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True),
@@ -104,60 +97,51 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             return None
         kind = typing.get_args(kind)[0]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    plain = isinstance(value, str | int | float)  # str() of a nested one has no bound
+    number = plain and not isinstance(value, bool)
     try:
-        if origin is Literal and value in arguments:
-            return value
         if origin is list:
             items = value.replace(",", " ").split() if isinstance(value, str) else value
             if isinstance(items, list):
                 return [coerce(item, arguments[0], key, where) for item in items]
-        elif not isinstance(value, str | int | float):  # str() of a nested one has no bound
-            pass
-        elif kind is bool:
+        elif origin is Literal and value in arguments:
+            return value
+        elif kind is bool and plain:
             return BOOLEANS[str(value).lower()]
-        elif kind is int and not isinstance(value, bool) and INTEGER.fullmatch(str(value)):
-            number = Fraction(str(value))
-            if number.denominator == 1:
-                return int(number)
-        elif not origin and kind is not int and not isinstance(value, bool):
-            number = kind(value)
-            if kind is not float or math.isfinite(number):
-                return number
+        elif kind is str and number:
+            return str(value)
+        elif kind is float and number and math.isfinite(x := float(value)):
+            return x
+        elif (kind is int and number and INTEGER.fullmatch(str(value))
+              and (x := Fraction(str(value))).denominator == 1):
+            return int(x)
     except (ValueError, KeyError, OverflowError):
         pass
     name = " | ".join(arguments) if origin is Literal else str(kind) if origin else kind.__name__
     raise ValueError(f"{where}: {key}: expected {name}, got {abbreviate(value)}")
 
 
-class PlainLoader(yaml.SafeLoader):
-    """YAML with decimal numbers, true, false and null only; other scalars stay text, where YAML
-    itself reads 010 as 8, 1:30 as 90 and 2026-01-01 as a date. Repeated keys are errors."""
+# JSON's scalars, of which an empty text and ~ are null, too.
+JSON_SCALAR = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?|true|false|null|~|")
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+class PlainLoader(yaml.BaseLoader):
+    """YAML whose scalars are numbers, true, false and null as JSON writes them; others stay text,
+    where YAML itself reads 010 as 8, 1:30 as 90 and 2026-01-01 as a date. Tags have no effect."""
+
+    def construct_scalar(self, node: yaml.Node) -> Any:
+        text = super().construct_scalar(node)
+        if node.style is None and JSON_SCALAR.fullmatch(text):  # without quotes
+            return json.loads("null" if text in ("", "~") else text)
+        return text
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if not isinstance(key, yaml.ScalarNode):  # printing one takes time without bound
-                raise yaml.constructor.ConstructorError(
-                    None, None, "expected text before the colon, got a list or keys: write "
-                    "`key: value`", key.start_mark)
-            if (name := key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{name:.80}' is given twice: keep one", node.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """No merge keys (!!merge): a few lines of them would grow without bound."""
-
-
-for tag, pattern in (
-        ("bool", "true|True|TRUE|false|False|FALSE|yes|no|on|off"), ("null", "~|null|Null|NULL|"),
-        ("int", "[-+]?(0|[1-9][0-9]*)"), ("float", r"[-+]?\.inf|\.nan"),
-        ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?")):
-    PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({pattern})$"),
-                                      None)
+        values = super().construct_mapping(node, deep)
+        if len(values) < len(node.value):
+            [(name, _)] = Counter(str(key.value) for key, _ in node.value).most_common(1)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key '{name:.80}' is given twice: keep one", node.start_mark)
+        return values
 
 
 def load_yaml(path: Path) -> Any:
@@ -165,9 +149,8 @@ def load_yaml(path: Path) -> Any:
     text = read_text(path, 1 << 18)  # parsing takes a second per 100 KB
     try:
         return yaml.load(text, PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError,
-            OverflowError) as e:  # PyYAML raises all of these for a value that its tag does not fit
-        reason = " ".join(str(e).split()) or type(e).__name__
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as e:
+        reason = " ".join(str(e).split())
         raise ValueError(f"{path}: is not valid YAML: {reason:.300}: correct it") from e
 
 
@@ -198,26 +181,15 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
 def print_help(cfg: Any, script: str, doc: str) -> None:
     """Print a stage's docstring and each field with its value and meaning."""
     print(f"{doc.strip()}\n\nusage: python {script} [CONFIG] [--field value | field=value]\n"
-          f"in brackets: the values of {cfg.origin}\n")
+          f"the last brackets hold the values of {cfg.origin}\n")
     kinds = typing.get_type_hints(type(cfg))
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         kind = kinds[f.name]
         choices = " | ".join(typing.get_args(kind)) if "Literal" in str(kind) else ""
-        limits = f"; {interval_text(within, f.name)}" if (within := f.metadata["within"]) else ""
+        limits = f"; within {within}" if (within := f.metadata["within"]) else ""
         print(f"  --{f.name:<18} {choices}{': ' if choices else ''}{f.metadata['help']}{limits} "
               f"[{'none' if value is None else value}]")
-
-
-def names_config(args: list[str]) -> bool:
-    """Whether a command line starts with a config file, not with an override."""
-    return bool(args) and not args[0].startswith("-") and "=" not in args[0]
-
-
-def is_option(arg: str, fields: dict) -> bool:
-    """Whether an argument starts an override, rather than being the value of the one before it."""
-    name, equals, _ = arg.partition("=")
-    return arg.startswith("--") or bool(equals) and name.replace("-", "_") in fields
 
 
 def parse_options(args: list[str], fields: dict) -> dict[str, Any]:
@@ -230,12 +202,15 @@ def parse_options(args: list[str], fields: dict) -> dict[str, Any]:
         if not (arg.startswith("--") or equals) or name not in fields:
             raise ValueError(f"command line: unknown option {abbreviate(arg)}"
                              f"{nearest(name, fields)}; see --help")
-        if not equals and fields[name] is bool and (not args or is_option(args[0], fields)):
-            value = True
-        elif not equals:
-            if not args:
+        if not equals:  # the value is the next argument; a bool may be the last, or before another
+            after, override, _ = (args or ["--"])[0].partition("=")
+            if fields[name] is bool and (after.startswith("--") or override and
+                                         after.replace("-", "_") in fields):
+                value = True
+            elif args:
+                value = args.pop(0)
+            else:
                 raise ValueError(f"command line: {abbreviate(arg)}: expected a value, got nothing")
-            value = args.pop(0)
         given[name] = value
     return given
 
@@ -253,7 +228,7 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     args = list(sys.argv[1:] if argv is None else argv)
     fields = typing.get_type_hints(cls)
     wants_help = "--help" in args or "-h" in args
-    named = names_config(args)
+    named = args and not args[0].startswith("-") and "=" not in args[0]
     path = Path(args.pop(0)) if named else ROOT / "configs/tiny.yaml"
     values = read_yaml(path, stage, fields)
     given = parse_options(args, fields)
@@ -269,7 +244,6 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
             if name not in given and value.startswith("assets/") and not Path(value).exists():
                 value = str(ROOT / value)  # shipped files are found from any directory
             setattr(cfg, name, value)
-    cfg.path, cfg.given = path, given
     cfg.path, cfg.given = path, given
     cfg.origin = "  ".join([str(path), *(f"{name}={getattr(cfg, name)}" for name in given)])
     if wants_help:
@@ -295,7 +269,7 @@ def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
     return folder
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def saved_settings(path: Path) -> dict[str, Any]:
     """The settings that `announce` saved; empty if they cannot be read."""
     try:
         values = load_yaml(path)

@@ -4,7 +4,6 @@ Nothing here depends on networks, and nothing is ever unpickled.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -18,7 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -34,11 +33,14 @@ TOKEN = secrets.token_hex(4)  # of this process: containers may have the same pr
 
 # ------------------------------------------------------------------------------------ writing
 
-def replace_file(path: str | Path, write: Callable[[Path], None], wait: bool = True) -> None:
+WRITE_REMEDY = ("check the space and the permissions there, or choose another run folder "
+                "(`--run`)")
+
+
+def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
     """Write a file under a temporary name next to it and rename it, so that it is never partial.
 
-    Args: write, which writes the file at the path that it is given; wait, whether to return only
-    when the new name is on the disk, too: otherwise a power cut may bring the old file back.
+    Args: write, which writes the file at the path that it is given.
     Raises ValueError naming the path when the disk is full or the folder read-only.
     """
     path = Path(path)
@@ -48,28 +50,13 @@ def replace_file(path: str | Path, write: Callable[[Path], None], wait: bool = T
         write(aside)
         sync_to_disk(aside)
         os.replace(aside, path)
-        if wait:
-            sync_to_disk(path.parent)
+        sync_to_disk(path.parent)
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: cannot be written ({error_summary(e)}): {write_remedy(e)}; "
-                         "nothing under this name was changed") from e
+        raise ValueError(f"{path}: cannot be written ({error_summary(e)}): {WRITE_REMEDY}; nothing "
+                         "under this name was changed") from e
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
-
-
-REMEDIES = (((errno.EACCES, errno.EPERM, errno.EROFS), "make this place writable"),
-            ((errno.ENAMETOOLONG,), "choose a shorter name"),
-            ((errno.ENOTDIR, errno.EEXIST, errno.EISDIR), "move what has this name"),
-            ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"))
-
-
-def write_remedy(error: BaseException) -> str:
-    """What helps against an error of writing."""
-    other = "free some space" if "space" in str(error) else "check the disk and the settings"
-    remedy = next((remedy for numbers, remedy in REMEDIES
-                   if getattr(error, "errno", None) in numbers), other)
-    return f"{remedy}, or choose another run folder (`--run`)"
 
 
 def replace_folder(path: Path, aside: Path) -> None:
@@ -88,7 +75,7 @@ def replace_folder(path: Path, aside: Path) -> None:
         sync_to_disk(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
-        raise ValueError(f"{path}: cannot be replaced by {aside} ({e}): {write_remedy(e)}") from e
+        raise ValueError(f"{path}: cannot be replaced by {aside} ({e}): {WRITE_REMEDY}") from e
 
 
 def sync_to_disk(path: Path) -> None:
@@ -112,6 +99,14 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def open_own(path: Path, mode: str) -> IO:
+    """Open a lock or log file of this project. Raises OSError for a symbolic link in its place,
+    which could lead to any other file."""
+    if path.is_symlink():
+        raise OSError(f"{path.name} is a symbolic link: remove it")
+    return open(path, mode, opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o666))
+
+
 def append_log(path: Path, line: dict) -> None:
     """Append one line of JSON. If the log ends in an incomplete line, start a new one first.
 
@@ -119,14 +114,14 @@ def append_log(path: Path, line: dict) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab+") as log:
+        with open_own(path, "ab+") as log:
             if log.tell():
                 log.seek(-1, os.SEEK_END)
             incomplete = log.read(1) not in (b"", b"\n")
             log.write(b"\n" * incomplete + json.dumps(line).encode() + b"\n")
     except OSError as e:
-        raise ValueError(f"{path}: cannot be written ({e}): {write_remedy(e)}; the same command "
-                         "then resumes from the last save") from e
+        raise ValueError(f"{path}: cannot be written ({e}): {WRITE_REMEDY}; the same command then "
+                         "resumes from the last save") from e
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -138,17 +133,16 @@ def read_text(path: str | Path, largest: int = LARGEST) -> str:
     """The text of a UTF-8 file. Raises ValueError for another file, or more bytes than `largest`.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is not a regular file: name a text file")
-    if (size := path.stat().st_size) > largest:
-        raise ValueError(f"{path}: expected at most {largest} bytes, got {size}: name another file")
+    if (size := path.stat().st_size) > largest or not path.is_file():
+        raise ValueError(f"{path}: expected a regular file of at most {largest} bytes, got {size} "
+                         "bytes or another kind of file: name a text file")
     data = path.read_bytes()
     try:
         return data.decode()
     except UnicodeDecodeError as e:
-        line, byte = data.count(b"\n", 0, e.start) + 1, e.start - data.rfind(b"\n", 0, e.start)
-        raise ValueError(f"{path}: line {line} is not UTF-8 ({e.reason} at its byte {byte}): save "
-                         "it as UTF-8, or restore it") from e
+        number = data.count(b"\n", 0, e.start) + 1
+        raise ValueError(f"{path}: line {number} is not UTF-8: save it as UTF-8, or restore it"
+                         ) from e
 
 
 def read_json(path: str | Path, shape: Any = dict, remedy: str = "restore or remove it") -> Any:
@@ -182,7 +176,7 @@ def shape_error(value: Any, shape: Any, name: str = "") -> str:
     kind = type(shape) if isinstance(shape, dict | list) else shape
     # JSON's true is not a number here, nor is a number that Python reads as infinite or NaN.
     infinite = isinstance(value, float) and not math.isfinite(value)
-    if not isinstance(value, kind) or isinstance(value, bool) or (infinite and kind == NUMBER):
+    if not isinstance(value, kind) or isinstance(value, bool) or infinite:
         where = f"{name}: " if name else ""
         return f"{where}expected {KIND_NAMES.get(kind, kind)}, got {abbreviate(value)}"
     parts: Any = ()
@@ -253,29 +247,6 @@ def error_summary(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-def path_hint(path: Path) -> str:
-    """Where a relative path that is missing here exists in the project, for a message; or ""."""
-    home = ROOT / path
-    if path.is_absolute() or path.exists() or not home.exists():
-        return ""
-    return f" (it is in {home}: give that path, or run the command in {ROOT})"
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds as a short duration: 45 s, 12 min, 3.4 h."""
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def format_bytes(count: float) -> str:
-    """Bytes as a short size: 12.3 MB, 450 GB."""
-    for unit in ("bytes", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.3g} {unit}" if count < 100 or unit == "TB" else f"{count:.0f} {unit}"
-        count /= 1000
-
-
 # ------------------------------------------------------------------------- one owner per folder
 
 GRACE = 5.0  # seconds that a process which was just killed may take to end
@@ -289,16 +260,11 @@ def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
     the lock when the process ends, however it ends. On a disk without locks a warning is printed.
     Raises ValueError naming the owner if there is one.
     """
-    path = folder / f".owner.{first:06d}-{stop:06d}"
+    path, deadline = folder / f".owner.{first:06d}-{stop:06d}", time.monotonic() + GRACE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".owners").open("a") as turn:  # one process at a time looks for owners
-            try:
-                fcntl.flock(turn, fcntl.LOCK_EX)
-            except OSError as e:
-                print(f"warning: {folder}: this disk has no file locks ({e.strerror}): make sure "
-                      "that no other process works here", flush=True)
-            deadline = time.monotonic() + GRACE
+        with open_own(folder / ".owners", "a") as turn:  # one process at a time looks for owners
+            lock_file(turn, wait=True)
             while owner := find_owner(folder, first, stop):
                 if time.monotonic() > deadline:
                     raise ValueError(f"{folder}: {owner} works here: wait for it, stop it, or "
@@ -306,13 +272,13 @@ def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
                 time.sleep(0.2)
             if not find_owner(folder, 0, 1 << 62):
                 remove_leftovers(folder)
-            handle = path.open("w")
-            try_lock(handle)
+            handle = open_own(path, "w")
+            lock_file(handle)
             handle.write(f"process {os.getpid()} on host {socket.gethostname()}, since "
                          f"{time.strftime('%Y-%m-%d %H:%M:%S')},")
             handle.flush()
     except OSError as e:
-        raise ValueError(f"{folder}: cannot be written ({e}): {write_remedy(e)}") from e
+        raise ValueError(f"{folder}: cannot be written ({e}): {WRITE_REMEDY}") from e
     try:
         yield
     finally:
@@ -325,22 +291,25 @@ def find_owner(folder: Path, first: int, stop: int) -> str:
     """A living owner of any of the items first … stop - 1, as "process 7 on host x, …"; or ""."""
     for path in folder.glob(".owner.*-*"):
         a, _, b = path.name[7:].partition("-")
-        if not (a.isdecimal() and b.isdecimal() and int(a) < stop and first < int(b)):
-            continue
-        with contextlib.suppress(FileNotFoundError), path.open("r+") as handle:
-            if not try_lock(handle):
-                return handle.read(200) or "another process"
+        if a.isdecimal() and b.isdecimal() and int(a) < stop and first < int(b):
+            with contextlib.suppress(FileNotFoundError), open_own(path, "r+") as handle:
+                if not lock_file(handle):
+                    return handle.read(200) or "another process"
     return ""
 
 
-def try_lock(handle: Any) -> bool:
-    """Lock an open file until it is closed; False if another process holds the lock. A disk without
-    locks counts every file as free."""
-    with contextlib.suppress(OSError):
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+def lock_file(handle: IO, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; False if another process holds the lock, for which
+    `wait` waits. On a disk without locks every file counts as free; then `wait` prints a warning.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if wait:
+            print(f"warning: {Path(handle.name).parent}: this disk has no file locks "
+                  f"({e.strerror}): make sure that no other process works here", flush=True)
     return True
 
 

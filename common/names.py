@@ -34,7 +34,7 @@ ANCHORS = {
     "text_encoder": ("token_embedding.weight", "shared.weight"),
     "llm": ("embed_tokens.weight",), "clip_text": ("embeddings.token_embedding.weight",),
     "image_encoder": ("visual.cls_embedding", "vision_model.embeddings.class_embedding")}
-LORA = re.compile(r".*[._](lora_(A|B|up|down)|hada_w1_a|lokr_w1)\b.*")
+LORA = re.compile(r".*[._](lora_(A|B|up|down)|hada_w1_a|lokr_w1)\b.*|.*\.diff(_b|_m)?")
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOAT8)
 SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")  # of a layer's fp8 weight
@@ -402,14 +402,19 @@ def fingerprint(weights: str | Path) -> str:
     return digest.hexdigest()[:32]
 
 
+SETTINGS = "adapter_config.json"  # of peft
+
+
 def fingerprint_files(weights: str | Path) -> str:
-    """Identity of all weight files of a folder: the name, size and 64 spread blocks of each. What
-    it cannot see is the same as in fingerprint."""
+    """Identity of all weight files of a folder, and of peft's settings of a LoRA in it or next to
+    it: the name, size and 64 spread blocks of each. It overlooks what fingerprint does."""
     digest, weights = hashlib.sha256(), Path(weights)
     top = weights.parent if weights.is_file() else weights
     starts = list(read_list(weights).values()) if is_list(weights) else [weights]
-    for path in sorted(p for start in starts for p in (start, *start.rglob("*"))
-                       if p.suffix in WEIGHT_SUFFIXES and p.is_file()):
+    files = {p for start in starts for p in (start, *start.rglob("*"))}
+    files |= {start.with_name(SETTINGS) for start in starts}
+    for path in sorted(p for p in files if p.is_file()
+                       and (p.suffix in WEIGHT_SUFFIXES or p.name == SETTINGS)):
         digest.update(f"{os.path.relpath(path, top)} {path.stat().st_size} ".encode())
         digest.update(sample_file(path))
     return digest.hexdigest()[:32]

@@ -20,8 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import files
-from common.files import abbreviate
+from common.files import abbreviate, parse_json, read_text
 from common.video import decode_image
 
 TEXT_KEYS = ("prompt", "prompt_en", "caption", "text")  # prompt_en: VBench's
@@ -68,12 +67,10 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
     if reader is None:
         raise ValueError(f"{path}: expected prompts as .txt, .jsonl, .json, .csv or .tsv, got a "
                          f"{path.suffix} file: convert it")
-    text = files.read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")
-    prompts, places = [], {}
+    text = read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")
     try:
-        for place, entry in reader(text):
-            prompts.append(prompt := to_prompt(entry, place, path.parent))
-            places.setdefault(prompt.image, place)
+        prompts = {place: to_prompt(entry, place, path.parent) for place, entry in reader(text)}
+        for place, prompt in prompts.items():
             if images != (prompt.image is not None):
                 needs = f"starts from one: give lines {EXAMPLE} in a .jsonl file"
                 raise ValueError(f'{place} has {"no" if images else "an"} "image"; the preset\'s '
@@ -81,15 +78,41 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
         if not prompts:
             raise ValueError("got an empty prompt file; expected one prompt per line")
         if images and os.environ.get("RANK", "0") == "0":
-            check_images(places)
+            with ThreadPoolExecutor(8) as pool:  # PIL releases the interpreter's lock
+                list(pool.map(check_image, prompts, prompts.values()))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    return prompts
+    return list(prompts.values())
+
+
+def check_image(place: str, prompt: Prompt) -> None:
+    """Decode a prompt's image. Raises ValueError naming the place if it is missing or broken."""
+    try:
+        decode_image(prompt.image)
+    except (FileNotFoundError, ValueError) as e:
+        raise ValueError(f"{place}: {e}") from e
+
+
+def to_prompt(entry: Any, place: str, folder: Path) -> Prompt:
+    """The prompt in a string or an object. Raises ValueError naming the place."""
+    named = {"prompt": entry} if isinstance(entry, str) else entry
+    pairs = [(name.strip().lower(), value) for name, value in named.items()
+             if value is not None and str(value).strip()] if isinstance(named, dict) else []
+    texts = [value for name, value in pairs if name in TEXT_KEYS]
+    images = [value for name, value in pairs if name in IMAGE_KEYS]
+    strings = all(isinstance(value, str) for value in texts + images)
+    if len(texts) != 1 or len(images) > 1 or not strings:
+        raise ValueError(f"{place}: expected one prompt and at most one image, as {EXAMPLE}, got "
+                         f"{abbreviate(entry)}")
+    if re.search("[\0\ud800-\udfff]", "".join(texts + images)):
+        raise ValueError(f"{place} is not UTF-8 text: {abbreviate(entry)} contains a NUL or half "
+                         "of a surrogate pair: remove it")
+    return Prompt(texts[0].strip(), folder / images[0] if images else None)
 
 
 # ------------------------------------------------------ forms of a file: (place, entry) of each
 
-def read_text(text: str) -> Iterator[tuple[str, str]]:
+def text_prompts(text: str) -> Iterator[tuple[str, str]]:
     """One prompt per line. Raises ValueError if the first one is JSON or the header of a table."""
     lines = [(f"line {i}", s) for i, line in enumerate(text.split("\n"), 1) if (s := line.strip())]
     for place, line in lines[:1]:
@@ -102,44 +125,28 @@ def read_text(text: str) -> Iterator[tuple[str, str]]:
     yield from lines
 
 
-def read_json_lines(text: str) -> Iterator[tuple[str, Any]]:
+def json_line_prompts(text: str) -> Iterator[tuple[str, Any]]:
     """One JSON object or string per line."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"line {number}", parse(line, f"line {number}")
+            place = f"line {number}"
+            yield place, parse_json(line, place, dict | str, f"give {EXAMPLE} or a string")
 
 
-def read_json(text: str) -> Iterator[tuple[str, Any]]:
+def json_prompts(text: str) -> Iterator[tuple[str, Any]]:
     """The elements of a JSON list."""
-    entries = parse(text, "the file")
-    if not isinstance(entries, list):
-        raise ValueError(f"expected a JSON list of prompts, got {abbreviate(entries)}")
-    for number, entry in enumerate(entries, 1):
-        yield f"entry {number}", entry
+    entries = parse_json(text, "the file", list, f"give a list of {EXAMPLE} or strings")
+    yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, 1))
 
 
-def parse(text: str, place: str) -> Any:
-    """The value of JSON text. Raises ValueError naming the place."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{place} is not JSON ({e}); expected {EXAMPLE} or a string per "
-                         "prompt: correct it, or give one prompt per line in a .txt file") from e
-
-
-def read_table(text: str, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
+def table_prompts(text: str, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
     """The rows of a table by the names in its header; rows of empty cells are skipped."""
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names = rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or ()]
-        for keys, least in ((TEXT_KEYS, 1), (IMAGE_KEYS, 0)):
-            if not least <= sum(name in keys for name in names) <= 1:
-                raise ValueError(f"expected a header with one of {', '.join(keys)}, once, got "
-                                 f"{abbreviate(names)}: rename the columns")
         for row in rows:
             if None in row or None in row.values():
-                raise ValueError(f"line {rows.line_num}: expected {len(names)} cells, as the header"
-                                 f" has: put a prompt with {delimiter!r} in it into quotes")
+                raise ValueError(f"line {rows.line_num}: expected {len(rows.fieldnames)} cells, as "
+                                 f"the header has: quote a prompt with {delimiter!r} in it")
             if any(row.values()):
                 yield f"line {rows.line_num}", row
     except csv.Error as e:
@@ -147,36 +154,6 @@ def read_table(text: str, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
                          'that contains quotes, and double those: "say ""hi"""') from e
 
 
-READERS = {"": read_text, ".txt": read_text, ".jsonl": read_json_lines, ".ndjson": read_json_lines,
-           ".json": read_json, ".csv": read_table, ".tsv": lambda text: read_table(text, "\t")}
-
-
-# ------------------------------------------------------------------------------------ one prompt
-
-def to_prompt(entry: Any, place: str, folder: Path) -> Prompt:
-    """The prompt in a string or an object. Raises ValueError naming the place."""
-    named = {"prompt": entry} if isinstance(entry, str) else entry
-    pairs = [(name.strip().lower(), value) for name, value in named.items()
-             if value is not None and str(value).strip()] if isinstance(named, dict) else []
-    texts = [value for name, value in pairs if name in TEXT_KEYS]
-    files = [value for name, value in pairs if name in IMAGE_KEYS]
-    values = [*texts, *files]
-    if len(texts) != 1 or len(files) > 1 or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{place}: expected one prompt and at most one image, as {EXAMPLE}, got "
-                         f"{abbreviate(entry)}")
-    if any(c == "\0" or "\ud800" <= c <= "\udfff" for value in values for c in value):
-        raise ValueError(f"{place} is not UTF-8 text: {abbreviate(entry)} contains a NUL or half "
-                         "of a surrogate pair: remove it")
-    return Prompt(texts[0].strip(), folder / files[0] if files else None)
-
-
-def check_images(places: dict[Path, str]) -> None:
-    """Decode each image. Raises ValueError naming the place of the first one that is broken."""
-    def check(image: Path, place: str) -> None:
-        try:
-            decode_image(image)
-        except (FileNotFoundError, ValueError) as e:
-            raise ValueError(f"{place}: {e}") from e
-
-    with ThreadPoolExecutor(8) as pool:  # PIL releases the interpreter's lock
-        list(pool.map(check, places, places.values()))
+READERS = {"": text_prompts, ".txt": text_prompts, ".jsonl": json_line_prompts,
+           ".ndjson": json_line_prompts, ".json": json_prompts, ".csv": table_prompts,
+           ".tsv": lambda text: table_prompts(text, "\t")}

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import common  # before torch, see common
 import torch
@@ -85,15 +86,11 @@ def pick_device(device: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         device = "cuda" if count else "cpu"
-    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", device):
-        raise ValueError(f"device: expected cpu, cuda, cuda:0, … or auto, got '{device}'")
-    if device.startswith("cuda") and not count:
-        raise ValueError(f"device: got '{device}', but torch sees no GPU; use --device cpu")
-    if device == "cuda":
+    if device == "cuda" and count:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
-    if device != "cpu" and int(device[5:]) >= count:
-        raise ValueError(f"device: expected cuda:0 … cuda:{count - 1}, got '{device}': torch sees "
-                         f"{count} GPU(s)")
+    if device not in ("cpu", *(f"cuda:{i}" for i in range(count))):
+        raise ValueError(f"device: expected cpu, cuda, cuda:0, … or auto, got '{device}'; torch "
+                         f"sees {count} GPU(s)")
     return torch.device(device)
 
 
@@ -117,13 +114,11 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
         join_processes("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     require_same(same or {})
-    divisors = [n for n in range(1, world + 1) if world % n == 0 and heads % n == 0]
-    if sp not in divisors:
-        raise ValueError(f"sp: got {sp} with {world} rank(s) and {heads} attention heads; expected "
-                         f"a divisor of both: {', '.join(map(str, divisors))}")
+    if world % sp or heads % sp:
+        raise ValueError(f"sp: expected a divisor of {world} rank(s) and of {heads} attention "
+                         f"heads, got {sp}")
     if world % (sp * (1 + cfg_parallel)):
-        raise ValueError(f"cfg_parallel: got {world} rank(s) with sp {sp}; expected a multiple of "
-                         f"{2 * sp}")
+        raise ValueError(f"cfg_parallel: expected a multiple of {2 * sp} ranks, got {world}")
     groups = [dist.new_group(list(range(a, a + sp)), timeout)
               for a in range(0, world, sp)] if sp > 1 else []
     pairs = [dist.new_group([a + j, a + j + sp], timeout) for a in range(0, world, 2 * sp)
@@ -138,7 +133,7 @@ def join_processes(backend: str, timeout: timedelta) -> None:
     store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            watch_launcher()
+            threading.Thread(target=watch_launcher, daemon=True).start()
         store, rank, world = next(dist.rendezvous("env://"))
         # torchrun keeps its store through restarts: addresses of dead ranks must not be read.
         # (Over several nodes the count may differ: there torchrun must make new ones,
@@ -176,19 +171,17 @@ class Timer:
     that nothing synchronises before the seconds are read."""
 
     def __init__(self, device: torch.device):
-        self.device, self.total = device, {}
-        self.marks = [("", self.now())]
-
-    def now(self) -> float | torch.cuda.Event:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self.device, self.total, self.marks = device, {}, []
+        self.lap("")
 
     def lap(self, name: str) -> None:
         """Count the time since the last lap as `name`."""
-        self.marks.append((name, self.now()))
+        if self.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.marks.append((name, mark))
 
     def laps(self) -> list[float]:
         """Seconds of each lap since the last call."""
@@ -209,7 +202,6 @@ class Timer:
 
 def peak_bytes(device: torch.device) -> int:
     """The most memory this process has used: of its GPU if it has one, else of the host."""
-    import resource
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -282,20 +274,30 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 # --------------------------------------------------------------------- agreement, start and end
 
+def gather_values(value: Any, group: dist.ProcessGroup | None = None) -> list:
+    """A value of every rank (of a group), by rank."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def end_all(error: Exception) -> NoReturn:
+    """End all ranks by an error that all of them have; the first one prints it."""
+    raise error if dist.get_rank() == 0 else SystemExit(1)
+
+
 def require_same(facts: dict[str, Any]) -> None:
     """Raise ValueError on every rank if one has other settings or files than the first.
 
     Args: facts, JSON values by name, as config.settings_to_compare returns them.
     """
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, facts)
-    for rank, other in enumerate(found):
-        for name in found[0] | other:
-            if other.get(name) != found[0].get(name):
-                error = ValueError(f"{name}: rank {rank} has {other.get(name)!r}, rank 0 "
-                                   f"{found[0].get(name)!r}: give all ranks the same settings and "
-                                   "files; nothing was written")
-                raise error if dist.get_rank() == 0 else SystemExit(1)
+    first, *others = gather_values(facts)
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            if other.get(name) != first.get(name):
+                end_all(ValueError(
+                    f"{name}: rank {rank} has {other.get(name)!r}, rank 0 {first.get(name)!r}: "
+                    "give all ranks the same settings and files; nothing was written"))
 
 
 def on_first_rank(work: Callable[[], Any]) -> Any:
@@ -308,7 +310,7 @@ def on_first_rank(work: Callable[[], Any]) -> Any:
             result = [None, e]
     dist.broadcast_object_list(result)
     if result[1] is not None:
-        raise result[1] if dist.get_rank() == 0 else SystemExit(1)
+        end_all(result[1])
     return result[0]
 
 
@@ -322,17 +324,14 @@ def require_shared_folder(folder: Path) -> None:
     name = f".shared.{os.getpid()}-{TOKEN}.part"  # removed as a leftover if this is killed
     path = folder / on_first_rank(lambda: write_text(folder / name, name) or name)
     until = time.monotonic() + SIGHT
-    while not (sees := path.exists()) and time.monotonic() < until:
+    while not path.exists() and time.monotonic() < until:
         time.sleep(1)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, sees)
+    blind = [rank for rank, sees in enumerate(gather_values(path.exists())) if not sees]
     if dist.get_rank() == 0:
         path.unlink(missing_ok=True)
-    if blind := [rank for rank, sees in enumerate(found) if not sees]:
-        error = ValueError(f"{folder}: rank(s) {', '.join(map(str, blind))} of {len(found)} do not "
-                           "see what rank 0 writes there: expected one folder for all ranks: put "
-                           "--run on a disk that all nodes share")
-        raise error if dist.get_rank() == 0 else SystemExit(1)
+    if blind:
+        end_all(ValueError(f"{folder}: rank(s) {', '.join(map(str, blind))} do not see what rank 0 "
+                           "writes there: put --run on a disk that all nodes share"))
 
 
 class AgreedError(ValueError):
@@ -359,20 +358,17 @@ def lock_run_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[Non
 
 
 def watch_launcher() -> None:
-    """End this process soon after torchrun ends, even while it waits for other ranks.
+    """End this process soon after torchrun ends, even while it waits for other ranks; in a thread.
 
     It gets the signal that torchrun would have sent; before the process group exists it ends at
     once. torchrun may have ended while torch was imported: its id was taken before.
     """
-    def watch() -> None:
-        while os.getppid() == common.LAUNCHER:
-            time.sleep(1)
-        print("torchrun exited; stopping this rank", file=sys.stderr, flush=True)
-        if not dist.is_initialized():
-            os._exit(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
+    while os.getppid() == common.LAUNCHER:
+        time.sleep(1)
+    print("torchrun exited; stopping this rank", file=sys.stderr, flush=True)
+    if not dist.is_initialized():
+        os._exit(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def print_line(line: str, error: bool = False) -> None:
@@ -416,23 +412,19 @@ def cli(main: Callable[[], None]) -> None:
     does not wait for the others, so that torchrun sees it and stops them; and a gloo thread may
     still release the tensors of the last collective, which aborts the process during shutdown.
     """
-    status, has_group = 1, False
+    status = 1
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows what it can
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        if not dist.is_initialized():
-            return
-        dist.destroy_process_group()
-        status, has_group = 0, True
+        status = 0
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as e:
-        print_error(f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e))
-    except ValueError as e:
-        if str(e):  # only one rank has the message of an AgreedError
-            print_error(str(e))
+    except (OSError, ValueError) as e:
+        of_file = isinstance(e, OSError) and e.filename and e.strerror
+        if text := f"{e.filename}: {e.strerror}" if of_file else str(e):
+            print_error(text)  # only one rank has the message of an AgreedError
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         status = 130
@@ -446,11 +438,14 @@ def cli(main: Callable[[], None]) -> None:
         traceback.print_exc()
         if dist.get_world_size() > 1:
             time.sleep(1)  # if it only lost another rank, torchrun sees that one end first
-    if has_group or dist.is_initialized():
+    if dist.is_initialized():
+        if status == 0:
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    raise SystemExit(status)
+    if status:
+        raise SystemExit(status)
 
 
 # ---------------------------------------------------------------------- sequence parallelism

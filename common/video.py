@@ -5,6 +5,7 @@ Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image
 
 import re
 import subprocess
+import tempfile
 import textwrap
 import unicodedata
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common.files import replace_file
+from common.files import error_summary, replace_file
 
 # ------------------------------------------------------------------------------------- video files
 
@@ -69,37 +70,48 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
     width of an .mp4 grows by one repeated row or column, since 4:2:0 colour needs even sizes.
     Raises ValueError on a bad video, fps or suffix, or if the file cannot be written.
     """
-    def write(aside: Path) -> None:
-        try:
-            imageio.imwrite(aside.resolve(), frames, plugin="FFMPEG", extension=".mp4",  # or .gif
-                            fps=float(fps), quality=None, macro_block_size=1,
-                            ffmpeg_log_level="error", **encode)
-        except OSError as error:  # its other lines are the command
-            raise OSError(str(error).partition("\n")[0]) from error
-        if (written := len(read_frames(aside))) != len(frames):
-            raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")
-
-    path, frames = Path(path), to_uint8(video)
-    if path.suffix not in (".mp4", ".gif"):
-        raise ValueError(f"{path}: expected a name that ends in .mp4 or .gif, got {path.suffix!r}")
-    if not 0 < fps < float("inf"):
-        raise ValueError(f"{path}: expected a positive number of frames per second, got fps={fps}")
+    path, frames, mp4 = Path(path), to_uint8(video), Path(path).suffix == ".mp4"
+    if path.suffix not in (".mp4", ".gif") or not 0 < fps < float("inf"):
+        raise ValueError(f"{path}: expected a name that ends in .mp4 or .gif and a positive number "
+                         f"of frames per second, got fps={fps}")
     frames = np.concatenate([frames] * max(1, round(seconds * fps / len(frames))))
     # One thread and bitexact: bytes that do not depend on the machine's cores.
     flags = "-xerror -threads 1 -fflags +bitexact -flags:v +bitexact "
-    if path.suffix == ".mp4":
+    if mp4:
         frames = np.pad(frames, [(0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)], "edge")
         # Converted to BT.709 and tagged so, or a player shows other colours. ffmpeg 8 and newer
         # leaves out the primaries and the transfer, which only x264 itself still writes.
         flags += ("-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd -colorspace "
                   "bt709 -x264-params colorprim=bt709:transfer=bt709:colormatrix=bt709 -crf 14 "
                   "-movflags +faststart")
-        encode = {"codec": "libx264", "pixelformat": "yuv420p", "output_params": flags.split()}
     else:
         flags += ("-vf split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4 "
                   "-loop 0")
-        encode = {"codec": "gif", "pixelformat": "pal8", "output_params": flags.split()}
+
+    def write(aside: Path) -> None:
+        try:
+            imageio.imwrite(aside.resolve(), frames, plugin="FFMPEG", extension=".mp4",  # or .gif
+                            codec="libx264" if mp4 else "gif", fps=float(fps), quality=None,
+                            pixelformat="yuv420p" if mp4 else "pal8", macro_block_size=1,
+                            output_params=flags.split(), ffmpeg_log_level="error")
+        except OSError as error:  # its other lines are the command
+            raise OSError(str(error).partition("\n")[0]) from error
+        if (written := len(read_frames(aside))) != len(frames):
+            raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")
+
     replace_file(path, write)
+
+
+def check_ffmpeg() -> None:
+    """Write a small video, so that a missing or unsuitable ffmpeg is reported before hours of
+    sampling. Raises ValueError."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            write_video(Path(folder) / "a.mp4", np.zeros((1, 16, 16, 3), np.uint8), 8)
+        except (ValueError, OSError, RuntimeError) as e:  # imageio-ffmpeg raises the last
+            raise ValueError(f"ffmpeg: cannot write a video ({error_summary(e.__cause__ or e)}): "
+                             "install imageio-ffmpeg again, or set IMAGEIO_FFMPEG_EXE to an ffmpeg "
+                             "that has libx264") from e
 
 
 def read_video(path: str | Path) -> Tensor:
@@ -159,22 +171,6 @@ def picture_sheet(path: str | Path, rows: list[tuple[str, list[tuple[np.ndarray,
                                                     metadata={"Software": None}))
 
 
-def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int = 9,
-                  title: str | None = None) -> None:
-    """Write a PNG with one row per (label, video): up to `columns` frames from first to last.
-
-    Raises ValueError if there are no rows or a video is bad.
-    """
-    if not rows:
-        raise ValueError(f"{path}: expected at least one video, got 0 videos")
-    cells = []
-    for label, video in rows:
-        frames = to_uint8(video)
-        times = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-        cells.append((label, [(frames[t], f"frame {t}") for t in times]))
-    picture_sheet(path, cells, 1.1, title)
-
-
 def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tuple[str, ...] = (),
                 colours: int = 10) -> None:
     """Draw the curves of a log as one PNG of panels, two per row.
@@ -185,13 +181,11 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
     """
     from matplotlib.figure import Figure
 
-    rows = (len(panels) + 1) // 2
-    fig = Figure(figsize=(12, 3.5 * rows), layout="constrained")
-    axes = fig.subplots(rows, 2, squeeze=False)
+    fig = Figure(figsize=(12, 3.5 * ((len(panels) + 1) // 2)), layout="constrained")
+    axes = fig.subplots((len(panels) + 1) // 2, 2, squeeze=False)
     for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, label, lines, style) in enumerate(curves):
-            points = [(line[x], line[name]) for line in lines if name in line]
-            if points:
+            if points := [(line[x], line[name]) for line in lines if name in line]:
                 ax.plot(*zip(*points, strict=True), style, lw=1, color=f"C{i % colours}",
                         label=label)
         ax.set(title=title, xlabel=x, yscale="linear" if title.startswith(linear) else "log")

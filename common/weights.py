@@ -11,6 +11,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,9 +22,8 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from common.files import crc32_of_file, error_summary, read_json, replace_file, shape_error
+from common.files import error_summary, parse_json, read_json, replace_file, shape_error
 from common.ranks import local_rows
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".model")
@@ -48,6 +48,12 @@ class LazyTensor:
         return replace(self, shape=(stop - start, *self.shape[1:]), read=read)
 
 
+def lazy_tensor(tensor: Tensor, file: Path) -> LazyTensor:
+    """A tensor in memory as a lazy one of a file."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, file,
+                      lambda rows=None: tensor[rows] if rows and tensor.ndim else tensor)
+
+
 # How files start that are not weights: (start in lower case, what the file is, what to do).
 OTHER_FILES = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights",
@@ -60,15 +66,13 @@ ZIP, PICKLES = b"PK\x03\x04", tuple(bytes((0x80, protocol)) for protocol in (2, 
 
 
 def file_kind(path: Path) -> str:
-    """What a weight file is by its first bytes: safetensors, torch, old torch or index.
+    """What a weight file is by its first bytes: safetensors, torch or index.
 
     Raises ValueError naming what it is instead if it contains no weights that can be read.
     """
     with path.open("rb") as f:
         start = f.read(256)
     text = start.lstrip().lower()
-    if not start:
-        raise ValueError(f"{path}: is empty: copy or download it again")
     for begin, what, remedy in OTHER_FILES:
         if text.startswith(begin):
             raise ValueError(f"{path}: {what}: {remedy}")
@@ -76,7 +80,7 @@ def file_kind(path: Path) -> str:
         if path.suffix == ".safetensors":
             raise ValueError(f"{path}: is a file of torch.save despite its name: let its name end "
                              "in .pt")
-        return "torch" if start.startswith(ZIP) else "old torch"
+        return "torch"
     if text.startswith(b"{") and path.suffix == ".json":
         return "index"
     if start[8:9] == b"{" or path.suffix == ".safetensors":  # opened reports a damaged one
@@ -92,47 +96,40 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int]:
+def safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int]:
     """The metadata of a safetensors file, what it says about each tensor (dtype, shape,
     data_offsets), and where its data start. The data are not read, so that their size is free.
 
     Raises ValueError naming the file unless the tensors fill the data without gap or overlap.
     Source: the format's own description (8 bytes of header length, JSON, data).
     """
-    def damaged(reason: str) -> ValueError:
-        return ValueError(f"{path}: not a complete safetensors file ({reason:.300}): copy or make "
-                          "it again")
-
     with path.open("rb") as f:
         size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
-        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
-            raise damaged(f"its header has {length} bytes, the file {size}")
-        text = f.read(length)
+        text = f.read(length) if length <= LARGEST_HEADER else b""
     try:
-        entries = json.loads(text.decode())
-        fault = shape_error(entries, {str: dict})
-    except (ValueError, RecursionError) as e:
-        raise damaged(error_summary(e)) from e
-    metadata = {} if fault else entries.pop("__metadata__", {})
-    fault = fault or shape_error(metadata, {str: str}, "__metadata__") or shape_error(
-        entries, {str: {"dtype": str, "shape": [int], "data_offsets": [int]}})
-    if fault:
-        raise damaged(fault)
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
-        if dtype is None or len(shape) > 8 or not all(0 <= n < 1 << 40 for n in shape):
-            raise damaged(f"{name:.80} has dtype {entry['dtype']:.40} and shape {shape[:8]}")
-        start, end = end, end + dtype.itemsize * math.prod(shape)
-        if entry["data_offsets"] != [start, end]:
-            raise damaged(f"{name:.80} is not at bytes {start} to {end}")
-    if 8 + length + end != size:
-        raise damaged(f"its tensors have {end} bytes, the file {size - 8 - length}")
+        entries = parse_json(text.decode(), "header", {str: dict})
+        metadata, end = entries.pop("__metadata__", {}), 0
+        fault = shape_error(metadata, {str: str}, "__metadata__") or shape_error(
+            entries, {str: {"dtype": str, "shape": [int], "data_offsets": [int]}})
+        if fault:
+            raise ValueError(fault)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
+            if dtype is None or len(shape) > 8 or not all(0 <= n < 1 << 40 for n in shape):
+                raise ValueError(f"{name:.80} has dtype {entry['dtype']:.40} and shape {shape[:8]}")
+            start, end = end, end + dtype.itemsize * math.prod(shape)
+            if entry["data_offsets"] != [start, end]:
+                raise ValueError(f"{name:.80} is not at bytes {start} to {end}")
+        if 8 + length + end != size:
+            raise ValueError(f"its tensors have {end} bytes, the file {size - 8 - length}")
+    except ValueError as e:
+        raise ValueError(f"{path}: not a complete safetensors file ({error_summary(e)}): copy or "
+                         "make it again") from e
     return metadata, entries, 8 + length
 
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Names and lazy tensors of one safetensors file. Raises ValueError as read_header does."""
+    """Names and lazy tensors of one safetensors file. Raises as safetensors_header does."""
     def lazy(entry: dict) -> LazyTensor:
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = (data + offset for offset in entry["data_offsets"])
@@ -151,31 +148,31 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
         return LazyTensor(shape, dtype, path, read)
 
-    _, entries, data = read_header(path)
+    _, entries, data = safetensors_header(path)
     return {name: lazy(entry) for name, entry in entries.items()}
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """The strings in a safetensors file's header. Raises ValueError as read_header does."""
-    return read_header(path)[0]
+    """The strings in a safetensors file's header, {} for a file of torch.save. Raises ValueError as
+    safetensors_header does."""
+    return safetensors_header(path)[0] if file_kind(path) == "safetensors" else {}
 
 
-def open_torch(path: Path, old: bool) -> dict[str, LazyTensor]:
+def open_torch(path: Path) -> dict[str, LazyTensor]:
     """Names and tensors of a file of torch.save, of which only tensors are ever read.
 
-    They are memory-mapped, except in the format before torch 1.6 (old). The wrappers
-    {"module": …}, {"ema": …} and {"state_dict": …} are stripped.
+    They are memory-mapped, except in the format before torch 1.6. The wrappers {"module": …},
+    {"ema": …} and {"state_dict": …} are stripped.
     Raises ValueError for a damaged file or one that contains code.
     """
     try:
         with warnings.catch_warnings():  # of pickle protocols; the error says what to do
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=not old)
+            state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
         raise ValueError(f"{path}: cannot be read as weights ({error_summary(e)}): it is damaged, "
-                         "or contains code, which is never read, or was saved with another pickle "
-                         "protocol than torch's own: copy it again, or save it as .safetensors"
-                         ) from e
+                         "or contains code, which is never read, or has a pickle protocol that is "
+                         "not torch's own: copy it again, or save it as .safetensors") from e
     for wrapper in ("module", "ema", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -183,24 +180,19 @@ def open_torch(path: Path, old: bool) -> dict[str, LazyTensor]:
             isinstance(name, str) and isinstance(v, Tensor) for name, v in state.items()):
         raise ValueError(f"{path}: expected a state dict of tensors, got {type(state).__name__} of "
                          "other things: name the right file")
-
-    def lazy(value: Tensor) -> LazyTensor:
-        return LazyTensor(tuple(value.shape), value.dtype, path,
-                          lambda rows=None: value[rows] if rows and value.ndim else value)
-
-    return {name: lazy(value) for name, value in state.items()}
+    return {name: lazy_tensor(value, path) for name, value in state.items()}
 
 
 def only_weights(folder: Path) -> Path:
     """The index of shards, or else the one weight file, of a folder; a plain name is preferred to a
     variant such as fp16. Raises FileNotFoundError if there is none, or more than one."""
-    for pattern in ("*.safetensors.index.json", "*.safetensors.index.*.json", "*.bin.index.json"):
-        if found := sorted(folder.glob(pattern)):
-            break
-    else:
-        files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHT_SUFFIXES[:-1]]
-        safe = [p for p in files if p.suffix == ".safetensors"] or files
-        found = [p for p in safe if "." not in p.stem] or safe
+    files = sorted(folder.iterdir())
+    found = [p for p in files if re.fullmatch(r".*\.(safetensors|bin)\.index(\..+)?\.json", p.name)]
+    if not found:
+        found = [p for p in files if p.suffix in WEIGHT_SUFFIXES[:-1]]
+        found = [p for p in found if p.suffix == ".safetensors"] or found or [
+            p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
+        found = [p for p in found if "." not in p.stem] or found
     if len(found) != 1:
         got = ", ".join(p.name for p in found[:6]) or "no weight file"
         raise FileNotFoundError(f"{folder}: expected one .safetensors file, or shards with their "
@@ -208,7 +200,7 @@ def only_weights(folder: Path) -> Path:
     return found[0]
 
 
-SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
+SHARD_NAME = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
 
 
 def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
@@ -218,18 +210,17 @@ def open_tensors(path: str | Path) -> dict[str, LazyTensor]:
     them. Raises FileNotFoundError or ValueError naming the file and the remedy.
     """
     path = only_weights(Path(path)) if Path(path).is_dir() else Path(path)
-    if path.suffix == ".json" and path.is_file() and file_kind(path) == "index":
-        shards = read_index(path)
-        files = {name: open_file(path.parent / name) for name in sorted(set(shards.values()))}
-        absent = [n for n, shard in shards.items() if n not in files[shard]]
-        if absent:
-            raise ValueError(f"{path}: {absent[0]} should be in {shards[absent[0]]} and is not: "
-                             "shards and index are of different downloads: download both again")
-        return {name: files[shard][name] for name, shard in shards.items()}
-    if (shard := SHARD.fullmatch(path.name)) and int(shard[1]) > 1:
+    if (shard := SHARD_NAME.fullmatch(path.name)) and int(shard[1]) > 1:
         raise ValueError(f"{path}: is one of {int(shard[1])} shards: get the others and their "
                          ".index.json, and point `weights` at their folder")
-    return open_file(path)
+    if path.suffix != ".json" or not path.is_file():
+        return open_file(path)
+    shards = read_index(path)
+    files = {name: open_file(path.parent / name) for name in sorted(set(shards.values()))}
+    if absent := [name for name, shard in shards.items() if name not in files[shard]]:
+        raise ValueError(f"{path}: {absent[0]} should be in {shards[absent[0]]} and is not: shards "
+                         "and index are of different downloads: download both again")
+    return {name: files[shard][name] for name, shard in shards.items()}
 
 
 def open_file(path: Path) -> dict[str, LazyTensor]:
@@ -242,10 +233,9 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file; point `weights` at an official or "
                                 "diffusers folder (or make the file that is missing)")
-    kind = file_kind(path)
-    if kind == "index":
+    if (kind := file_kind(path)) == "index":
         raise ValueError(f"{path}: expected weights, got JSON: copy index and shards again")
-    tensors = open_safetensors(path) if kind == "safetensors" else open_torch(path, kind != "torch")
+    tensors = open_safetensors(path) if kind == "safetensors" else open_torch(path)
     scales = path.with_name(f"{path.stem}_map{path.suffix}")
     if path.stem.endswith("_fp8") and scales.is_file():
         tensors |= {f"{layer}.weight_scale": t for layer, t in open_file(scales).items()}
@@ -254,13 +244,13 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
 
 def read_index(path: Path) -> dict[str, str]:
     """The shard of each tensor by an index. Raises ValueError if it is not an index, or names a
-    file outside its folder or one that is not a shard."""
+    file outside its folder."""
     remedy = 'an index of shards has a "weight_map" of tensor names and files: copy it again'
     shards = read_json(path, {"weight_map": {str: str}}, remedy)["weight_map"]
-    outside = [shard for shard in shards.values() if shard != Path(shard).name or shard == ".."]
-    if outside:
-        raise ValueError(f"{path}: expected files in its own folder only, got {outside[0]:.80}: "
-                         "copy index and shards into one folder")
+    for shard in shards.values():
+        if shard != Path(shard).name or shard == "..":
+            raise ValueError(f"{path}: expected files in its own folder only, got {shard:.80}: "
+                             "copy index and shards into one folder")
     return shards
 
 
@@ -303,7 +293,7 @@ def sample_file(path: Path) -> bytes:
 
 
 # Models by a tensor that they have, and the start of its shape where that distinguishes them.
-MODELS = (
+MODEL_MARKS = (
     ("vace_patch_embedding.weight", (), "Wan 2.1 VACE"), ("img_emb.emb_pos", (), "Wan 2.1 FLF2V"),
     ("img_emb.proj.3.weight", (5120,), "Wan 2.1 I2V 14B"),
     ("patch_embedding.weight", (1536, 16), "Wan 2.1 T2V 1.3B"),
@@ -326,7 +316,7 @@ MODELS = (
 
 def describe_model(tensors: dict[str, LazyTensor]) -> str:
     """"; it looks like …": the model that some tensors are of by names and shapes; or ""."""
-    for name, shape, model in MODELS:
+    for name, shape, model in MODEL_MARKS:
         if name in tensors and tensors[name].shape[:len(shape)] == shape:
             width = tensors[name].shape[0]
             return f"; it looks like {model}" + ("" if shape else f", width {width}")
@@ -351,14 +341,11 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
                              "it is of another model or size than the config's preset"
                              f"{describe_model(tensors)}")
     for name, p in parameters.items():
-        if not tensors[name].dtype.is_floating_point:
-            raise ValueError(f"{what}: {name} in {tensors[name].file} holds "
-                             f"{str(tensors[name].dtype).removeprefix('torch.')}: expected "
-                             "numbers as bf16, fp16 or fp32: use other weights")
-        if tuple(p.shape) != tensors[name].shape:
-            raise ValueError(f"{what}: {name} in {tensors[name].file} has shape "
-                             f"{list(tensors[name].shape)}, expected {list(p.shape)}: it is of "
-                             f"another size than the config's preset{describe_model(tensors)}")
+        t, dtype_name = tensors[name], str(tensors[name].dtype).removeprefix("torch.")
+        if not t.dtype.is_floating_point or p.shape != t.shape:
+            raise ValueError(f"{what}: {name} in {t.file} holds {dtype_name} of shape "
+                             f"{list(t.shape)}, expected {list(p.shape)} as bf16, fp16 or fp32: it "
+                             f"is of another size or form than the preset{describe_model(tensors)}")
     if dtype is not None:
         module.to(dtype)
     if any(p.is_meta for p in module.parameters()):
@@ -368,11 +355,7 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
             local, rows = local_rows(p)
             if local.numel() == 0:
                 continue
-            try:
-                local.copy_(tensors[name].read(rows))
-            except RuntimeError as e:
-                raise ValueError(f"{what}: {name} cannot be read from {tensors[name].file} ({e}): "
-                                 "the file is damaged, copy it again") from e
+            local.copy_(tensors[name].read(rows))
             if not bool(torch.isfinite(local).all()):
                 raise ValueError(f"{what}: {name} in {tensors[name].file} holds NaN or infinity "
                                  f"as {local.dtype}: the weights are damaged, copy them again")
@@ -440,29 +423,6 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
             file.flush()
             os.fsync(file.fileno())
     return [size, f"{crc:08x}"] if write else None
-
-
-def check_data(path: Path) -> None:
-    """Raise ValueError if the CRC-32 in a safetensors file's metadata is not that of its data."""
-    stored = safetensors_metadata(path).get("crc32")
-    if stored is None:
-        return
-    with path.open("rb") as f:
-        head = 8 + struct.unpack("<Q", f.read(8))[0]
-    if stored != (found := crc32_of_file(path, head)):
-        raise ValueError(f"{path}: is damaged: its data have CRC-32 {found}, expected {stored} by "
-                         "its metadata: copy it again, or export it again by the command that made "
-                         "it (a program that changes it on purpose should drop crc32 from its "
-                         "metadata)")
-
-
-def full_tensor(p: DTensor, path: Path, dtype: torch.dtype) -> LazyTensor:
-    """A sharded parameter in another dtype; read() gathers it on all ranks."""
-    def read(rows: slice | None = None) -> Tensor:
-        value = p.detach().to(dtype).full_tensor()
-        return value[rows] if rows else value
-
-    return LazyTensor(tuple(p.shape), dtype, path, read)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

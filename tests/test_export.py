@@ -292,7 +292,7 @@ def test_a_weight_that_fp16_cannot_hold_is_named_and_nothing_is_written(make_stu
 def test_a_diffusers_folder_in_shards_holds_the_student_and_loads_in_both_programs(
         make_student, monkeypatch, preset):
     import diffusers
-    monkeypatch.setattr(student_file, "SHARD", 300_000)
+    monkeypatch.setattr(student_file, "SHARD_BYTES", 300_000)
     file, student = make_student(preset, 6, 5.0, [0, 2, 4, 6], export="diffusers")
     folder = file.with_name("student_diffusers")
     kept = [folder / name for name in ("model_index.json", "vae/config.json", "transformer/NOTE")]

@@ -132,6 +132,17 @@ def comfy(tmp_path):
     return models, official
 
 
+def test_a_lora_s_settings_are_part_of_its_identity(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "lora.safetensors")
+    prints = []
+    for alpha in (8, 16):
+        for lora in (tmp_path, tmp_path / "lora.safetensors"):
+            prints.append(fingerprint_files(lora))
+        write_json(tmp_path / "adapter_config.json", {"lora_alpha": alpha})
+    assert len(set(prints[0:1] + prints[2:3] + [fingerprint_files(tmp_path)])) == 3
+    assert prints[1] != prints[3] != fingerprint_files(tmp_path / "lora.safetensors")
+
+
 def same_folders(weights: Path, official: Path) -> None:
     assert fingerprint(weights) == fingerprint(official)
     z = torch.randn(1, 16, 2, 2, 2, generator=generator("z"))
@@ -394,7 +405,7 @@ def torch_with_code() -> bytes:
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134\n"
 REFUSED = {
     "an LFS pointer": (LFS, "is a Git LFS pointer, not the weights: fetch them by `git lfs pull`"),
-    "an empty file": (b"", "is empty: copy or download it again"),
+    "an empty file": (b"", "not a complete safetensors file"),
     "a web page": (b"<!DOCTYPE html><html>login</html>", "is a web page, not weights"),
     "GGUF": (b"GGUF\x03\0\0\0", "is a GGUF file, whose weights are quantised: use bf16"),
     "a dtype that does not exist": (
@@ -420,7 +431,7 @@ def test_a_file_of_another_kind_is_refused_by_what_it_is(kind, tmp_path):
     with pytest.raises(ValueError, match="damaged, or contains code, which is never read"):
         open_tensors(tmp_path / "code.pt")
     torch.save({"a": torch.ones(2)}, tmp_path / "five.pt", pickle_protocol=5)
-    with pytest.raises(ValueError, match="saved with another pickle protocol than torch's own"):
+    with pytest.raises(ValueError, match="has a pickle protocol that is not torch's own"):
         open_tensors(tmp_path / "five.pt")
     (tmp_path / "noise.bin").write_bytes(b"\x12\x34" * 40)
     with pytest.raises(ValueError, match="expected weights as .safetensors .*starts with"):
@@ -431,6 +442,8 @@ def test_a_file_of_another_kind_is_refused_by_what_it_is(kind, tmp_path):
     ({"blocks.0.ffn.0.lora_A.weight": torch.ones(4, 8)}, "is a LoRA .* as --lora"),
     ({"diffusion_model.blocks.0.ffn.0.lora_up.weight": torch.ones(4, 8)}, "is a LoRA"),
     ({"lora_unet_blocks_0.hada_w1_a": torch.ones(4, 8)}, "is a LoRA"),
+    ({"diffusion_model.blocks.0.self_attn.norm_q.diff": torch.ones(4)}, r"is a LoRA .*q\.diff"),
+    ({"blocks.0.ffn.0.diff_b": torch.ones(4)}, "is a LoRA"),
     ({"patch_embedding.weight": torch.ones(4, 8, dtype=torch.int8)}, "holds int8: .*quantised"),
     ({"a.weight": torch.ones(4, 1, dtype=torch.uint8)}, "holds uint8: .*quantised to integers")])
 def test_tensors_of_another_kind_are_refused_before_a_network_is_built(tensors, message,
@@ -447,7 +460,8 @@ def test_tensors_of_another_kind_are_refused_before_a_network_is_built(tensors, 
     ({"weight_map": {"a": f"{FULL}.index.json"}}, "expected weights, got JSON: copy index and"),
     ({"weight_map": {"a": "gone"}}, "gone: is a link to blobs/0a, .*: the download is incomplete"),
     ({"weight_map": {"a": "self"}}, "self: no such weight file"),
-    ([1], "expected weights as .safetensors"), ({"other": 1}, "the object has no key weight_map")])
+    ([1], r"expected a JSON object, got \[1\]: an index of shards"),
+    ({"other": 1}, "the object has no key weight_map")])
 def test_an_index_of_another_shape_or_that_points_outside_is_refused(index, message, tmp_path):
     write_json(tmp_path / f"{FULL}.index.json", index)
     (tmp_path / "gone").symlink_to("blobs/0a")

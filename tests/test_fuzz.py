@@ -304,7 +304,8 @@ def test_a_damaged_config_is_refused(stage, tmp_path):
         for a, b in pairwise("abcdefghi"))
     for text in (f"{bomb}key: *h\n", f"{bomb}n: *h\n", f"{bomb}? *h\n: 1\n", f"{bomb}? [*h]\n: 1\n",
                  merges, "".join(f"k{i}: 1\n" for i in range(1000)), "? [a]\n: b\n",
-                 "<<: 3\n", "!!python/object:os.system {}\n", "- " * 1000, f"key: {'9 ' * 999}\n"):
+                 "<<: 3\n", "!!python/object:os.system {x: 1}\n", "- " * 1000,
+                 f"key: {'9 ' * 999}\n"):
         survive(iter([text]), lambda text: (path.write_text(text), settings(stage, [str(path)])))
     options = [f"--{name}={value}" for name, value in CONFIG.items() if not isinstance(value, dict)]
     options += [f"--{name}={value}" for name, value in CONFIG[stage].items()] + ["--help", "-h"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.video import contact_sheet, drawable, image_size, read_image
+from artifacts.videos import contact_sheet
+from common.video import drawable, image_size, read_image
 from evaluation.sheets import label_strip
 
 

@@ -463,7 +463,7 @@ def test_a_truncated_file_is_an_error_that_names_it(form, kept, tmp_path):
     path = written(form, tmp_path, micro_dit().state_dict())
     file = path if path.is_file() else sorted(path.glob("*00002-of-*.safetensors"))[0]
     os.truncate(file, int(file.stat().st_size * kept))
-    says = "not a complete safetensors|cannot be read as weights" if kept else "is empty: copy"
+    says = "not a complete safetensors|cannot be read as weights|expected weights as .*with b''"
     with pytest.raises(ValueError, match=says) as e:
         load_dit(path, MICRO)
     assert str(file) in str(e.value) and "\n" not in str(e.value)
@@ -644,7 +644,7 @@ def test_an_unknown_device_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="device: expected .*, got 'gpu'"):
         pick_device("gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device: got 'cuda'.*--device cpu"):
+        with pytest.raises(ValueError, match="device: expected .*, got 'cuda'; torch sees 0 GPU"):
             pick_device("cuda")
 
 
@@ -770,9 +770,10 @@ def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     ("n: true", "n: expected int, got True"), ("n: 3.5", "n: expected int, got 3.5"),
     ("n: '3.5'", "n: expected int, got '3.5'"), ("n: null", "n: expected int, got None"),
     ("n: [1]", r"n: expected int, got \[1\]"), ("n: x", "n: expected int, got 'x'"),
-    ("n: .inf", "n: expected int, got inf"),
-    ("shift: .nan", "shift: expected float, got nan"), ("shift: abc", "shift: expected float, got"),
-    ("shift: .inf", "shift: expected float, got inf"), ("shift: true", "shift: expected float"),
+    ("n: .inf", "n: expected int, got '.inf'"), ("n: 1/0", "n: expected int, got '1/0'"),
+    ("shift: .nan", "shift: expected float, got"), ("shift: abc", "shift: expected float, got"),
+    ("shift: 1/0", "shift: expected float, got '1/0'"), ("shift: 1e999", "float, got inf"),
+    ("shift: .inf", "shift: expected float, got"), ("shift: true", "shift: expected float"),
     ("run: true", "run: expected str, got True"), ("distill: {adv: maybe}", "adv: expected bool"),
     ("key: 3", r"key: expected list\[int\], got 3"), ("key: [0, x]", r"got \[0, 'x'\]"),
     ("key: [0, 20]", r"key: expected indices rising from 0 to n=50, got \[0, 20\]"),
@@ -780,8 +781,9 @@ def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     ("distill: {form: hinges}", r"form: expected hinge \| printed, got"),
     ("n: 010", "n: expected int, got '010'"), ("n: 1:30", "n: expected int, got '1:30'"),
     ("n: 2026-01-01", "n: expected int, got '2026"), ("n: 1e999999999", "n: expected int"),
-    ("n: 4\nn: 5", "key 'n' is given twice: keep one"), ("n: 0", "n: expected 1 ≤ n ≤ 10000"),
-    ("n: " + "9" * 5000, "is not valid YAML"), ("fps: 0", "fps: expected 0 < fps ≤ 1000"),
+    ("n: 4\nn: 5", "key 'n' is given twice: keep one"),
+    ("n: 0", r"n: expected a number in \[1, 10000\]"),
+    ("n: " + "9" * 5000, "is not valid YAML"), ("fps: 0", r"fps: expected a number in \(0, 1000\]"),
     ("distill: {adv: true, adv: false}", "key 'adv' is given twice"),
     ("distill: {adv: [true]}", r"adv: expected bool, got \['?[Tt]rue"),
     ("run: " + "[" * 5000, "is not valid YAML"),
@@ -797,6 +799,7 @@ def test_a_wrong_config_is_an_error_that_names_file_key_and_value(tmp_path, yaml
     (["steps", "3"], "unknown option 'steps'"), (["-n", "3"], "unknown option '-n'"),
     (["--steps"], "'--steps': expected a value"),
     (["--steps", "many"], "command line: steps: expected int, got 'many'"),
+    (["--steps", "1/0"], "command line: steps: expected int, got '1/0'"),
     (["--adv=perhaps"], "command line: adv: expected bool, got")])
 def test_a_wrong_command_line_is_an_error_that_names_the_option(tmp_path, argv, says):
     with pytest.raises(ValueError, match=says):

@@ -168,6 +168,13 @@ def test_guidance_given_for_a_student_is_reported_and_changes_no_file(run, stude
     assert "sampled at its own times, not by the config's shift 3.0" in capsys.readouterr().out
 
 
+def test_a_missing_ffmpeg_is_reported_before_sampling(run, student, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(run.folder / "absent"))
+    monkeypatch.setattr(sample, "setup_distributed", None)
+    with pytest.raises(ValueError, match="ffmpeg: cannot write .*absent.*: install imageio-ffmpeg"):
+        run("--prompt", "a dog")
+
+
 def test_a_shipped_config_alone_has_no_prompts_to_sample():
     for path in Path("configs").glob("*.yaml"):
         cfg = load_config(sample.Config, "sample", [str(path), "weights=assets/tiny"])

@@ -154,7 +154,7 @@ def test_ranks_must_see_one_run_folder_and_take_the_first_one_s_list(made, tmp_p
     in_processes(2, partial(apart, made=folder, args=args), tmp_path)
     (first, *one), (second, *two) = (json.loads((tmp_path / f"{r}.json").read_text())
                                      for r in range(2))
-    assert "0: rank(s) 1 of 2 do not see what rank 0 writes there" in first and second == "1"
+    assert "0: rank(s) 1 do not see what rank 0 writes there" in first and second == "1"
     assert one == two == [7, (tiny_weights / "prompts.txt").read_text().splitlines()[6]]
     assert not [p for p in tmp_path.rglob(".*") if p.name != ".owners"]
 
@@ -254,7 +254,7 @@ def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rou
                         for name in ("both", "one"))
         assert torch.equal(ours[1]["text"], theirs[1]["text"])
         assert (ours[0] - theirs[0]).abs().max() < 1e-5 * theirs[0].abs().max()  # products' shapes
-    with pytest.raises(ValueError, match="cfg_parallel: got 1 rank.* with sp 1; .*multiple of 2"):
+    with pytest.raises(ValueError, match="cfg_parallel: expected a multiple of 2 ranks, got 1"):
         generate(config, "--run", tmp_path / "few", "--cfg_parallel", "true")
 
 
@@ -602,7 +602,8 @@ def test_prompts_that_look_like_flags_paths_or_markup_are_text(make_config, tmp_
 @pytest.mark.parametrize("args, wrong", [
     (["--keep", "some"], "keep: expected key | all, got 'some'"),
     (["--dtype", "bf16"], "dtype: expected fp16 | fp32, got 'bf16'"),
-    (["--count", 0], "count: expected 1 ≤ count"), (["--start", -1], "start: expected 0 ≤ start"),
+    (["--count", 0], r"count: expected a number in \[1"),
+    (["--start", -1], r"start: expected a number in \[0"),
     (["--batch", 0], "batch: expected .*got 0"), (["--videos", -1], "videos: expected .*got -1"),
     (["--start", 27], "start: expected less than the 27 prompts .*, got 27: .*--count"),
     (["--preset", "tinny"], "preset: .*got 'tinny'.*did you mean 'tiny'")])

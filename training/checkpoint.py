@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from common.config import read_settings
+from common.config import saved_settings
 from common.files import (
-    crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log, replace_folder,
-    shape_error, write_json, write_remedy)
+    WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
+    replace_folder, shape_error, write_json)
 from common.ranks import (
     AgreedError, Ranks, local_rows, on_first_rank, print_line, raise_together)
 from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
@@ -155,7 +155,7 @@ class Saver:
         if not isinstance(self.error, (OSError, ValueError)):
             return self.error
         return ValueError(f"{self.path}: the checkpoint cannot be written "
-                          f"({error_summary(self.error)}): {write_remedy(self.error)}; older ones "
+                          f"({error_summary(self.error)}): {WRITE_REMEDY}; older ones "
                           "are untouched")
 
 
@@ -376,7 +376,7 @@ def check_begun(folder: Path, meta: dict) -> None:
     """As check_same_run, for a run that logged iterations and has no checkpoint yet."""
     path = folder / "config.yaml"
     if path.exists() and read_log(folder / "log.jsonl", "step"):
-        begun = {**meta["config"], **read_settings(path)}
+        begun = {**meta["config"], **saved_settings(path)}
         check_same_run(folder, {**meta, "config": begun}, meta)
 
 

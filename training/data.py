@@ -15,7 +15,7 @@ from torch import Tensor
 from artifacts.trajectories import (
     SynVid, find_trajectories, open_trajectories, read_manifest)
 from common.config import Shared, load_yaml
-from common.files import ROOT, path_hint
+from common.files import ROOT
 from common.ranks import Ranks, draw_noise, generator, on_first_rank, raise_together
 from model import collate
 
@@ -31,7 +31,7 @@ def open_synvid(cfg: Any) -> SynVid:
 
     def check() -> None:
         if not (folder / "manifest.json").exists():
-            raise FileNotFoundError(f"{folder}: found no SynVid{path_hint(folder)}: make it with "
+            raise FileNotFoundError(f"{folder}: found no SynVid: make it with "
                                     f"`python synvid.py {cfg.path}`")
 
     on_first_rank(check)

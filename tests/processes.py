@@ -20,9 +20,10 @@ from typing import Any
 from common.ranks import cli, setup_distributed
 
 START = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-START.set_forkserver_preload(["evaluate", "matplotlib.backends.backend_agg", "torch._dynamo",
+START.set_forkserver_preload(["distill", "evaluate", "sample", "matplotlib.figure",
+                              "matplotlib.backends.backend_agg", "torch._dynamo",
                               "torch.distributed.checkpoint"])
-PATIENCE = 300  # seconds
+PATIENCE = 1800  # seconds after which a process counts as hung; no test depends on its speed
 
 
 def script_command(script: Path, *args: Any, ranks: int = 1, torchrun: str = "") -> list[str]:
@@ -86,7 +87,7 @@ def wait_for(processes: list[Process]) -> int:
         for process in running.values():
             stop(process)
         for process in running.values():
-            process.join(20)
+            process.join(PATIENCE)
     assert status or not running, f"no end after {PATIENCE} s"
     return status
 

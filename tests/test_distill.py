@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import start_script
+from processes import PATIENCE, start_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -517,7 +517,7 @@ def test_killed_and_terminated_at_any_moment_it_ends_with_the_same_weights(undis
             if lines < 0:
                 break
         process.kill()
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == -signal.SIGKILL
     done = log.read_text().count("\n")
     process = start("--save_every", "100")
@@ -525,12 +525,12 @@ def test_killed_and_terminated_at_any_moment_it_ends_with_the_same_weights(undis
         time.sleep(0.01)
         assert process.is_alive()
     process.terminate()
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode == 0 and "rerun the same command to resume" in out.read_text()
     done = log.read_text().count("\n")
     assert max(p.name for p in (run / "distill").glob("step_*")) == f"step_{done:06d}"
     process = start()
-    process.join(120)
+    process.join(PATIENCE)
     assert process.exitcode == 0, out.read_text()
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 9))
@@ -556,14 +556,6 @@ def test_an_export_that_is_missing_at_the_checkpoint_is_made_on_resuming(undistu
 def _made(path):
     path.mkdir(parents=True)
     return path
-
-
-def test_two_ranks_give_the_parameters_of_one(undisturbed, run_stage, tmp_path):
-    folder, config = undisturbed
-    os.symlink(folder / "a/synvid", _made(tmp_path / "d") / "synvid")
-    run_stage("distill", config, f"run={tmp_path / 'd'}", "micro_batch=4", ranks=2)  # a batch of 4
-    ours, theirs = (load_file(p / "student.safetensors") for p in (tmp_path / "d", folder / "a"))
-    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5
 
 
 def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, tmp_path):

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 import frozen.load
 from artifacts.videos import contact_sheet
 from common.names import official_names
-from common.prompts import read_prompts
 from common.ranks import generator
 from common.video import read_video, to_uint8, write_video
 from common.weights import save_tensors
@@ -699,27 +698,6 @@ def test_side_by_side_enlarges_by_whole_pixels_and_labels_each_video():
     assert np.array_equal(side_by_side([video, video.flip(1)], scale=3), out[:, bar:])
     with pytest.raises(ValueError, match="one label a video and one shape"):
         side_by_side([video, video[:, :2]], ["a", "b"])
-
-
-# ---------------------------------------------------------------------------------- prompt files
-
-def test_a_prompt_file_has_one_prompt_a_line_and_blank_lines_do_not_count(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeff a red circle \r\n\n--seed 3\n一只猫\u2028走\n".encode())
-    wanted = ["a red circle", "--seed 3", "一只猫\u2028走"]
-    assert read_prompts(path) == [(text, None) for text in wanted]
-
-
-def test_missing_empty_and_non_utf8_prompt_files_are_named(tmp_path):
-    path = tmp_path / "prompts.txt"
-    with pytest.raises(FileNotFoundError, match="prompts.txt: no such prompt file"):
-        read_prompts(path)
-    path.write_bytes(b" \n\n")
-    with pytest.raises(ValueError, match="prompts.txt: got an empty prompt file"):
-        read_prompts(path)
-    path.write_bytes(b"good\ncaf\xe9 noir\n")
-    with pytest.raises(ValueError, match="prompts.txt: line 2 is not UTF-8: save"):
-        read_prompts(path)
 
 
 @pytest.mark.parametrize("make", [

@@ -131,11 +131,11 @@ def test_spread_is_the_ratio_of_variances_over_videos():
 
 
 def test_c2st_is_half_for_one_distribution_and_near_one_for_a_pattern():
-    x, y, cpu = normal(48, 4, 2, 6, 6), normal(48, 4, 2, 6, 6, key="y"), torch.device("cpu")
+    x, y, cpu = normal(48, 4, 1, 4, 4), normal(48, 4, 1, 4, 4, key="y"), torch.device("cpu")
     same, error = c2st(x, y, 40, cpu)
     assert abs(same - 0.5) < 3 * error and error == pytest.approx((same * (1 - same) / 96) ** 0.5)
-    assert c2st(x, y, 40, cpu) == (same, error)  # a function of its seeds
-    accuracy, error = c2st(x + torch.tensor([1.0, -1.0]).repeat(3), y, 40, cpu)
+    assert c2st(x, y, 2, cpu) == c2st(x, y, 2, cpu)  # a function of its seeds
+    accuracy, error = c2st(x + torch.tensor([1.0, -1.0]).repeat(2), y, 40, cpu)
     assert accuracy > 0.9 and error < 0.05
 
 

@@ -23,7 +23,7 @@ from common.config import Shared, load_config
 from common.files import write_json
 from common.names import fingerprint
 from common.names import official_names
-from common.prompts import Prompt, read_prompts
+from common.prompts import read_prompts
 from common.ranks import generator
 from common.video import centre_crop, image_size, read_image, read_video, write_image
 from common.weights import save_tensors
@@ -330,30 +330,6 @@ def test_a_crop_keeps_the_middle_in_the_wanted_shape():
 
 # ------------------------------------------------------------------------------ prompt files
 
-def test_a_jsonl_file_pairs_prompts_with_images_beside_it(world):
-    _, root = world
-    got = read_prompts(root / "prompts.jsonl", images=True)
-    assert got == [Prompt(text, root / f"images/{i}.png") for i, text in enumerate(TEXTS)]
-
-
-@pytest.mark.parametrize("line,fault", [
-    ('{"prompt": "a"', "line 3 is not JSON"),
-    ('{"prompt": "\\ud800 red", "image": "good.png"}', "line 3 is not UTF-8 text"),
-    ("[" * 100_000, "line 3 is not JSON"),
-    ('["a", "b"]', "line 3: expected one prompt .* got"),
-    ('{"prompt": 3, "image": "good.png"}', "line 3: expected one prompt .* got"),
-    ('{"prompt": "a"}', 'line 3 has no "image"; the preset\'s model starts from one'),
-    ('{"prompt": "a", "image": "gone.png"}', "line 3: .*gone.png: no such image"),
-    ('{"prompt": "a", "image": "bad.png"}', "line 3: .*bad.png cannot be read as an image")])
-def test_the_line_at_fault_is_named_before_any_work_starts(tmp_path, run_stage, line, fault):
-    picture(tmp_path / "good.png", 16, 16)
-    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a", "image": "good.png"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=fault):
-        read_prompts(path, images=True)
-
-
 def test_stages_refuse_a_bad_image_before_they_touch_the_disk(world, tmp_path, run_stage):
     path, _ = world
     table = tmp_path / "prompts.jsonl"
@@ -367,15 +343,7 @@ def test_stages_refuse_a_bad_image_before_they_touch_the_disk(world, tmp_path, r
     assert done.returncode == 1 and done.stderr.count("error: ") == 1
 
 
-def test_text_files_for_image_models_and_images_for_text_models_are_errors(tmp_path):
-    (tmp_path / "a.txt").write_text("a\n")
-    with pytest.raises(ValueError, match='a.txt: line 1 has no "image"; .* a .jsonl file'):
-        read_prompts(tmp_path / "a.txt", images=True)
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "image": "b.png"}\n')
-    with pytest.raises(ValueError, match='line 1 has an "image"; the preset.s model takes none'):
-        read_prompts(tmp_path / "a.jsonl")
-    (tmp_path / "b.jsonl").write_text('{"prompt": "a", "id": 3}\n')
-    assert read_prompts(tmp_path / "b.jsonl") == [Prompt("a")]
+def test_images_for_text_models_and_prompts_without_one_for_image_models_are_errors():
     for cfg, fault in (
             (sample.Config(prompt="a", image="b.png"), "it is not read: preset tiny takes none"),
             (sample.Config(prompt="a", preset="tiny-i2v"), "got none; preset tiny-i2v starts"),

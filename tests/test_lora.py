@@ -594,7 +594,7 @@ def test_a_run_that_trains_a_lora_resumes_with_the_same_bits(trained, run_stage,
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("ranks, options", [(2, ["micro_batch=2"]), (2, ["sp=2"]),
+@pytest.mark.parametrize("ranks, options", [(2, ["micro_batch=2"]),  # sp: test_parallel.py
                                             (1, ["offload=true", "checkpointing=false"])], ids=str)
 def test_any_split_of_the_work_trains_the_same_lora(trained, run_stage, tmp_path, ranks, options):
     folder, _, _ = trained

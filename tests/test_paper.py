@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import start_script
+from processes import PATIENCE, start_script
 
 import synvid
 from common.files import ROOT, write_json
@@ -186,7 +186,7 @@ run_all([run], Plan("configs/tiny.yaml", Path("."), (), (), (), (), 1, None), "r
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(30) == 128 + signal.SIGTERM
+    assert process.wait(PATIENCE) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
 

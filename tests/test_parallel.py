@@ -1,56 +1,143 @@
 """Ranks, sequence parallelism and accumulation change no result: Algorithm 1 with all families."""
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run_script
+import torch.distributed as dist
+from processes import in_processes
 from safetensors.torch import load_file
 
-from common.ranks import setup_distributed
+import distill
+import model
+from common.ranks import Ranks, generator, setup_distributed
+from common.weights import save_tensors
+from model import HunyuanConfig, WanConfig, key_times
+from training import data as loading
+from training.monitor import held_out_errors
 
-WORKER = Path(__file__).parent / "parallel_worker.py"
+SIZES = {"wan": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=3, text_dim=8, text_len=4,
+                          freq_dim=16),
+         "i2v": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=2, text_dim=8, text_len=4,
+                          freq_dim=16, model_type="i2v", in_dim=36, image_dim=6, image_len=5),
+         "hunyuan": HunyuanConfig(dim=24, ffn_dim=96, num_heads=4, num_double=2, num_single=2,
+                                  text_dim=8, text_len=6, pooled_dim=4, rope_dims=(2, 2, 2),
+                                  freq_dim=16)}
+KEY = [0, 2, 4, 6]
+# What is distilled, by the number of processes: settings of distill.py, and `lively` for heads
+# whose last layer is not zero. The processes of one number do their cases one after the other.
+CASES: dict[int, dict[str, dict[str, int]]] = {
+    1: {"alone": {"micro_batch": 4}, "micro-batches": {"micro_batch": 1},
+        "other data": {"micro_batch": 4, "seed": 1}, "lora": {"micro_batch": 4, "lora": 3},
+        "offload": {"micro_batch": 4, "offload": 1}, "lively": {"micro_batch": 4, "lively": 1}},
+    2: {"replicas": {"micro_batch": 2}, "sp": {"sp": 2, "micro_batch": 1},
+        "lora": {"sp": 2, "micro_batch": 4, "lora": 3},
+        "offload": {"micro_batch": 2, "offload": 1},
+        "lively": {"sp": 2, "micro_batch": 4, "lively": 1}},
+    4: {"sp": {"sp": 4, "micro_batch": 4}, "sp and replicas": {"sp": 2, "micro_batch": 2}}}
 # Without query and key norms, the keys' bias shifts all logits of a query by the same amount: its
 # gradient is rounding error, which Adam turns into full steps.
 WITHOUT_EFFECT = ("txt_in.individual_token_refiner.blocks.0.self_attn_qkv.bias",
                   "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.bias")
 
 
-def distilled(folder: Path, ranks: int, families: str = "wan,hunyuan,i2v",
-              **settings: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Parameters and figures by family, after three iterations on `ranks` processes."""
-    folder.mkdir()
-    overrides = [f"{name}={value}" for name, value in settings.items()]
-    done = run_script(WORKER, families, folder, *overrides, ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {family: load_file(folder / family) for family in families.split(",")}
+class FakeSynVid:
+    """Random trajectories in memory; 3 × 2 × 3 tokens and texts of 1 to 4 divide by nothing."""
+    manifest = {"shape": [16, 3, 4, 6]}
+
+    def __init__(self, family: str):
+        self.t_key, self.family = key_times(SIZES[family].family, 6, 5.0, KEY)[::-1], family
+
+    def __len__(self):
+        return 12
+
+    def read(self, i, ks):
+        g = generator("fake", i)
+        x = torch.randn(4, *self.manifest["shape"], generator=g)
+        cond = {"text": torch.randn(1 + i % 4, 8, generator=g)}
+        if self.family == "i2v":
+            cond |= {"image": torch.randn(5, 6, generator=g),
+                     "frames": torch.randn(20, *self.manifest["shape"][1:], generator=g)}
+        if self.family == "hunyuan":
+            cond |= {"pooled": torch.randn(4, generator=g), "guidance": torch.tensor(6.016)}
+        return x[ks], cond, f"prompt {i}"
+
+
+def distill_cases(ranks: Ranks, folder: Path) -> None:
+    """One of the processes: all cases of their number, with every family."""
+    for case, settings in CASES[ranks.world].items():
+        for family in SIZES if "lively" not in settings else ("wan", "hunyuan"):
+            distill_case(family, folder / case / family, **settings)
+
+
+def distill_case(family: str, out: Path, lively: int = 0, **settings: int) -> None:
+    """Three iterations of Algorithm 1 on random data; rank 0 writes the student's parameters, the
+    heads' and the figures to `out`."""
+    model.PRESETS["small"] = SIZES[family]
+    dit = model.build_dit("small")
+    draw = generator("teacher", family)
+    with torch.no_grad():
+        for name, p in dit.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * p.shape[-1] ** -0.5)
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1)
+    cfg = distill.Config(family=SIZES[family].family, preset="small", run=f"{out}.run", n=6,
+                         key=KEY, shift=5.0, batch=4, iterations=3, held_out=2, lr=1e-3,
+                         lr_heads=1e-2, clip=1.0, head_dim=8, lambda_adv=1.0, **settings)
+    ranks = setup_distributed("cpu", cfg.sp, SIZES[family].num_heads)
+    distill.check_config(cfg, ranks.dp_size)
+    cfg.weights = f"{out}.teacher{ranks.rank}.safetensors"
+    save_tensors(Path(cfg.weights), dit.state_dict(), {})
+    loader = loading.Loader(cfg, FakeSynVid(family), ranks)
+    state = distill.build(cfg, loader.data.t_key, ranks)
+    for k, head in enumerate(state.heads if lively else ()):
+        torch.nn.init.normal_(head[-1].weight, generator=generator("head", k))
+    lines = [log.gather() for _, _, log in distill.algorithm_1(cfg, state, loader)]
+    errors = held_out_errors(cfg, state.student, loader, ranks)
+    tensors = {name: p.detach().full_tensor() for name, p in state.student.named_parameters()}
+    if ranks.rank == 0:
+        heads = {f"heads.{name}": p for name, p in state.heads.state_dict().items()}
+        figures = torch.tensor([line[name] for line in lines for name in
+                                ("loss_traj", "loss_adv", "loss_head", "grad_sum", "grad_adv",
+                                 "grad_head")]
+                               + [errors["endpoint"], *errors["velocity"]])
+        save_tensors(out, {**tensors, **heads, "figures": figures}, {})
+    dist.barrier()
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The result of one process with the batch in one forward, by family."""
-    return distilled(tmp_path_factory.mktemp("alone") / "out", 1, micro_batch=4)
+def distilled(tmp_path_factory) -> Callable[[int, str], dict[str, dict[str, torch.Tensor]]]:
+    """distilled(number of processes, case): parameters and figures by family."""
+    @functools.cache
+    def run(world: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"ranks{world}")
+        in_processes(world, distill_cases, folder)
+        return folder
+
+    def read(world: int, case: str) -> dict[str, dict[str, torch.Tensor]]:
+        return {family: load_file(run(world) / case / family) for family in SIZES
+                if (run(world) / case / family).exists()}
+    return read
 
 
-@pytest.mark.parametrize("ranks,settings", [
-    (1, {"micro_batch": 1}), (2, {"micro_batch": 2}), (2, {"sp": 2}), (4, {"sp": 4}),
-    (4, {"sp": 2, "micro_batch": 2})], ids=str)
-def test_any_split_of_the_work_gives_the_parameters_of_one_process(alone, ranks, settings,
-                                                                  tmp_path):
-    for family, got in distilled(tmp_path / "out", ranks, **settings).items():
-        assert_same(got, alone[family])
-    assert any("k_img" in name for name in alone["i2v"])
+@pytest.mark.parametrize("world,case", [(1, "micro-batches"), (2, "replicas"), (2, "sp"), (4, "sp"),
+                                        (4, "sp and replicas")])
+def test_any_split_of_the_work_gives_the_parameters_of_one_process(distilled, world, case):
+    alone, got = distilled(1, "alone"), distilled(world, case)
+    assert got.keys() == SIZES.keys() and any("k_img" in name for name in alone["i2v"])
+    for family in SIZES:
+        assert_same(got[family], alone[family])
 
 
-def test_ranks_that_share_tokens_have_the_gradient_of_l_adv_that_one_has(tmp_path):
+def test_ranks_that_share_tokens_have_the_gradient_of_l_adv_that_one_has(distilled):
     """Heads start at zero, and L_adv has no gradient before their first update: here they do not.
     The parameters differ by less than a tenth of a step: Adam takes full steps even for gradients
     close to zero, such as that of a bias before a norm of its channel."""
-    one, two = (distilled(tmp_path / str(ranks), ranks, "wan,hunyuan", lively=1, sp=ranks,
-                          micro_batch=1) for ranks in (1, 2))
-    for family, got in two.items():
-        want = one[family]
+    for family in ("wan", "hunyuan"):
+        want, got = distilled(1, "lively")[family], distilled(2, "lively")[family]
         for parameters in (got, want):
             for name in [n for n in parameters if re.fullmatch(r"heads\.\d\.2\.bias", n)]:
                 del parameters[name]
@@ -69,26 +156,26 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor],
     assert apart[worst] < bound and figures < 1e-5
 
 
-def test_the_three_iterations_move_every_kind_of_parameter(alone, tmp_path):
-    others = distilled(tmp_path / "out", 1, micro_batch=4, seed=1)  # other data, same start
-    for family, want in alone.items():
-        still = [name for name in want if torch.equal(want[name], others[family][name])
+def test_the_three_iterations_move_every_kind_of_parameter(distilled):
+    for family, want in distilled(1, "alone").items():
+        other = distilled(1, "other data")[family]  # from the same start
+        still = [name for name in want if torch.equal(want[name], other[name])
                  and not name.startswith("heads")]
         assert not still, family
 
 
-def test_two_ranks_that_share_tokens_train_the_lora_of_one_process(tmp_path):
-    alone = distilled(tmp_path / "one", 1, micro_batch=4, lora=3)
-    for family, got in distilled(tmp_path / "two", 2, sp=2, lora=3).items():
+def test_two_ranks_that_share_tokens_train_the_lora_of_one_process(distilled):
+    for family in SIZES:
+        got = distilled(2, "lora")[family]
         assert any("lora_A" in name for name in got)
-        assert_same(got, alone[family])
+        assert_same(got, distilled(1, "lora")[family])
 
 
-def test_moments_in_host_memory_change_no_bit(alone, tmp_path):
-    for family, got in distilled(tmp_path / "one", 1, micro_batch=4, offload=1).items():
-        assert all(torch.equal(got[name], alone[family][name]) for name in got)
-    for family, got in distilled(tmp_path / "two", 2, micro_batch=2, offload=1).items():
-        assert_same(got, alone[family])
+def test_moments_in_host_memory_change_no_bit(distilled):
+    for family, want in distilled(1, "alone").items():
+        got = distilled(1, "offload")[family]
+        assert all(torch.equal(got[name], want[name]) for name in got)
+        assert_same(distilled(2, "offload")[family], want)
 
 
 @pytest.mark.parametrize("sp", [0, 3, 5])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from common.prompts import Prompt, read_prompts
 
@@ -93,6 +94,8 @@ def test_prompts_keep_what_their_form_can_hold(tmp_path):
     ("a.txt", "[" * 100_000, "got JSON"),
     # other files
     ("a.yaml", "prompts:\n- a dog", "expected prompts as .txt, .* got a .yaml file"),
+    ("a.txt", " \n\n", "got an empty prompt file"),
+    ("a.txt", b"good\ncaf\xe9 noir\n", "line 2 is not UTF-8: save"),
     ("a.txt", "a dog\nb".encode("utf-16"), "line 1 is not UTF-8"),
     ("a.txt", "a dog\nb".encode("utf-16-le"), "line 1 is not UTF-8 text"),
     ("a.csv", b"prompt\n\xe9", "line 2 is not UTF-8: save")])
@@ -120,7 +123,18 @@ def test_images_are_relative_to_the_file_in_every_form(tmp_path, monkeypatch, na
     ("a.csv", "prompt,image\na,b.png\n", "a.csv: line 2: .*b.png: no such image"),
     ("a.json", '[{"prompt": "a", "image": "b.png"}]', "a.json: entry 1: .*b.png: no such image"),
     ("a.csv", "prompt,image\na,\n", 'line 2 has no "image"; the preset'),
+    ("a.jsonl", '{"prompt": "a", "image": "good.png"}\n\n{"prompt": "a"}',
+     'line 3 has no "image"; the preset\'s model starts from one'),
+    ("a.jsonl", '{"prompt": "a", "image": "good.png"}\n\n{"prompt": "a", "image": "bad.png"}',
+     "line 3: .*bad.png cannot be read as an image"),
     ("a.txt", "a dog", 'line 1 has no "image"; .* starts from one: give lines {"prompt"')])
-def test_a_missing_image_is_reported_with_its_place(tmp_path, name, content, message):
+def test_a_missing_or_broken_image_is_reported_with_its_place(tmp_path, name, content, message):
+    Image.new("RGB", (16, 16)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
     with pytest.raises(ValueError, match=message):
         read_prompts(write(tmp_path, name, content), images=True)
+
+
+def test_a_missing_prompt_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="prompts.txt: no such prompt file"):
+        read_prompts(tmp_path / "prompts.txt")

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from processes import PATIENCE, in_processes, run_script, script_command, start_script
+from processes import PATIENCE, in_processes, run_script, start_script
 from safetensors.torch import load_file, save_file
 
 import distill
@@ -23,12 +23,10 @@ from common.files import ROOT
 from common.prompts import Prompt, digest_texts
 from common.ranks import AgreedError, raise_together
 from common.weights import safetensors_metadata
-from training import data as loading
 
 DIFFERING = Path(__file__).parent / "differing_stage.py"
 QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 100,
-         "eval_every": 3, "lr": 1e-3, "head_dim": 8,
-         "export_dtype": "fp32"}
+         "eval_every": 6, "lr": 1e-3, "head_dim": 8, "export_dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -138,56 +136,9 @@ def test_an_error_of_some_ranks_is_raised_on_all_and_printed_once(tmp_path):
     assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["", "rank 1 is ill", ""]
 
 
-def damage(path: Path) -> bytes:
-    """Flip a bit near the end of a file; returns its former content."""
-    data = path.read_bytes()
-    path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
-    return data
-
-
-@pytest.mark.parametrize("where, ranks", [("trained on", 2), ("held out", 1)])
-def test_a_damaged_trajectory_loses_nothing_and_the_rerun_after_repair_gives_the_same_bits(
-        where, ranks, finished, run_stage, tmp_path):
-    folder, config = finished
-    run = tmp_path / "run"
-    shutil.copytree(folder / "run/synvid", run / "synvid")
-    args = (config, f"run={run}")
-    if where == "held out":  # the last ones; after the teacher's figures were taken
-        victim = trajectory_path(run / "synvid", 9)
-        args += ("eval_every=2",)
-    else:  # the one in slot 3 of iteration 4
-        epoch, position = divmod(4 * 4 + 3, 8)
-        victim = trajectory_path(run / "synvid", loading.epoch_order(0, epoch, 8)[position])
-    command = script_command(ROOT / "distill.py", *args, "iterations=40", ranks=ranks)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = run / "distill/log.jsonl"
-    while not (log.exists() and log.read_text()):
-        time.sleep(0.01)
-        assert process.poll() is None, process.communicate()
-    data = damage(victim)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and err.count("error: ") == 1, err
-    assert f"{victim}: cannot be used" in err
-    lines = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    saved = [p.name for p in (run / "distill").glob("step_*")]
-    assert lines == list(range(1, len(lines) + 1)) and saved == [f"step_{lines[-1]:06d}"]
-    assert not list((run / "distill").glob(".owner*-*"))
-    victim.write_bytes(data)
-    again = run_stage("distill", *args, f"iterations={max(6, lines[-1] + 1)}", ranks=ranks)
-    assert f"step_{lines[-1]:06d}" in again.stdout
-    reference = tmp_path / "reference"
-    shutil.copytree(folder / "run/synvid", reference / "synvid")
-    run_stage("distill", args[0], f"run={reference}", *args[2:],
-              f"iterations={max(6, lines[-1] + 1)}", ranks=ranks)
-    ours, theirs = (load_file(p / "student.safetensors") for p in (run, reference))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(
-        range(1, max(6, lines[-1] + 1) + 1))
-
-
 @pytest.mark.parametrize("place,failures", [
-    (".step_000006.part", 1), ("student.safetensors", 1),
-    (".step_000006.part", 2), ("student.safetensors", 2)])
+    (".step_000002.part", 1), ("student.safetensors", 1),
+    (".step_000002.part", 2), ("student.safetensors", 2)])
 def test_the_last_checkpoint_and_the_export_get_a_second_try(place, failures, finished, tmp_path,
                                                              monkeypatch, capsys):
     folder, config = finished
@@ -203,7 +154,7 @@ def test_the_last_checkpoint_and_the_export_get_a_second_try(place, failures, fi
     monkeypatch.setattr(weights.os, "fsync", fsync)
     monkeypatch.setattr(distill, "catch_signals", list)
     try:
-        distill.main([str(config), f"run={run}"])
+        distill.main([str(config), f"run={run}", "iterations=2"])
         error = None
     except ValueError as e:
         error = str(e)
@@ -213,7 +164,7 @@ def test_the_last_checkpoint_and_the_export_get_a_second_try(place, failures, fi
     assert (error is None) == (failures == 1) == (run / "student.safetensors").exists()
     if error is not None:
         assert "cannot be written" in error and place.partition(".part")[0].strip(".") in error
-    assert (run / "distill/log.jsonl").read_text().count("\n") == 6
+    assert (run / "distill/log.jsonl").read_text().count("\n") == 2
     assert not list(run.rglob(".owner.*"))
 
 
@@ -295,10 +246,8 @@ def test_a_rank_whose_launcher_was_killed_ends_although_it_waits_for_others(mome
     worker = int(launcher.stdout.readline())
     while not moment(worker):
         time.sleep(0.02)
-    stat = Path(f"/proc/{worker}/stat")
+    end = os.pidfd_open(worker)
     launcher.kill()
     launcher.wait()
-    deadline = time.monotonic() + PATIENCE
-    while stat.exists() and " Z " not in stat.read_text():
-        time.sleep(0.1)
-        assert time.monotonic() < deadline, "the worker is still running"
+    assert wait([end], PATIENCE), "the worker is still running"
+    os.close(end)

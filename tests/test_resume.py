@@ -1,4 +1,4 @@
-"""A run of several ranks that loses one of them, or resumes on another number of ranks."""
+"""A run of several ranks that loses one of them or a file, or resumes on other ranks."""
 
 import json
 import os
@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import run_script, script_command
+from processes import PATIENCE, run_script, script_command
 from safetensors.torch import load_file
 
+from artifacts.trajectories import trajectory_path
 from common.files import ROOT
+from training import data as loading
 
 KILLED = Path(__file__).parent / "killed_stage.py"
 QUICK = {"iterations": 6, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 2,
-         "eval_every": 3, "lr": 1e-3, "head_dim": 8, "keep": 2,
-         "export_dtype": "fp32"}
+         "eval_every": 3, "lr": 1e-3, "head_dim": 8, "keep": 2, "export_dtype": "fp32"}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,8 @@ def test_torchrun_restarts_a_run_and_names_the_rank_that_was_killed_again(undist
     run, mark = begun(folder, tmp_path / "run"), tmp_path / "mark"
     command = script_command(KILLED, mark, 1, "iteration", 3, 2, "distill", config, f"run={run}",
                              ranks=2, torchrun="--max-restarts=1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE,
+                          check=False)
     assert done.returncode == 1 and mark.read_text() == "xx", done.stderr
     assert "resuming from" in done.stdout
     # torchrun lists every rank that it had to stop; the root cause is the one that died by itself
@@ -104,7 +106,7 @@ def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undistur
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)  # SIGTERM is sent to one process in test_distill.py
-    out, _ = process.communicate(timeout=300)  # torchrun's own status is 1 after any signal
+    out, _ = process.communicate(timeout=PATIENCE)  # torchrun's own status is 1 after any signal
     saved, done = [p.name for p in (run / "distill").glob("step_*")], len(lines_of(run))
     assert saved == [f"step_{done:06d}"] and "rerun the same command to resume" in out
     run_stage("distill", config, f"run={run}", f"iterations={max(done + 1, 6)}", ranks=2)
@@ -148,3 +150,26 @@ def test_a_run_whose_synvid_has_grown_keeps_the_trajectories_it_began_with(
     assert_same_bits(run, folder / "full")
     ours, theirs = lines_of(run), lines_of(folder / "full")
     assert [line.get("endpoint") for line in ours] == [line.get("endpoint") for line in theirs]
+
+
+@pytest.mark.parametrize("victim", ["trained on", "held out"])
+def test_a_damaged_trajectory_loses_nothing_and_the_rerun_after_repair_gives_the_same_bits(
+        victim, undisturbed, killed, run_stage, tmp_path):
+    (folder, config), run = undisturbed, tmp_path / "run"
+    shutil.copytree(killed, run)  # after step 4, with the teacher's figures in the log
+    epoch, position = divmod(5 * 4 + 3, 8)  # what the last iteration, 5, reads last
+    index = 9 if victim == "held out" else loading.epoch_order(0, epoch, 8)[position]
+    path = trajectory_path(run / "synvid", index)
+    data = path.read_bytes()
+    path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+    failed = run_stage("distill", config, f"run={run}", "eval_every=5", "save_every=100", ranks=2,
+                       check=False)
+    assert failed.returncode == 1 and failed.stderr.count("error: ") == 1, failed.stderr
+    assert f"{path}: cannot be used" in failed.stderr
+    assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5]
+    assert max(p.name for p in (run / "distill").glob("step_*")) == "step_000005"
+    assert not list((run / "distill").glob(".owner*-*"))
+    path.write_bytes(data)
+    again = run_stage("distill", config, f"run={run}", ranks=2)
+    assert "step_000005" in again.stdout
+    assert_same_bits(run, folder / "full")

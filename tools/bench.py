@@ -38,7 +38,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import distill
 import synvid
-from artifacts.trajectories import initial_noise, write_trajectory
 from common.config import Shared, field, load_config
 from common.files import commit, error_summary, read_json, write_json
 from common.linear import linear
@@ -46,13 +45,12 @@ from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     prefer_attention, processor, setup_distributed)
 from common.video import write_video
-from frozen.vae import HunyuanVAE, WanVAE
 from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     time_grid)
 from tools.networks import (
-    VIDEO_SIZE, Run, diffusers_version, make_vae, peer_dits, peer_sizes, peer_vaes, random_dit,
-    random_encoders, random_network, random_states, small_vae, write_random_dit)
+    VIDEO_SIZE, Run, diffusers_version, is_small, make_vae, peer_dits, peer_sizes, peer_vaes,
+    random_dit, random_encoders, random_network, random_states, vae_shape, write_random_dit)
 from training.data import Batch, Latents, pinned
 from training.memory import gpu_bytes, memory_parts, shortage
 from training.monitor import step_flops
@@ -181,10 +179,10 @@ def count_flops(make: Callable[[], nn.Module], run: Callable[[nn.Module], object
     return float(counter.get_total_flops())
 
 
-def vae_flops(make: Callable[[], nn.Module], way: str, *size: int) -> float:
+def vae_flops(family: str, small: bool, way: str, *size: int) -> float:
     """Floating-point operations to encode or decode a video of frames × height × width."""
-    shape = latent_shape(*size) if way == "decode" else (3, *size)
-    return count_flops(make, lambda vae: getattr(vae, way)(torch.empty(1, *shape)))
+    return count_flops(partial(make_vae, family, small),
+                       lambda vae: getattr(vae, way)(torch.empty(vae_shape(way, *size))))
 
 
 # ------------------------------------------------------------------------- rows of the config
@@ -197,7 +195,6 @@ class Bench:
 
     def __init__(self, cfg: Config, ranks: Ranks, folder: Path):
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, ranks.device, folder
-        self.synvid: Any = settings_of(synvid.Config, "synvid", cfg)
         self.distill: Any = dataclasses.replace(
             settings_of(distill.Config, "distill", cfg), weights=str(folder / "dit.safetensors"),
             iterations=10 ** 6, sp=cfg.sp)
@@ -294,61 +291,45 @@ class Bench:
 
     def prompt_to_video(self, times: list[float], guided: bool) -> list[Run]:
         """Text encoders, Euler steps, VAE and video file, with all networks in memory."""
-        cfg, device, dit = self.cfg, self.device, random_dit(self.cfg, self.device,
-                                                             self.ranks.sp_ranks)
-        encoders = [(random_network(make, device), run) for _, make, run in random_encoders(cfg)]
+        cfg, dit = self.cfg, random_dit(self.cfg, self.device, self.ranks.sp_ranks)
+        encoders = [run for _, *encoder in random_encoders(cfg)
+                    for run in self.encode_prompt(*encoder)]
         vae, path = self.vae(), self.folder / f"video_{self.ranks.rank}.mp4"
 
         @torch.no_grad()
         def run() -> None:
-            cond = {name: c.to(device) for name, c in self.cond.items()}
-            for network, encode in encoders:
-                cond |= encode(network)
-            cond, x = collate([cond]), self.inputs()[0]
+            for encode in encoders:
+                encode()
+            x, _, cond = self.inputs()
             for latents in sample_euler(dit, x, times, cond, cond if guided else None,
                                         cfg.cfg_scale):
                 x = latents
             write_video(path, vae.decode(x)[0], cfg.fps)
         return [run]
 
-    def vae(self) -> WanVAE | HunyuanVAE:
+    def vae(self) -> nn.Module:
         """The config's VAE; a tiled one spreads its tiles over the ranks of a sample."""
-        vae = random_network(lambda: make_vae(self.cfg), self.device)
+        vae = random_network(partial(make_vae, self.cfg.family, is_small(self.cfg)), self.device)
         if vae.tiled:
             vae.group = self.ranks.sp_group
         return vae
 
-    def decode(self) -> list[Run]:
-        """Decode one sample's latents."""
-        vae, latents = self.vae(), self.inputs()[0]
-        return [torch.no_grad()(lambda: vae.decode(latents))]
-
-    def encode(self) -> list[Run]:
-        """Encode one video."""
-        vae, cfg = self.vae(), self.cfg
-        video = torch.zeros(1, 3, cfg.frames, cfg.height, cfg.width, device=self.device)
-        return [torch.no_grad()(lambda: vae.encode(video))]
+    def run_vae(self, way: str) -> list[Run]:
+        """Encode or decode one video."""
+        vae = self.vae()
+        x = torch.randn(vae_shape(way, self.cfg.frames, self.cfg.height, self.cfg.width))
+        x = x.to(self.device)
+        return [torch.no_grad()(lambda: getattr(vae, way)(x))]
 
     def encode_prompt(self, make: Callable[[], nn.Module], run: Callable) -> list[Run]:
         """Run one of the prompt's encoders."""
         network = random_network(make, self.device)
-        return [torch.no_grad()(lambda: run(network))]
-
-    def synvid_rest(self) -> list[Run]:
-        """Noise, Euler steps and files of a batch of trajectories, without the teacher."""
-        cfg, folder = self.synvid, self.folder / f"synvid_{self.ranks.rank}"
-        manifest = {"seed": cfg.seed, "dtype": cfg.dtype, "stored": list(cfg.key[1:])}
 
         @torch.no_grad()
-        def run() -> None:
-            noise = torch.stack([initial_noise(cfg.seed, i, "a prompt", self.shape)
-                                 for i in range(cfg.batch)]).to(self.device)
-            cond = collate([self.cond] * cfg.batch)
-            x = synvid.sample_trajectories(cfg, lambda x, t, cond: x, noise, manifest["stored"],
-                                           cond, cond)
-            for i in range(cfg.batch):
-                write_trajectory(folder, manifest, i, "a prompt", x[i], self.cond)
-        return [run]
+        def encode() -> None:
+            with self.device:
+                run(network)
+        return [encode]
 
 
 def settings_of(cls: type, stage: str, cfg: Config) -> Any:
@@ -360,13 +341,14 @@ def settings_of(cls: type, stage: str, cfg: Config) -> Any:
 
 def config_rows(b: Bench) -> Iterator[Row]:
     """The rows of a config, the most important first."""
-    cfg, tokens, batch, gpu = b.cfg, b.tokens, b.synvid.batch, b.device.type == "cuda"
+    cfg, tokens, gpu = b.cfg, b.tokens, b.device.type == "cuda"
+    batch = settings_of(synvid.Config, "synvid", cfg).batch
     flop, evaluations = b.flop / b.ranks.sp, 1 if cfg.cfg_scale == 1 else 2
     key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
-    decode, encode = (vae_flops(lambda: make_vae(cfg), way, cfg.frames, cfg.height, cfg.width)
-                      for way in ("decode", "encode"))
+    vae = {way: vae_flops(cfg.family, is_small(cfg), way, cfg.frames, cfg.height, cfg.width)
+           for way in ("decode", "encode")}
     text = {name: count_flops(make, run) for name, make, run in random_encoders(cfg)}
-    rest = decode + sum(text.values())
+    rest = vae["decode"] + sum(text.values())
     plan = sum(memory_parts(b.distill, b.shape, b.device, b.ranks.world, b.ranks.sp).values())
 
     yield Row("DiT forward", b.forward, flop, tokens)
@@ -374,8 +356,8 @@ def config_rows(b: Bench) -> Iterator[Row]:
               tokens * b.distill.micro_batch, plan, len(key) - 1, b.bytes / 5e8)
     yield Row(f"prompt to video, {len(key) - 1} steps", partial(b.prompt_to_video, key, False),
               flop * (len(key) - 1) + rest, tokens)
-    yield Row("VAE decode", b.decode, decode)
-    yield Row("VAE encode", b.encode, encode)
+    for way in vae:
+        yield Row(f"VAE {way}", partial(b.run_vae, way), vae[way])
     for name, make, run in random_encoders(cfg):
         yield Row(f"prompt: {name}", partial(b.encode_prompt, make, run), text[name])
     yield Row("DiT forward + backward", b.backward, 3 * flop, tokens)
@@ -383,7 +365,6 @@ def config_rows(b: Bench) -> Iterator[Row]:
     if batch > 1:
         yield Row(f"DiT forward, {batch} samples", partial(b.forward, batch=batch), flop * batch,
                   tokens * batch)
-    yield Row(f"synvid.py without the teacher's forwards, {batch} trajectories", b.synvid_rest)
     if gpu and cfg.family == "hunyuan":
         for lengths, new in ("at a new length of prompt each time", True), ("at one length", False):
             yield Row(f"attention of a layer, forward + backward, {lengths}",
@@ -431,8 +412,7 @@ def peer_rows() -> list[Row]:
         for way, frames in ("encode", 9), *(("decode", frames) for frames in (5, 9, 17, 33)):
             rows.append(Row(f"{family} VAE {way}, {frames} frames",
                             partial(peer_vaes, family, way, frames),
-                            vae_flops(partial(small_vae, family), way, frames, *VIDEO_SIZE),
-                            runs=5))
+                            vae_flops(family, True, way, frames, *VIDEO_SIZE), runs=5))
     return sorted(rows, key=lambda row: row.flop)
 
 
@@ -446,15 +426,13 @@ COLUMNS = {"row": "", "seconds": "seconds", "spread": "±", "tokens": "tokens", 
 
 def cell(found: dict, name: str) -> str:
     """A figure of a row as the table shows it."""
-    if name == "spread" and "range" in found:
-        low, high = found["range"]
-        return f"{(high - low) / 2 / found['seconds']:.0%}"
+    value = found.get(name, "")
     if name == "seconds" and "error" in found:
         return found["error"].replace("|", "/")
-    value = found.get(name, "")
+    if name == "spread" and "range" in found:
+        return f"{(found['range'][1] - found['range'][0]) / 2 / found['seconds']:.0%}"
     if name == "ratio" and value:
-        low, high = found["ratio_range"]
-        return f"{value:.3f} ({low:.2f} … {high:.2f})"
+        return "{:.3f} ({:.2f} … {:.2f})".format(value, *found["ratio_range"])
     if name.startswith("mfu") and value:
         return f"{value:.1%}"
     return f"{value:.3g}" if isinstance(value, float) else f"{value}"

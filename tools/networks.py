@@ -67,12 +67,17 @@ def is_small(cfg: Shared) -> bool:
     return sizes_of(cfg.preset).text_dim < 1024
 
 
-def make_vae(cfg: Shared) -> WanVAE | HunyuanVAE:
-    """The VAE of a config's family, in the released sizes or small."""
-    if cfg.family == "wan":
-        return WanVAE(**{"dim": 16, "num_res_blocks": 1} if is_small(cfg) else {})
-    return HunyuanVAE(**{"dims": (16, 32, 64, 64), "num_res_blocks": 1, "groups": 8}
-                      if is_small(cfg) else {})
+def make_vae(family: str, small: bool) -> WanVAE | HunyuanVAE:
+    """The VAE of a family, in the released sizes or small."""
+    if family == "wan":
+        return WanVAE(**{"dim": 16} if small else {})
+    return HunyuanVAE(**{"dims": (16, 32, 64, 64), "groups": 8} if small else {})
+
+
+def vae_shape(way: str, frames: int, height: int, width: int) -> tuple[int, ...]:
+    """Shape of what a VAE encodes or decodes, for one video."""
+    return 1, *(latent_shape(frames, height, width) if way == "decode" else
+                (3, frames, height, width))
 
 
 def random_states(cfg: Shared) -> dict[str, Tensor]:
@@ -92,43 +97,32 @@ def random_states(cfg: Shared) -> dict[str, Tensor]:
 
 def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module], Callable]]:
     """The encoders of a prompt of full length, as (name, make, run): make() builds a network, and
-    run(network) returns its part of the conditioning, a dict on the network's device."""
-    sizes, small = sizes_of(cfg.preset), {}
+    run(network) encodes a prompt or an image of zeros, made on torch's current device."""
+    sizes, small, attn, heads, pooled, tower = sizes_of(cfg.preset), {}, {}, {}, {}, {}
     if is_small(cfg):
         small = {"vocab_size": 256, "dim": sizes.text_dim, "dim_ffn": 64, "num_heads": 2,
                  "num_layers": 2}
+        attn, heads = {"dim_attn": sizes.text_dim}, {"num_kv_heads": 2}
+        pooled = {"dim": sizes.pooled_dim} if cfg.family == "hunyuan" else {}
+    if small and sizes.takes_image:
+        tower = {"dim": sizes.image_dim, "dim_ffn": 64, "num_layers": 2, "num_heads": 2,
+                 "size": 48, "patch": 48 // math.isqrt(sizes.image_len - 1)}
 
-    def tokens(length: int, network: nn.Module) -> Tensor:
-        ids = torch.randint(256, (1, length), generator=generator("ids", cfg.seed))
-        return ids.to(next(network.parameters()).device)
-
-    def run_t5(t5: nn.Module) -> dict:
-        ids = tokens(sizes.text_len, t5)
-        return {"text": t5(ids, torch.ones_like(ids)).float()[0]}
-
-    def run_vision(both: nn.ModuleDict) -> dict:
-        image = torch.zeros(3, cfg.height, cfg.width, device=next(both.parameters()).device)
-        return image_cond(image, both["vae"], both["clip"], cfg.frames, cfg.height, cfg.width)
-
-    def run_llama(llama: nn.Module) -> dict:
-        template = 95  # tokens before the prompt, which are cut off
-        return {"text": llama(tokens(sizes.text_len + template, llama))[:, template:].float()[0]}
-
-    def run_clip(clip: nn.Module) -> dict:
-        return {"pooled": clip(tokens(77, clip))[1].float()[0]}
+    def ids(length: int) -> Tensor:
+        return torch.zeros(1, length, dtype=torch.long)
 
     if cfg.family == "wan":
-        attn = {"dim_attn": sizes.text_dim} if small else {}
-        yield "umT5", lambda: UMT5Encoder(**small, **attn), run_t5
+        yield ("umT5", lambda: UMT5Encoder(**small, **attn),
+               lambda t5: t5(ids(sizes.text_len), ids(sizes.text_len) + 1))
         if sizes.takes_image:
-            tower = {"dim": sizes.image_dim, "dim_ffn": 64, "num_layers": 2, "num_heads": 2,
-                     "size": 48, "patch": 48 // math.isqrt(sizes.image_len - 1)}
-            yield "first frame", lambda: nn.ModuleDict({
-                "clip": CLIPVision(**tower if small else {}), "vae": make_vae(cfg)}), run_vision
-        return
-    yield "LLaMA", lambda: Llama(**small, **{"num_kv_heads": 2} if small else {}), run_llama
-    yield ("CLIP text", lambda: CLIPText(**{**small, "dim": sizes.pooled_dim} if small else {}),
-           run_clip)
+            yield ("first frame", lambda: nn.ModuleDict({
+                "clip": CLIPVision(**tower), "vae": make_vae("wan", bool(small))}),
+                lambda both: image_cond(torch.zeros(3, cfg.height, cfg.width), both["vae"],
+                                        both["clip"], cfg.frames, cfg.height, cfg.width))
+    else:
+        yield ("LLaMA", lambda: Llama(**small, **heads),
+               lambda llama: llama(ids(95 + sizes.text_len)))  # 95 tokens of the template
+        yield "CLIP text", lambda: CLIPText(**small | pooled), lambda clip: clip(ids(77))
 
 
 # ------------------------------------------------------------- small networks and diffusers' peers
@@ -181,23 +175,17 @@ def peer_dits(sizes: WanConfig | HunyuanConfig, batch: int, latents: tuple[int, 
             for net, call in calls]
 
 
-def small_vae(family: str) -> WanVAE | HunyuanVAE:
-    """A small VAE of a family."""
-    return WanVAE(dim=16) if family == "wan" else HunyuanVAE((16, 32, 64, 64), 16, 2, 8)
-
-
 def peer_vaes(family: str, way: str, frames: int) -> list[Run]:
     """Runs of our VAE and of diffusers' with the same weights that encode or decode noise."""
-    ours, draw = small_vae(family).eval(), generator("peer")
-    video = torch.rand(1, 3, frames, *VIDEO_SIZE, generator=draw) * 2 - 1
-    latents = torch.randn(1, *latent_shape(frames, *VIDEO_SIZE), generator=draw)
-    runs = [lambda: ours.encode(video) if way == "encode" else ours.decode(latents)]
+    ours = make_vae(family, small=True).eval()
+    x = torch.randn(vae_shape(way, frames, *VIDEO_SIZE), generator=generator("peer"))
+    runs = [lambda: getattr(ours, way)(x)]
     if diffusers_version():
         from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
         theirs = AutoencoderKLWan(base_dim=16) if family == "wan" else AutoencoderKLHunyuanVideo(
             block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=8)
         theirs.load_state_dict(official_names(ours.state_dict(), "vae", reverse=True))
         theirs.eval()
-        runs.append(lambda: theirs.encode(video).latent_dist.mode() if way == "encode"
-                    else theirs.decode(latents).sample)
+        runs.append(lambda: theirs.encode(x).latent_dist.mode() if way == "encode"
+                    else theirs.decode(x).sample)
     return [torch.no_grad()(run) for run in runs]

@@ -58,9 +58,9 @@ def run(tmp_path, monkeypatch, videos):
     def describe(clips: list[caption.Clip]) -> list[tuple[str, bool]]:
         texts = [f"grey {grey(frames)}" for frames, _ in clips]
         main.seen.extend(texts)
-        return [main.answers.get(text, (text, True)) for text in texts]
+        return [main.answers.pop(0) if main.answers else (text, True) for text in texts]
 
-    main.seen, main.answers, main.describe = [], {}, describe
+    main.seen, main.answers, main.describe = [], [], describe
     main.out, main.videos = tmp_path / "out/prompts.jsonl", tmp_path / "videos"
     shutil.copytree(videos, main.videos)
     (tmp_path / "model").mkdir()
@@ -87,13 +87,8 @@ def test_videos_and_captions_that_cannot_be_used_are_left_out_by_name(run, capfd
     (run.videos / "text.mp4").write_text("no video")
     (run.videos / "notes.txt").write_text("not asked for")
     write_grey(run.videos / "5.mp4", range(90, 95))
-    first = next(iter(run()))
-    assert first == "0.mp4" and len(run.seen) == 5
-    texts = run.seen.copy()
-    run.answers = dict(zip(texts, [("one\n\ntwo ", True), (" \n", True), ("I’m sorry, but", True),
-                                   ("half a", False), ("one two", True)], strict=True))
-    run.out = run.out.with_name("other.jsonl")
-    capfd.readouterr()
+    run.answers = [("one\n\ntwo ", True), (" \n", True), ("I’m sorry, but", True),
+                   ("half a", False), ("one two", True)]
     assert run() == {"0.mp4": "one two", "5.mp4": "one two"}
     out, err = capfd.readouterr()
     assert "2 prompts of 7 videos, 5 were left out; 1 prompts repeat" in out
@@ -181,14 +176,15 @@ def stand_in_torchvision() -> None:
     functional = modules["torchvision.transforms.v2.functional"]
     functional.InterpolationMode = mode
     functional.grayscale_to_rgb = lambda video: video
-    functional.resize = lambda video, size, **_: F.interpolate(video.float(), size, mode="area")
+    functional.resize = lambda video, size, **_: F.interpolate(
+        video.flatten(0, -4).float(), size, mode="area").unflatten(0, video.shape[:-3])
     functional.normalize = lambda video, mean, std, inplace=False: (
-        (video - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1))
+        (video - torch.as_tensor(mean).view(-1, 1, 1)) / torch.as_tensor(std).view(-1, 1, 1))
     sys.modules.update(modules)
 
 
 TEMPLATE = ("{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'video' %}VIDEO "
-            "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} <end>")
+            "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}")
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2}
 
@@ -261,8 +257,11 @@ def caption_by_both(ranks: Ranks, folder: Path) -> None:
     for make in (make_internvl, make_qwen):
         model, processor = make()
         randomise(model.eval(), make.__name__)
-        ends = [processor.tokenizer.eos_token_id, 3, 4, 5]  # random words end somewhere
-        model.generation_config.update(eos_token_id=ends, pad_token_id=1)
+        with torch.no_grad():  # far from each other, so that the video decides about the words
+            for p in model.parameters():
+                p.mul_(2 if p.ndim > 1 else 1)
+        model.generation_config.update(eos_token_id=2, pad_token_id=1,
+                                       no_repeat_ngram_size=1)  # so that each text ends
         path, out = folder / make.__name__, folder / f"{make.__name__}.jsonl"
         if ranks.rank == 0:
             model.save_pretrained(path)
@@ -274,7 +273,7 @@ def caption_by_both(ranks: Ranks, folder: Path) -> None:
                      for line in map(json.loads, out.read_text().splitlines())}
             assert texts == {video: expected_text(model, processor, folder / video)
                              for video in texts}
-            assert len(texts) == 5 and len(set(texts.values())) > 1, texts
+            assert len(texts) == 5 == len(set(texts.values())), texts
 
 
 def test_batches_and_ranks_caption_as_one_by_one_and_synvid_takes_the_prompts(tmp_path,

@@ -119,6 +119,7 @@ def test_a_resumed_run_repeats_no_caption(run):
     texts = run()
     assert len(run.seen) == 3 and list(texts.items()) == list(complete.items())
     assert run() == texts and not run.seen
+    assert run("--instruction=Rhyme") == texts and len(run.seen) == 4  # other settings: all again
 
 
 def test_the_first_frames_make_a_prompt_file_for_image_to_video(run):
@@ -134,9 +135,7 @@ def test_wrong_input_is_one_line(run, tmp_path, monkeypatch):
     Path("notes.jsonl").write_text('"a prompt of mine"\n')
     Path("empty").mkdir()
     for videos, option, message in (
-            (run.videos, "--frames=4", "was begun with frames 3, got 4"),
-            (run.videos, "--instruction=Rhyme", "was begun with instruction 'Describe"),
-            (run.videos, "--out=notes.jsonl", "notes.jsonl: exists, and is not of"),
+            (run.videos, "--out=notes.jsonl", "notes.jsonl: exists, and is not of this tool"),
             (run.videos, "--model=nowhere", "nowhere: no config.json there"),
             ("empty", "--batch=1", "empty: expected a video, or a folder with some"),
             ("nowhere.mp4", "--batch=1", "nowhere.mp4: expected a video")):

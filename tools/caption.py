@@ -7,7 +7,8 @@ In:  videos, and a folder with a model as transformers saves it: InternVL 2.5 or
      Qwen3-VL, or another one that takes videos (docs/captions.md).
 Out: prompts.jsonl, one {"prompt": …, "video": …} per line, for synvid.py; with --images also each
      video's first frame as "image". prompts.captions/ is the record, one file per rank: it also
-     has the videos and captions that were left out, with the reason.
+     has the videos and captions that were left out, with the reason. What it has of the same
+     model, instruction and options is not written again.
 """
 
 import common  # noqa: F401 (before torch, see common)
@@ -24,11 +25,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.files import append_log, crc32_of_json, error_summary, read_json, read_log
-from common.files import write_json, write_text
+from common.files import append_log, crc32_of_json, error_summary, read_log, write_text
 from common.names import fingerprint_files
-from common.ranks import Ranks, cli, compute_dtype, lock_run_folder, on_first_rank, print_line
-from common.ranks import progress_bar, setup_distributed
+from common.ranks import (
+    Ranks, cli, compute_dtype, lock_run_folder, on_first_rank, print_line, progress_bar,
+    setup_distributed)
 from common.video import frame_times, read_frames, write_image
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
@@ -119,28 +120,21 @@ def caption_error(text: str, complete: bool) -> str:
     return "" if complete else "the caption did not end within --max_tokens"
 
 
-# ------------------------------------------------------------------------- record and prompts
+# ------------------------------------------------------------------------ record and prompts
 
-def read_record(folder: Path, out: Path, settings: dict[str, Any]) -> dict[str, dict]:
-    """The last line of each video, by its path from the prompt file: "text", "error", "image".
+def read_record(folder: Path, settings: str) -> dict[str, dict]:
+    """The line of each video that was captioned with these settings (a checksum), by its path from
+    the prompt file: "text", "error", "image"."""
+    lines = [line for log in folder.glob("rank*.jsonl") for line in read_log(log)
+             if line.get("settings") == settings]
+    return {line["video"]: line for line in sorted(lines, key=lambda line: "text" in line)}
 
-    Raises ValueError if the record has other settings, or lacks an existing prompt file.
+
+def caption_videos(args: argparse.Namespace, todo: list[str], log: Path, settings: str,
+                   ranks: Ranks) -> dict[str, dict]:
+    """The lines of this rank's videos as in read_record; they are added to the log batch by batch.
     """
-    path = folder / "settings.json"
-    if not path.exists():
-        if out.exists():
-            raise ValueError(f"{out}: exists, and is not of {folder}: choose another --out")
-        write_json(path, settings)
-    before = read_json(path)
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise ValueError(f"{folder}: was begun with {name} {before.get(name)!r:.200}, got "
-                             f"{value!r:.200}: use the former, or choose another --out")
-    return {line["video"]: line for log in folder.glob("rank*.jsonl") for line in read_log(log)}
-
-
-def caption_videos(args: argparse.Namespace, todo: list[str], log: Path, ranks: Ranks) -> None:
-    """Add a line to the log for each of this rank's videos, batch by batch."""
+    record = {}
     describe = load_captioner(args, ranks.device) if todo else None
     bar = progress_bar(len(todo), "caption", ranks.rank, unit="video")
     with ThreadPoolExecutor(args.batch) as pool:
@@ -155,34 +149,33 @@ def caption_videos(args: argparse.Namespace, todo: list[str], log: Path, ranks: 
                 text = " ".join(text.replace("\0", " ").split())
                 lines.append({"video": video, "text": text, "error": caption_error(text, complete)})
                 if args.images and not lines[-1]["error"]:
-                    name = f"{Path(video).stem[:80]}_{crc32_of_json(video)}.png"
-                    write_image(args.images / name, torch.tensor(frames[0]).permute(2, 0, 1) / 127.5
-                                - 1)
-                    lines[-1]["image"] = os.path.relpath(args.images / name, args.out.parent)
+                    path = args.images / f"{Path(video).stem[:80]}_{crc32_of_json(video)}.png"
+                    write_image(path, torch.tensor(frames[0]).permute(2, 0, 1) / 127.5 - 1)
+                    lines[-1]["image"] = os.path.relpath(path, args.out.parent)
             for line in lines:
-                append_log(log, line)
+                append_log(log, {**line, "settings": settings})
+                record[line["video"]] = line
                 if line["error"]:
                     print_line(f"{line['video']}: left out: {line['error']}", error=True)
             bar.update(len(batch))
     bar.close()
+    return record
 
 
-def write_prompts(out: Path, videos: list[str], record: dict[str, dict]) -> None:
-    """Write the prompts of these videos and print how many there are.
+def write_prompts(out: Path, lines: list[dict]) -> None:
+    """Write the prompts among a record's lines, and print how many there are.
 
     Raises ValueError if there is none.
     """
-    lines = [{"prompt": line["text"], **{key: line[key] for key in ("video", "image")
-                                         if key in line}}
-             for line in map(record.get, videos) if not line["error"]]
-    if not lines:
-        raise ValueError(f"{out}: not one of {len(videos)} videos has a usable caption: try "
+    used = [line for line in lines if not line["error"]]
+    if not used:
+        raise ValueError(f"{out}: not one of {len(lines)} videos has a usable caption: try "
                          "another --instruction or --model")
-    write_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    words = sorted(len(line["prompt"].split()) for line in lines)
-    print(f"{out} has {len(lines)} prompts of {len(videos)} videos, {len(videos) - len(lines)} "
-          f"were left out; {len(lines) - len({line['prompt'] for line in lines})} prompts repeat "
-          f"another one; half of them have {words[len(words) // 2]} words or more")
+    prompts = [{"prompt": line["text"], "video": line["video"]}
+               | ({"image": line["image"]} if "image" in line else {}) for line in used]
+    write_text(out, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts))
+    print(f"{out} has {len(used)} prompts of {len(lines)} videos, {len(lines) - len(used)} were "
+          f"left out; {len(used) - len({line['text'] for line in used})} prompts repeat another")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -207,18 +200,22 @@ def main(argv: list[str] | None = None) -> None:
                                 "as transformers saves it")
     args.out, args.images = args.out.resolve(), args.images and args.images.resolve()
     folder = args.out.with_suffix(".captions")
+    if args.out.exists() and not folder.exists():
+        raise ValueError(f"{args.out}: exists, and is not of this tool: choose another --out")
     videos = [os.path.relpath(path, args.out.parent) for path in find_videos(args.videos)]
-    settings = {"model": fingerprint_files(args.model), "instruction": args.instruction,
-                "frames": args.frames, "max_tokens": args.max_tokens, "images": bool(args.images)}
-    ranks = setup_distributed(args.device, same={**settings, "videos": videos})
+    settings = crc32_of_json([fingerprint_files(args.model), args.instruction, args.frames,
+                              args.max_tokens, args.images and str(args.images)])
+    ranks = setup_distributed(args.device, same={"settings": settings, "videos": videos})
     with lock_run_folder(folder):
-        record = on_first_rank(lambda: read_record(folder, args.out, settings))
+        record = on_first_rank(lambda: read_record(folder, settings))
         todo = [video for video in videos if "text" not in record.get(video, {})]
-        caption_videos(args, todo[ranks.rank::ranks.world], folder / f"rank{ranks.rank:03d}.jsonl",
-                       ranks)
-        dist.barrier()
-        on_first_rank(lambda: write_prompts(args.out, videos,
-                                            read_record(folder, args.out, settings)))
+        parts: list = [None] * ranks.world
+        dist.all_gather_object(parts, caption_videos(
+            args, todo[ranks.rank::ranks.world], folder / f"rank{ranks.rank:03d}.jsonl", settings,
+            ranks))
+        for part in parts:
+            record |= part
+        on_first_rank(lambda: write_prompts(args.out, [record[video] for video in videos]))
 
 
 if __name__ == "__main__":

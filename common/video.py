@@ -8,6 +8,8 @@ import subprocess
 import tempfile
 import textwrap
 import unicodedata
+from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -42,23 +44,44 @@ def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(video.cpu().numpy())
 
 
-def read_frames(path: Path) -> np.ndarray:
-    """All frames of a video file, uint8 [T, H, W, 3]. Raises OSError with ffmpeg's first complaint.
+def run_ffmpeg(path: Path, *output: str) -> bytes:
+    """What ffmpeg writes of a video's frames. Raises OSError with ffmpeg's first complaint.
 
     Called directly, since imageio ignores ffmpeg's exit status: half a file would pass as a short
     video. A playlist can open no other file; no frame is dropped or repeated.
     """
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-protocol_whitelist",
                "file,pipe", "-err_detect", "explode", "-i", f"file:{path}", "-map", "0:v:0",
-               "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-"]
+               "-fps_mode", "passthrough", *output, "-"]
     done = subprocess.run(command, input=b"", capture_output=True, check=False)
     if done.returncode or not done.stdout:
         complaint = re.sub(r"\[[^]]*\] *", "", done.stderr.decode(errors="replace")).strip()
         raise OSError((complaint or "it contains no frame").splitlines()[0])
-    header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", done.stdout)  # before each frame's pixels
+    return done.stdout
+
+
+def read_frames(path: Path, indices: Iterable[int] | None = None) -> np.ndarray:
+    """Frames of a video file, uint8 [T, H, W, 3]: all, or those of increasing indices.
+
+    Raises OSError if it cannot be decoded to its end.
+    """
+    select = [] if indices is None else [
+        "-vf", f"select='{'+'.join(f'eq(n,{index})' for index in indices)}'"]
+    pixels = run_ffmpeg(path, *select, "-f", "image2pipe", "-c:v", "ppm")
+    header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", pixels)  # before each frame's pixels
     width, height = map(int, header.groups())
-    frames = np.frombuffer(done.stdout, np.uint8).reshape(-1, header.end() + 3 * height * width)
+    frames = np.frombuffer(pixels, np.uint8).reshape(-1, header.end() + 3 * height * width)
     return frames[:, header.end():].reshape(-1, height, width, 3).copy()
+
+
+def frame_times(path: Path) -> list[float]:
+    """The time of each frame of a video file in seconds. Raises OSError as read_frames."""
+    lines = run_ffmpeg(path, "-f", "framecrc").decode().splitlines()
+    unit = next(Fraction(line.split()[-1]) for line in lines if line.startswith("#tb"))
+    times = [float(int(line.split(",")[2]) * unit) for line in lines if not line.startswith("#")]
+    if not times:
+        raise OSError("it contains no frame")
+    return times
 
 
 def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,

@@ -30,7 +30,7 @@ from common.weights import open_safetensors, safetensors_metadata
 from evaluation.measures import distances
 from evaluation.statistics import mean_and_error
 from evaluation.page import markdown_table, plus_minus
-from model import check_model, time_grid
+from model import check_model, sizes_of, time_grid
 from small_world.clips import SIZE
 from tools import tables
 from tools.baselines import keep_clips
@@ -172,7 +172,8 @@ def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, traject
     trajectories."""
     if name == "fig5":
         if prompts is not None and not (trajectories / "manifest.json").exists():
-            return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts)])
+            images = sizes_of(cfg.preset).takes_image
+            return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts, images)])
         return tables.fig5(plan, [stored_prompt(path)
                                   for path in sorted(trajectories.glob("*/*.safetensors"))])
     if name == "fig6":

@@ -46,7 +46,7 @@ Clip = tuple[np.ndarray, dict[str, Any]]  # frames uint8 [T, H, W, 3], transform
 
 def find_videos(paths: list[Path]) -> list[Path]:
     """The videos given, and those in folders and below, in order, each once."""
-    found = {path: sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = {path: sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
              if path.is_dir() else [path] * path.exists() for path in paths}
     if empty := [path for path, videos in found.items() if not videos]:
         raise FileNotFoundError(f"{empty[0]}: expected a video, or a folder with some "
@@ -94,7 +94,7 @@ def load_captioner(args: argparse.Namespace,
         remedy = ("pip install transformers torchvision, of versions that fit torch" if missing
                   else "give a model that docs/captions.md lists")
         raise ValueError(f"{args.model}: cannot be loaded ({error_summary(e)}): {remedy}") from e
-    processor.tokenizer.padding_side = "left"
+    processor.tokenizer.padding_side = "left"  # a caption continues the end of its request
     ends = torch.tensor(model.generation_config.eos_token_id, device=device)
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ def read_record(folder: Path, settings: str) -> dict[str, dict]:
     """The line of each video that was captioned with these settings (a checksum), by its path from
     the prompt file: "text", "error", "image"."""
     lines = [line for log in folder.glob("rank*.jsonl") for line in read_log(log)
-             if line.get("settings") == settings]
+             if line.get("settings") == settings]  # a text replaces an older error of reading
     return {line["video"]: line for line in sorted(lines, key=lambda line: "text" in line)}
 
 

@@ -224,7 +224,8 @@ class Tokenizer:
 
     def __init__(self, path: str | Path | bytes, max_len: int = 512):
         if isinstance(path, bytes):
-            self.file, source = Path("spiece_model in the text encoder's file"), {"model_proto": path}
+            self.file = Path("spiece_model in the text encoder's file")
+            source = {"model_proto": path}
         else:
             files = [path, *(Path(path) / name for name in ("tokenizer.json", "spiece.model"))]
             self.file = next((file for file in map(Path, files) if file.is_file()), None)

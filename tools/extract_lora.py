@@ -22,13 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts.lora import lora_form, lora_names
-from artifacts.student import facts_in, open_student, student_facts
+from artifacts.student import (
+    CHECKSUM, facts_in, open_student, stream_safetensors, student_facts)
 from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import cli, generator, pick_device
 from common.video import draw_panels
-from common.weights import CHECKSUM, LazyTensor, describe_model, stream_safetensors
+from common.weights import LazyTensor, describe_model
 from model import check_model
 
 

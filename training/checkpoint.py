@@ -23,13 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from artifacts.student import stream_safetensors
 from common.config import saved_settings
 from common.files import (
     WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
     replace_folder, shape_error, write_json)
 from common.ranks import (
     AgreedError, Ranks, local_rows, on_first_rank, print_line, raise_together)
-from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
+from common.weights import LazyTensor, open_safetensors, safetensors_metadata
 
 # ------------------------------------------------------------------------------------ saving
 

@@ -184,7 +184,7 @@ def rows_by_layer(rows: list[dict]) -> dict[str, list[dict]]:
     return layers
 
 
-def report(cfg: Config, rows: list[dict], out: Path) -> None:
+def write_energy(cfg: Config, rows: list[dict], out: Path) -> None:
     """Write the table as Markdown and JSON, and its plot; print the sums."""
     sums = {"all": energy_kept(rows),
             "matrices": energy_kept([row for row in rows if row["form"] == "matrix"])}
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(cfg.out or Path(cfg.run) / f"student_lora_rank{cfg.rank}.safetensors")
     check_out(out)
     announce(cfg, "lora")
-    report(cfg, extract(cfg, path, out), out)
+    write_energy(cfg, extract(cfg, path, out), out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from artifacts.student import stream_safetensors
-from common.config import saved_settings
+from common.config import load_yaml
 from common.files import (
     WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
     replace_folder, shape_error, write_json)
@@ -377,7 +377,9 @@ def check_begun(folder: Path, meta: dict) -> None:
     """As check_same_run, for a run that logged iterations and has no checkpoint yet."""
     path = folder / "config.yaml"
     if path.exists() and read_log(folder / "log.jsonl", "step"):
-        begun = {**meta["config"], **saved_settings(path)}
+        begun = dict(meta["config"])
+        with contextlib.suppress(OSError, ValueError, TypeError):  # a copy, which may be damaged
+            begun.update(load_yaml(path))
         check_same_run(folder, {**meta, "config": begun}, meta)
 
 

@@ -514,8 +514,8 @@ def analyse(cfg: Config) -> dict:
     seeds, data = zip(*(run_seed(cfg, seed) for seed in range(cfg.seeds)), strict=True)
     mean = summarise(seeds)
     return {"format": 1, "config": json.loads(json.dumps(asdict(cfg))), "seeds": seeds,
-            "summary": mean, "claims": check_claims(cfg, seeds), "caption": figure_caption(cfg, mean),
-            "drawn": data[0]}
+            "summary": mean, "claims": check_claims(cfg, seeds),
+            "caption": figure_caption(cfg, mean), "drawn": data[0]}
 
 
 # ---------------------------------------------------------------- the figure, from the JSON alone

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.ranks import gather_values
+
 # ------------------------------------------------------------------------------------ shared parts
 
 def check_video(video: Tensor, time: int, space: int) -> None:
@@ -475,8 +477,7 @@ class HunyuanVAE(nn.Module):
         rank, size = self.group.rank(), self.group.size()
         while batch := list(itertools.islice(tiles, size)):
             local = net(batch[rank]).float().contiguous() if rank < len(batch) else None
-            shapes: list = [None] * size
-            dist.all_gather_object(shapes, None if local is None else local.shape, group=self.group)
+            shapes = gather_values(None if local is None else local.shape, self.group)
             for owner, shape in enumerate(shapes[:len(batch)]):
                 y = local if owner == rank else torch.empty(shape, device=batch[0].device)
                 dist.broadcast(y, group=self.group, group_src=owner)

@@ -4,6 +4,7 @@ import html
 import itertools
 import re
 import string
+import subprocess
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.config import Shared
-from common.files import ROOT, commit, replace_file, write_json, write_text
+from common.files import ROOT, replace_file, write_json, write_text
 from common.video import write_video
 from evaluation.measures import Samples, endpoint_error
 from evaluation.sheets import (
@@ -34,6 +35,16 @@ ALL_TITLES = COLUMN_TITLES | {"floor": "floor, 1 = teacher's", "first": "first f
     name: f"oracle: {name}" for name in ORACLE}
 EXAMPLE_QUANTILES = (0.5, 0.8, 0.9, 0.95, 1.0)  # of teacher@m's endpoint error
 LOOP_SECONDS = 4  # an mp4 lasts at least this long: players stop at its end
+
+
+def commit() -> str | None:
+    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
+                              capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 # ------------------------------------------------------------------------------------ the table

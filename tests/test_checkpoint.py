@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from artifacts.student import check_data
+from artifacts.student import CHECKSUM, check_data, stream_safetensors
 from common.files import crc32_of_file, crc32_of_json, write_json
 from common.ranks import Ranks, shard
-from common.weights import CHECKSUM, LazyTensor, safetensors_metadata, stream_safetensors
+from common.weights import LazyTensor, safetensors_metadata
 from model import WanConfig, build_dit
 from training import checkpoint
 from training.checkpoint import Saver, check_disk, latest_checkpoint, load_checkpoint

@@ -39,12 +39,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import distill
 import synvid
 from common.config import Shared, field, load_config
-from common.files import commit, error_summary, read_json, write_json
+from common.files import error_summary, read_json, write_json
 from common.linear import linear
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     prefer_attention, processor, setup_distributed)
 from common.video import write_video
+from evaluation.page import commit
 from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     time_grid)

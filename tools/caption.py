@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from common.names import fingerprint_files
 from common.ranks import (
     Ranks, cli, compute_dtype, lock_run_folder, on_first_rank, print_line, progress_bar,
     setup_distributed)
-from common.video import frame_times, read_frames, write_image
+from common.video import read_frames, run_ffmpeg, write_image
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 INSTRUCTION = """Describe this video in one paragraph of 100 to 150 words, from which it could be \
@@ -52,6 +53,16 @@ def find_videos(paths: list[Path]) -> list[Path]:
         raise FileNotFoundError(f"{empty[0]}: expected a video, or a folder with some "
                                 f"({', '.join(SUFFIXES)}), got none: correct the path")
     return list(dict.fromkeys(path.resolve() for videos in found.values() for path in videos))
+
+
+def frame_times(path: Path) -> list[float]:
+    """The time of each frame of a video file in seconds. Raises OSError as read_frames."""
+    lines = run_ffmpeg(path, "-f", "framecrc").decode().splitlines()
+    unit = next(Fraction(line.split()[-1]) for line in lines if line.startswith("#tb"))
+    times = [float(int(line.split(",")[2]) * unit) for line in lines if not line.startswith("#")]
+    if not times:
+        raise OSError("it contains no frame")
+    return times
 
 
 def read_clip(path: Path, count: int) -> Clip | OSError:

@@ -11,11 +11,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from artifacts.student import transformer_config
+from artifacts.student import stream_safetensors, transformer_config
 from common.config import Shared
 from common.names import official_names
 from common.ranks import Ranks, compute_dtype, generator, local_rows
-from common.weights import LazyTensor, stream_safetensors
+from common.weights import LazyTensor
 from frozen.image import CLIPVision, image_cond
 from frozen.text import CLIPText, Llama, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE

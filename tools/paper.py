@@ -23,13 +23,13 @@ import distill
 import evaluate
 import synvid
 from common.config import Shared, field, load_config, read_yaml
-from common.files import commit, lock_folder, parse_json
+from common.files import lock_folder, parse_json
 from common.prompts import read_prompts
 from common.ranks import cli, device_name, pick_device
 from common.weights import open_safetensors, safetensors_metadata
 from evaluation.measures import distances
 from evaluation.statistics import mean_and_error
-from evaluation.page import markdown_table, plus_minus
+from evaluation.page import commit, markdown_table, plus_minus
 from model import check_model, sizes_of, time_grid
 from small_world.clips import SIZE
 from tools import tables

@@ -167,7 +167,8 @@ def picture_sheet(path: str | Path, rows: list[tuple[str, list[tuple[np.ndarray,
     figure = Figure(size, dpi=140, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for heading, axes in zip(headings, grid[0], strict=False):
-        axes.set_title(textwrap.fill(heading, 34), fontsize=13, weight="bold", parse_math=False)
+        heading = textwrap.fill(heading, round(7 * inches))  # narrower than its column
+        axes.set_title(heading, fontsize=13, weight="bold", parse_math=False)
     for (label, cells), line in zip(rows, grid, strict=True):
         wrapped = [textwrap.fill(part, 26, max_lines=6) for part in drawable(label).split("\n")]
         line[0].set_ylabel("\n".join(wrapped), rotation=0, ha="right", va="center", fontsize=10,

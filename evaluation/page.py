@@ -211,11 +211,15 @@ def write_ladder(out: Path, examples: list[Example], labels: list[str], title: s
 # ------------------------------------------------------------------------------------- the page
 
 def html_of(text: str) -> str:
-    """Paragraphs and tables of Markdown as HTML, escaped: only what `markdown` writes is known."""
+    """Paragraphs and tables of Markdown as HTML, escaped: only what `markdown` writes is known.
+
+    In a table, ± and what follows are below the number, so that 16 columns fit into 1200 pixels.
+    """
     blocks, text = [], html.escape(text.replace("`", "")).replace("**FAIL**", "<mark>FAIL</mark>")
     text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     for block in text.strip().split("\n\n"):
-        head, *lines = [line[1:-1].replace("|", "<td>") for line in block.split("\n")]
+        head, *lines = [re.sub(r" (±[^|]*)", r" <small>\1</small>", line[1:-1]).replace("|", "<td>")
+                        for line in block.split("\n")]
         rows = "".join(f"<tr><td>{line}" for line in (head, *lines[1:]))
         blocks.append(f'<div class="wide"><table>{rows}</table></div>' if block.startswith("|")
                       else f"<p>{block}</p>")
@@ -250,8 +254,8 @@ def write_page(cfg: Shared, out: Path, examples: list[Example], labels: list[str
     if ladder:
         parts["ladder"] = (
             "<h2>All models</h2><p>Each column has one caption and one noise. The first row is the "
-            'target: which of the rows below keep it?</p><img alt="A row for each model, a column '
-            f'for each caption" src="{data_uri(out / "ladder.gif")}">')
+            'target: which of the rows below keep it?</p><div class="wide"><img alt="A row for '
+            f'each model, a column for each caption" src="{data_uri(out / "ladder.gif")}"></div>')
     if (curves := Path(cfg.run) / "distill/curves.png").is_file():
         parts["curves"] = ('<h2>How the student learned</h2><img alt="Losses, accuracy of the '
                            f'heads, gradients, held-out error" src="{data_uri(curves)}">')

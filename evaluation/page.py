@@ -213,14 +213,14 @@ def write_ladder(out: Path, examples: list[Example], labels: list[str], title: s
 def html_of(text: str) -> str:
     """Paragraphs and tables of Markdown as HTML, escaped: only what `markdown` writes is known.
 
-    In a table, ± and what follows are below the number, so that 16 columns fit into 1200 pixels.
+    In a table, an error is below its number, so that 16 columns fit into 1200 pixels.
     """
     blocks, text = [], html.escape(text.replace("`", "")).replace("**FAIL**", "<mark>FAIL</mark>")
     text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     for block in text.strip().split("\n\n"):
-        head, *lines = [re.sub(r" (±[^|]*)", r" <small>\1</small>", line[1:-1]).replace("|", "<td>")
-                        for line in block.split("\n")]
+        head, *lines = [line[1:-1].replace("|", "<td>") for line in block.split("\n")]
         rows = "".join(f"<tr><td>{line}" for line in (head, *lines[1:]))
+        rows = re.sub(r" (± [\d.]+:?)", r" <small>\1</small>", rows)
         blocks.append(f'<div class="wide"><table>{rows}</table></div>' if block.startswith("|")
                       else f"<p>{block}</p>")
     return "\n".join(blocks)

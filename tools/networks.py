@@ -5,17 +5,15 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from artifacts.student import stream_safetensors, transformer_config
+from artifacts.student import transformer_config
 from common.config import Shared
 from common.names import official_names
 from common.ranks import Ranks, compute_dtype, generator, local_rows
-from common.weights import LazyTensor
 from frozen.image import CLIPVision, image_cond
 from frozen.text import CLIPText, Llama, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
@@ -43,23 +41,6 @@ def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Mod
     for p in dit.to_empty(device=device).parameters():
         local_rows(p)[0].normal_(std=0.02)
     return dit
-
-
-def write_random_dit(cfg: Shared, path: Path, dtype: torch.dtype) -> None:
-    """Write a DiT of noise as a safetensors file of official names.
-
-    The noise is drawn once and repeated, since drawing 14 billion numbers would take minutes.
-    """
-    noise = torch.randn(1 << 20, generator=generator("dit", cfg.seed)).mul_(0.02).to(dtype)
-
-    def tensor(shape: torch.Size) -> LazyTensor:
-        count = shape.numel()
-        return LazyTensor(tuple(shape), dtype, path, lambda rows=None: noise.repeat(
-            -(-count // len(noise)))[:count].view(shape))
-
-    with torch.device("meta"):
-        dit = build_dit(cfg.preset)
-    stream_safetensors(path, {name: tensor(p.shape) for name, p in dit.named_parameters()}, {})
 
 
 def is_small(cfg: Shared) -> bool:

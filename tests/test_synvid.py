@@ -20,7 +20,6 @@ from safetensors import safe_open
 
 import common.files
 import common.ranks
-import model
 import synvid
 from artifacts import trajectories
 from artifacts.trajectories import SynVid, initial_noise, trajectory_path

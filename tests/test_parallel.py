@@ -32,6 +32,7 @@ KEY = [0, 2, 4, 6]
 CASES: dict[int, dict[str, dict[str, int]]] = {
     1: {"alone": {"micro_batch": 4}, "micro-batches": {"micro_batch": 1},
         "other data": {"micro_batch": 4, "seed": 1}, "lora": {"micro_batch": 4, "lora": 3},
+        "lora, offload": {"micro_batch": 4, "lora": 3, "offload": 1, "checkpointing": 0},
         "offload": {"micro_batch": 4, "offload": 1}, "lively": {"micro_batch": 4, "lively": 1}},
     2: {"replicas": {"micro_batch": 2}, "sp": {"sp": 2, "micro_batch": 1},
         "lora": {"sp": 2, "micro_batch": 4, "lora": 3},
@@ -164,9 +165,10 @@ def test_the_three_iterations_move_every_kind_of_parameter(distilled):
         assert not still, family
 
 
-def test_two_ranks_that_share_tokens_train_the_lora_of_one_process(distilled):
+@pytest.mark.parametrize("world,case", [(1, "lora, offload"), (2, "lora")])
+def test_any_split_of_the_work_trains_the_same_lora(distilled, world, case):
     for family in SIZES:
-        got = distilled(2, "lora")[family]
+        got = distilled(world, case)[family]
         assert any("lora_A" in name for name in got)
         assert_same(got, distilled(1, "lora")[family])
 

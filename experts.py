@@ -88,7 +88,12 @@ def crossing_note(grid: list[float], key: list[int], boundary: float | None) -> 
             f"boundary between the experts: with {first_low} as a key timestep none does")
 
 
-def trained_steps(t_key: list[float], boundary: float | None, experts: str) -> list[int]:
+def expert_name(experts: str) -> str | None:
+    """The one expert of a run that trains both | high | low; None for both."""
+    return None if experts == "both" else f"{experts}_noise_model"
+
+
+def steps_of(t_key: list[float], boundary: float | None, experts: str) -> list[int]:
     """The k of the student's steps that a run trains, from noise to data: all m of them, or those
     whose start t'_{k+1} belongs to one expert.
 

@@ -72,14 +72,14 @@ def euler_step(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
 
 
 def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | None = None,
-             cfg_scale: float | tuple = 1.0, cfg_group: dist.ProcessGroup | None = None) -> Tensor:
+             cfg_scale: float | list = 1.0, cfg_group: dist.ProcessGroup | None = None) -> Tensor:
     """Velocity v_θ(x, t) of a batch at one time; with `uncond`, guided by two evaluations.
 
     Args: x [B,C,T,H,W] fp32; t in [0,1]; cond, uncond from encode_prompts; cfg_scale, where 1
     means no guidance, or one for high and one for low noise; cfg_group, two ranks that compute
     an evaluation each (without gradient). Returns [B,C,T,H,W] fp32. Source: Wan 2.1 and 2.2.
     """
-    if isinstance(cfg_scale, tuple):
+    if isinstance(cfg_scale, list):
         cfg_scale = cfg_scale[t < dit.cfg.boundary]
     dit = expert_at(dit, t)
     times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
@@ -95,7 +95,7 @@ def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | Non
 
 
 def sample_euler(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
-                 uncond: dict | None = None, cfg_scale: float | tuple = 1.0) -> Iterator[Tensor]:
+                 uncond: dict | None = None, cfg_scale: float | list = 1.0) -> Iterator[Tensor]:
     """Denoise x along `times`, yielding the latent after each Euler step. Eq. 5, without gradient.
 
     Args: x [B,C,T,H,W] fp32 at times[0]; falling times; the others as in `velocity`.

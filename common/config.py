@@ -69,10 +69,10 @@ class Shared:
         self.origin, self.path = "the defaults", ROOT / "configs/tiny.yaml"
 
     @property
-    def guidance(self) -> float | tuple[float, float]:
+    def guidance(self) -> float | list[float]:
         """The scale of classifier-free guidance, or those of two experts, high noise first."""
         low = self.cfg_scale_low
-        return self.cfg_scale if low in (None, self.cfg_scale) else (self.cfg_scale, low)
+        return self.cfg_scale if low in (None, self.cfg_scale) else [self.cfg_scale, low]
 
 
 def nearest(name: str, names: Any) -> str:
@@ -289,7 +289,7 @@ def saved_settings(path: Path) -> dict[str, Any]:
 # Paths may differ from rank to rank; the contents of the files may not. (distill.py's lora, an int,
 # is none.)
 PATHS = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
-         "lora", "out", "base", "teacher_samples", "clips", "how"}
+         "lora", "out", "base", "teacher_samples", "clips", "how", "high_student"}
 
 
 def paths_of(cls: type) -> set[str]:

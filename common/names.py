@@ -382,6 +382,23 @@ def expert_paths(weights: Path) -> list[Path] | None:
     return pair
 
 
+def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values by parameter, split into those of the expert for "high" and for "low" noise, under the
+    names that each has for itself; {"": tensors} for a model with one DiT."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        expert, _, rest = name.partition(".")
+        level = expert.removesuffix("_noise_model") if expert in EXPERTS else ""
+        parts.setdefault(level, {})[rest if level else name] = value
+    return parts
+
+
+def with_level(name: str, level: str) -> str:
+    """A file's name for one expert: student.safetensors → student_high_noise.safetensors."""
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}_{level}_noise{dot}{suffix}" if level else name
+
+
 def dit_files(weights: str | Path) -> dict[str, Path]:
     """The weight file (or index of shards) of each DiT, by what its parameters' names begin with:
     "" for the only one. Raises as expert_paths."""

@@ -1,20 +1,29 @@
 """Two experts as one DiT: Wan 2.2's official numbers, its layouts on disk, and all stages on a
 small world of two experts."""
 
-import itertools
 import json
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_model import FIXTURES, fixture_file, fixture_weights, near, wan_config
 from torch import Tensor
 
+import distill
 import model
-from common.names import EXPERTS, official_names
+import sample
+from artifacts import student as student_file
+from artifacts.instructions import comfyui_workflow, student_page
+from artifacts.trajectories import trajectory_path
+from common.config import load_config
+from common.names import EXPERTS, by_expert, dit_tensors, fingerprint, official_names
 from common.ranks import generator
-from common.weights import load_module
-from experts import crossing_note, trained_steps
+from common.weights import load_module, save_tensors
+from experts import crossing_note, steps_of
 from frozen.image import fit_size, image_cond
 from frozen.unipc import sample_unipc, unipc_grid
 from frozen.vae import WanVAE
@@ -72,7 +81,7 @@ def test_both_experts_with_two_scales_equal_the_official_pipelines(case):
             even = torch.linspace(1, 0, case["steps"] + 1, dtype=torch.float64)
             times = model.shift_time(even, case["shift"]).tolist()
     steps = list(solver(dit, TENSOR(f"in.{name}.noise")[None], times, *conditions(case),
-                        (high, low)))
+                        [high, low]))
     for x, expected in zip(steps, TENSOR(f"out.{name}.x"), strict=True):
         near(x[0], expected, 2e-5)
     if low == 1:  # officially two evaluations whose difference counts once
@@ -151,22 +160,324 @@ def test_no_step_of_aligned_key_timesteps_crosses_the_boundary(row):
     assert bool(note) == (row["first_low_index"] not in key)
     assert not note or f"with {row['first_low_index']} as a key timestep none does" in note
     assert not crossing_note(grid, key, None)
-    high, low = (trained_steps(t_key, boundary, experts) for experts in ("high", "low"))
-    assert high + low == trained_steps(t_key, boundary, "both")
+    high, low = (steps_of(t_key, boundary, experts) for experts in ("high", "low"))
+    assert high + low == steps_of(t_key, boundary, "both")
     assert "H" * len(high) + "L" * len(low) == row["start"]
     assert row["features"] == "".join("HL"[t < boundary] for t in t_key[-2::-1])
 
 
-@pytest.mark.parametrize("config", ["wan22-t2v-a14b-480p", "wan22-t2v-a14b-720p",
-                                    "wan22-i2v-a14b-480p"])
-def test_shipped_configs_have_aligned_key_timesteps(config):
-    from common.config import Shared, load_yaml
-    from common.files import ROOT
-    values = load_yaml(ROOT / f"configs/{config}.yaml")
-    cfg = Shared(**{key: values[key] for key in ("n", "shift", "key", "preset")})
-    boundary, grid = PRESETS[cfg.preset].boundary, model.time_grid("wan", cfg.n, cfg.shift).tolist()
-    assert crossing_note(grid, cfg.key, boundary) == ""
-    assert {"n": cfg.n, "shift": cfg.shift, "key": cfg.key}.items() <= next(
-        row for row in TABLE if row["kind"] == "aligned" and row["key"] == cfg.key
-        and row["boundary"] == boundary).items() or cfg.shift == 3.0
-    assert all(a < b for a, b in itertools.pairwise(cfg.key))
+@pytest.mark.parametrize("config, low", [("wan22-t2v-a14b-480p", 25), ("wan22-t2v-a14b-720p", 25),
+                                         ("wan22-i2v-a14b-480p", 10)])
+def test_shipped_configs_have_aligned_key_timesteps(config, low):
+    cfg = load_config(sample.Config, "sample", [f"configs/{config}.yaml", "weights=assets/tiny"])
+    grid = model.time_grid("wan", cfg.n, cfg.shift).tolist()
+    assert low in cfg.key and not crossing_note(grid, cfg.key, PRESETS[cfg.preset].boundary)
+    assert grid[low] < PRESETS[cfg.preset].boundary <= grid[low - 1]
+
+
+# ------------------------------------------------------- a student of two experts and its files
+
+N, KEY = 8, [0, 2, 4, 6, 8]                 # shift 1: indices 0 to 3 are for high noise
+ALIGNED = [0, 3, 4, 7, 8]
+
+
+@pytest.fixture
+def make_student(tmp_path, ranks):
+    """make_student(sizes, **settings) exports a random student in fp32: its first file and DiT."""
+    def make(sizes: WanConfig = PRESETS["tiny-experts"], key: list[int] = KEY, **settings):
+        monkey = pytest.MonkeyPatch()
+        monkey.setitem(PRESETS, "tiny-experts", sizes)
+        teacher = {name: p for name, p in two_experts(sizes).state_dict().items()}
+        for level, part in by_expert(teacher).items():
+            save_tensors(tmp_path / f"teacher_{level}_noise.safetensors", part, {})
+        cfg = distill.Config(
+            preset="tiny-experts", n=N, shift=1.0, key=key, device="cpu", run=str(tmp_path / "run"),
+            weights=str(tmp_path / "teacher_high_noise.safetensors"), export_dtype="fp32",
+            **settings)
+        t_key = model.key_times("wan", N, 1.0, key)[::-1]
+        state = distill.build(cfg, t_key, ranks)
+        with torch.no_grad():
+            for name, p in state.student.named_parameters():
+                if p.requires_grad:  # B of a LoRA is zero at first
+                    p.to_local().mul_(1.01).add_(0.01 * name.endswith("lora_B"))
+        meta = {"teacher": fingerprint(cfg.weights)}
+        file = student_file.export_student(cfg, state, ranks, meta)
+        monkey.undo()
+        return file, state.student
+    return make
+
+
+def random_noise() -> Tensor:
+    return torch.randn(1, 16, 2, 4, 6, generator=generator("noise"))
+
+
+def end_of(student: torch.nn.Module, key: list[int], cond: dict) -> Tensor:
+    """Our student's latents from that noise."""
+    *_, x = model.sample_euler(student, random_noise(), model.key_times("wan", N, 1.0, key), cond)
+    return x
+
+
+def diffusers_parts(image: bool) -> dict:
+    """The parts of a pipeline that are the teacher's: small and random."""
+    import diffusers
+    import transformers
+    from tokenizers import Tokenizer, models
+    parts = {"vae": diffusers.AutoencoderKLWan(base_dim=4),
+             "text_encoder": transformers.UMT5EncoderModel(transformers.UMT5Config(
+                 vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
+             "tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(
+                 models.WordLevel({"a": 0, "?": 1}, unk_token="?")))}
+    return parts | ({"image_encoder": None, "image_processor": None} if image else {})
+
+
+TINY_I2V = replace(PRESETS["tiny-experts"], in_dim=36, model_type="i2v", image_len=0)
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["text", "image"])
+def test_the_exported_folder_runs_in_diffusers_with_equal_latents(make_student, image):
+    import diffusers
+    from PIL import Image
+    sizes = TINY_I2V if image else PRESETS["tiny-experts"]
+    file, student = make_student(sizes, export="diffusers")
+    pipeline = diffusers.WanImageToVideoPipeline if image else diffusers.WanPipeline
+    pipe = pipeline.from_pretrained(file.with_name("student_diffusers"), **diffusers_parts(image))
+    assert pipe.config.boundary_ratio == 0.5
+    text = torch.randn(1, 16, 64, generator=generator("text"))
+    settings = {"prompt_embeds": text, "latents": random_noise(), "height": 32, "width": 48,
+                "num_frames": 5, "output_type": "latent", "num_inference_steps": 4,
+                "guidance_scale": 1.0}
+    cond, picture = {"text": text}, Image.new("RGB", (48, 32), "red")
+    if image:
+        pixels = pipe.video_processor.preprocess(picture, height=32, width=48).float()
+        _, cond["frames"] = pipe.prepare_latents(pixels, 1, 16, 32, 48, 5, torch.float32, "cpu",
+                                                 None, random_noise())
+    latents = pipe(*((picture,) if image else ()), **settings).frames
+    near(latents, end_of(student, KEY, cond), 1e-5)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_student_md_s_code_samples_at_uneven_times_in_diffusers(make_student, monkeypatch, folder):
+    import diffusers
+    file, student = make_student(key=ALIGNED, export="diffusers")
+    config = student_file.transformer_config(PRESETS["tiny-experts"])
+    config.pop("_class_name")
+    dits = {name: diffusers.WanTransformer3DModel(**config)
+            for name in ("transformer", "transformer_2")}
+    diffusers.WanPipeline(
+        **dits, **diffusers_parts(False), boundary_ratio=0.875,
+        scheduler=diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=5.0)
+    ).save_pretrained(file.parent / "teacher-diffusers")
+    monkeypatch.chdir(file.parent)
+    names, blocks = {}, re.findall(r"```python\n(.*?)```", (file.parent / "student.md").read_text(),
+                                   re.DOTALL)
+    for block in (blocks[0], blocks[2 if folder else 1], blocks[3], blocks[4]):
+        exec(block, names)
+    assert 'pipe.to("cuda")' in blocks[5]
+    text = torch.randn(1, 16, 64, generator=generator("text"))
+    latents = names["pipe"](prompt_embeds=text, latents=random_noise(), height=32, width=48,
+                            num_frames=5, output_type="latent", **names["settings"]).frames
+    near(latents, end_of(student, ALIGNED, {"text": text}), 1e-5)
+
+
+def test_two_files_are_one_student_and_exchanged_or_mixed_ones_are_refused(make_student, tmp_path):
+    file, student = make_student(key=ALIGNED)
+    low = file.with_name("student_low_noise.safetensors")
+    assert file.name == "student_high_noise.safetensors" and low.exists()
+    cfg = sample.Config(preset="tiny-experts")
+    for path in (file, low):
+        facts = student_file.student_facts(path, cfg)
+        assert facts["t_key"] == model.key_times("wan", N, 1.0, ALIGNED)
+        assert facts["boundary"] == 0.5
+        ours = student_file.load_student(cfg, path, torch.device("cpu"))
+        assert all(torch.equal(a, b.full_tensor()) for a, b in
+                   zip(ours.parameters(), student.parameters(), strict=True))
+        assert student_file.how_to_use(path) == (file.parent / "student.md").read_text()
+    with pytest.raises(ValueError, match="expected 1 DiT.* by preset 'tiny', got 2"):
+        student_file.student_facts(file, sample.Config())
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for a, b in ((file, low), (low, file)):
+        (moved / b.name).write_bytes(a.read_bytes())
+    with pytest.raises(ValueError, match="expected the expert for high noise, got that for 'low'"):
+        student_file.student_facts(moved / file.name, cfg)
+    (moved / low.name).write_bytes(low.read_bytes())
+    make_student(key=KEY)
+    (moved / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="t_key is .*: they are of two students"):
+        student_file.student_facts(moved / file.name, cfg)
+    low.unlink()
+    with pytest.raises(FileNotFoundError, match="student_low_noise.safetensors: is missing"):
+        student_file.student_facts(file, cfg)
+
+
+def test_two_loras_are_the_student(make_student, tmp_path):
+    file, _ = make_student(key=ALIGNED, lora=4)
+    loras = [file.with_name(f"student_lora_{level}_noise.safetensors") for level in ("high", "low")]
+    cfg = sample.Config(preset="tiny-experts",
+                        weights=str(tmp_path / "teacher_high_noise.safetensors"))
+    assert student_file.student_facts(loras[1], cfg)["preset"] == "tiny-experts"
+    merged = student_file.load_student(cfg, loras[0], torch.device("cpu"))
+    whole = student_file.load_student(cfg, file, torch.device("cpu"))
+    for (name, a), b in zip(merged.named_parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4), name
+    teacher = dit_tensors(cfg.weights)
+    assert not all(torch.allclose(p, teacher[name].read(), atol=1e-3)
+                   for name, p in whole.named_parameters())
+    one = file.with_name("lora.safetensors")
+    one.write_bytes(loras[0].read_bytes())
+    with pytest.raises(ValueError, match="lora.safetensors: expected a name with high_noise or"):
+        student_file.load_student(cfg, one, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_page_says_where_every_program_switches(kind, lora):
+    cfg = load_config(sample.Config, "sample", [f"configs/wan22-{kind}-a14b-480p.yaml",
+                                                "weights=assets/tiny"])
+    facts = {**vars(cfg), "t_key": model.key_times("wan", cfg.n, cfg.shift, cfg.key)}
+    switch = 6 if kind == "t2v" else 3
+    text = student_page(facts, "student_lora.safetensors" if lora else "student.safetensors", lora)
+    settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    assert settings["boundary_step_index"] == switch and len(settings["denoising_step_list"]) == 10
+    assert ("lora_configs" in settings) == lora == ("load_into_transformer_2=True" in text)
+    assert '"guidance_scale_2": 1.0' in text and f"(step {switch} of 10)" in text
+    assert "$" not in text and " \n" not in text and "\n\n\n" not in text
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(block, "student.md", "exec")
+    graph = comfyui_workflow(facts, "student.safetensors")
+    nodes = {number: node["class_type"] for number, node in graph.items()}
+    samplers = [graph[n]["inputs"] for n, name in nodes.items() if name == "SamplerCustom"]
+    files = []
+    for inputs, sigmas in zip(samplers, (facts["t_key"][:switch + 1], facts["t_key"][switch:]),
+                              strict=True):
+        text = graph[inputs["sigmas"][0]]["inputs"]["sigmas"]
+        assert [float(t) for t in text.split(",")] == pytest.approx(sigmas, abs=1e-6)
+        dit = graph[graph[inputs["model"][0]]["inputs"]["model"][0]]["inputs"]
+        files.append(dit["unet_name"])
+    assert files == ["student_high_noise.safetensors", "student_low_noise.safetensors"]
+    assert [inputs["add_noise"] for inputs in samplers] == [True, False]
+    assert nodes[samplers[1]["latent_image"][0]] == "SamplerCustom"
+    assert all(value[0] in graph for node in graph.values() for value in node["inputs"].values()
+               if isinstance(value, list))
+
+
+# ------------------------------------------------------------- all stages, on two random experts
+
+QUICK = {"iterations": 5, "batch": 2, "micro_batch": 1, "held_out": 2, "eval_every": 5, "lr": 1e-3,
+         "save_every": 1, "head_dim": 8, "checkpointing": False, "export_dtype": "fp32", "keep": 9}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, make_weights, run_stage):
+    """A folder with an official weight folder, a config, and <folder>/run with all of a run."""
+    folder = tmp_path_factory.mktemp("experts")
+    weights = make_weights(folder / "weights", sizes=PRESETS["tiny-experts"])
+    config = {"preset": "tiny-experts", "weights": str(weights), "run": str(folder / "run"),
+              "height": 16, "width": 16, "frames": 5, "n": 6, "shift": 1.0, "key": [0, 2, 3, 4, 6],
+              "cfg_scale": 3.0, "cfg_scale_low": 2.0, "device": "cpu", "distill": QUICK,
+              "synvid": {"prompts": str(weights / "prompts.txt"), "count": 6, "videos": 0,
+                         "batch": 2}}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    run_stage("synvid", folder / "config.yaml")
+    run_stage("distill", folder / "config.yaml")
+    return folder
+
+
+def students(run: Path) -> dict[str, Tensor]:
+    """All parameters in the files of a run's student."""
+    files = {level: run / f"student_{level}_noise.safetensors" for level in ("high", "low")}
+    return {f"{level}.{name}": p for level, file in files.items() if file.exists()
+            for name, p in load_file(file).items()}
+
+
+def test_trajectories_are_the_same_bytes_from_every_layout_and_follow_both_scales(
+        finished, run_stage, tmp_path):
+    weights = finished / "weights"
+    layouts = {"diffusers": ("transformer", "transformer_2"), "files": ("high", "low")}
+    for name, places in layouts.items():
+        folder = tmp_path / name
+        shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(*EXPERTS))
+        for expert, place in zip(EXPERTS, places, strict=True):
+            state = load_file(weights / expert / "diffusion_pytorch_model.safetensors")
+            if name == "diffusers":
+                state = official_names(state, "transformer", reverse=True)
+            save_tensors(folder / place / "diffusion_pytorch_model.safetensors", state, {})
+        (folder / "files.yaml").write_text(
+            "dit_high: high\ndit_low: low\nvae: Wan2.1_VAE.safetensors\n"
+            "text_encoder: models_t5_umt5-random.safetensors\ntokenizer: google/umt5-xxl\n")
+        run_stage("synvid", finished / "config.yaml", "--run", tmp_path / f"run_{name}",
+                  "--weights", folder / "files.yaml" if name == "files" else folder)
+        for i in range(6):
+            ours, theirs = (trajectory_path(run / "synvid", i).read_bytes()
+                            for run in (finished / "run", tmp_path / f"run_{name}"))
+            assert ours == theirs
+    manifest = json.loads((finished / "run/synvid/manifest.json").read_text())
+    assert manifest["cfg_scale"] == [3.0, 2.0] and manifest["boundary"] == 0.5
+    done = run_stage("synvid", finished / "config.yaml", "cfg_scale_low=1.5", check=False)
+    assert "cfg_scale: expected [3.0, 1.5] by this config, got [3.0, 2.0]" in done.stderr
+
+
+def test_resumed_between_two_experts_it_ends_with_the_same_bits(finished, run_stage, tmp_path):
+    want, lines = students(finished / "run"), (finished / "run/distill/log.jsonl").read_text()
+    lines = [json.loads(line) for line in lines.splitlines()]
+    assert [line["k"] for line in lines] == [3, 2, 1, 0, 3] and len(want) == 2 * len(
+        build_dit("tiny").state_dict())
+    for step in (1, 3):  # Q_3 holds latents of the expert for high noise, Q_1 those of the other
+        run = tmp_path / f"run{step}"
+        shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns("student*", "*.jsonl"))
+        for later in range(step + 1, 6):
+            shutil.rmtree(run / f"distill/step_{later:06d}")
+        done = run_stage("distill", finished / "config.yaml", "--run", run)
+        assert "resuming from" in done.stdout
+        got = students(run)
+        assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_one_expert_after_the_other_trains_the_low_one_on_what_the_high_student_leaves(
+        finished, run_stage, tmp_path):
+    run = tmp_path / "run"
+    (run / "synvid").parent.mkdir()
+    (run / "synvid").symlink_to(finished / "run/synvid")
+    done = run_stage("distill", finished / "config.yaml", "--run", run, "--experts", "low",
+                     check=False)
+    assert "student_high_noise.safetensors: no such file: distill it first" in done.stderr
+    logs = {}
+    for experts, ks in (("high", [3, 2, 3, 2, 3]), ("low", [1, 0, 1, 0, 1])):
+        run_stage("distill", finished / "config.yaml", "--run", run, "--experts", experts)
+        logs[experts] = [json.loads(line) for line in
+                         (run / f"distill_{experts}/log.jsonl").read_text().splitlines()]
+        assert [line["k"] for line in logs[experts]] == ks
+        assert [v is None for v in logs[experts][-1]["velocity"]] == [k not in ks for k in range(4)]
+    got, teacher = students(run), dit_tensors(finished / "weights")
+    assert got.keys() == students(finished / "run").keys()
+    changed = [name for name, p in got.items() if not torch.equal(
+        p, teacher[name.replace(".", "_noise_model.", 1)].read())]
+    assert {name.partition(".")[0] for name in changed} == {"high", "low"}
+    # A low-noise run with another student before it sees other latents, from its second iteration
+    # on in L_traj, because the first one learns from stored latents alone.
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "synvid").symlink_to(finished / "run/synvid")
+    run_stage("distill", finished / "config.yaml", "--run", again, "--experts", "low",
+              f"high_student={finished}/run/student_high_noise.safetensors")
+    other = [json.loads(line) for line in
+             (again / "distill_low/log.jsonl").read_text().splitlines()]
+    assert other[0]["loss_traj"] == logs["low"][0]["loss_traj"]
+    assert other[0]["acc_fake"] != logs["low"][0]["acc_fake"] or (
+        other[1]["loss_traj"] != logs["low"][1]["loss_traj"])
+    run_stage("sample", finished / "config.yaml", "--run", run, "--prompt", "a red disc")
+    assert list((run / "samples/student4").glob("*.mp4"))
+
+
+def test_teacher_student_and_loras_of_two_experts_are_sampled_and_evaluated(finished, run_stage):
+    config, run = finished / "config.yaml", finished / "run"
+    run_stage("sample", config, "--prompt", "a red disc", "--teacher", "--solver", "unipc")
+    run_stage("tools/extract_lora", config, "--rank", 8)
+    for level in ("high", "low"):
+        assert (run / f"student_lora_rank8_{level}_noise.safetensors").exists()
+    run_stage("sample", config, "--prompt", "a red disc", "--lora",
+              run / "student_lora_rank8_low_noise.safetensors")
+    run_stage("evaluate", config, "--prompts", finished / "weights/prompts.txt", "--count", 3,
+              "--pictures", "false")
+    rows = json.loads((run / "evaluate/table.json").read_text())["rows"]
+    assert [row["label"] for row in rows][:3] == ["teacher@6", "teacher@4", "student@4"]

@@ -209,8 +209,8 @@ def report(cfg: Config, rows: list[dict], out: Path, first: Path) -> None:
     print(f"energy kept: {sums['all']:.4f} of all that changed, {sums['matrices']:.4f} of the "
           f"matrices in the file; per layer: {out.with_suffix('.md')}, .json, .png")
     print(f"{first}: {first.stat().st_size / 1e6:.3g} MB; use it by `python sample.py {cfg.path} "
-          f"--lora {first}`; in ComfyUI, diffusers and LightX2V as `python sample.py --how {first}` "
-          "prints")
+          f"--lora {first}`; in ComfyUI, diffusers and LightX2V as `python sample.py --how "
+          f"{first}` prints")
 
 
 def check_out(out: Path, first: Path) -> None:

@@ -21,13 +21,15 @@ from artifacts.instructions import comfyui_workflow, student_page
 from artifacts.trajectories import trajectory_path
 from common.config import load_config
 from common.names import EXPERTS, by_expert, dit_tensors, fingerprint, official_names
+from common.prompts import Prompt
 from common.ranks import generator
 from common.weights import load_module, save_tensors
 from experts import crossing_note, steps_of
 from frozen.image import fit_size, image_cond
+from frozen.load import load_conditioner
 from frozen.unipc import sample_unipc, unipc_grid
 from frozen.vae import WanVAE
-from model import PRESETS, WanConfig, build_dit
+from model import PRESETS, WanConfig, build_dit, load_dit
 
 # --------------------------------------------------------------------- the official numbers
 
@@ -147,6 +149,7 @@ def test_two_experts_have_the_interface_of_one_dit():
     assert list(dit.state_dict()) == [f"{e}.{name}" for e in EXPERTS for name in names]
 
 
+TINY_I2V = replace(PRESETS["tiny-experts"], in_dim=36, model_type="i2v", image_len=0)
 TABLE = json.loads((FIXTURES / "wan22_key_timesteps.json").read_text())
 
 
@@ -173,6 +176,24 @@ def test_shipped_configs_have_aligned_key_timesteps(config, low):
     grid = model.time_grid("wan", cfg.n, cfg.shift).tolist()
     assert low in cfg.key and not crossing_note(grid, cfg.key, PRESETS[cfg.preset].boundary)
     assert grid[low] < PRESETS[cfg.preset].boundary <= grid[low - 1]
+
+
+def test_an_image_needs_no_image_encoder_in_wan_2_2(make_weights, monkeypatch, tmp_path):
+    from PIL import Image
+    monkeypatch.setitem(PRESETS, "tiny-experts", TINY_I2V)
+    weights = make_weights(tmp_path / "weights", sizes=TINY_I2V)
+    assert not list(weights.glob("models_clip*"))
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "a.png")
+    cfg = sample.Config(preset="tiny-experts", weights=str(weights), frames=5)
+    conditioner = load_conditioner(cfg, "cpu", torch.float32, crop=True)
+    [cond] = conditioner.encode_each([Prompt("a red disc", tmp_path / "a.png")], 16, 32)
+    assert cond.keys() == {"text", "frames"} and cond["frames"].shape == (20, 2, 2, 4)
+    dit = load_dit(weights, "tiny-experts")
+    x = torch.randn(1, 16, 2, 2, 4, generator=generator("x"))
+    with torch.no_grad():
+        assert model.velocity(dit, x, 0.7, model.collate([cond])).shape == x.shape
+        with pytest.raises(ValueError, match="cond: expected text, image and frames .*, got text"):
+            model.velocity(dit, x, 0.7, model.collate([{"text": cond["text"]}]))
 
 
 # ------------------------------------------------------- a student of two experts and its files
@@ -228,9 +249,6 @@ def diffusers_parts(image: bool) -> dict:
              "tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(
                  models.WordLevel({"a": 0, "?": 1}, unk_token="?")))}
     return parts | ({"image_encoder": None, "image_processor": None} if image else {})
-
-
-TINY_I2V = replace(PRESETS["tiny-experts"], in_dim=36, model_type="i2v", image_len=0)
 
 
 @pytest.mark.parametrize("image", [False, True], ids=["text", "image"])

@@ -30,6 +30,7 @@ from frozen.load import load_conditioner
 from frozen.unipc import sample_unipc, unipc_grid
 from frozen.vae import WanVAE
 from model import PRESETS, WanConfig, build_dit, load_dit
+from training.data import Loader
 
 # --------------------------------------------------------------------- the official numbers
 
@@ -93,11 +94,12 @@ def test_both_experts_with_two_scales_equal_the_official_pipelines(case):
     assert model_t == pytest.approx(TENSOR(f"out.{name}.model_t").tolist(), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_full_size_names_and_shapes_equal_the_published_checkpoints(kind):
+@pytest.mark.parametrize("kind, channels", [("t2v", 16), ("i2v", 36)])
+def test_full_size_names_and_shapes_equal_the_published_checkpoints(kind, channels):
+    """Each expert has those of Wan 2.1's 14B for text, but more channels with an image."""
     official, diffusers = (
-        json.loads((FIXTURES / f"keys/wan22_{kind}_a14b{s}.json").read_text())["keys"]
-        for s in ("", "_diffusers"))
+        json.loads((FIXTURES / f"keys/wan_t2v_14b{s}.json").read_text())["keys"] |
+        {"patch_embedding.weight": [5120, channels, 1, 2, 2]} for s in ("", "_diffusers"))
     with torch.device("meta"):
         dit = build_dit(f"wan22-{kind}-a14b")
     for name in EXPERTS:
@@ -149,6 +151,8 @@ def test_two_experts_have_the_interface_of_one_dit():
     assert list(dit.state_dict()) == [f"{e}.{name}" for e in EXPERTS for name in names]
 
 
+N, KEY = 8, [0, 2, 4, 6, 8]                 # shift 1: indices 0 to 3 are for high noise
+ALIGNED = [0, 3, 4, 7, 8]
 TINY_I2V = replace(PRESETS["tiny-experts"], in_dim=36, model_type="i2v", image_len=0)
 TABLE = json.loads((FIXTURES / "wan22_key_timesteps.json").read_text())
 
@@ -196,11 +200,47 @@ def test_an_image_needs_no_image_encoder_in_wan_2_2(make_weights, monkeypatch, t
             model.velocity(dit, x, 0.7, model.collate([{"text": cond["text"]}]))
 
 
+class FakeSynVid:
+    """Random trajectories in memory, of few steps."""
+    manifest = {"shape": [16, 2, 2, 4]}
+
+    def __init__(self, key: list[int]):
+        self.t_key = model.key_times("wan", N, 1.0, key)[::-1]
+
+    def __len__(self):
+        return 6
+
+    def read(self, i, ks):
+        draw = generator("fake", i)
+        x = torch.randn(len(self.t_key), *self.manifest["shape"], generator=draw)
+        return x[ks], {"text": torch.randn(4, 64, generator=draw)}, f"prompt {i}"
+
+
+def test_down_to_the_boundary_two_equal_experts_learn_as_one_dit_does(ranks, tmp_path):
+    one = two_experts().high_noise_model.state_dict()
+    for name in ("one", "two_high_noise", "two_low_noise"):
+        save_tensors(tmp_path / f"{name}.safetensors", one, {})
+    found = {}
+    for preset, file in (("tiny", "one"), ("tiny-experts", "two_high_noise")):
+        cfg = distill.Config(preset=preset, n=N, shift=1.0, key=ALIGNED, device="cpu", batch=2,
+                             weights=str(tmp_path / f"{file}.safetensors"), iterations=2, lr=1e-3,
+                             head_dim=8, held_out=2, lr_heads=1e-2, run=str(tmp_path / preset))
+        loader = Loader(cfg, FakeSynVid(ALIGNED), ranks)
+        state = distill.build(cfg, loader.data.t_key, ranks)
+        lines = [log.gather() for _, _, log in distill.algorithm_1(cfg, state, loader)]
+        losses = [[value for name, value in line.items() if not name.startswith("s_")]
+                  for line in lines]
+        found[preset] = losses, {name: p.full_tensor() for name, p in
+                                 state.student.named_parameters()}
+    (losses, alone), (losses_of_two, both) = found.values()
+    assert losses == losses_of_two
+    for name, p in alone.items():
+        assert torch.equal(both[f"high_noise_model.{name}"], p)
+        assert torch.equal(both[f"low_noise_model.{name}"], one[name])
+    assert not torch.equal(alone["head.head.weight"], one["head.head.weight"])
+
+
 # ------------------------------------------------------- a student of two experts and its files
-
-N, KEY = 8, [0, 2, 4, 6, 8]                 # shift 1: indices 0 to 3 are for high noise
-ALIGNED = [0, 3, 4, 7, 8]
-
 
 @pytest.fixture
 def make_student(tmp_path, ranks):

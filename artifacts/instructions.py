@@ -120,6 +120,7 @@ def experts_values(facts: dict[str, Any], values: dict[str, Any], stock: dict[st
     weights = ", ".join(f'{{"name": "{name}", "path": "{file}", "strength": 1.0}}'
                         for name, file in zip(EXPERTS, (high, low), strict=True))
     return names | {
+        "torch_dtype": "bfloat16" if lora else values["torch_dtype"],
         "what": "Two LoRAs" if lora else "A student", "boundary": boundary, "switch": switch,
         "rest": len(t) - 1 - switch, "peft": " peft" if lora else "",
         "option": "lora" if lora else "student", "task_option": "i2v" if image else "t2v",

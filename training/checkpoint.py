@@ -353,7 +353,8 @@ def saving(saver: Saver, state: Any, loader: Any, meta: dict) -> Iterator[None]:
 CHANGEABLE_ON_RESUME = {
     "run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep", "synvid",
     "export_every", "checkpointing", "compile", "export", "export_dtype", "peak_tflops", "weights",
-    "fps", "sp", "offload", "attention", "force_plan", "high_student"}
+    "fps", "sp", "offload", "attention", "force_plan", "high_student",
+    "experts"}  # which has a folder for each value
 
 
 def run_folder(cfg: Any) -> Path:

@@ -32,10 +32,10 @@ from common.config import Shared, announce, field, load_config, settings_to_comp
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
-    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, on_first_rank, prefer_attention,
-    setup_distributed)
-from common.weights import open_safetensors, save_tensors
+    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, gather_values, on_first_rank,
+    prefer_attention, setup_distributed)
 from common.video import check_ffmpeg
+from common.weights import open_safetensors, save_tensors
 from evaluation import measures, page
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_batch, unipc_grid
@@ -303,8 +303,8 @@ def main(argv: list[str] | None = None) -> None:
 
     models, reference = sample_all(cfg, indices, prompts, students, identity, ranks)
 
-    captions, errors = [prompt.text for prompt in prompts], [None] * ranks.world
-    dist.all_gather_object(errors, measures.endpoint_error(models[1].latents, models[0].latents))
+    captions = [prompt.text for prompt in prompts]
+    errors = gather_values(measures.endpoint_error(models[1].latents, models[0].latents))
     examples = page.choose_examples(interleave(errors), captions)
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
     images = measures.first_frames([prompts[i] for i in indices], cfg)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
@@ -33,8 +32,8 @@ from common.files import append_log, crc32_of_json
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
-    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, lock_run_folder,
-    on_first_rank, peak_bytes, prefer_attention, setup_distributed)
+    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, gather_values,
+    lock_run_folder, on_first_rank, peak_bytes, prefer_attention, setup_distributed)
 from common.video import check_ffmpeg, decode_image, image_size, write_video
 from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
@@ -305,13 +304,13 @@ def main(argv: list[str] | None = None) -> None:
         cfg, **settings, videos=crc32_of_json([(v.file, v.seed, v.prompt.text) for v in videos])))
     prefer_attention(cfg.attention, ranks.device)
     announce(cfg, "samples", ranks.rank)
-    out, results = Path(cfg.out or Path(cfg.run) / "samples"), [None] * ranks.world
+    out = Path(cfg.out or Path(cfg.run) / "samples")
     record = out / f"{who}.jsonl"
     with lock_run_folder(out / f".{who}"):  # <who> holds videos alone, as VBench needs it
         finished = on_first_rank(lambda: finished_videos(record, videos, settings))
         missing = [v for v in videos if v.file not in finished][ranks.dp_rank::ranks.dp_size]
         made = sample_videos(cfg, missing, times, checksum, record, ranks) if missing else None
-        dist.all_gather_object(results, made if ranks.is_writer else None)
+        results = gather_values(made if ranks.is_writer else None)
     if ranks.rank == 0:
         results = [result for result in results if result is not None]
         new = {line["file"]: line for result in results for line in result["videos"]}

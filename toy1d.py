@@ -487,7 +487,7 @@ def check_claims(cfg: Config, seeds: list) -> list[dict]:
             for claim, numbers, holds in table]
 
 
-def caption(cfg: Config, mean: dict) -> str:
+def figure_caption(cfg: Config, mean: dict) -> str:
     """The figure's caption, for a reader without the paper."""
     way, useless = cfg.mismatch[0], mean["useless"][cfg.mismatch[0]]["useless"][0]["mean"]
     first, last, exact, half = (f"{mean['deviation'][name]['to p'][i]['mean']:.2f}" for name, i in (
@@ -514,8 +514,8 @@ def analyse(cfg: Config) -> dict:
     seeds, data = zip(*(run_seed(cfg, seed) for seed in range(cfg.seeds)), strict=True)
     mean = summarise(seeds)
     return {"format": 1, "config": json.loads(json.dumps(asdict(cfg))), "seeds": seeds,
-            "summary": mean, "claims": check_claims(cfg, seeds), "caption": caption(cfg, mean),
-            "drawn": data[0]}
+            "summary": mean, "claims": check_claims(cfg, seeds),
+            "caption": figure_caption(cfg, mean), "drawn": data[0]}
 
 
 # ---------------------------------------------------------------- the figure, from the JSON alone

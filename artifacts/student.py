@@ -14,11 +14,14 @@ A student of Wan 2.2 A14B has two of each of the first two, <name>_high_noise.sa
 two files stands for both.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -38,8 +41,8 @@ from common.names import (
     EXPERTS, by_expert, dit_tensors, expert_paths, fingerprint, official_names, with_level)
 from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
 from common.weights import (
-    CHECKSUM, LazyTensor, file_kind, load_module, only_weights, open_file, open_tensors, read_index,
-    safetensors_header, safetensors_metadata, stream_safetensors)
+    DTYPES, LazyTensor, file_kind, load_module, only_weights, open_file, open_tensors, read_index,
+    safetensors_header, safetensors_metadata)
 from model import Sizes, empty_dit, key_times, sizes_of
 
 # ------------------------------------------------------------------- what a student's file says
@@ -162,17 +165,6 @@ def facts_in(file: Path) -> dict:
     return parse_json(safetensors_metadata(file).get("accvideo", "{}"),
                       f"{file}: 'accvideo' metadata",
                       remedy="distill it again, or remove the metadata")
-
-
-def check_data(path: Path) -> None:
-    """Raise ValueError if the CRC-32 in a safetensors file's metadata is not that of its data."""
-    metadata, _, start = safetensors_header(path)
-    stored = metadata.get("crc32")
-    if stored is not None and stored != (found := crc32_of_file(path, start)):
-        raise ValueError(f"{path}: is damaged: its data have CRC-32 {found}, expected {stored} by "
-                         "its metadata: copy it again, or export it again by the command that made "
-                         "it (a program that changes it on purpose should drop crc32 from its "
-                         "metadata)")
 
 
 def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: str | None,
@@ -485,6 +477,74 @@ def scheduler_config(sizes: Sizes, t_key: list[float]) -> dict[str, Any]:
     settings = stock_scheduler(sizes.family, t_key) or {"shift": 1.0}
     return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
             **settings}
+
+
+# ------------------------------------------------------------ safetensors, a tensor at a time
+
+CHECKSUM = "-" * 8  # placeholder in the metadata, crc32: CHECKSUM, for the CRC-32 of the data
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
+                       metadata: dict[str, str], write: bool = True) -> list | None:
+    """Write a safetensors file one tensor at a time; returns [bytes, CRC-32] once it is on disk.
+
+    Each read() is called once, in order, even after an error or without `write`, since it may be a
+    collective of all ranks. If metadata["crc32"] is CHECKSUM, it and the CRC-32 that is returned
+    become that of the data alone, for check_data. Raises OSError if it cannot be written.
+    """
+    header, end = {"__metadata__": metadata}, 0
+    for name, t in tensors.items():
+        start, end = end, end + t.dtype.itemsize * torch.Size(t.shape).numel()
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    of_data = metadata.get("crc32") == CHECKSUM
+    size, crc, error = len(head), 0 if of_data else zlib.crc32(head), None
+    with contextlib.ExitStack() as stack:
+        try:
+            if write:
+                file = stack.enter_context(path.open("wb"))
+                file.write(head)
+        except OSError as e:
+            error = e
+        for t in tensors.values():
+            if not write or error is not None:
+                bytes_of(t.read().flatten()[:1])  # [:1] waits for a GPU's part in the collective
+                continue
+            chunk = bytes_of(t.read())
+            try:
+                file.write(chunk)
+            except OSError as e:
+                error = e
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+        if error is not None:
+            raise error
+        if write:
+            if of_data:
+                file.seek(8 + text.index(b'"crc32": "') + 10)
+                file.write(f"{crc:08x}".encode())
+            file.flush()
+            os.fsync(file.fileno())
+    return [size, f"{crc:08x}"] if write else None
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's elements as bytes."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def check_data(path: Path) -> None:
+    """Raise ValueError if the CRC-32 in a safetensors file's metadata is not that of its data."""
+    metadata, _, start = safetensors_header(path)
+    stored = metadata.get("crc32")
+    if stored is not None and stored != (found := crc32_of_file(path, start)):
+        raise ValueError(f"{path}: is damaged: its data have CRC-32 {found}, expected {stored} by "
+                         "its metadata: copy it again, or export it again by the command that made "
+                         "it (a program that changes it on purpose should drop crc32 from its "
+                         "metadata)")
 
 
 # --------------------------------------------------------------------- the page of instructions

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -32,7 +31,8 @@ from common.files import (
     NUMBER, abbreviate, crc32_of_json, error_summary, parse_json, read_json,
     replace_file, shape_error, write_json)
 from common.names import fingerprint
-from common.ranks import Ranks, draw_noise, on_first_rank, progress_bar, require_same
+from common.ranks import (
+    Ranks, draw_noise, gather_values, on_first_rank, progress_bar, require_same)
 from model import key_times, latent_shape, sizes_of, time_grid
 
 VERSION = 2  # of the format on disk; 1 also held the number and the digest of the prompts
@@ -321,9 +321,7 @@ def verify(folder: Path, indices: range, manifest: dict, ranks: Ranks) -> dict[i
         except ValueError as e:
             faults[i] = str(e.__cause__)
     bar.close()
-    parts: list[Any] = [None] * ranks.world
-    dist.all_gather_object(parts, faults)
-    faults = {i: fault for part in parts for i, fault in part.items()}
+    faults = {i: fault for part in gather_values(faults) for i, fault in part.items()}
     if ranks.rank == 0:
         for i in sorted(faults):
             print(f"{trajectory_path(folder, i)}: {faults[i]}")

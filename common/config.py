@@ -277,15 +277,6 @@ def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
     return folder
 
 
-def saved_settings(path: Path) -> dict[str, Any]:
-    """The settings that `announce` saved; empty if they cannot be read."""
-    try:
-        values = load_yaml(path)
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
 # Paths may differ from rank to rank; the contents of the files may not. (distill.py's lora, an int,
 # is none.)
 PATHS = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",

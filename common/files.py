@@ -12,7 +12,6 @@ import reprlib
 import secrets
 import shutil
 import socket
-import subprocess
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -216,16 +215,6 @@ def crc32_of_file(path: Path, start: int = 0) -> str:
         while chunk := f.read(1 << 24):
             total = zlib.crc32(chunk, total)
     return f"{total:08x}"
-
-
-def commit() -> str | None:
-    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
-                              capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
 
 
 # ------------------------------------------------------------------------- words for messages

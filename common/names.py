@@ -480,20 +480,20 @@ def fingerprint(weights: str | Path) -> str:
     return digest.hexdigest()[:32]
 
 
-SETTINGS = "adapter_config.json"  # of peft
+PEFT_SETTINGS = "adapter_config.json"
 
 
 def fingerprint_files(weights: str | Path) -> str:
     """Identity of all weight files of a folder, and of peft's settings of a LoRA in it or next to
-    it: the name, size and 64 spread blocks of each. It overlooks what fingerprint does."""
+    it: the name, size and 64 spread blocks of each. What it cannot see is as in fingerprint."""
     digest, weights = hashlib.sha256(), Path(weights)
     top = weights.parent if weights.is_file() else weights
     starts = list(read_list(weights).values()) if is_list(weights) else (
         expert_files(weights) if weights.is_file() else None) or [weights]
-    files = {p for start in starts for p in (start, *start.rglob("*"))}
-    files |= {start.with_name(SETTINGS) for start in starts}
+    files = [p for start in starts for p in (start, *start.rglob("*"))]
+    files += [start.with_name(PEFT_SETTINGS) for start in starts if start.is_file()]
     for path in sorted(p for p in files if p.is_file()
-                       and (p.suffix in WEIGHT_SUFFIXES or p.name == SETTINGS)):
+                       and (p.suffix in WEIGHT_SUFFIXES or p.name == PEFT_SETTINGS)):
         digest.update(f"{os.path.relpath(path, top)} {path.stat().st_size} ".encode())
         digest.update(sample_file(path))
     return digest.hexdigest()[:32]

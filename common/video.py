@@ -9,7 +9,6 @@ import tempfile
 import textwrap
 import unicodedata
 from collections.abc import Iterable
-from fractions import Fraction
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -72,16 +71,6 @@ def read_frames(path: Path, indices: Iterable[int] | None = None) -> np.ndarray:
     width, height = map(int, header.groups())
     frames = np.frombuffer(pixels, np.uint8).reshape(-1, header.end() + 3 * height * width)
     return frames[:, header.end():].reshape(-1, height, width, 3).copy()
-
-
-def frame_times(path: Path) -> list[float]:
-    """The time of each frame of a video file in seconds. Raises OSError as read_frames."""
-    lines = run_ffmpeg(path, "-f", "framecrc").decode().splitlines()
-    unit = next(Fraction(line.split()[-1]) for line in lines if line.startswith("#tb"))
-    times = [float(int(line.split(",")[2]) * unit) for line in lines if not line.startswith("#")]
-    if not times:
-        raise OSError("it contains no frame")
-    return times
 
 
 def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
@@ -178,7 +167,8 @@ def picture_sheet(path: str | Path, rows: list[tuple[str, list[tuple[np.ndarray,
     figure = Figure(size, dpi=140, layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for heading, axes in zip(headings, grid[0], strict=False):
-        axes.set_title(textwrap.fill(heading, 34), fontsize=13, weight="bold", parse_math=False)
+        heading = textwrap.fill(heading, round(7 * inches))  # narrower than its column
+        axes.set_title(heading, fontsize=13, weight="bold", parse_math=False)
     for (label, cells), line in zip(rows, grid, strict=True):
         wrapped = [textwrap.fill(part, 26, max_lines=6) for part in drawable(label).split("\n")]
         line[0].set_ylabel("\n".join(wrapped), rotation=0, ha="right", va="center", fontsize=10,

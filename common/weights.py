@@ -3,16 +3,12 @@
 A tensor is read when it is needed, and each rank reads only the rows that it keeps.
 """
 
-import contextlib
-import json
 import math
 import os
 import pickle
 import re
-import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -371,60 +367,3 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
         aside.chmod(0o644)  # safetensors lets only their owner read its files
 
     replace_file(path, write)
-
-
-# ------------------------------------------------------------------------- writing safetensors
-
-CHECKSUM = "-" * 8  # placeholder in the metadata, crc32: CHECKSUM, for the CRC-32 of the data
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
-                       metadata: dict[str, str], write: bool = True) -> list | None:
-    """Write a safetensors file one tensor at a time; returns [bytes, CRC-32] once it is on disk.
-
-    Each read() is called once, in order, even after an error or without `write`, since it may be a
-    collective of all ranks. If metadata["crc32"] is CHECKSUM, it and the CRC-32 that is returned
-    become that of the data alone, for check_data. Raises OSError if it cannot be written.
-    """
-    header, end = {"__metadata__": metadata}, 0
-    for name, t in tensors.items():
-        start, end = end, end + t.dtype.itemsize * torch.Size(t.shape).numel()
-        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape),
-                        "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
-    of_data = metadata.get("crc32") == CHECKSUM
-    size, crc, error = len(head), 0 if of_data else zlib.crc32(head), None
-    with contextlib.ExitStack() as stack:
-        try:
-            if write:
-                file = stack.enter_context(path.open("wb"))
-                file.write(head)
-        except OSError as e:
-            error = e
-        for t in tensors.values():
-            if not write or error is not None:
-                bytes_of(t.read().flatten()[:1])  # [:1] waits for a GPU's part in the collective
-                continue
-            chunk = bytes_of(t.read())
-            try:
-                file.write(chunk)
-            except OSError as e:
-                error = e
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-        if error is not None:
-            raise error
-        if write:
-            if of_data:
-                file.seek(8 + text.index(b'"crc32": "') + 10)
-                file.write(f"{crc:08x}".encode())
-            file.flush()
-            os.fsync(file.fileno())
-    return [size, f"{crc:08x}"] if write else None
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's elements as bytes."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -4,6 +4,7 @@ import html
 import itertools
 import re
 import string
+import subprocess
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.config import Shared
-from common.files import ROOT, commit, replace_file, write_json, write_text
+from common.files import ROOT, replace_file, write_json, write_text
 from common.video import write_video
 from evaluation.measures import Samples, endpoint_error
 from evaluation.sheets import (
@@ -34,6 +35,16 @@ ALL_TITLES = COLUMN_TITLES | {"floor": "floor, 1 = teacher's", "first": "first f
     name: f"oracle: {name}" for name in ORACLE}
 EXAMPLE_QUANTILES = (0.5, 0.8, 0.9, 0.95, 1.0)  # of teacher@m's endpoint error
 LOOP_SECONDS = 4  # an mp4 lasts at least this long: players stop at its end
+
+
+def commit() -> str | None:
+    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
+                              capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -200,12 +211,16 @@ def write_ladder(out: Path, examples: list[Example], labels: list[str], title: s
 # ------------------------------------------------------------------------------------- the page
 
 def html_of(text: str) -> str:
-    """Paragraphs and tables of Markdown as HTML, escaped: only what `markdown` writes is known."""
+    """Paragraphs and tables of Markdown as HTML, escaped: only what `markdown` writes is known.
+
+    In a table, an error is below its number, so that 16 columns fit into 1200 pixels.
+    """
     blocks, text = [], html.escape(text.replace("`", "")).replace("**FAIL**", "<mark>FAIL</mark>")
     text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
     for block in text.strip().split("\n\n"):
         head, *lines = [line[1:-1].replace("|", "<td>") for line in block.split("\n")]
         rows = "".join(f"<tr><td>{line}" for line in (head, *lines[1:]))
+        rows = re.sub(r" (± [\d.]+:?)", r" <small>\1</small>", rows)
         blocks.append(f'<div class="wide"><table>{rows}</table></div>' if block.startswith("|")
                       else f"<p>{block}</p>")
     return "\n".join(blocks)
@@ -239,8 +254,8 @@ def write_page(cfg: Shared, out: Path, examples: list[Example], labels: list[str
     if ladder:
         parts["ladder"] = (
             "<h2>All models</h2><p>Each column has one caption and one noise. The first row is the "
-            'target: which of the rows below keep it?</p><img alt="A row for each model, a column '
-            f'for each caption" src="{data_uri(out / "ladder.gif")}">')
+            'target: which of the rows below keep it?</p><div class="wide"><img alt="A row for '
+            f'each model, a column for each caption" src="{data_uri(out / "ladder.gif")}"></div>')
     if (curves := Path(cfg.run) / "distill/curves.png").is_file():
         parts["curves"] = ('<h2>How the student learned</h2><img alt="Losses, accuracy of the '
                            f'heads, gradients, held-out error" src="{data_uri(curves)}">')

@@ -7,7 +7,9 @@ import html
 import math
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import sentencepiece
@@ -94,9 +96,6 @@ class UMT5Encoder(nn.Module):
     def __init__(self, vocab_size=256384, dim=4096, dim_attn=4096, num_heads=64, dim_ffn=10240,
                  num_layers=24, num_buckets=32, max_distance=128):
         super().__init__()
-        if dim_attn % num_heads:
-            raise ValueError(f"text encoder config: dim_attn={dim_attn} is not a multiple of "
-                             f"num_heads={num_heads}")
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.blocks = nn.ModuleList(
             T5Block(dim, dim_attn, num_heads, dim_ffn, num_buckets, max_distance)
@@ -188,16 +187,27 @@ class CLIPText(nn.Module):
 
 # -------------------------------------------------------------------------------------- tokenizers
 
-def check_prompts(prompts: list[str]) -> None:
-    """Raises ValueError unless prompts is a list of at least one string."""
-    if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"prompts: expected a list of at least one prompt, got {prompts!r:.80}")
-
-
 def clean_text(text: str) -> str:
     """Fix broken encodings and HTML entities, and collapse whitespace to single spaces (Wan)."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
+
+
+def open_tokenizer(path: Path, read: Callable[[], Any]) -> Any:
+    """What `read` returns. Raises ValueError naming the file or folder if it cannot be read."""
+    try:
+        return read()
+    except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
+        raise ValueError(f"{path}: is not a readable tokenizer ({error}): copy it again from the "
+                         "checkpoint") from error
+
+
+def tokenizer_from_json(file: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json, without the padding and truncation that it may set."""
+    fast = tokenizers.Tokenizer.from_file(str(file))
+    fast.no_padding()
+    fast.no_truncation()
+    return fast
 
 
 class Tokenizer:
@@ -213,30 +223,24 @@ class Tokenizer:
     PAD, END, UNKNOWN = 0, 1, 3  # umT5's ids
 
     def __init__(self, path: str | Path | bytes, max_len: int = 512):
-        model = path if isinstance(path, bytes) else None
-        inside, names = model is not None, ("tokenizer.json", "spiece.model")
-        path = Path("spiece_model in the text encoder's file" if inside else path)
-        files = [path / name for name in names] if path.is_dir() else [path]
-        self.file = path if inside else next((file for file in files if file.is_file()), None)
+        if isinstance(path, bytes):
+            self.file = Path("spiece_model in the text encoder's file")
+            source = {"model_proto": path}
+        else:
+            files = [path, *(Path(path) / name for name in ("tokenizer.json", "spiece.model"))]
+            self.file = next((file for file in map(Path, files) if file.is_file()), None)
+            source = {"model_file": str(self.file)}
         if self.file is None:
-            raise FileNotFoundError(f"{path}: contains no {' or '.join(names)}: copy it from the "
-                                    "checkpoint's google/umt5-xxl or tokenizer")
-        self.max_len = max_len
-        try:
-            if self.file.suffix == ".json":
-                self.fast = tokenizers.Tokenizer.from_file(str(self.file))
-                self.fast.no_padding()
-                self.fast.no_truncation()
-                self.size = self.fast.get_vocab_size()
-                end = self.fast.token_to_id("</s>")
-            else:
-                self.fast = None
-                self.sp = sentencepiece.SentencePieceProcessor(
-                    **{"model_proto": model} if inside else {"model_file": str(self.file)})
-                self.size, end = self.sp.vocab_size(), self.sp.eos_id()
-        except Exception as error:  # tokenizers raises bare Exception, sentencepiece RuntimeError
-            raise ValueError(f"{self.file}: is not a readable tokenizer ({error}): copy it again "
-                             "from the checkpoint") from error
+            raise FileNotFoundError(f"{path}: contains no tokenizer.json or spiece.model: copy it "
+                                    "from the checkpoint's google/umt5-xxl or tokenizer")
+        self.max_len, self.fast = max_len, None
+        if self.file.suffix == ".json":
+            self.fast = open_tokenizer(self.file, lambda: tokenizer_from_json(self.file))
+            self.size, end = self.fast.get_vocab_size(), self.fast.token_to_id("</s>")
+        else:
+            self.sp = open_tokenizer(
+                self.file, lambda: sentencepiece.SentencePieceProcessor(**source))
+            self.size, end = self.sp.vocab_size(), self.sp.eos_id()
         if end != self.END:
             raise ValueError(f"{self.file}: </s>: expected umT5's id {self.END}, got {end}: it is "
                              "the file of another model")
@@ -255,9 +259,8 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask, int64 [B, L], right-padded to the longest text of the batch.
 
-        A text of more than max_len - 1 pieces is truncated with a warning. Raises as check_prompts.
+        A text of more than max_len - 1 pieces is truncated with a warning.
         """
-        check_prompts(texts)
         rows = []
         for text in map(clean_text, texts):
             ids = self.pieces(text)
@@ -300,14 +303,8 @@ def read_tokenizer(folder: Path, rows: int, text: str, count: int) -> tokenizers
     if not (file.is_file() or (folder / "vocab.json").is_file()):
         raise FileNotFoundError(f"{folder}: contains no tokenizer.json (or CLIP's vocab.json and "
                                 "merges.txt): copy it from the checkpoint")
-    try:
-        fast = (tokenizers.Tokenizer.from_file(str(file)) if file.is_file()
-                else clip_tokenizer(folder))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{folder}: contains no readable tokenizer ({error}): copy it again from "
-                         "the checkpoint") from error
-    fast.no_padding()
-    fast.no_truncation()
+    fast = open_tokenizer(folder, lambda: tokenizer_from_json(file) if file.is_file()
+                          else clip_tokenizer(folder))
     size, got = fast.get_vocab_size(), len(fast.encode(text).ids)
     if size > rows or got != count:
         raise ValueError(f"{folder}: expected a tokenizer of at most the text encoder's {rows} "
@@ -332,10 +329,8 @@ class TextEncoder:
     def encode_each(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         """{"text": fp32 [L_i, D]} of each prompt, with </s> and without padding.
 
-        Prompts are encoded one by one, so that their states do not depend on each other. Raises as
-        check_prompts.
+        Prompts are encoded one by one, so that their states do not depend on each other.
         """
-        check_prompts(prompts)
         device = self.encoder.token_embedding.weight.device
         rows = (self.tokenizer([prompt]) for prompt in prompts)
         return [{"text": self.encoder(ids.to(device), mask.to(device))[0].float()}
@@ -400,9 +395,8 @@ class HunyuanText:
         """{"text": fp32 [S_i, D], "pooled": fp32 [D'], "guidance": fp32 []} of each prompt.
 
         text contains the states of the prompt and the template's end, without padding. Prompts are
-        encoded one by one. Raises as check_prompts. Source: HunyuanVideo.
+        encoded one by one. Source: HunyuanVideo.
         """
-        check_prompts(prompts)
         device, conds = self.llm.embed_tokens.weight.device, []
         for prompt in prompts:
             ids, pooled = (row[None].to(device) for row in self.ids(prompt))

@@ -14,26 +14,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.ranks import gather_values
+
 # ------------------------------------------------------------------------------------ shared parts
 
 def check_video(video: Tensor, time: int, space: int) -> None:
     """Raises ValueError unless video is [B, 3, time·n + 1, space·h, space·w]."""
-    if video.ndim != 5 or video.shape[1] != 3:
-        raise ValueError(f"encode: expected a video [B, 3, T, H, W], got {list(video.shape)}")
-    T, H, W = video.shape[2:]
-    if T % time != 1:
-        raise ValueError(f"encode: expected {time}n + 1 frames, as "
-                         f"{max(T - 1, 0) // time * time + 1}, got {T}: cut the clip")
-    if 0 in (H, W) or H % space or W % space:
-        raise ValueError(f"encode: expected height and width as multiples of {space}, got {H} and "
-                         f"{W}: resize or crop the video")
-
-
-def check_latents(latents: Tensor, z_dim: int) -> None:
-    """Raises ValueError unless latents are [B, z_dim, T', H', W'] and not empty."""
-    if latents.ndim != 5 or latents.shape[1] != z_dim or 0 in latents.shape:
-        raise ValueError(f"decode: expected latents [B, {z_dim}, T', H', W'], not empty, got "
-                         f"{list(latents.shape)}")
+    if (video.ndim != 5 or video.shape[1] != 3 or video.shape[2] % time != 1
+            or any(size % space or size == 0 for size in video.shape[3:])):
+        raise ValueError(f"encode: expected a video [B, 3, {time}n + 1, {space}h, {space}w], got "
+                         f"{list(video.shape)}: cut or resize it")
 
 
 # ----------------------------------------- Wan 2.1: causal in time, 4 x 8 x 8 smaller, 16 channels
@@ -185,9 +175,9 @@ class Encoder(nn.Module):
         dims = [dim, *(dim * m for m in mult)]
         self.conv1 = CausalConv3d(3, dim, (3, 3, 3))
         layers = []
-        for i, (a, b) in enumerate(itertools.pairwise(dims)):
+        for (a, b), temporal in zip(itertools.pairwise(dims), (*temporal_down, None), strict=True):
             layers += [Residual(a if j == 0 else b, b) for j in range(num_res)]
-            layers += [Down(b, temporal_down[i])] if i < len(mult) - 1 else []
+            layers += [] if temporal is None else [Down(b, temporal)]
         self.downsamples = nn.Sequential(*layers)
         top = dims[-1]
         self.middle = nn.Sequential(Residual(top, top), FrameAttention(top), Residual(top, top))
@@ -239,14 +229,9 @@ class WanVAE(nn.Module):
     def __init__(self, dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
                  temporal_down=(False, True, True), latents_mean=WAN_MEAN, latents_std=WAN_STD):
         super().__init__()
-        if len(temporal_down) != len(dim_mult) - 1 or len(latents_mean) != z_dim \
-                or len(latents_std) != z_dim:
-            raise ValueError(
-                f"VAE config: expected one step of temporal_down less than levels of dim_mult, got "
-                f"{len(temporal_down)} and {len(dim_mult)}; expected z_dim={z_dim} numbers of "
-                f"latents_mean and latents_std, got {len(latents_mean)} and {len(latents_std)}")
         self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
         self.z_dim = z_dim
+        self.statistics("meta")  # raises an error if these are not z_dim numbers
         self.space, self.time = 2 ** (len(dim_mult) - 1), 2 ** sum(map(bool, temporal_down))
         mult, up = tuple(dim_mult), tuple(reversed(temporal_down))
         self.encoder = Encoder(dim, 2 * z_dim, mult, num_res_blocks, tuple(temporal_down))
@@ -282,10 +267,7 @@ class WanVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """The video, fp32 [B, 3, 4 (T'-1) + 1, 8 H', 8 W'] in [-1, 1], of normalised latents.
-
-        Raises ValueError on a shape that is not [B, z, T', H', W']. Source: Wan 2.1.
-        """
-        check_latents(latents, self.z_dim)
+        Source: Wan 2.1."""
         mean, std = self.statistics(latents.device)
         z = (latents.float() * std + mean).to(self.dtype)
         past = {}
@@ -448,8 +430,7 @@ class HunyuanVAE(nn.Module):
         return self.by_tiles(lambda x: self.moments(x.to(self.dtype))[0], video).mul_(self.scaling)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The video of normalised latents; shapes, range and errors are WanVAE.decode's."""
-        check_latents(latents, self.z_dim)
+        """The video of normalised latents; shapes and range are WanVAE.decode's."""
         return self.by_tiles(lambda z: self.reconstruct((z.float() / self.scaling).to(self.dtype)),
                              latents, decode=True).clamp_(-1, 1)
 
@@ -496,8 +477,7 @@ class HunyuanVAE(nn.Module):
         rank, size = self.group.rank(), self.group.size()
         while batch := list(itertools.islice(tiles, size)):
             local = net(batch[rank]).float().contiguous() if rank < len(batch) else None
-            shapes: list = [None] * size
-            dist.all_gather_object(shapes, None if local is None else local.shape, group=self.group)
+            shapes = gather_values(None if local is None else local.shape, self.group)
             for owner, shape in enumerate(shapes[:len(batch)]):
                 y = local if owner == rank else torch.empty(shape, device=batch[0].device)
                 dist.broadcast(y, group=self.group, group_src=owner)

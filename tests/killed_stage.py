@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from torch.distributed.tensor import DTensor
 
 import distill
-from common import weights
+from artifacts import student
 from common.ranks import cli
 from training.checkpoint import Saver
 
 PLACES = {"iteration": (distill, "update_heads"),
-          "checkpoint": (weights, "bytes_of"),          # a part of a rank's file is written
+          "checkpoint": (student, "bytes_of"),          # a part of a rank's file is written
           "publish": (Saver, "publish"),                # all files are written, none has its name
           "export": (DTensor, "full_tensor")}           # a part of the student is written
 

@@ -185,23 +185,17 @@ def test_vae_in_bfloat16_keeps_fp32_at_its_ends_and_stays_near_fp32():
 
 
 @pytest.mark.parametrize("shape,words", [
-    ((1, 3, 4, 16, 16), ["4n + 1 frames, as 1, got 4:"]),
-    ((1, 3, 0, 16, 16), ["got 0:"]),
-    ((1, 3, 82, 16, 16), ["as 81, got 82:"]),
-    ((1, 3, 5, 20, 16), ["multiples of 8, got 20 and 16"]),
-    ((1, 3, 5, 16, 0), ["got 16 and 0"]),
-    ((1, 4, 5, 16, 16), ["[1, 4, 5, 16, 16]", "[B, 3, T, H, W]"]),
+    ((1, 3, 4, 16, 16), ["4n + 1", "got [1, 3, 4, 16, 16]"]),
+    ((1, 3, 0, 16, 16), ["got [1, 3, 0, 16, 16]"]),
+    ((1, 3, 82, 16, 16), ["got [1, 3, 82, 16, 16]"]),
+    ((1, 3, 5, 20, 16), ["8h, 8w", "got [1, 3, 5, 20, 16]"]),
+    ((1, 3, 5, 16, 0), ["got [1, 3, 5, 16, 0]"]),
+    ((1, 4, 5, 16, 16), ["got [1, 4, 5, 16, 16]", "[B, 3, 4n + 1"]),
     ((3, 5, 16, 16), ["[3, 5, 16, 16]"])])
 def test_encode_names_what_is_wrong_with_a_video(shape, words):
     with pytest.raises(ValueError) as caught:
         WanVAE(dim=2).encode(torch.zeros(shape))
     assert all(word in str(caught.value) for word in words), caught.value
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 2, 2, 2), (16, 2, 2, 2), (1, 16, 0, 2, 2)])
-def test_decode_names_the_expected_shape(shape):
-    with pytest.raises(ValueError, match=r"expected latents \[B, 16, T', H', W'\]"):
-        WanVAE(dim=2).decode(torch.zeros(shape))
 
 
 def peer_vae(vae: WanVAE) -> diffusers.AutoencoderKLWan:
@@ -369,12 +363,6 @@ def test_prompts_are_text_whatever_they_look_like(tokenizer_folders):
     assert ids.shape[0] == len(hostile) and (ids < tokenizer.size).all()
 
 
-@pytest.mark.parametrize("texts", [[], "a red circle", [b"bytes"], [None]])
-def test_the_tokenizer_takes_a_list_of_strings_only(tokenizer_folders, texts):
-    with pytest.raises(ValueError, match="list of at least one prompt"):
-        Tokenizer(tokenizer_folders["both"])(texts)
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
 @pytest.mark.parametrize("content", [b"\xff\xfe not it", b"", "cut"])
 def test_a_broken_tokenizer_file_is_named(tokenizer_folders, tmp_path, name, content):
@@ -409,14 +397,6 @@ def test_states_do_not_depend_on_company_and_padding_is_zero(tokenizer_folders):
         assert not together[i, length:].any()
     batched = text.encoder(ids, mask)  # and a masked batch gives the same, up to rounding
     assert error(batched[0, :int(mask[0].sum())], each[0]["text"]) < TOLERANCE
-
-
-@pytest.mark.parametrize("prompts", [[], "a red circle"])
-def test_encoding_takes_a_list_of_prompts_only(tokenizer_folders, prompts):
-    text = TextEncoder(UMT5Encoder(**SMALL_T5), Tokenizer(tokenizer_folders["both"]))
-    for encode in (text.encode_each, text.encode_prompts):
-        with pytest.raises(ValueError, match="list of at least one prompt"):
-            encode(prompts)
 
 
 def test_a_tokenizer_of_another_model_is_an_error(tokenizer_folders):
@@ -513,7 +493,7 @@ def resave(path: Path, change) -> None:
     (lambda t, m: m.update(config="{oops"), ["metadata key config"]),
     (lambda t, m: m.update(config='{"width": 3}'), ["width", "WanVAE"]),
     (lambda t, m: m.update(config='{"dim": "4"}'), ["config", "dim: expected a number", "got '4'"]),
-    (lambda t, m: m.update(config='{"dim": 4, "z_dim": 8}'), ["z_dim=8"])])
+    (lambda t, m: m.update(config='{"dim": 4, "z_dim": 8}'), ["'z_dim': 8", "not describe a"])])
 def test_official_vae_weights_that_do_not_fit_are_named(folders, tmp_path, change, words):
     file = tmp_path / "Wan2.1_VAE.safetensors"
     file.write_bytes((folders[0] / "official/Wan2.1_VAE.safetensors").read_bytes())

@@ -308,11 +308,11 @@ def test_the_page_escapes_captions_and_omits_what_was_not_measured(run):
     assert "How the student learned" not in page and page.count("<video") == 1
 
 
-def test_a_gate_that_fails_is_marked_in_the_page():
-    text = "a `b` < c\n\n| gate | got | |\n|---|---|---|\n| x | 1 | **FAIL** |\n"
+def test_a_gate_that_fails_is_marked_in_the_page_and_errors_are_small():
+    text = "a `b` < c\n\n| gate | got | |\n|---|---|---|\n| x | 1 ± 0.2 | **FAIL** |\n"
     assert html_of(text) == (
         '<p>a b &lt; c</p>\n<div class="wide"><table><tr><td> gate <td> got <td> '
-        "<tr><td> x <td> 1 <td> <mark>FAIL</mark> </table></div>")
+        "<tr><td> x <td> 1 <small>± 0.2</small> <td> <mark>FAIL</mark> </table></div>")
 
 
 def test_students_of_several_key_timesteps_follow_their_own_teacher_and_form_a_ladder(run):

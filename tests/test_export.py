@@ -16,6 +16,7 @@ import model
 import sample
 from artifacts import student as student_file
 from artifacts.instructions import comfyui_workflow, stock_scheduler, student_page
+from common import weights
 from common.files import write_text
 from common.names import official_names
 from common.ranks import AgreedError, generator
@@ -340,7 +341,7 @@ def test_two_ranks_write_one_student_and_a_finished_run_is_exported_in_another_f
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-i2v", "hunyuan-tiny"])
-def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, preset):
+def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, monkeypatch, preset):
     file, _ = make_student(preset, 6, 5.0, [0, 2, 4, 6])
     (file.parents[1] / "teacher.safetensors").unlink()
     capsys.readouterr()
@@ -352,8 +353,7 @@ def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, preset
     assert workflow == comfyui_workflow(student_file.facts_in(file), file.name)
     assert all(f"{t:.7f}" in text for t in t_key_of(file)[1:-1])
     assert ("LightX2V" in text) == (preset != "hunyuan-tiny")
-    with file.open("r+b") as f:  # of a file that is larger than memory only the header is read
-        f.truncate(8 + int.from_bytes(f.read(8), "little"))
+    monkeypatch.setattr(weights.np, "fromfile", None)  # only the header is read, whatever the size
     sample.main(["--how", str(file)])
     assert capsys.readouterr().out == text + "\n"
 

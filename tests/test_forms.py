@@ -14,6 +14,7 @@ from conftest import write_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
+from artifacts.student import how_to_use, open_student
 from common.files import write_json
 from common.names import (
     EXPERTS, dit_tensors, find_dit, fingerprint, fingerprint_files, role_file)
@@ -438,6 +439,13 @@ def test_a_file_of_another_kind_is_refused_by_what_it_is(kind, tmp_path):
     (tmp_path / "noise.bin").write_bytes(b"\x12\x34" * 40)
     with pytest.raises(ValueError, match="expected weights as .safetensors .*starts with"):
         open_tensors(tmp_path / "noise.bin")
+
+
+def test_a_student_s_folder_with_a_gguf_alone_is_refused_by_what_it_is(tmp_path):
+    (tmp_path / "student-Q8_0.gguf").write_bytes(b"GGUF\3\0\0\0")
+    for read in (open_student, how_to_use):
+        with pytest.raises(ValueError, match="student-Q8_0.gguf: is a GGUF file, whose weights"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("tensors, message", [

@@ -496,23 +496,17 @@ def test_moments_and_reconstruct_are_differentiable_to_every_parameter():
 
 
 @pytest.mark.parametrize("shape,words", [
-    ((1, 3, 4, 16, 16), ["4n + 1 frames, as 1, got 4:"]),
-    ((1, 3, 130, 16, 16), ["as 129, got 130:"]),
-    ((1, 3, 5, 20, 16), ["multiples of 8, got 20 and 16"]),
-    ((1, 3, 5, 16, 0), ["got 16 and 0"]),
-    ((1, 4, 5, 16, 16), ["[1, 4, 5, 16, 16]", "[B, 3, T, H, W]"])])
+    ((1, 3, 4, 16, 16), ["4n + 1", "got [1, 3, 4, 16, 16]"]),
+    ((1, 3, 130, 16, 16), ["got [1, 3, 130, 16, 16]"]),
+    ((1, 3, 5, 20, 16), ["8h, 8w", "got [1, 3, 5, 20, 16]"]),
+    ((1, 3, 5, 16, 0), ["got [1, 3, 5, 16, 0]"]),
+    ((1, 4, 5, 16, 16), ["got [1, 4, 5, 16, 16]", "[B, 3, 4n + 1"])])
 def test_encode_names_what_is_wrong_with_a_video(shape, words):
     with torch.device("meta"):
         vae = HunyuanVAE()
     with pytest.raises(ValueError) as caught:
         vae.encode(torch.zeros(shape))
     assert all(word in str(caught.value) for word in words), caught.value
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 2, 2, 2), (16, 2, 2, 2), (1, 16, 0, 2, 2)])
-def test_decode_names_the_expected_shape(shape):
-    with pytest.raises(ValueError, match=r"expected latents \[B, 16, T', H', W'\]"):
-        small_vae().decode(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("sizes", [{"sample_size": 40}, {"sample_tsize": 8}, {"sample_size": 0},
@@ -700,13 +694,6 @@ def test_a_prompt_of_ten_thousand_words_is_cut_with_a_warning(peers, tokenizer_f
         assert f"has {count} tokens; the text encoder reads {rows}" in str(caught[0].message)
         assert f"the last {count - rows} are dropped" in str(caught[0].message)
         assert cond["text"].shape == (rows, 32)
-
-
-@pytest.mark.parametrize("prompts", [[], "a red circle", [b"bytes"], [None]])
-def test_encoding_takes_a_list_of_prompts_only(text, prompts):
-    for encode in (text.encode_each, text.encode_prompts):
-        with pytest.raises(ValueError, match="list of at least one prompt"):
-            encode(prompts)
 
 
 # ------------------------------------------------------------------------------- text to states
@@ -983,10 +970,10 @@ def test_missing_files_of_a_weight_folder_are_named(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer_2: contains no tokenizer.json"):
         load(tmp_path)
     shutil.copy(source / "tokenizer_2/vocab.json", tmp_path / "tokenizer_2")
-    with pytest.raises(ValueError, match="tokenizer_2: contains no readable tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer_2: is not a readable tokenizer"):
         load(tmp_path)
     (tmp_path / "tokenizer/tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer: contains no readable tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer: is not a readable tokenizer"):
         load(tmp_path)
     for file in (tmp_path / "text_encoder").glob("*.safetensors"):
         file.unlink()

@@ -46,7 +46,7 @@ def config(tmp_path_factory):
               "shift": 7.0, "key": [0, 2, 4, 6], "device": "cpu",
               "synvid": {"prompts": str(root / "prompts.txt"), "count": 6, "batch": 3, "videos": 1},
               "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
-                          "lr": 1e-3, "head_dim": 8, "eval_every": 1, "export_dtype": "fp32",
+                          "lr": 1e-3, "head_dim": 8, "eval_every": 4, "export_dtype": "fp32",
                           "export": "diffusers"}}
     path = root / "hunyuan.yaml"
     path.write_text(json.dumps(values))  # YAML holds JSON

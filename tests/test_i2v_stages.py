@@ -60,7 +60,7 @@ def world(tmp_path_factory, make_weights):
               "synvid": {"prompts": str(root / "prompts.jsonl"), "count": 6, "batch": 2,
                          "videos": 1},
               "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
-                          "lr": 1e-3, "head_dim": 8, "eval_every": 2, "export_dtype": "fp32"},
+                          "lr": 1e-3, "head_dim": 8, "eval_every": 4, "export_dtype": "fp32"},
               "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3}}
     path = root / "i2v.yaml"
     path.write_text(json.dumps(values))  # YAML holds JSON

@@ -35,6 +35,7 @@ KEY = [0, 2, 4, 6]
 CASES: dict[int, dict[str, dict[str, int]]] = {
     1: {"alone": {"micro_batch": 4}, "micro-batches": {"micro_batch": 1},
         "other data": {"micro_batch": 4, "seed": 1}, "lora": {"micro_batch": 4, "lora": 3},
+        "lora, offload": {"micro_batch": 4, "lora": 3, "offload": 1, "checkpointing": 0},
         "offload": {"micro_batch": 4, "offload": 1}, "lively": {"micro_batch": 4, "lively": 1}},
     2: {"replicas": {"micro_batch": 2}, "sp": {"sp": 2, "micro_batch": 1},
         "lora": {"sp": 2, "micro_batch": 4, "lora": 3},
@@ -45,6 +46,8 @@ CASES: dict[int, dict[str, dict[str, int]]] = {
 # gradient is rounding error, which Adam turns into full steps.
 WITHOUT_EFFECT = ("txt_in.individual_token_refiner.blocks.0.self_attn_qkv.bias",
                   "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.bias")
+# The expert for low noise takes one step: Adam's first, which is full even for gradients near zero.
+BOUNDS = {"experts": 1e-4}
 
 
 class FakeSynVid:
@@ -134,7 +137,7 @@ def test_any_split_of_the_work_gives_the_parameters_of_one_process(distilled, wo
     assert got.keys() == SIZES.keys() and any("k_img" in name for name in alone["i2v"])
     assert any(name.startswith("low_noise_model.") for name in alone["experts"])
     for family in SIZES:
-        assert_same(got[family], alone[family])
+        assert_same(got[family], alone[family], BOUNDS.get(family, 1e-5))
 
 
 def test_ranks_that_share_tokens_have_the_gradient_of_l_adv_that_one_has(distilled):
@@ -169,22 +172,24 @@ def test_the_three_iterations_move_every_kind_of_parameter(distilled):
         assert not still, family
 
 
-def test_two_ranks_that_share_tokens_train_the_lora_of_one_process(distilled):
+@pytest.mark.parametrize("world,case", [(1, "lora, offload"), (2, "lora")])
+def test_any_split_of_the_work_trains_the_same_lora(distilled, world, case):
     for family in SIZES:
-        got = distilled(2, "lora")[family]
+        got = distilled(world, case)[family]
         assert any("lora_A" in name for name in got)
-        assert_same(got, distilled(1, "lora")[family])
+        assert_same(got, distilled(1, "lora")[family], BOUNDS.get(family, 1e-5))
 
 
 def test_moments_in_host_memory_change_no_bit(distilled):
     for family, want in distilled(1, "alone").items():
         got = distilled(1, "offload")[family]
         assert all(torch.equal(got[name], want[name]) for name in got)
-        assert_same(distilled(2, "offload")[family], want)
+        assert_same(distilled(2, "offload")[family], want, BOUNDS.get(family, 1e-5))
 
 
-@pytest.mark.parametrize("sp", [0, 3, 5])
-def test_sp_that_does_not_divide_ranks_and_heads_is_an_error_that_lists_what_does(sp):
-    with pytest.raises(ValueError, match=rf"sp: got {sp} with 1 rank.* 12 attention heads.*: 1$"):
+@pytest.mark.parametrize("sp", [2, 5])  # 2 divides the heads alone, 5 neither
+def test_sp_that_does_not_divide_ranks_and_heads_is_an_error_that_names_both(sp):
+    message = rf"sp: expected a divisor of 1 rank\(s\) and of 12 attention heads, got {sp}$"
+    with pytest.raises(ValueError, match=message):
         setup_distributed("cpu", sp, 12)
-    torch.distributed.destroy_process_group()
+    dist.destroy_process_group()

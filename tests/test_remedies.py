@@ -15,7 +15,7 @@ STAGES = ("synvid", "distill", "sample", "evaluate", "tools.extract_lora", "tool
           "tools.bench", "tools.baselines", "tools.paper", "small_world.teacher")
 CONFIGS = [importlib.import_module(name).Config for name in STAGES]
 SETTINGS = {f.name for config in (Shared, *CONFIGS) for f in dataclasses.fields(config)}
-OTHERS = {"help", "output_path"}  # of every stage; of VBench
+OTHERS = {"help", "output_path", "model", "instruction"}  # every stage; VBench; tools.caption
 
 
 def messages() -> Iterator[tuple[str, str]]:

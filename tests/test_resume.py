@@ -99,7 +99,7 @@ def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undistur
     folder, config = undisturbed
     run = begun(folder, tmp_path / "run")
     command = script_command(ROOT / "distill.py", config, f"run={run}", "save_every=1000",
-                             "iterations=1000", ranks=2, torchrun="--shutdown-timeout=100")
+                             "iterations=1000", ranks=2, torchrun=f"--shutdown-timeout={PATIENCE}")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = run / "distill/log.jsonl"
     while not (log.exists() and log.read_text()):

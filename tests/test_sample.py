@@ -262,12 +262,6 @@ def test_a_prompt_is_text_whatever_it_looks_like(run, student, monkeypatch):
         "etc-b-x-2-s-0", "none", "teacher", "video", "一只"]
 
 
-def test_a_prompt_of_10000_words_is_cut_with_a_warning(run, student, monkeypatch):
-    fast_videos(monkeypatch)
-    with pytest.warns(UserWarning, match="the text encoder reads 15"):
-        run("--prompt", "red " * 10_000)
-
-
 def test_a_prompt_takes_precedence_over_the_config_s_prompt_file():
     cfg = sample.Config(prompt=" a red disc ", prompt_file="nowhere.txt")
     assert sample.collect_prompts(cfg) == [("a red disc", None)]

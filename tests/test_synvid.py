@@ -20,7 +20,6 @@ from safetensors import safe_open
 
 import common.files
 import common.ranks
-import model
 import synvid
 from artifacts import trajectories
 from artifacts.trajectories import SynVid, initial_noise, trajectory_path
@@ -244,8 +243,8 @@ def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rou
     config = make_config(height=32, cfg_scale=3.0, negative_prompt="a ring",
                          synvid={"count": 5, "batch": 2, "dtype": "fp32"})
     reference = contents(generate(config, "--run", tmp_path / "one"))
-    done = run_stage("synvid", config, f"run={tmp_path / 'pairs'}", "cfg_parallel=true", ranks=4)
-    assert contents(tmp_path / "pairs/synvid") == reference and "with 4 rank(s)" in done.stdout
+    done = run_stage("synvid", config, f"run={tmp_path / 'pairs'}", "cfg_parallel=true", ranks=2)
+    assert contents(tmp_path / "pairs/synvid") == reference and "with 2 rank(s)" in done.stdout
     run_stage("synvid", config, f"run={tmp_path / 'both'}", "cfg_parallel=true", "sp=2", ranks=4)
     manifest = trajectories.read_manifest(tmp_path / "one/synvid")
     for i in range(5):
@@ -565,28 +564,6 @@ def test_only_the_latents_asked_for_are_read(made, tmp_path):
 
 
 # --------------------------------------------------------------------------------- bad input
-
-@pytest.mark.parametrize("content, wrong", [
-    (None, "no such prompt file"), (b"\n \n", "empty prompt file"),
-    (b"a red disc\na bl\xffe ring\n", "line 2 is not UTF-8")])
-def test_a_prompt_file_missing_empty_or_not_utf8_is_named(make_config, tmp_path, content, wrong):
-    path = tmp_path / "prompts.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match=f"prompts.txt: .*{wrong}"):
-        generate(make_config(synvid={"prompts": str(path)}))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_prompt_of_10000_words_is_cut_with_a_warning(make_config, tmp_path):
-    prompts = tmp_path / "long.txt"
-    prompts.write_text("a red disc " * 3333 + "moves left\n", encoding="utf-8")
-    config = make_config(synvid={"prompts": str(prompts)})
-    with pytest.warns(UserWarning, match="tokens"):
-        folder = generate(config)
-    x_key, cond, prompt = SynVid(folder, config_of(config)).read(0)
-    assert len(prompt.split()) == 10001 and len(cond["text"]) == model.PRESETS["tiny"].text_len
-
 
 def test_prompts_that_look_like_flags_paths_or_markup_are_text(make_config, tmp_path):
     prompts = ["--run /etc", "../../../etc/passwd", "/dev/sda", "<b>bold</b> &lt;", "{0.__class__}",

@@ -39,19 +39,21 @@ from torch.utils.flop_counter import FlopCounterMode
 import distill
 import synvid
 from common.config import Shared, field, load_config
-from common.files import commit, error_summary, read_json, write_json
+from common.files import error_summary, read_json, write_json
 from common.linear import linear
-from common.names import with_level
+from common.names import by_expert, with_level
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     prefer_attention, processor, setup_distributed)
 from common.video import write_video
+from common.weights import save_tensors
+from evaluation.page import commit
 from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     sizes_of, time_grid)
 from tools.networks import (
     VIDEO_SIZE, Run, diffusers_version, is_small, make_vae, peer_dits, peer_sizes, peer_vaes,
-    random_dit, random_encoders, random_network, random_states, vae_shape, write_random_dit)
+    random_dit, random_encoders, random_network, random_states, vae_shape)
 from training.data import Batch, Latents, pinned
 from training.memory import gpu_bytes, memory_parts, shortage
 from training.monitor import step_flops
@@ -219,27 +221,26 @@ class Bench:
         cond = {name: c.to(self.device) for name, c in collate([self.cond] * batch).items()}
         return x.to(self.device), t.to(self.device), cond
 
-    def forward(self, backend: SDPBackend | None = None, compiled: bool = False,
-                batch: int = 1) -> list[Run]:
-        """One evaluation, with the attention kernels of `backend` or with the preferred ones."""
+    def evaluation(self, backend: SDPBackend | None = None, compiled: bool = False,
+                   batch: int = 1, backward: bool = False) -> list[Run]:
+        """One evaluation, with the attention kernels of `backend` or with the preferred ones; or
+        also its `backward` to all weights, with distill.py's activation checkpointing."""
         dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs(batch)
+        dit.requires_grad_(backward)
+        for block in dit.blocks:
+            block.checkpointing = backward and self.distill.checkpointing
         if compiled:
             torch.compiler.reset()
             compile_blocks(dit)
 
-        @torch.no_grad()
+        @torch.set_grad_enabled(backward)
         def run() -> None:
             with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
-                dit(*inputs)
+                v = dit(*inputs)
+                if backward:
+                    v.square().mean().backward()
+                    dit.zero_grad()
         return [run]
-
-    def backward(self) -> list[Run]:
-        """Forward, and backward to all weights, with distill.py's activation checkpointing."""
-        dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs()
-        dit.requires_grad_(True)
-        for block in dit.blocks:
-            block.checkpointing = self.distill.checkpointing
-        return [lambda: (dit(*inputs).square().mean().backward(), dit.zero_grad())]
 
     def attention(self, new_lengths: bool) -> list[Run]:
         """Attention of one layer, forward and backward; with `new_lengths` each run has a length
@@ -257,8 +258,10 @@ class Bench:
     def write_weights(self) -> None:
         """Write the DiT's weights, as noise, once."""
         path = Path(self.distill.weights)
-        on_first_rank(lambda: path.exists() or write_random_dit(
-            self.cfg, path.with_name("dit.safetensors"), compute_dtype(self.device)))
+        on_first_rank(lambda: path.exists() or [
+            save_tensors(path.with_name(with_level("dit.safetensors", level)), part, {})
+            for level, part in by_expert(
+                random_dit(self.cfg, self.device, None).state_dict()).items()])
 
     def loading(self) -> list[Run]:
         """Load the DiT from a file that is still in the system's cache."""
@@ -353,7 +356,7 @@ def config_rows(b: Bench) -> Iterator[Row]:
     rest = vae["decode"] + sum(text.values())
     plan = sum(memory_parts(b.distill, b.shape, b.device, b.ranks.world, b.ranks.sp).values())
 
-    yield Row("DiT forward", b.forward, flop, tokens)
+    yield Row("DiT forward", b.evaluation, flop, tokens)
     yield Row("distill.py, one k-step of one micro-batch a rank", b.k_step, b.k_step_flops(),
               tokens * b.distill.micro_batch, plan, len(key) - 1, b.bytes / 5e8)
     yield Row(f"prompt to video, {len(key) - 1} steps", partial(b.prompt_to_video, key, False),
@@ -362,10 +365,10 @@ def config_rows(b: Bench) -> Iterator[Row]:
         yield Row(f"VAE {way}", partial(b.run_vae, way), vae[way])
     for name, make, run in random_encoders(cfg):
         yield Row(f"prompt: {name}", partial(b.encode_prompt, make, run), text[name])
-    yield Row("DiT forward + backward", b.backward, 3 * flop, tokens)
+    yield Row("DiT forward + backward", partial(b.evaluation, backward=True), 3 * flop, tokens)
     yield Row("DiT from a file, in the system's cache", b.loading, extra=b.bytes / 5e8)
     if batch > 1:
-        yield Row(f"DiT forward, {batch} samples", partial(b.forward, batch=batch), flop * batch,
+        yield Row(f"DiT forward, {batch} samples", partial(b.evaluation, batch=batch), flop * batch,
                   tokens * batch)
     if gpu and cfg.family == "hunyuan":
         for lengths, new in ("at a new length of prompt each time", True), ("at one length", False):
@@ -374,17 +377,16 @@ def config_rows(b: Bench) -> Iterator[Row]:
                       3 * 4 * tokens ** 2 * b.dit.cfg.dim / b.ranks.sp, tokens)
     for kind in (("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if gpu
                  else ("FLASH_ATTENTION", "MATH")):
-        backend = getattr(SDPBackend, kind)
-        yield Row(f"DiT forward, {kind.lower()}", partial(b.forward, backend), flop, tokens)
-        if gpu:
-            yield Row(f"DiT forward, {kind.lower()}, compiled", partial(b.forward, backend, True),
-                      flop, tokens, extra=60)
+        for compiled in (False, True) if gpu else (False,):
+            yield Row(f"DiT forward, {kind.lower()}{', compiled' if compiled else ''}",
+                      partial(b.evaluation, getattr(SDPBackend, kind), compiled), flop, tokens,
+                      extra=60 * compiled)
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     yield Row(f"prompt to video, {cfg.n} steps", partial(b.prompt_to_video, grid, evaluations > 1),
               flop * evaluations * cfg.n + rest, tokens, runs=1)
     if not gpu:
         yield from peer_rows()
-        yield Row("DiT forward, compiled", partial(b.forward, compiled=True), flop, tokens,
+        yield Row("DiT forward, compiled", partial(b.evaluation, compiled=True), flop, tokens,
                   extra=40)
 
 

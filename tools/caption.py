@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from common.names import fingerprint_files
 from common.ranks import (
     Ranks, cli, compute_dtype, lock_run_folder, on_first_rank, print_line, progress_bar,
     setup_distributed)
-from common.video import frame_times, read_frames, write_image
+from common.video import read_frames, run_ffmpeg, write_image
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 INSTRUCTION = """Describe this video in one paragraph of 100 to 150 words, from which it could be \
@@ -46,12 +47,22 @@ Clip = tuple[np.ndarray, dict[str, Any]]  # frames uint8 [T, H, W, 3], transform
 
 def find_videos(paths: list[Path]) -> list[Path]:
     """The videos given, and those in folders and below, in order, each once."""
-    found = {path: sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = {path: sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
              if path.is_dir() else [path] * path.exists() for path in paths}
     if empty := [path for path, videos in found.items() if not videos]:
         raise FileNotFoundError(f"{empty[0]}: expected a video, or a folder with some "
                                 f"({', '.join(SUFFIXES)}), got none: correct the path")
     return list(dict.fromkeys(path.resolve() for videos in found.values() for path in videos))
+
+
+def frame_times(path: Path) -> list[float]:
+    """The time of each frame of a video file in seconds. Raises OSError as read_frames."""
+    lines = run_ffmpeg(path, "-f", "framecrc").decode().splitlines()
+    unit = next(Fraction(line.split()[-1]) for line in lines if line.startswith("#tb"))
+    times = [float(int(line.split(",")[2]) * unit) for line in lines if not line.startswith("#")]
+    if not times:
+        raise OSError("it contains no frame")
+    return times
 
 
 def read_clip(path: Path, count: int) -> Clip | OSError:
@@ -94,7 +105,7 @@ def load_captioner(args: argparse.Namespace,
         remedy = ("pip install transformers torchvision, of versions that fit torch" if missing
                   else "give a model that docs/captions.md lists")
         raise ValueError(f"{args.model}: cannot be loaded ({error_summary(e)}): {remedy}") from e
-    processor.tokenizer.padding_side = "left"
+    processor.tokenizer.padding_side = "left"  # a caption continues the end of its request
     ends = torch.tensor(model.generation_config.eos_token_id, device=device)
 
     @torch.no_grad()
@@ -126,7 +137,7 @@ def read_record(folder: Path, settings: str) -> dict[str, dict]:
     """The line of each video that was captioned with these settings (a checksum), by its path from
     the prompt file: "text", "error", "image"."""
     lines = [line for log in folder.glob("rank*.jsonl") for line in read_log(log)
-             if line.get("settings") == settings]
+             if line.get("settings") == settings]  # a text replaces an older error of reading
     return {line["video"]: line for line in sorted(lines, key=lambda line: "text" in line)}
 
 

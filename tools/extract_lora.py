@@ -23,13 +23,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts.lora import lora_form, lora_names
-from artifacts.student import exported_path, facts_in, open_student, student_facts
+from artifacts.student import (
+    CHECKSUM, exported_path, facts_in, open_student, stream_safetensors, student_facts)
 from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json, write_text
 from common.names import by_expert, dit_tensors, fingerprint, with_level
 from common.ranks import cli, generator, pick_device
 from common.video import draw_panels
-from common.weights import CHECKSUM, LazyTensor, describe_model, stream_safetensors
+from common.weights import LazyTensor, describe_model
 from model import check_model
 
 
@@ -187,7 +188,7 @@ def rows_by_layer(rows: list[dict]) -> dict[str, list[dict]]:
     return layers
 
 
-def report(cfg: Config, rows: list[dict], out: Path, first: Path) -> None:
+def write_energy(cfg: Config, rows: list[dict], out: Path, first: Path) -> None:
     """Write the table as Markdown and JSON, and its plot; print the sums. first, as in main."""
     sums = {"all": energy_kept(rows),
             "matrices": energy_kept([row for row in rows if row["form"] == "matrix"])}
@@ -236,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     first = out.with_name(with_level(out.name, level))
     check_out(out, first)
     announce(cfg, "lora")
-    report(cfg, extract(cfg, path, out), out, first)
+    write_energy(cfg, extract(cfg, path, out), out, first)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from artifacts.student import transformer_config
 from common.config import Shared
-from common.names import by_expert, official_names, with_level
+from common.names import official_names
 from common.ranks import Ranks, compute_dtype, generator, local_rows
-from common.weights import LazyTensor, stream_safetensors
 from frozen.image import CLIPVision, image_cond
 from frozen.text import CLIPText, Llama, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
@@ -43,25 +41,6 @@ def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Mod
     for p in dit.to_empty(device=device).parameters():
         local_rows(p)[0].normal_(std=0.02)
     return dit
-
-
-def write_random_dit(cfg: Shared, path: Path, dtype: torch.dtype) -> None:
-    """Write a DiT of noise as a safetensors file of official names; of two experts two files.
-
-    The noise is drawn once and repeated, since drawing 14 billion numbers would take minutes.
-    """
-    noise = torch.randn(1 << 20, generator=generator("dit", cfg.seed)).mul_(0.02).to(dtype)
-
-    def tensor(shape: torch.Size) -> LazyTensor:
-        count = shape.numel()
-        return LazyTensor(tuple(shape), dtype, path, lambda rows=None: noise.repeat(
-            -(-count // len(noise)))[:count].view(shape))
-
-    with torch.device("meta"):
-        dit = build_dit(cfg.preset)
-    parts = by_expert({name: tensor(p.shape) for name, p in dit.named_parameters()})
-    for level, part in parts.items():
-        stream_safetensors(path.with_name(with_level(path.name, level)), part, {})
 
 
 def is_small(cfg: Shared) -> bool:

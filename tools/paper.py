@@ -23,14 +23,14 @@ import distill
 import evaluate
 import synvid
 from common.config import Shared, field, load_config, read_yaml
-from common.files import commit, lock_folder, parse_json
+from common.files import lock_folder, parse_json
 from common.prompts import read_prompts
 from common.ranks import cli, device_name, pick_device
 from common.weights import open_safetensors, safetensors_metadata
 from evaluation.measures import distances
 from evaluation.statistics import mean_and_error
-from evaluation.page import markdown_table, plus_minus
-from model import check_model, time_grid
+from evaluation.page import commit, markdown_table, plus_minus
+from model import check_model, sizes_of, time_grid
 from small_world.clips import SIZE
 from tools import tables
 from tools.baselines import keep_clips
@@ -172,7 +172,8 @@ def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, traject
     trajectories."""
     if name == "fig5":
         if prompts is not None and not (trajectories / "manifest.json").exists():
-            return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts)])
+            images = sizes_of(cfg.preset).takes_image
+            return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts, images)])
         return tables.fig5(plan, [stored_prompt(path)
                                   for path in sorted(trajectories.glob("*/*.safetensors"))])
     if name == "fig6":

@@ -23,13 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from common.config import saved_settings
+from artifacts.student import stream_safetensors
+from common.config import load_yaml
 from common.files import (
     WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
     replace_folder, shape_error, write_json)
 from common.ranks import (
-    AgreedError, Ranks, local_rows, on_first_rank, print_line, raise_together)
-from common.weights import LazyTensor, open_safetensors, safetensors_metadata, stream_safetensors
+    AgreedError, Ranks, gather_values, local_rows, on_first_rank, print_line, raise_together)
+from common.weights import LazyTensor, open_safetensors, safetensors_metadata
 
 # ------------------------------------------------------------------------------------ saving
 
@@ -83,7 +84,8 @@ class Saver:
 
     def copy_to_host(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
         """Copies of what this rank writes, and by name [first row, rows of the full tensor]."""
-        plain = self.gather([n for n, t in state.items() if not isinstance(t, DTensor)])
+        plain = gather_values([n for n, t in state.items() if not isinstance(t, DTensor)],
+                              self.group)
         of_lower_ranks = {name for names in plain[:self.ranks.rank] for name in names}
         tensors, rows = {}, {}
         for name, t in state.items():
@@ -92,12 +94,6 @@ class Saver:
                 tensors[name] = torch.empty(local.shape, dtype=local.dtype).copy_(local)
                 rows[name] = [held.start if held else 0, t.shape[0] if t.ndim else 0]
         return tensors, rows
-
-    def gather(self, value: Any) -> list:
-        """A value of every rank, by rank."""
-        values: list[Any] = [None] * self.ranks.world
-        dist.all_gather_object(values, value, group=self.group)
-        return values
 
     def write(self, aside: Path, tensors: dict[str, Tensor], rows: dict, meta: dict) -> None:
         """In the background: write this rank's file; then the first rank publishes them all.
@@ -114,14 +110,15 @@ class Saver:
             result = e if isinstance(e, (OSError, ValueError)) else RuntimeError(repr(e))
         lazy = tensors.clear()  # free the copy
         try:
-            results = self.gather(result)
+            results = gather_values(result, self.group)
             error = next((r for r in results if isinstance(r, Exception)), None)
             if self.ranks.rank == 0 and error is None:
                 files = {f"rank_{r:05d}.safetensors": sums for r, sums in enumerate(results)}
                 error = self.publish(aside, {**meta, "files": files})
             if self.ranks.rank == 0 and error is not None:
                 shutil.rmtree(aside, ignore_errors=True)
-            self.error = self.gather(error)[0]  # no rank leaves before the checkpoint has its name
+            # No rank leaves before the checkpoint has its name.
+            self.error = gather_values(error, self.group)[0]
         except Exception as e:
             self.error = e
 
@@ -241,10 +238,10 @@ def check_files(path: Path, files: dict[str, list], ranks: Ranks) -> str | None:
         except OSError:
             return False
 
-    names, parts = list(files), [[]] * ranks.world
+    names = list(files)
     for wait in (SECOND_LOOK, 0) if ranks.world > 1 else (0,):
         names = [name for name in names if not matches(name)]
-        dist.all_gather_object(parts, names)
+        parts = gather_values(names)
         if not any(parts):
             return None
         time.sleep(wait)
@@ -382,7 +379,9 @@ def check_begun(folder: Path, meta: dict) -> None:
     """As check_same_run, for a run that logged iterations and has no checkpoint yet."""
     path = folder / "config.yaml"
     if path.exists() and read_log(folder / "log.jsonl", "step"):
-        begun = {**meta["config"], **saved_settings(path)}
+        begun = dict(meta["config"])
+        with contextlib.suppress(OSError, ValueError, TypeError):  # a copy, which may be damaged
+            begun.update(load_yaml(path))
         check_same_run(folder, {**meta, "config": begun}, meta)
 
 

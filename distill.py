@@ -3,8 +3,9 @@
     python distill.py [CONFIG]        torchrun --nproc-per-node 8 distill.py CONFIG
 
 In:  <run>/synvid (the small default makes a missing one first) and the teacher's weights.
-Out: <run>/student.safetensors, with student.md on how to run it in other programs;
-     <run>/distill/ with log.jsonl, curves.png and checkpoints. The same command resumes.
+Out: <run>/student.safetensors (of two experts student_high_noise and student_low_noise), with
+     student.md on how to run it in other programs; <run>/distill/ with log.jsonl, curves.png and
+     checkpoints. The same command resumes.
 
 v_θ teacher · s_β student · H_k heads[k] · t'_k t_key[k] · l_{t'_k} x_key[k] · l^gen x_gen · Q_k
 queues[k] · λ_adv lambda_adv · m steps of the student, n of the teacher; k = m noise, k = 0 data.
@@ -32,16 +33,18 @@ from torch import Tensor
 from torch.func import functional_call
 
 from artifacts.lora import load_lora_student
-from artifacts.student import export_student
+from artifacts.student import export_student, exported_path, high_checksum, load_high_student
 from artifacts.trajectories import manifest_checksum
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compile_blocks, compute_dtype, generator, lock_run_folder, on_first_rank,
-    prefer_attention, print_line, progress_bar, setup_distributed)
-from model import check_model, euler_step, frozen_copy, load_dit, sizes_of, velocity
+    Ranks, cli, compile_blocks, compute_dtype, generator, local_rows, lock_run_folder,
+    on_first_rank, prefer_attention, print_line, progress_bar, setup_distributed)
+from experts import crossing_note, expert_at, expert_name
+from model import (
+    check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, time_grid, velocity)
 from training import checkpoint, monitor, optimizer
-from training.data import Batch, Loader, fresh_noise, open_synvid
+from training.data import Batch, Loader, fresh_noise, open_synvid, trained_steps
 from training.memory import check_resources
 from training.monitor import Log
 
@@ -65,7 +68,7 @@ def student_step(student: nn.Module, x: Tensor, t_key: list[float], k: int, cond
 def features(teacher: nn.Module, x: Tensor, t: float, cond: dict, tap: int) -> Tensor:
     """The teacher's features of x at time t after block `tap`: [B·T,D,h,w]. Eq. 8; D10, D12."""
     times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
-    _, [f] = teacher(x, times, cond, taps=(tap,), features_only=True)      # B L D
+    _, [f] = expert_at(teacher, t)(x, times, cond, taps=(tap,), features_only=True)  # B L D
     f = F.layer_norm(f, f.shape[-1:]).unflatten(1, teacher.token_grid(*x.shape[2:]))
     return f.permute(0, 1, 4, 2, 3).flatten(0, 1)                      # (B T) D h w
 
@@ -130,9 +133,9 @@ def algorithm_1(cfg: Config, state: TrainState,
     of Algorithm 1; build() has lines 1 and 3, model.key_times line 2.
     """
     student, teacher, heads, queues = state.student, state.teacher, state.heads, state.queues
-    t_key, m = state.t_key, len(state.t_key) - 1
+    t_key, ks = state.t_key, trained_steps(cfg, state.t_key)             # m-1 … 0, or one expert's
     for step in range(state.step, cfg.iterations):                       # 4  while train       D2
-        k, log = m - 1 - step % m, Log(student)                          # 5  for k = m-1 … 0
+        k, log = ks[step % len(ks)], Log(student)                        # 5  for k = m-1 … 0
         batches = loader(step)                                           # 7  {l_t'} ~ SynVid
         log.lap("data")
         if cfg.traj:
@@ -143,13 +146,14 @@ def algorithm_1(cfg: Config, state: TrainState,
             update_student(cfg, state, "traj", step, log)                # 10 β ← Update        D6
         if cfg.adv:
             for b in batches:
-                if k == m - 1:
+                if k == ks[0]:
                     z = fresh_noise(cfg, step, b)                        # 11 z ~ N(0, I)       D4
-                    queues[m].append((z, b.x_key, b.cond))               # 12 Q_m.push
+                    x = first_latent(student, z, t_key, k, b.cond)       #    z if k = m-1
+                    queues[k + 1].append((x, b.x_key, b.cond))           # 12 Q_m.push
                 x, x_key, cond = queues[k + 1].popleft()                 # 15 Q_{k+1}.pop
                 with torch.set_grad_enabled(not cfg.checkpointing):
                     x_gen = student_step(student, x, t_key, k, cond)     # 16 Solver         Eq. 5
-                if k > 0:
+                if k > ks[-1]:
                     queues[k].append((x_gen.detach(), x_key, cond))      # 17 Q_k.push          D3
                 loss, loss_head, real, fake = adv_losses(                # 20 L_adv       Eq. 7, 8
                     heads[k % len(heads)], teacher, x_gen.requires_grad_(), x_key[k], t_key[k],
@@ -162,6 +166,12 @@ def algorithm_1(cfg: Config, state: TrainState,
             update_heads(cfg, state, step, log)                          # 22 H_k ← Update
         state.step = step + 1
         yield step, k, log
+
+
+def first_latent(student: nn.Module, z: Tensor, t_key: list[float], k: int,
+                 cond: dict) -> Tensor:
+    """The student's x at t'_{k+1} from noise z: where a frozen expert's steps end, z if k = m-1."""
+    return [z, *sample_euler(student, z, t_key[k + 1:][::-1], cond)][-1]
 
 
 def update_student(cfg: Config, state: TrainState, loss: str, step: int, log: Log) -> None:
@@ -229,6 +239,10 @@ class Config(Shared):
                             "[0, inf)")
     tap_data: int | None = field(None, "feature block for t'_0; default at 2/3 of the depth (D7)",
                                  "[0, inf)")
+    experts: Literal["both", "high", "low"] = field(
+        "both", "what a run on Wan 2.2 A14B trains; one after the other: high, then low")
+    high_student: str | None = field(None, "for experts low: the file that experts high wrote; "
+                                     "default <run>/student_high_noise.safetensors")
     held_out: int = field(32, "last trajectories kept from training, for evaluation",
                           "[1, 1000000]")
     eval_every: int = field(100, "iterations between evaluations", "[1, inf)")
@@ -263,7 +277,11 @@ def check_config(cfg: Config, replicas: int) -> None:
                          f"{replicas} rank(s)), got {cfg.batch}: change batch or micro_batch")
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
-    depth, D = sizes_of(cfg.preset).num_layers, sizes_of(cfg.preset).dim
+    sizes = sizes_of(cfg.preset)
+    depth, D = sizes.num_layers, sizes.dim
+    if sizes.boundary is None and cfg.experts != "both":
+        raise ValueError(f"experts: got {cfg.experts}; preset '{cfg.preset}' has one DiT: leave it "
+                         "out")
     for key, valid, expected in (
             ("head_dim", cfg.head_dim % min(8, cfg.head_dim) == 0, "a multiple of 8, or fewer"),
             ("tap", cfg.tap is None or cfg.tap < depth, f"a block 0 … {depth - 1}"),
@@ -291,10 +309,16 @@ class TrainState:
 
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3; D13."""
-    dtype, m = compute_dtype(ranks.device), len(t_key) - 1
-    student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype)
-               if cfg.lora is None else load_lora_student(cfg, ranks, dtype))
-    teacher = frozen_copy(student, cfg.preset, dtype, ranks)
+    dtype, only = compute_dtype(ranks.device), expert_name(cfg.experts)
+    student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype, only)
+               if cfg.lora is None else load_lora_student(cfg, ranks, dtype, only))
+    if cfg.experts == "both":
+        teacher = frozen_copy(student, cfg.preset, dtype, ranks)
+    else:  # the last of the steps for high noise ends where the features are the low expert's
+        teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks,
+                           only=None if cfg.experts == "high" else only).requires_grad_(False)
+    if cfg.experts == "low":
+        student.high_noise_model = load_high_student(cfg, fingerprint(cfg.weights), dtype, ranks)
     for block in [*student.blocks, *teacher.blocks]:
         block.checkpointing = cfg.checkpointing
     for dit in (student, teacher) if cfg.compile else ():
@@ -304,8 +328,17 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
             "heads": optimizer.adamw(cfg, heads)}
     if cfg.updates == "separate":
         opts["adv"] = optimizer.adamw(cfg, student, cfg.offload)
-    return TrainState(student, teacher, heads, opts, t_key, tap_blocks(cfg, len(teacher.blocks)),
-                      [deque() for _ in range(m + 1)])
+    return TrainState(student, teacher, heads, opts, t_key,
+                      tap_blocks(cfg, teacher.cfg.num_layers), [deque() for _ in t_key])
+
+
+@torch.no_grad()
+def frozen_copy(dit: nn.Module, preset: str, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
+    """A frozen copy of a sharded DiT in another dtype, from memory: files are read only once."""
+    copy = empty_dit(preset, dtype, ranks).requires_grad_(False).to_empty(device=ranks.device)
+    for name, p in copy.named_parameters():  # without the extra parameters of a LoRA
+        local_rows(p)[0].copy_(local_rows(dit.get_parameter(name))[0])
+    return copy
 
 
 def tap_blocks(cfg: Config, depth: int) -> list[int]:
@@ -348,7 +381,7 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
     journal = monitor.Journal(folder, state.step, ranks)
     teacher = monitor.teacher_errors(cfg, state.teacher, loader, ranks, journal)
     if is_export_step(cfg, state.step) and on_first_rank(  # an export that failed, then a save
-            lambda: not (Path(cfg.run) / f"student_{state.step:06d}.safetensors").exists()):
+            lambda: not exported_path(cfg, f"student_{state.step:06d}", cfg.experts).exists()):
         export_student(cfg, state, ranks, meta, f"student_{state.step:06d}")
     caught, saver = catch_signals(), checkpoint.Saver(folder, ranks, cfg.keep, state.step)
     with checkpoint.saving(saver, state, loader, meta), progress_bar(
@@ -395,17 +428,23 @@ def main(argv: list[str] | None = None) -> None:
     prefer_attention(cfg.attention, ranks.device)
     check_config(cfg, ranks.dp_size)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
-    with lock_run_folder(Path(cfg.run) / "distill"):
+    with lock_run_folder(checkpoint.run_folder(cfg)):
         data = open_synvid(cfg)
         loader = Loader(cfg, data, ranks)
         meta = {"config": asdict(cfg), "teacher": teacher, "count": loader.count,
                 "synvid": manifest_checksum(data.manifest)}
+        if cfg.experts == "low":
+            meta["high"] = on_first_rank(lambda: high_checksum(cfg))
         if ranks.rank == 0:
+            grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
+            if note := crossing_note(grid, cfg.key, sizes.boundary):
+                print(f"distill: {note}", flush=True)
             monitor.print_bill(cfg, tap_blocks(cfg, sizes.num_layers), loader.shape)
         check_resources(cfg, loader.shape, ranks)
         state = build(cfg, data.t_key, ranks)
         checkpoint.resume(cfg, state, loader, ranks, meta)
-        train(cfg, state, loader, ranks, meta, announce(cfg, "distill", ranks.rank))
+        train(cfg, state, loader, ranks, meta, announce(cfg, checkpoint.run_folder(cfg).name,
+                                                        ranks.rank))
     dist.barrier()
 
 

@@ -27,7 +27,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts.student import facts_in, load_student, student_facts
+from artifacts.student import exported_path, facts_in, load_student, student_facts
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
@@ -114,7 +114,7 @@ class Config(Shared):
 
 
 # What teacher@n's latents depend on besides weights, prompts and device.
-SAMPLE_SETTINGS = ("family", "preset", "height", "width", "frames", "n", "shift", "cfg_scale",
+SAMPLE_SETTINGS = ("family", "preset", "height", "width", "frames", "n", "shift",
                    "embedded_guidance", "negative_prompt", "seed", "count", "attention")
 
 
@@ -126,7 +126,7 @@ def read_students(cfg: Config) -> list[dict]:
     Students with the same key timesteps follow each other. Raises ValueError for a student of
     another teacher or another grid than the config's.
     """
-    files = (cfg.students or str(Path(cfg.run) / "student.safetensors")).split(",")
+    files = (cfg.students or str(exported_path(cfg))).split(",")
     students = [{"file": file, **student_facts(Path(file), cfg, cfg.students is not None,
                                                same_teacher=True)}
                 for file in map(str.strip, files)]
@@ -136,11 +136,11 @@ def read_students(cfg: Config) -> list[dict]:
                          f"{len(names)}: correct --names")
     for student, name in zip(students, names, strict=True):
         student["name"] = name
-        for key in ("n", "shift", "cfg_scale"):
-            if student[key] != getattr(cfg, key):
-                raise ValueError(f"{student['file']}: {key}: expected the config's "
-                                 f"{getattr(cfg, key)}, got {student[key]}: evaluate it with the "
-                                 "config that it was distilled with")
+        for key in ("n", "shift", "cfg_scale", "cfg_scale_low"):
+            if student.get(key, value := getattr(cfg, key)) != value:
+                raise ValueError(f"{student['file']}: {key}: expected the config's {value}, got "
+                                 f"{student[key]}: evaluate it with the config that it was "
+                                 "distilled with")
     grouped = []
     for t_key, suffix in grid_suffixes(students).items():
         group = [student for student in students if tuple(student["t_key"]) == t_key]
@@ -176,7 +176,7 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
     for start in range(0, len(noise), cfg.batch):
         b = slice(start, start + cfg.batch)
         latents.append(sample_batch(dit, noise[b], times, conds[b], unconds and unconds[b],
-                                    cfg.cfg_scale, timer, bar, solver).cpu())
+                                    cfg.guidance, timer, bar, solver).cpu())
     bar.close()
     latents, evaluations = torch.cat(latents), steps * (1 if unconds is None else 2)
     if not bool(torch.isfinite(latents).all()):
@@ -197,6 +197,7 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     path = Path(cfg.teacher_samples or Path(cfg.run) / "evaluate/teacher.safetensors")
     labels = [f"teacher@{cfg.n}", f"teacher@{cfg.n}, other noise"]
     made_from = {**identity, "labels": labels, "batch": cfg.batch, "device": ranks.device.type,
+                 "cfg_scale": cfg.guidance,
                  **{name: getattr(cfg, name) for name in SAMPLE_SETTINGS}}
 
     def read_stored() -> dict | None:

@@ -1,7 +1,5 @@
-"""The networks that are distilled: schedule and Euler step, Wan's and HunyuanVideo's DiT.
-
-Sections: schedule and Euler step · what both DiTs share · Wan DiT · HunyuanVideo DiT · presets ·
-building and loading. Conventions of the whole project:
+"""The networks that are distilled: schedule and Euler step, Wan's and HunyuanVideo's DiT (Wan 2.2
+A14B's two DiTs as one: experts.py). Conventions of the whole project:
   t in [0, 1]; t = 1 is noise, t = 0 is data; x_t = (1 - t) x0 + t x1 and v = x1 - x0 (Eq. 2, 3).
   Many codebases reverse time or scale it by 1000; here only a DiT's forward has the factor 1000.
 Shapes: B batch, C channels, T H W latents, L tokens, S text tokens, D width, N heads.
@@ -25,11 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import Shared, nearest
 from common.linear import GELU, Linear, gelu
-from common.names import check_sizes, dit_tensors
+from common.names import EXPERTS, check_sizes, dit_tensors
 from common.ranks import (
-    Ranks, SequenceShard, compute_dtype, gather_sequence, heads_to_tokens, local_rows, shard,
-    shard_sequence, tokens_to_heads)
+    Ranks, SequenceShard, compute_dtype, gather_sequence, heads_to_tokens, shard_sequence,
+    tokens_to_heads)
 from common.weights import load_module
+from experts import Experts, check_guidance, expert_at, shard_dit
 
 
 # ------------------------------------------------------------------ schedule and Euler step
@@ -73,13 +72,16 @@ def euler_step(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
 
 
 def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | None = None,
-             cfg_scale: float = 1.0, cfg_group: dist.ProcessGroup | None = None) -> Tensor:
+             cfg_scale: float | list = 1.0, cfg_group: dist.ProcessGroup | None = None) -> Tensor:
     """Velocity v_θ(x, t) of a batch at one time; with `uncond`, guided by two evaluations.
 
     Args: x [B,C,T,H,W] fp32; t in [0,1]; cond, uncond from encode_prompts; cfg_scale, where 1
-    means no guidance; cfg_group, two ranks that compute one evaluation each (without gradient).
-    Returns [B,C,T,H,W] fp32. Source: classifier-free guidance as in Wan 2.1.
+    means no guidance, or one for high and one for low noise; cfg_group, two ranks that compute
+    an evaluation each (without gradient). Returns [B,C,T,H,W] fp32. Source: Wan 2.1 and 2.2.
     """
+    if isinstance(cfg_scale, list):
+        cfg_scale = cfg_scale[t < dit.cfg.boundary]
+    dit = expert_at(dit, t)
     times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
     if uncond is None or cfg_scale == 1:
         return dit(x, times, cond)
@@ -93,7 +95,7 @@ def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | Non
 
 
 def sample_euler(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
-                 uncond: dict | None = None, cfg_scale: float = 1.0) -> Iterator[Tensor]:
+                 uncond: dict | None = None, cfg_scale: float | list = 1.0) -> Iterator[Tensor]:
     """Denoise x along `times`, yielding the latent after each Euler step. Eq. 5, without gradient.
 
     Args: x [B,C,T,H,W] fp32 at times[0]; falling times; the others as in `velocity`.
@@ -260,7 +262,7 @@ def collate(conds: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class WanConfig:
-    """Sizes of a Wan 2.1 DiT under the names of the official config.json."""
+    """Sizes of a Wan 2.1 DiT, or of Wan 2.2 A14B's two, under official names (config.json)."""
     dim: int
     ffn_dim: int
     num_heads: int
@@ -274,14 +276,19 @@ class WanConfig:
     eps: float = 1e-6
     patch_size: tuple[int, int, int] = (1, 2, 2)
     image_dim: int = 1280  # width of the image encoder's features, if model_type is "i2v"
-    image_len: int = 257   # number of these features
+    image_len: int = 257   # number of these features; 0: without an image encoder
+    boundary: float | None = None  # from this time on up to 1, the expert for high noise samples
     family: ClassVar[str] = "wan"
     diffusers: ClassVar[dict] = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
-                                 "out_channels": "out_dim"}  # diffusers' names of our fields
+                                 "out_channels": "out_dim", "boundary_ratio": "boundary"}
 
     @property
     def takes_image(self) -> bool:
         return self.model_type == "i2v"
+
+    @property
+    def has_clip(self) -> bool:
+        return self.takes_image and self.image_len > 0
 
     @property
     def rope_pairs(self) -> tuple[int, int, int]:
@@ -330,7 +337,7 @@ class WanBlock(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, cfg.dim))
         self.self_attn = WanAttention(cfg)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
-        self.cross_attn = WanAttention(cfg, image=cfg.takes_image)
+        self.cross_attn = WanAttention(cfg, image=cfg.has_clip)
         self.ffn = nn.Sequential(Linear(cfg.dim, cfg.ffn_dim), GELU(), Linear(cfg.ffn_dim, cfg.dim))
 
     def _forward(self, x: Tensor, seq: SequenceShard, e: Tensor, context: Tensor) -> Tensor:
@@ -368,7 +375,7 @@ class WanDiT(nn.Module):
         self.text_embedding = nn.Sequential(Linear(cfg.text_dim, D), GELU(), Linear(D, D))
         self.time_embedding = nn.Sequential(Linear(cfg.freq_dim, D), nn.SiLU(), Linear(D, D))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(D, 6 * D))
-        if cfg.takes_image:
+        if cfg.has_clip:
             width = cfg.image_dim
             self.img_emb = nn.ModuleDict({"proj": nn.Sequential(
                 nn.LayerNorm(width), Linear(width, width), nn.GELU(), Linear(width, D),
@@ -381,9 +388,9 @@ class WanDiT(nn.Module):
         """Velocity of noisy latents, and with taps the features that the discriminator reads.
 
         Args: x [B,C,T,H,W] fp32; t [B] in [0,1]; cond["text"] [B,S,text_dim], S <= text_len, zero
-        past a prompt's end (there is no mask); for I2V also cond["image"] [B,257,image_dim] and
-        cond["frames"] [B,20,T,H,W], mask and latents of the first frame; taps, indices of blocks
-        whose residual stream is returned; features_only stops after the last tap.
+        past a prompt's end (there is no mask); for I2V also cond["frames"] [B,20,T,H,W], mask and
+        latents of the first frame, and with CLIP cond["image"] [B,257,image_dim]; taps, indices of
+        blocks whose residual stream is returned; features_only stops after the last tap.
         Returns v [B,C,T,H,W] fp32, or with taps (v or None, features [B,L,D] fp32 of each tap).
         Raises ValueError for sizes that do not fit. Source: Wan 2.1 release; taps: Eq. 8.
         """
@@ -394,7 +401,7 @@ class WanDiT(nn.Module):
             raise ValueError(f"cond['text']: expected [B, at most {c.text_len}, {c.text_dim}] for "
                              f"this DiT, got {tuple(text.shape)}")
         if c.takes_image:
-            if not {"image", "frames"} <= cond.keys():
+            if "frames" not in cond or c.has_clip and "image" not in cond:
                 raise ValueError("cond: expected text, image and frames for an image-to-video DiT, "
                                  f"got {', '.join(cond)}: give it an image")
             x = torch.cat([x, cond["frames"].to(x.dtype)], 1)
@@ -404,7 +411,7 @@ class WanDiT(nn.Module):
         e6 = linear_fp32(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))     # B 6 D
         text = F.pad(text, (0, 0, 0, c.text_len - text.shape[1]))
         context = self.text_embedding(text.to(self.text_embedding[0].weight.dtype))     # B S D
-        if c.takes_image:
+        if c.has_clip:
             image = self.img_emb["proj"](cond["image"].to(context.dtype))
             context = torch.cat([image, context], 1)
         rope = rope_table(grid, c.rope_pairs, 10000.0, str(x.device))
@@ -461,6 +468,7 @@ class HunyuanConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     family: ClassVar[str] = "hunyuan"
     takes_image: ClassVar[bool] = False
+    boundary: ClassVar[None] = None
     diffusers: ClassVar[dict] = {
         "num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim",
         "num_layers": "num_double", "num_single_layers": "num_single",
@@ -710,14 +718,16 @@ class HunyuanDiT(nn.Module):
 
 # ----------------------------------------------------------------------------------- presets
 
+TINY = {"dim": 128, "ffn_dim": 512, "num_heads": 4, "num_layers": 6, "text_dim": 64, "text_len": 16}
+WAN_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+I2V = {"in_dim": 36, "model_type": "i2v"}
 PRESETS = {
-    "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, text_len=16),
-    "tiny-i2v": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, in_dim=36,
-                          text_len=16, model_type="i2v", image_dim=32, image_len=37),
+    "tiny": WanConfig(**TINY), "tiny-i2v": WanConfig(**TINY, **I2V, image_dim=32, image_len=37),
+    "tiny-experts": WanConfig(**TINY, boundary=0.5),
     "wan-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-    "wan-t2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
-    "wan-i2v-14b": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40,
-                             model_type="i2v", in_dim=36),
+    "wan-t2v-14b": WanConfig(**WAN_14B), "wan-i2v-14b": WanConfig(**WAN_14B, **I2V),
+    "wan22-t2v-a14b": WanConfig(**WAN_14B, boundary=0.875),
+    "wan22-i2v-a14b": WanConfig(**WAN_14B, **I2V, image_len=0, boundary=0.9),
     "hunyuan-tiny": HunyuanConfig(dim=48, ffn_dim=192, num_heads=2, num_double=2, num_single=4,
                                   text_dim=32, text_len=24, pooled_dim=24, rope_dims=(4, 10, 10)),
     "hunyuan-t2v": HunyuanConfig(dim=3072, ffn_dim=12288, num_heads=24, num_double=20,
@@ -736,9 +746,7 @@ def sizes_of(preset: str) -> Sizes:
 
 def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Latent shape [C,T,H,W] of a video: time / 4 without the first frame, space / 8.
-
-    Raises ValueError unless frames = 4n + 1, height and width 16n (8 by the VAE, 2 by the patch).
-    """
+    Raises ValueError unless frames = 4n + 1, height and width 16n (VAE 8, patch 2)."""
     if frames < 1 or frames % 4 != 1:
         raise ValueError(f"frames: expected 4n + 1, as {max(frames // 4 * 4, 0) + 1}, got {frames}")
     for name, size in (("height", height), ("width", width)):
@@ -755,46 +763,38 @@ def check_model(cfg: Shared) -> Sizes:
     if sizes.family != cfg.family:
         raise ValueError(f"preset: '{cfg.preset}' is of family {sizes.family}, got family "
                          f"'{cfg.family}': change one of them")
+    check_guidance(cfg.cfg_scale_low, sizes.boundary)
     return sizes
 
 
 # ---------------------------------------------------------------------- building and loading
 
-def build_dit(preset: str | Sizes) -> WanDiT | HunyuanDiT:
-    """A DiT by preset name or sizes, with torch's initialisation. Raises as sizes_of."""
+def build_dit(preset: str | Sizes, only: str | None = None) -> WanDiT | HunyuanDiT | Experts:
+    """A DiT by preset name or sizes, with torch's initialisation; `only` this one of EXPERTS.
+    Raises as sizes_of."""
     sizes = sizes_of(preset) if isinstance(preset, str) else preset
+    if sizes.boundary is not None:
+        return Experts({name: WanDiT(sizes) for name in ((only,) if only else EXPERTS)})
     return (WanDiT if sizes.family == "wan" else HunyuanDiT)(sizes)
 
 
 def empty_dit(preset: str, dtype: torch.dtype, ranks: Ranks | None,
-              forward_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
+              forward_dtype: torch.dtype | None = None, only: str | None = None) -> nn.Module:
     """A DiT on the meta device, sharded if `ranks` is given; arguments as in load_dit."""
     with torch.device("meta"):
-        dit = build_dit(preset).to(dtype)
-    if ranks is not None:
-        dit.sp = ranks.sp_group
-        shard(dit, ranks, forward_dtype)
-    return dit
+        dit = build_dit(preset, only).to(dtype)
+    return dit if ranks is None else shard_dit(dit, ranks, forward_dtype)
 
 
 def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
              device: str | torch.device = "cpu", ranks: Ranks | None = None,
-             forward_dtype: torch.dtype | None = None) -> WanDiT | HunyuanDiT:
+             forward_dtype: torch.dtype | None = None, only: str | None = None) -> nn.Module:
     """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
 
-    Args: weights, an official or diffusers folder or a weight file; dtype of the parameters;
-    forward_dtype of the sharded blocks' gathered weights (None: dtype). Raises ValueError or
-    FileNotFoundError naming the file that does not fit.
+    Args: weights, a folder or a weight file; dtype of the parameters; forward_dtype of the sharded
+    blocks' gathered weights (None: dtype). Raises as common.names and load_module.
     """
-    dit = empty_dit(preset, dtype, ranks, forward_dtype)
+    dit = empty_dit(preset, dtype, ranks, forward_dtype, only)
     check_sizes(weights, dit.cfg, f"preset '{preset}'")
-    return load_module(dit, dit_tensors(weights), f"DiT from {weights}", device=device)
-
-
-@torch.no_grad()
-def frozen_copy(dit: nn.Module, preset: str, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
-    """A frozen copy of a sharded DiT in another dtype, from memory: files are read only once."""
-    copy = empty_dit(preset, dtype, ranks).requires_grad_(False).to_empty(device=ranks.device)
-    for name, p in copy.named_parameters():  # without the extra parameters of a LoRA
-        local_rows(p)[0].copy_(local_rows(dit.get_parameter(name))[0])
-    return copy
+    tensors = {name: t for name, t in dit_tensors(weights).items() if name.startswith(only or "")}
+    return load_module(dit, tensors, f"DiT from {weights}", device=device)

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from artifacts.student import how_to_use, load_student, student_facts
+from artifacts.student import exported_path, how_to_use, load_student, student_facts
 from artifacts.videos import (
     Video, finished_videos, read_named_videos, timing_table, video_name, write_report)
 from common.config import Shared, announce, field, load_config, settings_to_compare
@@ -69,7 +69,7 @@ def sample_videos(cfg: "Config", videos: list[Video], times: list[float], settin
                          tqdm(disable=True), cfg.solver)
             timer.lap("compile")
         timer.laps()
-        x = sample_batch(dit, noise, times, conds[part], unconds and unconds[part], cfg.cfg_scale,
+        x = sample_batch(dit, noise, times, conds[part], unconds and unconds[part], cfg.guidance,
                          timer, bar, cfg.solver)                                    # B C T H W
         steps = timer.laps()
         for video, latents in zip(batch, x, strict=True):
@@ -151,9 +151,9 @@ def check_config(cfg: Config) -> None:
 
 def drop_guidance(cfg: Config) -> None:
     """Reset guidance where it has no effect, so that it names no file, and print what was given."""
-    none = {"cfg_scale": 1.0, "negative_prompt": ""}
+    none = {"cfg_scale": 1.0, "cfg_scale_low": None, "negative_prompt": ""}
     given = [name for name, value in none.items() if getattr(cfg, name) != value]
-    if (cfg.teacher and cfg.cfg_scale != 1) or not given:
+    if (cfg.teacher and cfg.guidance != 1) or not given:
         return
     vars(cfg).update(none)
     why = "at cfg_scale 1" if cfg.teacher else "for a student, which has guidance built in"
@@ -165,7 +165,7 @@ def drop_guidance(cfg: Config) -> None:
 
 def student_path(cfg: Config) -> Path:
     """The file that the config means by its student: a DiT, or a LoRA for that of `weights`."""
-    return Path(cfg.lora or cfg.student or Path(cfg.run) / "student.safetensors")
+    return Path(cfg.lora or cfg.student or exported_path(cfg))
 
 
 def sampling_times(cfg: Config) -> list[float]:
@@ -261,10 +261,10 @@ def video_settings(cfg: Config, who: str, times: list[float]) -> dict[str, Any]:
     dit = student_path(cfg) if not cfg.teacher and cfg.lora is None else cfg.weights
     lora = {} if cfg.lora is None else {"lora": fingerprint_files(cfg.lora),
                                         "lora_scale": cfg.lora_scale}
-    names = ("solver", "height", "width", "frames", "cfg_scale", "negative_prompt",
-             "embedded_guidance")
+    names = ("solver", "height", "width", "frames", "negative_prompt", "embedded_guidance")
     return {"who": who, "dit": fingerprint(dit), **lora, "encoders": fingerprint_files(cfg.weights),
-            "times": times, "fps": float(cfg.fps), **{name: getattr(cfg, name) for name in names}}
+            "times": times, "fps": float(cfg.fps), "cfg_scale": cfg.guidance,
+            **{name: getattr(cfg, name) for name in names}}
 
 
 # ------------------------------------------------------------------------------------ report

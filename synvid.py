@@ -40,6 +40,7 @@ from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, draw_noise, lock_run_folder, on_first_rank,
     prefer_attention, progress_bar, setup_distributed)
 from common.video import check_ffmpeg, write_video
+from experts import crossing_note
 from frozen.load import load_conditioner, load_vae
 from model import (
     build_dit, check_model, collate, euler_step, load_dit, sizes_of, time_grid, velocity)
@@ -59,7 +60,7 @@ def sample_trajectories(cfg: "Config", teacher: nn.Module, noise: Tensor, stored
     times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     x, latents = noise, []
     for j, (t, t_next) in enumerate(itertools.pairwise(times), start=1):
-        v = velocity(teacher, x, t, cond, uncond, cfg.cfg_scale, cfg_group)     # v_θ(l_t, t)
+        v = velocity(teacher, x, t, cond, uncond, cfg.guidance, cfg_group)      # v_θ(l_t, t)
         x = euler_step(x, v, t, t_next)                                         # Eq. 5
         if j in stored:
             latents.append(x.to("cpu", LATENT_DTYPES[cfg.dtype]))
@@ -124,7 +125,7 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
     free = shutil.disk_usage(folder).free
     with torch.device("meta"):
         dit = build_dit(cfg.preset)
-    evaluations = cfg.n * (1 if cfg.cfg_scale == 1 else 2)
+    evaluations = cfg.n * (1 if cfg.guidance == 1 else 2)
     flop = len(todo) * evaluations * dit.flops(math.prod(dit.token_grid(*shape[1:])))
     print(f"synvid: {len(todo)} trajectories to make, {len(indices) - len(todo)} of {len(indices)} "
           f"exist; at most {need / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free at {folder}\n"
@@ -134,6 +135,9 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
         print(f"synvid: trajectories {gap[0]} to {gap[-1]} do not exist and are not of this job: "
               f"distill.py needs them too: make them with --start {gap[0]} --count {len(gap)}, "
               "unless another job does", flush=True)
+    times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
+    if note := crossing_note(times, cfg.key, sizes.boundary):
+        print(f"synvid: {note}", flush=True)
     if need > free:
         raise ValueError(f"{folder}: {len(todo)} trajectories need up to {need / 1e9:.3g} GB, got "
                          f"{free / 1e9:.3g} GB: free some space, choose another --run, or make "
@@ -202,7 +206,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
         batch = range(b * cfg.batch, (b + 1) * cfg.batch)
         chosen = [prompts[i % len(prompts)] for i in batch]
         conds = conditioner.encode_each(chosen, cfg.height, cfg.width)
-        if cfg.cfg_scale != 1:
+        if cfg.guidance != 1:
             uncond = collate(conditioner.with_text(cfg.negative_prompt, conds))
         noise = draw_noise(manifest["shape"], [("synvid", cfg.seed, i, prompt.text)
                                                for i, prompt in zip(batch, chosen, strict=True)])
@@ -238,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     same = settings_to_compare(cfg, teacher=fingerprint(cfg.weights), prompts=digest_texts(prompts),
                                encoders=fingerprint_files(cfg.weights))
     ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, same=same,
-                              cfg_parallel=cfg.cfg_parallel and cfg.cfg_scale != 1)
+                              cfg_parallel=cfg.cfg_parallel and cfg.guidance != 1)
     prefer_attention(cfg.attention, ranks.device)
     folder = Path(cfg.run) / "synvid"
     writes = cfg.repair or not cfg.verify

@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from common.files import ROOT
+from common.names import EXPERTS, with_level
 from model import sizes_of
 
 # ----------------------------------------------------------------------- schedulers of diffusers
@@ -62,6 +63,8 @@ TEACHERS = {
     "wan-t2v-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-T2V-1.3B"),
     "wan-t2v-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan2.1-T2V-14B"),
     "wan-i2v-14b": ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan2.1-I2V-14B-480P"),
+    "wan22-t2v-a14b": ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan2.2-T2V-A14B"),
+    "wan22-i2v-a14b": ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan2.2-I2V-A14B"),
     "hunyuan-t2v": ("hunyuanvideo-community/HunyuanVideo", "HunyuanVideo")}
 ACCVIDEO = {False: (50, 5), True: (40, 4)}  # steps of its Wan scripts; every how many is key
 SET_SIGMAS = """
@@ -75,7 +78,8 @@ def student_page(facts: dict[str, Any], file: str, lora: bool = False) -> str:
     """student.md: what a student, or its LoRA, is, and how diffusers, ComfyUI, LightX2V, the
     official code and this project run it.
 
-    Args: file, its name; lora, whether it is the LoRA.
+    Args: file, its name, of two experts without their levels of noise; lora, whether it is the
+    LoRA.
     """
     t_key, family = facts["t_key"], facts["family"]
     stock, stem = stock_scheduler(family, t_key), file.removesuffix(".safetensors")
@@ -99,8 +103,44 @@ def student_page(facts: dict[str, Any], file: str, lora: bool = False) -> str:
             **values),
         "size_argument": ", height={height}, width={width}, num_frames={frames}".format(**values)}
     values["fps"] = f"{values['fps']:g}"
+    if sizes_of(facts["preset"]).boundary is not None:
+        return fill("student_experts", values | experts_values(facts, values, stock, image, lora))
     values |= (wan_values if family == "wan" else hunyuan_values)(facts, values, stock, image, lora)
     return fill("student_lora" if lora else "student", values)
+
+
+def experts_values(facts: dict[str, Any], values: dict[str, Any], stock: dict[str, float] | None,
+                   image: bool, lora: bool) -> dict[str, Any]:
+    """What the page says of the two files of a student of Wan 2.2 A14B, or of its two LoRAs."""
+    t, boundary = facts["t_key"], sizes_of(facts["preset"]).boundary
+    high, low = (with_level(values["file"], level) for level in ("high", "low"))
+    switch = sum(time >= boundary for time in t[:-1])
+    names = {"high": high, "low": low, "stem": values["stem"],
+             "pipeline": "WanImageToVideoPipeline" if image else "WanPipeline"}
+    weights = ", ".join(f'{{"name": "{name}", "path": "{file}", "strength": 1.0}}'
+                        for name, file in zip(EXPERTS, (high, low), strict=True))
+    return names | {
+        "torch_dtype": "bfloat16" if lora else values["torch_dtype"],
+        "what": "Two LoRAs" if lora else "A student", "boundary": boundary, "switch": switch,
+        "rest": len(t) - 1 - switch, "peft": " peft" if lora else "",
+        "option": "lora" if lora else "student", "task_option": "i2v" if image else "t2v",
+        "tensors": "Tensors: `diffusion_model.` and official names, no alpha: strength 1 is the "
+        "student." if lora else f"Tensors: official names, {values['dtype']}. Text encoder and VAE "
+        "are the teacher's.",
+        "load": fill(f"student_experts_{'loras' if lora else 'files'}", values | names),
+        "set_sigmas": "" if stock else SET_SIGMAS.format(digits(t[:-1])),
+        "comfyui": "Put both files into `models/loras`. Load Diffusion Model twice, the teacher's "
+        "two; LoraLoaderModelOnly after each: strength_model 1." if lora else
+        f"Put both files into `models/diffusion_models`. `{values['stem']}_comfyui.json`, which "
+        "`distill.py` writes next to them, is the\nwhole graph: drag it into ComfyUI's window. By "
+        "hand: Load Diffusion Model twice.",
+        "high_times": digits(t[:switch + 1]), "low_times": digits(t[switch:]),
+        "weights": f'"lora_configs": [{weights}]' if lora else
+        f'"high_noise_original_ckpt": "{high}", "low_noise_original_ckpt": "{low}"',
+        "thousandths": [round(1000 * time) for time in t[:-1]],
+        "folders": "" if lora else " Its folders `high_noise_model` and `low_noise_model` take the "
+        "two files\nas `diffusion_pytorch_model.safetensors`, next to `config.json`, in place of "
+        "the teacher's index and shards."}
 
 
 def wan_values(facts: dict[str, Any], values: dict[str, Any], stock: dict[str, float] | None,
@@ -199,6 +239,7 @@ def comfyui_workflow(facts: dict[str, Any], file: str) -> dict[str, dict[str, An
     """
     wan, image = facts["family"] == "wan", sizes_of(facts["preset"]).takes_image
     names, shift = COMFYUI[facts["family"]], simple_shift(facts)
+    experts = sizes_of(facts["preset"]).boundary is not None
     size = {"width": facts["width"], "height": facts["height"], "length": facts["frames"],
             "batch_size": 1}
     nodes: dict[str, tuple[str, dict[str, Any]]] = {  # (node, i) is its output i
@@ -221,25 +262,50 @@ def comfyui_workflow(facts: dict[str, Any], file: str) -> dict[str, dict[str, An
         positive = "guidance", 0
     if image:
         nodes["image"] = "LoadImage", {"image": "photo.jpg"}
-        nodes["vision"] = "CLIPVisionLoader", {"clip_name": names["vision"]}
-        nodes["features"] = "CLIPVisionEncode", {"clip_vision": ("vision", 0),
-                                                 "image": ("image", 0), "crop": "none"}
+        features = {}
+        if sizes_of(facts["preset"]).has_clip:
+            nodes["vision"] = "CLIPVisionLoader", {"clip_name": names["vision"]}
+            nodes["features"] = "CLIPVisionEncode", {"clip_vision": ("vision", 0),
+                                                     "image": ("image", 0), "crop": "none"}
+            features = {"clip_vision_output": ("features", 0)}
         nodes["size"] = "WanImageToVideo", {
             "positive": positive, "negative": negative, "vae": ("vae", 0), **size,
-            "clip_vision_output": ("features", 0), "start_image": ("image", 0)}
+            **features, "start_image": ("image", 0)}
         positive, negative, latent = ("size", 0), ("size", 1), ("size", 2)
     else:
         nodes["size"] = "EmptyHunyuanLatentVideo", size
+    nodes["sample"] = "SamplerCustom", {
+        "model": ("shift", 0), "add_noise": True, "noise_seed": 0, "cfg": 1.0,
+        "positive": positive, "negative": negative, "sampler": ("sampler", 0),
+        "sigmas": ("sigmas", 0), "latent_image": latent}
+    if experts:
+        nodes = with_second_expert(nodes, facts, file)
     nodes |= {
-        "sample": ("SamplerCustom", {
-            "model": ("shift", 0), "add_noise": True, "noise_seed": 0, "cfg": 1.0,
-            "positive": positive, "negative": negative, "sampler": ("sampler", 0),
-            "sigmas": ("sigmas", 0), "latent_image": latent}),
         "decode": ("VAEDecode", {"samples": ("sample", 0), "vae": ("vae", 0)}),
         "video": ("CreateVideo", {"images": ("decode", 0), "fps": float(facts["fps"])}),
         "save": ("SaveVideo", {"video": ("video", 0), "format": "auto", "codec": "auto",
                                "filename_prefix": f"video/{file.removesuffix('.safetensors')}"})}
+    if experts:
+        nodes["decode"][1]["samples"] = "sample_low", 0
     numbers = {name: str(i) for i, name in enumerate(nodes, 1)}
     return {numbers[name]: {"class_type": kind, "inputs": {
         key: [numbers[value[0]], value[1]] if isinstance(value, tuple) else value
         for key, value in inputs.items()}} for name, (kind, inputs) in nodes.items()}
+
+
+def with_second_expert(nodes: dict[str, tuple[str, dict[str, Any]]], facts: dict[str, Any],
+                       file: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """A workflow's nodes with the high-noise expert sampling to the boundary, and those with which
+    the other one continues from its latents."""
+    t, boundary = facts["t_key"], sizes_of(facts["preset"]).boundary
+    switch = sum(time >= boundary for time in t[:-1])
+    more = {}
+    for suffix, level, part in (("", "high", t[:switch + 1]), ("_low", "low", t[switch:])):
+        name = {"unet_name": with_level(file, level)}
+        more[f"dit{suffix}"] = "UNETLoader", nodes["dit"][1] | name
+        more[f"sigmas{suffix}"] = "ManualSigmas", {"sigmas": digits(part)}
+    more["shift_low"] = "ModelSamplingSD3", {"model": ("dit_low", 0), "shift": 1.0}
+    more["sample_low"] = "SamplerCustom", nodes["sample"][1] | {
+        "model": ("shift_low", 0), "add_noise": False, "sigmas": ("sigmas_low", 0),
+        "latent_image": ("sample", 0)}
+    return nodes | more

@@ -15,10 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from common.files import NUMBER, abbreviate, parse_json, read_json, shape_error
 from common.linear import Linear, linear
-from common.names import check_sizes, comfy_to_official, dit_tensors, official_names
-from common.ranks import Ranks, generator, shard
+from common.names import (
+    EXPERTS, by_expert, check_sizes, comfy_to_official, dit_tensors, expert_files, official_names)
+from common.ranks import Ranks, generator
 from common.weights import (
     LazyTensor, describe_model, load_module, open_tensors, safetensors_metadata)
+from experts import shard_dit
 from model import build_dit
 
 # --------------------------------------------------------------------------- reading and merging
@@ -98,10 +100,28 @@ def lora_changes(path: Path, shapes: dict[str, tuple[int, ...]],
                  scale: float = 1.0) -> tuple[dict[str, list[LazyTensor]], list[str]]:
     """What a LoRA file adds to each parameter of a DiT, and the names of what cannot be added.
 
-    Args: shapes, of the DiT's parameters by official name; scale, the factor of all changes.
+    Args: path, of two experts one of the two files; shapes, of the DiT's parameters by official
+    name; scale, the factor of all changes.
     Raises ValueError for a file of which nothing fits, with the model that its names suggest, for
     matrices of another size, and for other kinds of change than a LoRA's.
     """
+    parts = by_expert(shapes)
+    if "" in parts:
+        return changes_of_one(path, shapes, scale)
+    changes, unused, files = {}, [], expert_files(path)
+    if files is None:
+        raise ValueError(f"{path}: expected a name with high_noise or low_noise: the two DiTs of "
+                         "`weights` take a LoRA each: give one of two files that differ in this")
+    for expert, file, part in zip(EXPERTS, files, parts.values(), strict=True):
+        found, others = changes_of_one(file, part, scale)
+        changes |= {f"{expert}.{name}": change for name, change in found.items()}
+        unused += others
+    return changes, unused
+
+
+def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
+                   scale: float) -> tuple[dict[str, list[LazyTensor]], list[str]]:
+    """lora_changes for one DiT."""
     tensors, modules = open_tensors(path), module_names(shapes)
     parts: dict[str, dict[str, tuple[str, LazyTensor]]] = {}  # by official module
     unused = []
@@ -234,8 +254,11 @@ def lora_form(family: str, name: str, shape: tuple[int, ...]) -> str | None:
 
 
 def lora_names(name: str, form: str) -> tuple[str, ...]:
-    """A parameter's names in our files: of A and B, or of its difference."""
-    module = f"diffusion_model.{name.rpartition('.')[0]}"
+    """A parameter's names in our files: of A and B, or of its difference; that of an expert stays
+    in front."""
+    expert, _, rest = name.partition(".")
+    prefix, name = (f"{expert}.", rest) if expert in EXPERTS else ("", name)
+    module = f"{prefix}diffusion_model.{name.rpartition('.')[0]}"
     if form == "matrix":
         return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
     return (f"{module}.{form}",)
@@ -260,10 +283,11 @@ class LoRALinear(Linear):
         return super().forward(x) + linear(linear(x, self.lora_A), self.lora_B)
 
 
-def build_student(preset: str, rank: int | None) -> nn.Module:
-    """A student's DiT on the meta device; with a rank, only the factors of its LoRA learn."""
+def build_student(preset: str, rank: int | None, only: str | None = None) -> nn.Module:
+    """A student's DiT on the meta device; with a rank, only the factors of its LoRA learn. only, as
+    in model.build_dit."""
     with torch.device("meta"):
-        dit = build_dit(preset)
+        dit = build_dit(preset, only)
     if rank is None:
         return dit
     for block in dit.blocks:
@@ -275,16 +299,15 @@ def build_student(preset: str, rank: int | None) -> nn.Module:
     return dit
 
 
-def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype) -> nn.Module:
+def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype,
+                      only: str | None = None) -> nn.Module:
     """A student with a fresh LoRA of rank cfg.lora on the DiT of `weights`, fp32, sharded.
 
     A is uniform within 1/√in, by the seed and its name; B is 0. Raises as model.load_dit.
     """
-    dit = build_student(cfg.preset, cfg.lora)
-    dit.sp = ranks.sp_group
-    shard(dit, ranks, compute_dtype)
+    dit = shard_dit(build_student(cfg.preset, cfg.lora, only), ranks, compute_dtype)
     check_sizes(cfg.weights, dit.cfg, f"preset '{cfg.preset}'")
-    tensors = dit_tensors(cfg.weights)
+    tensors = {n: t for n, t in dit_tensors(cfg.weights).items() if n.startswith(only or "")}
     file = next(iter(tensors.values())).file
     for name, p in dit.named_parameters():
         if name.endswith(FACTORS):

@@ -8,6 +8,10 @@
 <name>.md                how other programs run it, from the templates assets/student*.md
 <name>_lora.md           the same of its LoRA
 <name>_comfyui.json      ComfyUI's workflow of it, to drag into its window
+
+A student of Wan 2.2 A14B has two of each of the first two, <name>_high_noise.safetensors and
+<name>_low_noise.safetensors with the same metadata, and transformer_2/ in its folder. Either of the
+two files stands for both.
 """
 
 import contextlib
@@ -33,7 +37,8 @@ from common.config import Shared
 from common.files import (
     NUMBER, abbreviate, crc32_of_file, error_summary, parse_json, replace_file, replace_folder,
     shape_error, write_json, write_text)
-from common.names import dit_tensors, fingerprint, official_names
+from common.names import (
+    EXPERTS, by_expert, dit_tensors, expert_paths, fingerprint, official_names, with_level)
 from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
 from common.weights import (
     DTYPES, LazyTensor, file_kind, load_module, only_weights, open_file, open_tensors, read_index,
@@ -45,7 +50,8 @@ from model import Sizes, empty_dit, key_times, sizes_of
 FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
 FACT_TYPES = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int,
               "key": [int], "shift": NUMBER, "cfg_scale": NUMBER, "height": int, "width": int,
-              "frames": int, "fps": NUMBER, "dtype": str, "embedded_guidance": NUMBER}
+              "frames": int, "fps": NUMBER, "dtype": str, "embedded_guidance": NUMBER,
+              "boundary": NUMBER}
 
 
 def student_facts(path: Path, cfg: Shared, foreign: bool = False,
@@ -63,6 +69,10 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no student yet; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
+    count, experts = len(student_files(path)), sizes_of(cfg.preset).boundary is not None
+    if count != 1 + experts:
+        raise ValueError(f"{path}: expected {1 + experts} DiT(s) by preset '{cfg.preset}', got "
+                         f"{count}: give a student of this preset")
     tensors = open_student(path)  # raises an error for a damaged file
     if os.environ.get("LOCAL_RANK", "0") == "0":  # it reads all of the file: once on each host
         for file in dict.fromkeys(t.file for t in tensors.values()):
@@ -88,10 +98,27 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     return facts
 
 
-def open_student(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a student: its file, an index of shards, or a folder, such as the one that
-    --export diffusers writes. Raises as common.weights.open_tensors."""
-    return open_tensors(path / "transformer" if (path / "transformer").is_dir() else path)
+def exported_path(cfg: Shared, name: str = "student", experts: str = "both") -> Path:
+    """Where distill.py writes a student's file: of two experts, the first that it trains."""
+    level = "" if sizes_of(cfg.preset).boundary is None else experts.replace("both", "high")
+    return Path(cfg.run) / with_level(f"{name}.safetensors", level)
+
+
+def student_files(path: Path) -> dict[str, Path]:
+    """The file or folder of each of a student's DiTs, by what their names begin with here; "" for
+    the only one. Raises as common.names.expert_paths."""
+    if pair := expert_paths(path):
+        return {f"{name}.": file for name, file in zip(EXPERTS, pair, strict=True)}
+    return {"": path / "transformer" if (path / "transformer").is_dir() else path}
+
+
+def open_student(path: Path, official: bool = False) -> dict[str, LazyTensor]:
+    """The tensors of a student: its file (of two, either one), an index of shards, or a folder,
+    such as the one that --export diffusers writes; under the file's names, or the official ones.
+    Raises as common.weights.open_tensors."""
+    rename = official_names if official else lambda tensors, _: tensors
+    return {prefix + name: t for prefix, file in student_files(path).items()
+            for name, t in rename(open_tensors(file), "transformer").items()}
 
 
 def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> None:
@@ -114,9 +141,23 @@ def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> N
 
 
 def facts_of(tensors: dict[str, LazyTensor]) -> dict:
-    """What a student says about itself, in whichever of its files; {} if in none."""
-    files = dict.fromkeys(t.file for t in tensors.values())
-    return next((facts for file in files if (facts := facts_in(file))), {})
+    """What a student says about itself, in whichever of its files; {} if in none. Raises ValueError
+    if the files of two experts are exchanged, or of two students."""
+    found: dict = {}
+    for level, part in by_expert(tensors).items():
+        for file in dict.fromkeys(t.file for t in part.values()):
+            facts = facts_in(file)
+            if level and facts.get("expert", level) != level:
+                raise ValueError(f"{file}: expected the expert for {level} noise, got that for "
+                                 f"{abbreviate(facts['expert'])} noise: exchange the files")
+            other = [key for key in ("t_key", "teacher", "preset") if found and facts
+                     and facts.get(key) != found.get(key)]
+            if other:
+                raise ValueError(f"{file}: {other[0]} is {abbreviate(facts.get(other[0]))}, in the "
+                                 f"file of the other expert {abbreviate(found.get(other[0]))}: "
+                                 "they are of two students")
+            found = found or facts
+    return found
 
 
 def facts_in(file: Path) -> dict:
@@ -144,7 +185,7 @@ def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: s
             dit = dit_tensors(cfg.weights)
         except (FileNotFoundError, ValueError):
             return
-        student = official_names(tensors, "transformer")
+        student = open_student(path, official=True)
         if first and {n: t.shape for n, t in student.items()} != {
                 n: t.shape for n, t in dit.items()}:
             print(f"{path} is of another model than the DiT in {cfg.weights}: are its text encoder "
@@ -164,40 +205,82 @@ def load_student(cfg: Shared, path: Path, device: torch.device, ranks: Ranks | N
     dtype of computation. Raises ValueError as artifacts.lora.lora_changes.
     """
     dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
-    tensors = open_student(path)
-    tensors = (with_lora(dit_tensors(cfg.weights), path, scale) if is_lora(tensors) else
-               official_names(tensors, "transformer"))
+    tensors = (with_lora(dit_tensors(cfg.weights), path, scale) if is_lora(open_student(path)) else
+               open_student(path, official=True))
     return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
 
 
+def high_student(cfg: Any) -> Path:
+    """The file of the high-noise expert with which a run of distill.py trains the other one.
+    Raises FileNotFoundError if it does not exist."""
+    path = Path(cfg.high_student) if cfg.high_student else exported_path(cfg)
+    if not path.is_file():
+        raise FileNotFoundError(f"high_student: {path}: no such file: distill it first with "
+                                "--experts high")
+    return path
+
+
+def high_checksum(cfg: Any) -> str | None:
+    """The checksum of that file's data, checked. Raises as high_student and check_data."""
+    check_data(high_student(cfg))
+    return safetensors_metadata(high_student(cfg)).get("crc32")
+
+
+def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
+    """That expert, frozen. Raises ValueError unless it has the config's key timesteps and was
+    distilled from the teacher with this fingerprint."""
+    path = high_student(cfg)
+    facts = facts_in(path)
+    check_facts(path, facts, (*FACTS, "expert"))
+    for key, value in {"expert": "high", "teacher": teacher, "preset": cfg.preset,
+                       "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}.items():
+        if facts[key] != value:
+            raise ValueError(f"high_student: {path}: {key}: expected {abbreviate(value)}, got "
+                             f"{abbreviate(facts[key])}: distill it with this config and "
+                             "--experts high")
+    dit = empty_dit(cfg.preset, dtype, ranks, only=EXPERTS[0]).high_noise_model
+    tensors = official_names(open_tensors(path), "transformer")
+    return load_module(dit, tensors, str(path), device=ranks.device).requires_grad_(False)
+
+
 def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "student") -> Path:
-    """Write <run>/<name>.safetensors and the other files of the list above.
+    """Write <run>/<name>.safetensors and the other files of the list above; returns the first.
 
     Args: cfg, distill.Config; state, its TrainState; meta["teacher"], the teacher's fingerprint.
     Raises AgreedError on all ranks if a file cannot be written, or if export_dtype cannot hold a
     weight.
     """
-    path, dtype = Path(cfg.run) / f"{name}.safetensors", EXPORT_DTYPES[cfg.export_dtype]
+    path, dtype = exported_path(cfg, name, cfg.experts), EXPORT_DTYPES[cfg.export_dtype]
+    sizes = sizes_of(cfg.preset)
     keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance", "height",
             "width", "frames", "fps")
     facts = {key: getattr(cfg, key) for key in keys}
     facts |= {"t_key": state.t_key[::-1], "teacher": meta["teacher"], "iterations": state.step,
               "dtype": cfg.export_dtype}
-    metadata = {"format": "pt", "accvideo": json.dumps(facts), "crc32": CHECKSUM}
+    if sizes.boundary is not None:
+        facts |= {"boundary": sizes.boundary, "cfg_scale_low": cfg.cfg_scale_low}
     if dtype == torch.float16:
         check_export_range(state.student, dtype)
-    tensors = student_tensors(state.student, path, dtype)
-    write_together(path, tensors, metadata, ranks)
-    if cfg.lora is not None:
-        write_together(path.with_name(f"{name}_lora.safetensors"), lora_file(state.student, path),
-                       metadata, ranks)
+    parts, metadata = by_expert(student_tensors(state.student, path, dtype)), {}
+    if cfg.experts != "both":  # the frozen one is of another run
+        parts = {cfg.experts: parts[cfg.experts]}
+    loras = by_expert(lora_file(state.student, path))
+    for level, tensors in parts.items():
+        own = facts | ({"expert": level} if level else {})
+        metadata[level] = {"format": "pt", "accvideo": json.dumps(own), "crc32": CHECKSUM}
+        file = path.with_name(with_level(f"{name}.safetensors", level))
+        write_together(file, tensors, metadata[level], ranks)
+        if cfg.lora is not None:
+            file = path.with_name(with_level(f"{name}_lora.safetensors", level))
+            write_together(file, loras[level], metadata[level], ranks)
     if cfg.export == "diffusers":
-        export_diffusers(path.with_name(f"{name}_diffusers"), tensors, metadata,
-                         sizes_of(cfg.preset), facts["t_key"], ranks)
+        export_diffusers(path.with_name(f"{name}_diffusers"), parts, metadata, sizes,
+                         facts["t_key"], ranks)
 
     def write_pages() -> None:
-        write_text(path.with_suffix(".md"), student_page(facts, path.name))
-        write_json(path.with_name(f"{name}_comfyui.json"), comfyui_workflow(facts, path.name))
+        write_text(path.with_name(f"{name}.md"), student_page(facts, f"{name}.safetensors"))
+        write_json(path.with_name(f"{name}_comfyui.json"),
+                   comfyui_workflow(facts, f"{name}.safetensors"))
         if cfg.lora is not None:
             write_text(path.with_name(f"{name}_lora.md"),
                        student_page(facts, f"{name}_lora.safetensors", lora=True))
@@ -264,13 +347,18 @@ def on_rank_0(work: Callable[[], Any], ranks: Ranks,
 SHARD_BYTES = 5 * 10 ** 9  # bytes of a file at most, unless one tensor is larger
 
 
-def export_diffusers(folder: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
-                     sizes: Sizes, t_key: list[float], ranks: Ranks) -> None:
-    """Write a folder with transformer/ and scheduler/ as diffusers loads them, aside and renamed.
+SUBFOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}
+
+
+def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
+                     metadata: dict[str, dict[str, str]], sizes: Sizes, t_key: list[float],
+                     ranks: Ranks) -> None:
+    """Write a folder with transformer/ and scheduler/ as diffusers loads them, aside and renamed;
+    for an expert for low noise transformer_2/, and model_index.json with the boundary.
     Other files of a folder that is there already are kept.
 
-    Args: tensors under official names; metadata of each file; t_key from 1 to 0.
-    Raises AgreedError on all ranks if it cannot be written.
+    Args: parts, tensors under official names, and metadata of each file, by expert; t_key from 1 to
+    0. Raises AgreedError on all ranks if it cannot be written.
     """
     aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
 
@@ -278,29 +366,28 @@ def export_diffusers(folder: Path, tensors: dict[str, LazyTensor], metadata: dic
         if old.exists() and not folder.exists():  # killed between the two renames
             os.replace(old, folder)
         shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
-        write_json(aside / "transformer/config.json", transformer_config(sizes))
+        for level in parts:
+            write_json(aside / SUBFOLDERS[level] / "config.json", transformer_config(sizes))
         write_json(aside / "scheduler/scheduler_config.json", scheduler_config(sizes, t_key))
+        if sizes.boundary is not None and not (folder / "model_index.json").exists():
+            write_json(aside / "model_index.json", pipeline_index(sizes))
 
     on_rank_0(start, ranks)
-    parts = shards_of(official_names(tensors, "transformer", reverse=True))
-    base, count = "diffusion_pytorch_model", len(parts)
-    files = [f"{base}.safetensors"] if count == 1 else [
-        f"{base}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    for file, part in zip(files, parts, strict=True):
-        write_together(aside / "transformer" / file, part, metadata, ranks)
+    for level, tensors in parts.items():
+        write_network(aside / SUBFOLDERS[level], tensors, metadata[level], ranks)
+
+    def exported(part: str, names: list[str]) -> list[str]:
+        """The names in a subfolder that this writes, now or in an earlier export."""
+        written = {SUBFOLDERS[level]: NETWORK_FILES for level in parts}
+        written["scheduler"] = ("scheduler_config.json",)
+        patterns = written.get(os.path.relpath(part, folder), ())
+        return [n for n in names if any(fnmatch(n, p) for p in patterns)]
 
     def finish() -> None:
-        if count > 1:
-            size = sum(bytes_in(t) for part in parts for t in part.values())
-            write_json(aside / f"transformer/{base}.safetensors.index.json", {
-                "metadata": {"total_size": size},
-                "weight_map": {name: file for file, part in zip(files, parts, strict=True)
-                               for name in part}})
         try:
             if folder.is_dir():
-                shutil.copytree(
-                    folder, aside, symlinks=True, copy_function=link_file, dirs_exist_ok=True,
-                    ignore=lambda part, names: exported_names(os.path.relpath(part, folder), names))
+                shutil.copytree(folder, aside, symlinks=True, copy_function=link_file,
+                                dirs_exist_ok=True, ignore=exported)
         except OSError as e:
             raise ValueError(f"{folder}: its other files cannot be kept ({error_summary(e)}): "
                              "rename the folder, or free some space") from e
@@ -309,13 +396,23 @@ def export_diffusers(folder: Path, tensors: dict[str, LazyTensor], metadata: dic
     on_rank_0(finish, ranks)
 
 
-EXPORTED = {"transformer": ("config.json", "diffusion_pytorch_model*.safetensors*"),
-            "scheduler": ("scheduler_config.json",)}
+NETWORK_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 
 
-def exported_names(folder: str, names: list[str]) -> list[str]:
-    """The names in a subfolder that export_diffusers writes, now or in an earlier export."""
-    return [n for n in names if any(fnmatch(n, p) for p in EXPORTED.get(folder, ()))]
+def write_network(folder: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
+                  ranks: Ranks) -> None:
+    """Write the weights of one network under diffusers' names, in shards if they are large."""
+    parts = shards_of(official_names(tensors, "transformer", reverse=True))
+    base, count = "diffusion_pytorch_model", len(parts)
+    files = [f"{base}.safetensors"] if count == 1 else [
+        f"{base}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for file, part in zip(files, parts, strict=True):
+        write_together(folder / file, part, metadata, ranks)
+    if count > 1:
+        size = sum(bytes_in(t) for part in parts for t in part.values())
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        on_rank_0(lambda: write_json(folder / f"{base}.safetensors.index.json", {
+            "metadata": {"total_size": size}, "weight_map": weight_map}), ranks)
 
 
 def link_file(source: str, target: str) -> None:
@@ -349,7 +446,7 @@ def transformer_config(sizes: Sizes) -> dict[str, Any]:
     same = {"num_attention_heads": sizes.num_heads, "in_channels": sizes.in_dim,
             "attention_head_dim": sizes.dim // sizes.num_heads, "out_channels": sizes.out_dim}
     if sizes.family == "wan":
-        image = sizes.takes_image
+        image = sizes.has_clip
         return {"_class_name": "WanTransformer3DModel", **same, "patch_size": sizes.patch_size,
                 "text_dim": sizes.text_dim, "freq_dim": sizes.freq_dim, "ffn_dim": sizes.ffn_dim,
                 "num_layers": sizes.num_layers, "cross_attn_norm": True, "eps": sizes.eps,
@@ -361,6 +458,15 @@ def transformer_config(sizes: Sizes) -> dict[str, Any]:
             "mlp_ratio": sizes.ffn_dim / sizes.dim, "qk_norm": "rms_norm", "guidance_embeds": True,
             "text_embed_dim": sizes.text_dim, "pooled_projection_dim": sizes.pooled_dim,
             "rope_theta": 256.0, "rope_axes_dim": sizes.rope_dims}
+
+
+def pipeline_index(sizes: Sizes) -> dict[str, Any]:
+    """model_index.json of the part of a pipeline that is a student of two experts: the pipeline
+    takes its other parts as arguments, or from the teacher's folder."""
+    network = ["diffusers", "WanTransformer3DModel"]
+    return {"_class_name": "WanImageToVideoPipeline" if sizes.takes_image else "WanPipeline",
+            "boundary_ratio": sizes.boundary, "transformer": network, "transformer_2": network,
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
 
 
 def scheduler_config(sizes: Sizes, t_key: list[float]) -> dict[str, Any]:
@@ -459,5 +565,6 @@ def how_to_use(path: Path) -> str:
     if (family := sizes_of(facts["preset"]).family) != facts["family"]:
         raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "
                          f"{facts['preset']} is {family}: distill it again")
-    return student_page(facts, path.name if path.suffix == ".safetensors" else
-                        "student.safetensors", is_lora(open_file(file)))
+    name = path.name if path.suffix == ".safetensors" else "student.safetensors"
+    return student_page(facts, name.replace(f"_{facts.get('expert')}_noise", ""),
+                        is_lora(open_file(file)))

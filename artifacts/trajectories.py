@@ -33,7 +33,7 @@ from common.files import (
 from common.names import fingerprint
 from common.ranks import (
     Ranks, draw_noise, gather_values, on_first_rank, progress_bar, require_same)
-from model import key_times, latent_shape, time_grid
+from model import key_times, latent_shape, sizes_of, time_grid
 
 VERSION = 2  # of the format on disk; 1 also held the number and the digest of the prompts
 MANIFEST_TYPES = {"stored": [int], "t": [NUMBER], "shape": [int], "seed": int, "n": int,
@@ -48,11 +48,12 @@ READ_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexE
 
 def teacher_settings(cfg: Shared) -> dict[str, Any]:
     """The settings of teacher and grid on which SynVid and trainer must agree."""
-    negative = cfg.negative_prompt if cfg.cfg_scale != 1 else None  # otherwise it is not used
+    negative = cfg.negative_prompt if cfg.guidance != 1 else None  # otherwise it is not used
     embedded = cfg.embedded_guidance if cfg.family == "hunyuan" else None
+    boundary = sizes_of(cfg.preset).boundary
     return {"family": cfg.family, "weights": fingerprint(cfg.weights), "n": cfg.n,
-            "shift": cfg.shift, "cfg_scale": cfg.cfg_scale, "negative_prompt": negative,
-            "embedded_guidance": embedded,
+            "shift": cfg.shift, "cfg_scale": cfg.guidance, "negative_prompt": negative,
+            "embedded_guidance": embedded, **({"boundary": boundary} if boundary else {}),
             "frames": cfg.frames, "height": cfg.height, "width": cfg.width,
             "shape": list(latent_shape(cfg.frames, cfg.height, cfg.width))}
 

@@ -53,6 +53,8 @@ class Shared:
     shift: float = field(7.0, "time shift of the teacher's grid", "(0, 1000]")
     cfg_scale: float = field(1.0, "teacher's classifier-free guidance; 1 = one evaluation a step",
                              "[0, 1000]")
+    cfg_scale_low: float | None = field(None, "of the low-noise expert, for a teacher with two "
+                                        "(Wan 2.2 A14B); none: cfg_scale", "[0, 1000]")
     embedded_guidance: float = field(6.016, "HunyuanVideo's; its release's 6 acts as 6.016",
                                      "[0, 1000]")
     negative_prompt: str = field("", "text of the teacher's unconditional branch")
@@ -65,6 +67,12 @@ class Shared:
     def __post_init__(self) -> None:
         # Not settings: where the values come from, for messages and for another stage.
         self.origin, self.path = "the defaults", ROOT / "configs/tiny.yaml"
+
+    @property
+    def guidance(self) -> float | list[float]:
+        """The scale of classifier-free guidance, or those of two experts, high noise first."""
+        low = self.cfg_scale_low
+        return self.cfg_scale if low in (None, self.cfg_scale) else [self.cfg_scale, low]
 
 
 def nearest(name: str, names: Any) -> str:
@@ -272,7 +280,7 @@ def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
 # Paths may differ from rank to rank; the contents of the files may not. (distill.py's lora, an int,
 # is none.)
 PATHS = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
-         "lora", "out", "base", "teacher_samples", "clips", "how"}
+         "lora", "out", "base", "teacher_samples", "clips", "how", "high_student"}
 
 
 def paths_of(cls: type) -> set[str]:

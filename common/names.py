@@ -269,11 +269,14 @@ def official_names(tensors: dict, component: str, reverse: bool = False) -> dict
 
 # ------------------------------------------------------------ a list of files, ComfyUI's folder
 
-ROLES = ("dit", "vae", "text_encoder", "text_encoder_2", "image_encoder", "tokenizer",
-         "tokenizer_2")
-# Under ComfyUI/models: the folders of a role, and how its file's name starts for each family.
-COMFY_FOLDERS = {"dit": (("diffusion_models", "unet"), {"wan": "", "hunyuan": ""}),
-         "vae": (("vae",), {"wan": "wan_2.1_vae", "hunyuan": "hunyuan_video_vae"}),
+ROLES = ("dit", "dit_high", "dit_low", "vae", "text_encoder", "text_encoder_2", "image_encoder",
+         "tokenizer", "tokenizer_2")
+# Under ComfyUI/models: the folders of a role, and a pattern of its file's name for each family.
+DIT_FOLDERS = ("diffusion_models", "unet")
+COMFY_FOLDERS = {"dit": (DIT_FOLDERS, {"wan": "", "hunyuan": ""}),
+         "dit_high": (DIT_FOLDERS, {"wan": ".*high_noise"}),
+         "dit_low": (DIT_FOLDERS, {"wan": ".*low_noise"}),
+         "vae": (("vae",), {"wan": r"wan_2\.1_vae", "hunyuan": "hunyuan_video_vae"}),
          "text_encoder": (("text_encoders", "clip"), {"wan": "umt5", "hunyuan": "llava_llama3"}),
          "text_encoder_2": (("text_encoders", "clip"), {"hunyuan": "clip_l"}),
          "image_encoder": (("clip_vision",), {"wan": "clip_vision_h"})}
@@ -295,6 +298,17 @@ def read_list(path: Path) -> dict[str, Path]:
     return {key: path.parent / Path(value).expanduser() for key, value in values.items()}
 
 
+def comfy_files(weights: Path, role: str, family: str = "wan") -> list[Path] | None:
+    """The files of a role in ComfyUI's folder `models`; None if `weights` is not such a folder."""
+    if not any((weights / folder).is_dir() for folder in DIT_FOLDERS):
+        return None
+    folders, patterns = COMFY_FOLDERS.get(role, ((), {}))
+    files = sorted(p for folder in folders for p in (weights / folder).rglob("*")
+                   if not p.is_dir() and re.match(patterns.get(family, "-"), p.name))
+    return [p for p in files if p.suffix in WEIGHT_SUFFIXES] or [
+        p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
+
+
 def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | None:
     """The file of one network by a list or in ComfyUI's folder; None if `weights` is neither.
 
@@ -307,13 +321,9 @@ def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | Non
             raise FileNotFoundError(f"{weights}: {role}: expected the file or folder of this "
                                     f"network, got {path}: correct this line")
         return path
-    if not any((weights / folder).is_dir() for folder in COMFY_FOLDERS["dit"][0]):
+    found = comfy_files(weights, role, family)
+    if found is None:
         return None
-    folders, begin = COMFY_FOLDERS.get(role, ((), {}))
-    files = sorted(p for folder in folders for p in (weights / folder).rglob("*")
-                   if not p.is_dir() and p.name.startswith(begin.get(family, "-")))
-    found = [p for p in files if p.suffix in WEIGHT_SUFFIXES] or [
-        p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
     if len(found) != 1:
         got = ", ".join(str(p.relative_to(weights)) for p in found[:6]) or "no such file"
         raise (ValueError if found else FileNotFoundError)(
@@ -322,71 +332,139 @@ def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | Non
     return found[0]
 
 
-# --------------------------------------------------------------------- the DiT's file, identities
+# ------------------------------------------------------------------- the DiTs' files, identities
 
 # Where official folders keep a DiT: HunyuanVideo's ckpts, AccVideo's release.
 OFFICIAL_DITS = ("hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt",
                  "accvideo-t2v-5-steps/diffusion_pytorch_model.pt",
                  "accvideo-t2v-5-steps/diffusion_pytorch_model.safetensors")
+# Wan 2.2 A14B's two DiTs: the official folders, which also begin the names of parameters here.
+EXPERTS = ("high_noise_model", "low_noise_model")
+NOISE = re.compile("(high|low)_noise")  # in the names of their files
+
+
+def expert_files(file: str | Path) -> list[Path] | None:
+    """The files of high and of low noise, given one of the two; None if its name has neither."""
+    file = Path(file)
+    if not NOISE.search(file.name):
+        return None
+    return [file.with_name(NOISE.sub(f"{level}_noise", file.name)) for level in ("high", "low")]
+
+
+def expert_paths(weights: Path) -> list[Path] | None:
+    """The files or folders of high and of low noise of Wan 2.2 A14B; None for another model.
+
+    Raises FileNotFoundError if one of the two is missing, ValueError for a folder that is one.
+    """
+    if is_list(weights):
+        roles = ("dit_high", "dit_low")
+        if not read_list(weights).keys() & set(roles):
+            return None
+        return [role_file(weights, role) for role in roles]
+    in_comfy = [comfy_files(weights, role) or [] for role in ("dit_high", "dit_low", "dit")]
+    if [len(files) for files in in_comfy] == [1, 1, 2]:
+        return [*in_comfy[0], *in_comfy[1]]
+    folder, index = weights if weights.is_dir() else weights.parent, weights / "model_index.json"
+    if folder.name in EXPERTS or (folder.name.startswith("transformer")
+                                  and (folder.parent / "transformer_2").exists()):
+        raise ValueError(f"{weights}: is one of the two DiTs of Wan 2.2 A14B, each of which "
+                         f"samples a part of the steps: point `weights` at {folder.parent}")
+    pair = None if weights.is_dir() else expert_files(weights)
+    if any((weights / name).exists() for name in EXPERTS):
+        pair = [weights / name for name in EXPERTS]
+    elif (weights / "transformer_2").exists() or index.is_file() and read_json(
+            index, remedy="copy it again").get("boundary_ratio") is not None:
+        pair = [weights / "transformer", weights / "transformer_2"]
+    for path in pair or ():
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: is missing; Wan 2.2 A14B has two DiTs, for high and "
+                                    "for low noise: get both")
+    return pair
+
+
+def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values by parameter, split into those of the expert for "high" and for "low" noise, under the
+    names that each has for itself; {"": tensors} for a model with one DiT."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        expert, _, rest = name.partition(".")
+        level = expert.removesuffix("_noise_model") if expert in EXPERTS else ""
+        parts.setdefault(level, {})[rest if level else name] = value
+    return parts
+
+
+def with_level(name: str, level: str) -> str:
+    """A file's name for one expert: student.safetensors → student_high_noise.safetensors."""
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}_{level}_noise{dot}{suffix}" if level else name
+
+
+def dit_files(weights: str | Path) -> dict[str, Path]:
+    """The weight file (or index of shards) of each DiT, by what its parameters' names begin with:
+    "" for the only one. Raises as expert_paths."""
+    pair = expert_paths(Path(weights))
+    if pair is None:
+        return {"": find_dit(weights)}
+    return {f"{name}.": weight_file(path) for name, path in zip(EXPERTS, pair, strict=True)}
 
 
 def find_dit(weights: str | Path) -> Path:
-    """The weight file (or index of shards) of the DiT in an official or diffusers folder."""
+    """The weight file (or index of shards) of the one DiT in an official or diffusers folder."""
     weights = Path(weights)
     for name in OFFICIAL_DITS:
         if (weights / name).is_file():
             return weights / name
     weights = role_file(weights, "dit") or weights
-    if (weights / "transformer").is_dir():
-        weights = weights / "transformer"
-    refuse_experts(weights)
-    if not weights.is_dir():
-        return weights
-    file = weights / "diffusion_pytorch_model.safetensors"
+    return weight_file(weights / "transformer" if (weights / "transformer").is_dir() else weights)
+
+
+def weight_file(folder: Path) -> Path:
+    """The weight file (or index of shards) in a DiT's own folder; a file is returned as it is."""
+    if not folder.is_dir():
+        return folder
+    file = folder / "diffusion_pytorch_model.safetensors"
     index = Path(f"{file}.index.json")
     if index.exists() and file.exists():
-        raise ValueError(f"{weights}: contains both {file.name} and {index.name}, which may be a "
+        raise ValueError(f"{folder}: contains both {file.name} and {index.name}, which may be a "
                          "student and its teacher: point `weights` at the file you mean")
     if index.exists() or file.exists():
         return index if index.exists() else file
-    others = sorted(weights.glob("diffusion_pytorch_model*"))  # a variant, or .bin
-    return only_weights(weights) if others else file
-
-
-def refuse_experts(dit: Path) -> None:
-    """Raise ValueError if a DiT's file or folder is part of Wan 2.2 A14B, whose two DiTs have the
-    names and shapes of Wan 2.1's but sample one part of the steps each."""
-    folder = dit if dit.is_dir() else dit.parent
-    root = folder.parent if folder.name == "transformer" else folder
-    experts = ("high_noise_model", "low_noise_model")
-    found = [name for name in ("transformer_2", *experts) if (root / name).exists()]
-    found += [folder.name] if folder.name in experts else []
-    found += [dit.name] if re.search("(high|low)_noise", dit.name) else []
-    index = root / "model_index.json"
-    if index.is_file() and read_json(index, remedy="copy it again").get("boundary_ratio"):
-        found.append("boundary_ratio in model_index.json")
-    if found:
-        raise ValueError(f"{dit}: is of Wan 2.2 A14B, by {found[0]}: its two DiTs sample one part "
-                         "of the steps each, and this code samples all steps by one DiT: point "
-                         "`weights` at Wan 2.1")
+    others = sorted(folder.glob("diffusion_pytorch_model*"))  # a variant, or .bin
+    return only_weights(folder) if others else file
 
 
 def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
-    """Raise ValueError if a folder's config.json has other sizes than `sizes`, of `what`."""
-    path = find_dit(weights).with_name("config.json")
-    if not (Path(weights).is_dir() and path.exists()):
+    """Raise ValueError if `weights` has another number of DiTs than `sizes`, of `what`, or if a
+    folder's JSON files say other sizes or another boundary."""
+    files, expected = dit_files(weights), dataclasses.asdict(sizes)
+    if (len(files) == 2) != (sizes.boundary is not None):
+        raise ValueError(f"{weights}: expected {1 if len(files) == 2 else 2} DiT(s) by {what}, got "
+                         f"{len(files)}; Wan 2.2 A14B has two, other models one: choose the preset "
+                         "that belongs to these weights")
+    if not Path(weights).is_dir():
         return
-    expected = dataclasses.asdict(sizes)
-    for key, got in read_json(path).items():
-        name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
-        if name in expected and got is not None and got != expected[name]:
-            raise ValueError(f"{path}: {key} is {abbreviate(got)}, {what} has {expected[name]}: "
-                             "choose the preset that belongs to these weights, or add one")
+    for path in [*(file.with_name("config.json") for file in files.values()),
+                 Path(weights) / "model_index.json"]:
+        for key, got in read_json(path).items() if path.exists() else ():
+            name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
+            if name in expected and got is not None and got != expected[name]:
+                raise ValueError(f"{path}: {key} is {abbreviate(got)}, {what} has "
+                                 f"{expected[name]}: choose the preset that belongs to these "
+                                 "weights, or add one")
 
 
 def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
-    """The DiT tensors of an official or diffusers folder, or of one file, under official names."""
-    return official_names(open_tensors(find_dit(weights)), "transformer")
+    """The DiT tensors of an official or diffusers folder, or of one file, under official names; of
+    Wan 2.2 A14B with the folder's name before them. Raises ValueError for Wan 2.2 TI2V-5B."""
+    found = {}
+    for prefix, file in dit_files(weights).items():
+        tensors = official_names(open_tensors(file), "transformer")
+        if "patch_embedding.weight" in tensors and (
+                tensors["patch_embedding.weight"].shape[1:2] == (48,)):
+            raise ValueError(f"{file}: is Wan 2.2 TI2V-5B, whose VAE and times of each token are "
+                             "not supported: use Wan 2.2 A14B or Wan 2.1")
+        found |= {prefix + name: t for name, t in tensors.items()}
+    return found
 
 
 def fingerprint(weights: str | Path) -> str:
@@ -410,7 +488,8 @@ def fingerprint_files(weights: str | Path) -> str:
     it: the name, size and 64 spread blocks of each. What it cannot see is as in fingerprint."""
     digest, weights = hashlib.sha256(), Path(weights)
     top = weights.parent if weights.is_file() else weights
-    starts = list(read_list(weights).values()) if is_list(weights) else [weights]
+    starts = list(read_list(weights).values()) if is_list(weights) else (
+        expert_files(weights) if weights.is_file() else None) or [weights]
     files = [p for start in starts for p in (start, *start.rglob("*"))]
     files += [start.with_name(PEFT_SETTINGS) for start in starts if start.is_file()]
     for path in sorted(p for p in files if p.is_file()

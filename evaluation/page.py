@@ -69,7 +69,7 @@ def markdown(rows: list[dict], gates: list[dict], cfg: Shared, facts: dict) -> s
     """The table and the gates as Markdown."""
     columns = table_columns(rows)
     lines = [f"{cfg.count} videos of held-out captions, the same noise for every model, "
-             f"{cfg.width}×{cfg.height}×{cfg.frames}, teacher guidance {cfg.cfg_scale}, "
+             f"{cfg.width}×{cfg.height}×{cfg.frames}, teacher guidance {cfg.guidance}, "
              f"{facts['device']}; ± standard error. Columns: `python evaluate.py --help`.", "",
              *markdown_table(["model", *columns.values(), "evaluations", "DiT s per video"], [
                  [row["label"], *(plus_minus(*row[name], 2 if name in (*ORACLE, "first") else 4)

@@ -73,9 +73,10 @@ def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision, frames: int, height: int,
+def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision | None, frames: int, height: int,
                width: int) -> dict[str, Tensor]:
-    """The part of a cond that a first frame adds: {"image" [257, D], "frames" [20, T, H, W]}.
+    """The part of a cond that a first frame adds: {"image" [257, D], "frames" [20, T, H, W]};
+    without "image" if there is no clip, as in Wan 2.2.
 
     Args: image [3, h, w] in [-1, 1], of any size; the video's frames (4n + 1), height and width in
     pixels. "frames" consists of 4 mask channels (1 in the first latent frame) and the normalised
@@ -86,16 +87,16 @@ def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision, frames: int, height
     latents = vae.encode(video)[0]                                               # 16 T H W
     mask = latents.new_zeros(4, *latents.shape[1:])
     mask[:, 0] = 1
-    return {"image": clip(clip.pixels(image[None]))[0].float(),
-            "frames": torch.cat([mask, latents])}
+    cond = {} if clip is None else {"image": clip(clip.pixels(image[None]))[0].float()}
+    return {**cond, "frames": torch.cat([mask, latents])}
 
 
 class Conditioner:
     """Prompts to the cond of a DiT: text states and, for image-to-video, those of a first frame.
 
-    Args: text, the text encoders; vae and clip, only for image-to-video; frames of the video,
-    4n + 1; crop, whether images are cropped to the video's shape or scaled, which suits a shape
-    that fit_size chose.
+    Args: text, the text encoders; vae, only for image-to-video; clip, for Wan 2.1's; frames of the
+    video, 4n + 1; crop, whether images are cropped to the video's shape or scaled, which suits a
+    shape that fit_size chose.
     """
 
     def __init__(self, text: TextEncoder | HunyuanText, vae: WanVAE | None,
@@ -113,7 +114,7 @@ class Conditioner:
         conds = self.text.encode_each([prompt.text for prompt in unique])
         lap("text")
         for prompt, cond in zip(unique, conds, strict=True):
-            if self.clip is not None:
+            if self.vae is not None:
                 image = read_image(prompt.image)
                 if self.crop:
                     image = centre_crop(image, height, width)
@@ -125,7 +126,7 @@ class Conditioner:
 
     def encode_images(self, images: Tensor, height: int, width: int) -> dict[str, Tensor]:
         """image_cond of each of the first frames [B, 3, h, w], stacked."""
-        device = next(self.clip.parameters()).device
+        device = next(self.vae.parameters()).device
         conds = [image_cond(image.to(device), self.vae, self.clip, self.frames, height, width)
                  for image in images]
         return {name: torch.stack([cond[name] for cond in conds]) for name in conds[0]}

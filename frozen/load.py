@@ -260,11 +260,12 @@ def load_image_encoder(weights: str | Path, device="cpu", dtype=torch.float32) -
 
 def load_conditioner(cfg: Shared, device, dtype: torch.dtype, crop: bool) -> Conditioner:
     """The conditioner of a config's model; dtype of the text encoders, crop as in Conditioner."""
-    text = load_text(cfg.weights, device, dtype, sizes_of(cfg.preset).text_len, cfg.family,
+    sizes, vae, clip = sizes_of(cfg.preset), None, None
+    text = load_text(cfg.weights, device, dtype, sizes.text_len, cfg.family,
                      image=cfg.frames == 1, guidance=cfg.embedded_guidance)
-    vae = clip = None
-    if sizes_of(cfg.preset).takes_image:  # fp32 (TF32 on GPUs), because bf16 adds 1% noise
+    if sizes.takes_image:  # fp32 (TF32 on GPUs), because bf16 adds 1% noise
         vae = load_vae(cfg.weights, device, torch.float32, cfg.family)
+    if sizes.takes_image and sizes.has_clip:
         clip = load_image_encoder(cfg.weights, device, torch.float32)
     return Conditioner(text, vae, clip, cfg.frames, crop)
 
@@ -284,6 +285,6 @@ def encode_prompts(cfg: Shared, prompts: list[Prompt], sizes: list[tuple[int, in
         encoded = conditioner.encode_each([prompts[i] for i in indices], *size, timer.lap)
         for i, cond in zip(indices, encoded, strict=True):
             conds[i] = {name: c.cpu() for name, c in cond.items()}  # many wait for their batch
-    unconds = None if cfg.cfg_scale == 1 else conditioner.with_text(cfg.negative_prompt, conds)
+    unconds = None if cfg.guidance == 1 else conditioner.with_text(cfg.negative_prompt, conds)
     timer.lap("text")
     return conds, unconds

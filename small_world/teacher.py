@@ -357,7 +357,7 @@ def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: Conditioner) 
     dit = fit(cfg, "dit", dit, cfg.dit_iters, (cfg.dit_muon_lr, cfg.dit_adam_lr),
               cfg.dit_decay_from, loss_of, evaluate, made_from)
     sizes = {name: value for name, value in asdict(dit.cfg).items()
-             if name not in ("patch_size", "image_dim", "image_len")}
+             if name not in ("patch_size", "image_dim", "image_len", "boundary")}
     write_json(out / "config.json", {"_class_name": "WanModel", **sizes})
     save_tensors(out / "diffusion_pytorch_model.safetensors", half(dit), {})
 

@@ -23,6 +23,7 @@ from torch import nn
 
 import common.linear
 from common.files import ROOT, write_json
+from common.names import EXPERTS
 from common.ranks import generator, setup_distributed
 from common.weights import save_tensors
 from frozen.image import CLIPVision
@@ -85,14 +86,16 @@ def write_weights(folder: Path, seed: int = 0, sizes: WanConfig = PRESETS["tiny"
     Args: folder, which must not exist; sizes of the DiT: the preset `tiny` for commands, others
     where the test itself adds them to model.PRESETS. Returns the folder.
     """
-    dit = WanDiT(sizes)
-    dit.init_weights(generator(seed, "dit"))
-    with torch.no_grad():  # the official initial head is zero: no velocity at all
-        dit.head.head.weight.normal_(std=sizes.dim ** -0.5, generator=generator(seed, "head"))
-    save_tensors(folder / "diffusion_pytorch_model.safetensors", dit.state_dict(), {})
-    arguments = {key: getattr(sizes, key) for key in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim",
-           "model_type", "num_heads", "num_layers", "out_dim", "text_len")}
-    write_json(folder / "config.json", {"_class_name": "WanModel", **arguments})
+    for place in (".",) if sizes.boundary is None else EXPERTS:
+        dit, key = WanDiT(sizes), ((seed,) if place == "." else (seed, place))
+        dit.init_weights(generator(*key, "dit"))
+        with torch.no_grad():  # the official initial head is zero: no velocity at all
+            dit.head.head.weight.normal_(std=sizes.dim ** -0.5, generator=generator(*key, "head"))
+        save_tensors(folder / place / "diffusion_pytorch_model.safetensors", dit.state_dict(), {})
+        arguments = {key: getattr(sizes, key) for key in (
+            "dim", "eps", "ffn_dim", "freq_dim", "in_dim", "model_type", "num_heads", "num_layers",
+            "out_dim", "text_len")}
+        write_json(folder / place / "config.json", {"_class_name": "WanModel", **arguments})
     vae = {"dim": 4, "num_res_blocks": 1}
     save_tensors(folder / "Wan2.1_VAE.safetensors", randomise(WanVAE(**vae), seed, "vae"),
                  {"config": json.dumps(vae)})
@@ -102,7 +105,7 @@ def write_weights(folder: Path, seed: int = 0, sizes: WanConfig = PRESETS["tiny"
     save_tensors(folder / "models_t5_umt5-random.safetensors",
                  randomise(UMT5Encoder(**text), seed, "text"), {"config": json.dumps(text)})
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
-    if sizes.takes_image:
+    if sizes.has_clip:
         tower = {"dim": sizes.image_dim, "dim_ffn": 64, "num_heads": 2, "size": 48, "patch": 8}
         state = randomise(CLIPVision(**tower, num_layers=2), seed, "image")
         save_tensors(folder / "models_clip_random.safetensors",

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import distill
 import model
 import sample
 from artifacts.student import load_student
@@ -29,12 +30,12 @@ def load(ranks: Ranks, folder: Path) -> None:
     """Host memory that each rank takes to load a DiT, and its frozen copy."""
     model.PRESETS |= {"few": FEW, "many": MANY}
     few = model.load_dit(folder / "few.safetensors", "few", torch.float32, "cpu", ranks)
-    model.frozen_copy(few, "few", torch.bfloat16, ranks)
+    distill.frozen_copy(few, "few", torch.bfloat16, ranks)
     peak_memory()
     before = peak_memory()
     dit = model.load_dit(folder / "many.safetensors", "many", torch.float32, "cpu", ranks)
     loaded = peak_memory() - before
-    model.frozen_copy(dit, "many", torch.bfloat16, ranks)
+    distill.frozen_copy(dit, "many", torch.bfloat16, ranks)
     both = peak_memory() - before
     write_json(folder / f"out{ranks.rank}", {"loaded": loaded, "both": both})
     dist.barrier()

@@ -1,6 +1,7 @@
 """The forms in which people store weights: each is read correctly, or refused in one line that says
 what it is."""
 
+import dataclasses
 import io
 import json
 import re
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from artifacts.student import how_to_use, open_student
 from common.files import write_json
-from common.names import dit_tensors, find_dit, fingerprint, fingerprint_files, role_file
+from common.names import (
+    EXPERTS, dit_tensors, find_dit, fingerprint, fingerprint_files, role_file)
 from common.names import COMFY, comfy_to_official, official_names, plain_names
 from common.ranks import generator
 from common.weights import LazyTensor, describe_model, open_tensors, safetensors_metadata
@@ -478,30 +480,85 @@ def test_an_index_of_another_shape_or_that_points_outside_is_refused(index, mess
         dit_tensors(tmp_path)
 
 
+HIGH, LOW = (f"wan2.2_t2v_{level}_noise_14B_fp16.safetensors" for level in ("high", "low"))
+
+
+def save_experts(root: Path, places: tuple[str, str]) -> dict[str, torch.Tensor]:
+    """Two different DiTs at two places under a folder; returns both under our names."""
+    both = {}
+    for number, (expert, place) in enumerate(zip(EXPERTS, places, strict=True)):
+        state = {name: t + number for name, t in state_of().items()}
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, root / place)
+        both |= {f"{expert}.{name}": t for name, t in state.items()}
+    return both
+
+
+@pytest.mark.parametrize("places, weights", [
+    ((f"high_noise_model/{FULL}", f"low_noise_model/{FULL}"), "."),
+    ((f"transformer/{FULL}", f"transformer_2/{FULL}"), "."),
+    ((f"diffusion_models/{HIGH}", f"diffusion_models/{LOW}"), "."),
+    ((HIGH, LOW), HIGH), ((HIGH, LOW), LOW), (("a.safetensors", "b.safetensors"), "files.yaml")])
+def test_both_experts_of_wan_2_2_are_read_from_every_layout(places, weights, tmp_path):
+    state = save_experts(tmp_path, places)
+    (tmp_path / "files.yaml").write_text(f"dit_high: {places[0]}\ndit_low: {places[1]}\n")
+    tensors = dit_tensors(tmp_path / weights)
+    assert_same({name: t.read() for name, t in tensors.items()}, state)
+    assert fingerprint(tmp_path / weights) == fingerprint(tmp_path / "files.yaml")
+    dit = load_dit(tmp_path / weights, "tiny-experts")
+    assert_same({name: p.detach() for name, p in dit.named_parameters()}, state)
+    with pytest.raises(ValueError, match="expected 1 DiT.* by preset 'tiny', got 2; Wan 2.2 A14B"):
+        load_dit(tmp_path / weights, "tiny")
+
+
 @pytest.mark.parametrize("name, message", [
     ("diffusion_pytorch_model-00002-of-00003.safetensors", "is one of 3 shards: get the others"),
-    ("wan2.2_t2v_high_noise_14B_fp16.safetensors", "is of Wan 2.2 A14B, by wan2.2_t2v_high"),
-    ("low_noise_model/" + FULL, "is of Wan 2.2 A14B, by low_noise_model: its two DiTs"),
-    ("transformer_2/config.json", "is of Wan 2.2 A14B, by transformer_2: .*point `weights` at Wan"),
-    ("high_noise_model/config.json", "is of Wan 2.2 A14B, by high_noise_model"),
-    ("model_index.json", "is of Wan 2.2 A14B, by boundary_ratio in model_index.json")])
+    (HIGH, f"{LOW}: is missing; Wan 2.2 A14B has two DiTs"),
+    ("low_noise_model/" + FULL, "is one of the two DiTs of Wan 2.2 A14B.*point `weights` at"),
+    ("high_noise_model/config.json", "low_noise_model: is missing; Wan 2.2 A14B has two DiTs"),
+    ("model_index.json", "transformer_2: is missing; Wan 2.2 A14B has two DiTs"),
+    ("files.yaml", "files.yaml: dit_low: expected the file or folder")])
 def test_a_part_of_a_model_is_not_taken_for_all_of_it(name, message, tmp_path):
     state, path = state_of(), tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer").mkdir(exist_ok=True)
     save_file(state, tmp_path / "transformer" / FULL)
     if path.suffix == ".safetensors":
         save_file(state, path)
+    elif path.suffix == ".yaml":
+        path.write_text("dit_high: transformer\n")
     else:
         write_json(path, {"boundary_ratio": 0.875})
-    whole = path.suffix != ".safetensors"
-    for weights in (tmp_path, tmp_path / "transformer", tmp_path / "transformer" / FULL
-                    ) if whole else (path,):
-        with pytest.raises(ValueError, match=message):
-            dit_tensors(weights)
-    if name == "model_index.json":  # Wan 2.1's, or Wan 2.2 TI2V's
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        dit_tensors(tmp_path if path.suffix == ".json" else path)
+    if name == "model_index.json":  # Wan 2.1's
         write_json(path, {"boundary_ratio": None})
         assert_same(loaded(tmp_path), state)
+
+
+@pytest.mark.parametrize("weights", ["transformer", "transformer_2", f"transformer/{FULL}"])
+def test_one_expert_of_a_diffusers_folder_is_refused(weights, tmp_path):
+    save_experts(tmp_path, (f"transformer/{FULL}", f"transformer_2/{FULL}"))
+    with pytest.raises(ValueError, match="is one of the two DiTs of Wan 2.2 A14B"):
+        dit_tensors(tmp_path / weights)
+    write_json(tmp_path / "model_index.json", {"boundary_ratio": 0.875})
+    with pytest.raises(ValueError, match="boundary_ratio is 0.875, preset 'tiny-experts' has 0.5"):
+        load_dit(tmp_path, "tiny-experts")
+
+
+def test_two_experts_are_wanted_and_one_dit_is_found(tmp_path):
+    save_file(state_of(), tmp_path / FULL)
+    with pytest.raises(ValueError, match="expected 2 DiT.* by preset 'tiny-experts', got 1"):
+        load_dit(tmp_path, "tiny-experts")
+
+
+def test_wan_2_2_ti2v_is_refused_by_its_name(tmp_path):
+    sizes = dataclasses.replace(PRESETS["tiny"], in_dim=48, out_dim=48)
+    with torch.device("meta"):
+        state = build_dit(sizes).to_empty(device="cpu").state_dict()
+    save_file(state, tmp_path / FULL)
+    with pytest.raises(ValueError, match="is Wan 2.2 TI2V-5B, whose VAE and times .* Wan 2.2 A14B"):
+        load_dit(tmp_path, "tiny")
 
 
 def test_a_student_next_to_its_teacher_s_shards_is_refused_as_ambiguous(tmp_path):

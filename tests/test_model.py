@@ -904,13 +904,15 @@ def test_pyproject_holds_settings_of_tools_and_nothing_that_cannot_be_installed(
     assert tomllib.loads((ROOT / "pyproject.toml").read_text()).keys() == {"tool"}
 
 
-ARROWS = {"common": {"common"}, "model": {"model", "common"}, "toy1d": set(),
-          "artifacts": {"artifacts", "model", "common"}, "frozen": {"frozen", "model", "common"},
-          "training": {"training", "artifacts", "model", "common"},
+ARROWS = {"common": {"common"}, "model": {"model", "experts", "common"}, "toy1d": set(),
+          "experts": {"experts", "common"},
+          "artifacts": {"artifacts", "model", "experts", "common"},
+          "frozen": {"frozen", "model", "common"},
+          "training": {"training", "artifacts", "model", "experts", "common"},
           "small_world": {"small_world", "frozen", "model", "common"},
           "evaluation": {"evaluation", "small_world", "common"},
-          "synvid": {"artifacts", "frozen", "model", "common"},
-          "distill": {"artifacts", "training", "model", "common"},
+          "synvid": {"artifacts", "frozen", "model", "experts", "common"},
+          "distill": {"artifacts", "training", "model", "experts", "common"},
           "sample": {"artifacts", "frozen", "model", "common"},
           "evaluate": {"artifacts", "frozen", "evaluation", "small_world", "model", "common"}}
 ARROWS["tools"] = {"tools", *ARROWS}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import distill
 import model
+from common.names import by_expert, with_level
 from common.ranks import Ranks, generator, setup_distributed
 from common.weights import save_tensors
 from model import HunyuanConfig, WanConfig, key_times
@@ -23,6 +24,8 @@ SIZES = {"wan": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=3, text_di
                           freq_dim=16),
          "i2v": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=2, text_dim=8, text_len=4,
                           freq_dim=16, model_type="i2v", in_dim=36, image_dim=6, image_len=5),
+         "experts": WanConfig(dim=24, ffn_dim=32, num_heads=4, num_layers=2, text_dim=8, text_len=4,
+                              freq_dim=16, boundary=0.9),
          "hunyuan": HunyuanConfig(dim=24, ffn_dim=96, num_heads=4, num_double=2, num_single=2,
                                   text_dim=8, text_len=6, pooled_dim=4, rope_dims=(2, 2, 2),
                                   freq_dim=16)}
@@ -43,6 +46,8 @@ CASES: dict[int, dict[str, dict[str, int]]] = {
 # gradient is rounding error, which Adam turns into full steps.
 WITHOUT_EFFECT = ("txt_in.individual_token_refiner.blocks.0.self_attn_qkv.bias",
                   "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.bias")
+# The expert for low noise takes one step: Adam's first, which is full even for gradients near zero.
+BOUNDS = {"experts": 1e-4}
 
 
 class FakeSynVid:
@@ -90,8 +95,9 @@ def distill_case(family: str, out: Path, lively: int = 0, **settings: int) -> No
                          lr_heads=1e-2, clip=1.0, head_dim=8, lambda_adv=1.0, **settings)
     ranks = setup_distributed("cpu", cfg.sp, SIZES[family].num_heads)
     distill.check_config(cfg, ranks.dp_size)
-    cfg.weights = f"{out}.teacher{ranks.rank}.safetensors"
-    save_tensors(Path(cfg.weights), dit.state_dict(), {})
+    for level, tensors in by_expert(dit.state_dict()).items():
+        cfg.weights = str(out.with_name(with_level(f"{family}{ranks.rank}.safetensors", level)))
+        save_tensors(Path(cfg.weights), tensors, {})
     loader = loading.Loader(cfg, FakeSynVid(family), ranks)
     state = distill.build(cfg, loader.data.t_key, ranks)
     for k, head in enumerate(state.heads if lively else ()):
@@ -129,8 +135,9 @@ def distilled(tmp_path_factory) -> Callable[[int, str], dict[str, dict[str, torc
 def test_any_split_of_the_work_gives_the_parameters_of_one_process(distilled, world, case):
     alone, got = distilled(1, "alone"), distilled(world, case)
     assert got.keys() == SIZES.keys() and any("k_img" in name for name in alone["i2v"])
+    assert any(name.startswith("low_noise_model.") for name in alone["experts"])
     for family in SIZES:
-        assert_same(got[family], alone[family])
+        assert_same(got[family], alone[family], BOUNDS.get(family, 1e-5))
 
 
 def test_ranks_that_share_tokens_have_the_gradient_of_l_adv_that_one_has(distilled):
@@ -170,14 +177,14 @@ def test_any_split_of_the_work_trains_the_same_lora(distilled, world, case):
     for family in SIZES:
         got = distilled(world, case)[family]
         assert any("lora_A" in name for name in got)
-        assert_same(got, distilled(1, "lora")[family])
+        assert_same(got, distilled(1, "lora")[family], BOUNDS.get(family, 1e-5))
 
 
 def test_moments_in_host_memory_change_no_bit(distilled):
     for family, want in distilled(1, "alone").items():
         got = distilled(1, "offload")[family]
         assert all(torch.equal(got[name], want[name]) for name in got)
-        assert_same(distilled(2, "offload")[family], want)
+        assert_same(distilled(2, "offload")[family], want, BOUNDS.get(family, 1e-5))
 
 
 @pytest.mark.parametrize("sp", [2, 5])  # 2 divides the heads alone, 5 neither

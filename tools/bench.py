@@ -41,6 +41,7 @@ import synvid
 from common.config import Shared, field, load_config
 from common.files import error_summary, read_json, write_json
 from common.linear import linear
+from common.names import by_expert, with_level
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     prefer_attention, processor, setup_distributed)
@@ -49,7 +50,7 @@ from common.weights import save_tensors
 from evaluation.page import commit
 from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
-    time_grid)
+    sizes_of, time_grid)
 from tools.networks import (
     VIDEO_SIZE, Run, diffusers_version, is_small, make_vae, peer_dits, peer_sizes, peer_vaes,
     random_dit, random_encoders, random_network, random_states, vae_shape)
@@ -197,9 +198,10 @@ class Bench:
 
     def __init__(self, cfg: Config, ranks: Ranks, folder: Path):
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, ranks.device, folder
+        level = "" if sizes_of(cfg.preset).boundary is None else "high"  # of the file it names
         self.distill: Any = dataclasses.replace(
-            settings_of(distill.Config, "distill", cfg), weights=str(folder / "dit.safetensors"),
-            iterations=10 ** 6, sp=cfg.sp)
+            settings_of(distill.Config, "distill", cfg), iterations=10 ** 6, sp=cfg.sp,
+            weights=str(folder / with_level("dit.safetensors", level)))
         self.distill.micro_batch = min(self.distill.micro_batch,
                                        max(self.distill.batch // ranks.dp_size, 1))
         self.distill.batch = self.distill.micro_batch * ranks.dp_size
@@ -256,8 +258,10 @@ class Bench:
     def write_weights(self) -> None:
         """Write the DiT's weights, as noise, once."""
         path = Path(self.distill.weights)
-        on_first_rank(lambda: path.exists() or save_tensors(
-            path, random_dit(self.cfg, self.device, None).state_dict(), {}))
+        on_first_rank(lambda: path.exists() or [
+            save_tensors(path.with_name(with_level("dit.safetensors", level)), part, {})
+            for level, part in by_expert(
+                random_dit(self.cfg, self.device, None).state_dict()).items()])
 
     def loading(self) -> list[Run]:
         """Load the DiT from a file that is still in the system's cache."""
@@ -285,7 +289,7 @@ class Bench:
 
     def k_step_flops(self) -> float:
         """Floating-point operations of a k-step per rank, the mean over k."""
-        cfg, taps = self.distill, distill.tap_blocks(self.distill, len(self.dit.blocks))
+        cfg, taps = self.distill, distill.tap_blocks(self.distill, self.dit.cfg.num_layers)
         state = SimpleNamespace(student=self.dit, teacher=self.dit, taps=taps)
         return statistics.mean(step_flops(cfg, state, k, self.tokens)
                                for k in range(len(cfg.key) - 1)) / self.ranks.world
@@ -303,7 +307,7 @@ class Bench:
                 encode()
             x, _, cond = self.inputs()
             for latents in sample_euler(dit, x, times, cond, cond if guided else None,
-                                        cfg.cfg_scale):
+                                        cfg.guidance):
                 x = latents
             write_video(path, vae.decode(x)[0], cfg.fps)
         return [run]
@@ -344,7 +348,7 @@ def config_rows(b: Bench) -> Iterator[Row]:
     """The rows of a config, the most important first."""
     cfg, tokens, gpu = b.cfg, b.tokens, b.device.type == "cuda"
     batch = settings_of(synvid.Config, "synvid", cfg).batch
-    flop, evaluations = b.flop / b.ranks.sp, 1 if cfg.cfg_scale == 1 else 2
+    flop, evaluations = b.flop / b.ranks.sp, 1 if cfg.guidance == 1 else 2
     key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     vae = {way: vae_flops(cfg.family, is_small(cfg), way, cfg.frames, cfg.height, cfg.width)
            for way in ("decode", "encode")}

@@ -12,6 +12,7 @@ B = U√S, A = √S Vᵀ, the nearest of that rank (Eckart and Young). Other par
 differences. Energy kept: 1 - ‖Δ - B·A‖² / ‖Δ‖², B and A as stored.
 """
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -23,10 +24,10 @@ from tqdm import tqdm
 
 from artifacts.lora import lora_form, lora_names
 from artifacts.student import (
-    CHECKSUM, facts_in, open_student, stream_safetensors, student_facts)
+    CHECKSUM, exported_path, facts_in, open_student, stream_safetensors, student_facts)
 from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json, write_text
-from common.names import dit_tensors, fingerprint, official_names
+from common.names import by_expert, dit_tensors, fingerprint, with_level
 from common.ranks import cli, generator, pick_device
 from common.video import draw_panels
 from common.weights import LazyTensor, describe_model
@@ -143,20 +144,23 @@ def check_same_parameters(path: Path, student: dict[str, LazyTensor], weights: s
 
 
 def extract(cfg: Config, path: Path, out: Path) -> list[dict]:
-    """Write the LoRA file of a student; returns the table's rows.
+    """Write the LoRA file of a student, or those of its two experts; returns the table's rows.
 
     Raises ValueError naming what does not fit, for example a student of another teacher.
     """
     facts = student_facts(path, cfg, foreign=cfg.student is not None, same_teacher=True)
-    student = official_names(open_student(path), "transformer")
+    student = open_student(path, official=True)
     teacher, rows = dit_tensors(cfg.weights), []
     check_same_parameters(path, student, cfg.weights, teacher)
     device = pick_device(cfg.device)
     facts |= {"teacher": facts["teacher"] or fingerprint(cfg.weights), "lora_rank": cfg.rank}
-    metadata = {"format": "pt", "accvideo": json.dumps(facts), "crc32": CHECKSUM}
     with tqdm(total=len(teacher), desc="lora", unit="parameter", mininterval=1) as bar:
         tensors = lora_tensors(student, teacher, cfg.family, cfg.rank, device, rows, bar)
-        replace_file(out, lambda aside: stream_safetensors(aside, tensors, metadata))
+        for level, part in by_expert(tensors).items():
+            own = facts | ({"expert": level} if level else {})
+            metadata = {"format": "pt", "accvideo": json.dumps(own), "crc32": CHECKSUM}
+            replace_file(out.with_name(with_level(out.name, level)), functools.partial(
+                stream_safetensors, tensors=part, metadata=metadata))
         for name, t in teacher.items():
             if lora_form(cfg.family, name, t.shape) is None:
                 delta = parameter_change(student[name], t, device)
@@ -184,8 +188,8 @@ def rows_by_layer(rows: list[dict]) -> dict[str, list[dict]]:
     return layers
 
 
-def write_energy(cfg: Config, rows: list[dict], out: Path) -> None:
-    """Write the table as Markdown and JSON, and its plot; print the sums."""
+def write_energy(cfg: Config, rows: list[dict], out: Path, first: Path) -> None:
+    """Write the table as Markdown and JSON, and its plot; print the sums. first, as in main."""
     sums = {"all": energy_kept(rows),
             "matrices": energy_kept([row for row in rows if row["form"] == "matrix"])}
     write_json(out.with_suffix(".json"), {"energy": sums, "rank": cfg.rank, "rows": rows})
@@ -205,20 +209,20 @@ def write_energy(cfg: Config, rows: list[dict], out: Path) -> None:
                               ("‖Δ‖ / ‖W‖", "relative"))}, x="block", linear=("energy",))
     print(f"energy kept: {sums['all']:.4f} of all that changed, {sums['matrices']:.4f} of the "
           f"matrices in the file; per layer: {out.with_suffix('.md')}, .json, .png")
-    print(f"{out}: {out.stat().st_size / 1e6:.3g} MB; use it by `python sample.py {cfg.path} "
-          f"--lora {out}`; in ComfyUI, diffusers and LightX2V as `python sample.py --how {out}` "
-          "prints")
+    print(f"{first}: {first.stat().st_size / 1e6:.3g} MB; use it by `python sample.py {cfg.path} "
+          f"--lora {first}`; in ComfyUI, diffusers and LightX2V as `python sample.py --how "
+          f"{first}` prints")
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, first: Path) -> None:
     """Raise ValueError for a name without the suffix, or if the file, its table or its plot would
     replace one of another kind: only a LoRA that this command extracted may be there."""
     if out.suffix != ".safetensors":
         raise ValueError(f"out: expected a name that ends in .safetensors, got {out}: add the "
                          "suffix")
-    existing = [path for path in map(out.with_suffix, (out.suffix, ".md", ".json", ".png"))
+    existing = [path for path in (first, *map(out.with_suffix, (".md", ".json", ".png")))
                 if path.exists()]
-    ours = out.is_file() and "lora_rank" in facts_in(out)
+    ours = first.is_file() and "lora_rank" in facts_in(first)
     if existing and not ours:
         raise ValueError(f"out: {existing[0]} exists, and is not of a LoRA that this command "
                          "extracted: choose another name by --out")
@@ -227,12 +231,13 @@ def check_out(out: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Read the config, extract, report."""
     cfg = load_config(Config, "lora", argv, __doc__, "-m tools.extract_lora")
-    check_model(cfg)
-    path = Path(cfg.student or Path(cfg.run) / "student.safetensors")
+    level = "" if check_model(cfg).boundary is None else "high"  # of the first of two files
+    path = Path(cfg.student or exported_path(cfg))
     out = Path(cfg.out or Path(cfg.run) / f"student_lora_rank{cfg.rank}.safetensors")
-    check_out(out)
+    first = out.with_name(with_level(out.name, level))
+    check_out(out, first)
     announce(cfg, "lora")
-    write_energy(cfg, extract(cfg, path, out), out)
+    write_energy(cfg, extract(cfg, path, out), out, first)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def random_states(cfg: Shared) -> dict[str, Tensor]:
     shapes = {"text": (sizes.text_len, sizes.text_dim)}
     if sizes.takes_image:
         _, T, H, W = latent_shape(cfg.frames, cfg.height, cfg.width)
-        shapes |= {"image": (sizes.image_len, sizes.image_dim), "frames": (20, T, H, W)}
+        shapes |= {"image": (sizes.image_len, sizes.image_dim)} if sizes.has_clip else {}
+        shapes["frames"] = 20, T, H, W
     if cfg.family == "hunyuan":
         shapes["pooled"] = (sizes.pooled_dim,)
     cond = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
@@ -85,7 +86,7 @@ def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module],
                  "num_layers": 2}
         attn, heads = {"dim_attn": sizes.text_dim}, {"num_kv_heads": 2}
         pooled = {"dim": sizes.pooled_dim} if cfg.family == "hunyuan" else {}
-    if small and sizes.takes_image:
+    if small and sizes.takes_image and sizes.has_clip:
         tower = {"dim": sizes.image_dim, "dim_ffn": 64, "num_layers": 2, "num_heads": 2,
                  "size": 48, "patch": 48 // math.isqrt(sizes.image_len - 1)}
 
@@ -96,10 +97,16 @@ def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module],
         yield ("umT5", lambda: UMT5Encoder(**small, **attn),
                lambda t5: t5(ids(sizes.text_len), ids(sizes.text_len) + 1))
         if sizes.takes_image:
-            yield ("first frame", lambda: nn.ModuleDict({
-                "clip": CLIPVision(**tower), "vae": make_vae("wan", bool(small))}),
-                lambda both: image_cond(torch.zeros(3, cfg.height, cfg.width), both["vae"],
-                                        both["clip"], cfg.frames, cfg.height, cfg.width))
+            def networks() -> nn.ModuleDict:
+                clip = {"clip": CLIPVision(**tower)} if sizes.has_clip else {}
+                return nn.ModuleDict({**clip, "vae": make_vae("wan", bool(small))})
+
+            def first_frame(both: nn.ModuleDict) -> dict:
+                clip = both["clip"] if sizes.has_clip else None
+                return image_cond(torch.zeros(3, cfg.height, cfg.width), both["vae"], clip,
+                                  cfg.frames, cfg.height, cfg.width)
+
+            yield "first frame", networks, first_frame
     else:
         yield ("LLaMA", lambda: Llama(**small, **heads),
                lambda llama: llama(ids(95 + sizes.text_len)))  # 95 tokens of the template

@@ -350,7 +350,13 @@ def saving(saver: Saver, state: Any, loader: Any, meta: dict) -> Iterator[None]:
 CHANGEABLE_ON_RESUME = {
     "run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep", "synvid",
     "export_every", "checkpointing", "compile", "export", "export_dtype", "peak_tflops", "weights",
-    "fps", "sp", "offload", "attention", "force_plan"}
+    "fps", "sp", "offload", "attention", "force_plan", "high_student",
+    "experts"}  # which has a folder for each value
+
+
+def run_folder(cfg: Any) -> Path:
+    """The folder of a run's log and checkpoints; a run that trains one expert has its own."""
+    return Path(cfg.run) / ("distill" if cfg.experts == "both" else f"distill_{cfg.experts}")
 
 
 def check_same_run(path: Path, saved: dict, meta: dict) -> None:
@@ -360,7 +366,7 @@ def check_same_run(path: Path, saved: dict, meta: dict) -> None:
     """
     fixed = {"iterations"} if meta["config"].get("lr_final", 1) != 1 else set()
     changeable = CHANGEABLE_ON_RESUME - fixed
-    for key in ["teacher", "synvid", *(k for k in meta["config"] if k not in changeable)]:
+    for key in ["teacher", "synvid", "high", *(k for k in meta["config"] if k not in changeable)]:
         old, new = (facts.get(key, facts["config"].get(key)) for facts in (saved, meta))
         if old != new:
             why = ", which its learning rate depends on (lr_final)" if key in fixed else ""
@@ -384,7 +390,7 @@ def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
 
     Raises ValueError if the folder belongs to a run with other settings.
     """
-    folder = Path(cfg.run) / "distill"
+    folder = run_folder(cfg)
     found = latest_checkpoint(folder, ranks)
     if found is None:
         return on_first_rank(lambda: check_begun(folder, meta))
@@ -397,16 +403,16 @@ def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
                          f"trained on, got {loader.count}: make the missing ones again with "
                          "`python synvid.py`")
     loader.count = meta["count"] = saved["count"]  # later ones do not change the order
-    state.step, m = saved["step"], len(state.t_key) - 1
+    state.step = saved["step"]
     if state.step > cfg.iterations and ranks.rank == 0:
         print(f"{path} is beyond iterations={cfg.iterations}: its iterations are kept")
-    done, slots = state.step % m if cfg.adv else 0, {}
-    if done:  # in the middle of a pass over k, Q_{m - done} holds the generated latents
+    done, slots = state.step % len(loader.ks) if cfg.adv else 0, {}
+    if done:  # in the middle of a pass over k, the last Q_k holds the generated latents
         slots = {str(slot): torch.zeros(loader.shape, device=ranks.device)
                  for numbers in loader.slots for slot in numbers}
     load_checkpoint(path, tensors_of(state, slots))
     for b in loader.read(state.step - done) if done else []:  # the trajectories of this pass
         x_gen = torch.stack([slots[str(slot)] for slot in b.slots])
-        state.queues[m - done].append((x_gen, b.x_key, b.cond))
+        state.queues[loader.ks[done - 1]].append((x_gen, b.x_key, b.cond))
     if ranks.rank == 0:
         print(f"resuming from {path}", flush=True)

@@ -17,7 +17,8 @@ from artifacts.trajectories import (
 from common.config import Shared, load_yaml
 from common.files import ROOT
 from common.ranks import Ranks, draw_noise, generator, on_first_rank, raise_together
-from model import collate
+from experts import steps_of
+from model import collate, sizes_of
 
 
 def open_synvid(cfg: Any) -> SynVid:
@@ -88,6 +89,11 @@ class Batch:
     slots: list[int]
 
 
+def trained_steps(cfg: Any, t_key: list[float]) -> list[int]:
+    """The k that a run trains, from m - 1 to 0, or those of the one expert that it trains."""
+    return steps_of(t_key, sizes_of(cfg.preset).boundary, cfg.experts)
+
+
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
     """The order of trajectories in one pass over the data."""
@@ -109,6 +115,7 @@ class Loader:
             raise ValueError(f"held_out: expected fewer than the {len(data)} trajectories, got "
                              f"{cfg.held_out}: lower it, or make more trajectories")
         size, each = cfg.micro_batch, cfg.batch // (cfg.micro_batch * ranks.dp_size)
+        self.ks = trained_steps(cfg, data.t_key)
         starts = [(a * ranks.dp_size + ranks.dp_rank) * size for a in range(each)]
         self.slots = [list(range(start, start + size)) for start in starts]
         self.pool, self.ahead = ThreadPoolExecutor(1), {}
@@ -124,9 +131,9 @@ class Loader:
 
     def read(self, step: int) -> list[Batch]:
         """The micro-batches of one iteration: each trajectory once before any is repeated."""
-        m, out = len(self.data.t_key) - 1, []
-        k = m - 1 - step % m
-        ks = list(range(m + 1)) if k == m - 1 and self.cfg.adv else [k, k + 1]  # all for Q_m
+        k, out = self.ks[step % len(self.ks)], []
+        last = self.ks[-1] if k == self.ks[0] and self.cfg.adv else k  # all latents for Q_m
+        ks = list(range(last, k + 2))
         for slots in self.slots:
             positions = [divmod(step * self.cfg.batch + slot, self.count) for slot in slots]
             out.append(self.batch([epoch_order(self.cfg.seed, epoch, self.count)[position]

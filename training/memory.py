@@ -14,8 +14,9 @@ import torch.nn as nn
 from artifacts.lora import build_student
 from artifacts.student import bytes_a_parameter
 from common.ranks import Ranks, compute_dtype, on_first_rank
+from experts import expert_name
 from model import sizes_of
-from training.checkpoint import check_disk
+from training.checkpoint import check_disk, run_folder
 
 # Numbers that a block saves per token for its backward: (fp32, compute dtype) in units of its width
 # and (compute dtype) of its MLP's; with trainable weights, then with frozen ones. EXTRA: those that
@@ -29,12 +30,17 @@ meta_student = lru_cache(maxsize=4)(build_student)  # a plan is computed for man
 
 def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: int,
                  sp: int) -> dict[str, float]:
-    """Bytes that each of `world` ranks needs for latents of `shape` [C,T,H,W], by purpose."""
-    dit = meta_student(sizes_of(cfg.preset), cfg.lora)
+    """Bytes that each of `world` ranks needs for latents of `shape` [C,T,H,W], by purpose.
+
+    Of two experts one computes at a time. A run that trains only one of them also holds the other
+    in the dtype of computation: the teacher's, or for low noise the student's.
+    """
+    dit = meta_student(sizes_of(cfg.preset), cfg.lora, expert_name(cfg.experts))
+    held, frozen = len(dit.blocks) // dit.cfg.num_layers, 1 if cfg.experts == "both" else 2
     wide, replicas = compute_dtype(device).itemsize, world // sp
     count, *blocks = (sum(p.numel() for p in net.parameters()) for net in (dit, *dit.blocks))
     trainable, *in_blocks = (sum(trainable_sizes(net)) for net in (dit, *dit.blocks))
-    rest, block, depth = count - sum(blocks), max(blocks), len(blocks)
+    rest, block, depth = (count - sum(blocks)) / held, max(blocks), dit.cfg.num_layers
     batch = min(cfg.micro_batch, max(cfg.batch // replicas, 1))
     tokens, D = math.prod(dit.token_grid(*shape[1:])) * batch, dit.cfg.dim
     L, stream = -(-tokens // sp), 4 if dit.cfg.family == "wan" else wide        # bytes a number
@@ -49,9 +55,9 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
         gathered = 2 * wide * block * (wide < 4) + 4 * max(in_blocks)
     aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
     adam = 8 * (1 + (cfg.updates == "separate")) * trainable / world
-    return {"student": 4 * count / world, "gradients": 4 * aside * trainable / world,
+    return {"student": 4 * count / world, "gradients": 4 * aside * trainable / held / world,
             "AdamW": 8 * max(trainable_sizes(dit)) / world if cfg.offload else adam,
-            "teacher": wide * count / world,
+            "teacher": wide * count * frozen / world,
             "gathered layers": gathered,
             "activations": kept + saved + EXTRA_PER_TOKEN[dit.cfg.family] * L * D * wide,
             "features, heads": cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4,
@@ -133,7 +139,7 @@ def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
     Returns the student's number of trainable and of frozen parameters, and AdamW's moments per
     trainable one. Raises ValueError if the run does not fit the GPU, unless force_plan.
     """
-    dit = meta_student(sizes_of(cfg.preset), cfg.lora)
+    dit = meta_student(sizes_of(cfg.preset), cfg.lora, expert_name(cfg.experts))
     count = sum(trainable_sizes(dit))
     frozen = sum(p.numel() for p in dit.parameters()) - count
     moments = 4 if cfg.updates == "separate" else 2
@@ -154,7 +160,7 @@ def check_resources(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> None:
     """Print the memory plan. Raises ValueError if the run will not fit the GPU or the disk."""
     def check() -> None:
         trainable, frozen, moments = print_plans(cfg, shape, ranks)
-        check_disk(Path(cfg.run) / "distill", trainable, moments, cfg.keep,
+        check_disk(run_folder(cfg), trainable, moments, cfg.keep,
                    bytes_a_parameter(cfg) * (trainable + frozen))
 
     on_first_rank(check)

@@ -73,7 +73,7 @@ def step_flops(cfg: Any, state: Any, k: int, tokens: int, recomputed: bool = Fal
     Student: forward and backward (3 forwards' worth, 2 with a LoRA) for each loss; teacher: two
     forwards and a backward to its input, up to the tap.
     """
-    tapped = (state.taps[k] + 1) / len(state.teacher.blocks)
+    tapped = (state.taps[k] + 1) / state.teacher.cfg.num_layers
     student = 3 if cfg.lora is None else 2
     forwards = student * (cfg.traj + cfg.adv) + 3 * cfg.adv * tapped
     if recomputed and cfg.checkpointing:
@@ -152,7 +152,7 @@ class Journal:
 def print_result(cfg: Any, lines: list[dict]) -> None:
     """Print the last held-out errors of student and teacher."""
     for last in [x for x in lines if "endpoint" in x][-1:]:
-        how = "at the same steps" + (", without guidance" if cfg.cfg_scale != 1 else "")
+        how = "at the same steps" + (", without guidance" if cfg.guidance != 1 else "")
         print(f"held-out endpoint error: student {last['endpoint']:.4f}, teacher {how} "
               f"{last['endpoint_teacher']:.4f} (ratio "
               f"{last['endpoint'] / last['endpoint_teacher']:.2f})", flush=True)
@@ -168,12 +168,13 @@ def held_out_errors(cfg: Any, dit: nn.Module, loader: Any, ranks: Ranks) -> dict
     """How far a network at the key timesteps is from held-out trajectories of the teacher.
 
     Returns endpoint, ‖its m-step result − l_0‖² / ‖l_0‖² from the stored noise, and velocity, that
-    ratio for the slope of Eq. 6, by k; means over the held-out trajectories of all ranks. Raises
-    AgreedError naming a damaged trajectory.
+    ratio for the slope of Eq. 6, by k; means over the held-out trajectories of all ranks. A run
+    that trains one expert compares the stored latents around that one's steps, and velocity is None
+    at the others' k. Raises AgreedError naming a damaged trajectory.
     """
-    t_key, size = loader.data.t_key, cfg.micro_batch
-    m = len(t_key) - 1
-    sums = torch.zeros(m + 2, device=ranks.device)
+    t_key, size, ks = loader.data.t_key, cfg.micro_batch, sorted(loader.ks)
+    m, first, end = len(t_key) - 1, ks[-1] + 1, ks[0]
+    sums = torch.zeros(len(ks) + 2, device=ranks.device)
     for start in range(0, cfg.held_out, size * ranks.dp_size):  # every rank runs as many forwards
         rows = [start + ranks.dp_rank * size + j for j in range(size)]
         real = torch.tensor([float(r < cfg.held_out) for r in rows], device=ranks.device)
@@ -184,16 +185,17 @@ def held_out_errors(cfg: Any, dit: nn.Module, loader: Any, ranks: Ranks) -> dict
         except (ValueError, OSError) as e:
             error = e
         raise_together(error)
-        *_, x = sample_euler(dit, b.x_key[m], t_key[::-1], b.cond)
-        errors = [relative_error(x, b.x_key[0])]
-        for k in range(m):
+        *_, x = sample_euler(dit, b.x_key[first], t_key[end:first + 1][::-1], b.cond)
+        errors = [relative_error(x, b.x_key[end])]
+        for k in ks:
             slope = (b.x_key[k] - b.x_key[k + 1]) / (t_key[k] - t_key[k + 1])
             v = velocity(dit, b.x_key[k + 1], t_key[k + 1], b.cond)
             errors.append(relative_error(v, slope))
         sums += torch.cat([(torch.stack(errors) * real).sum(1), real.sum()[None]])
     dist.all_reduce(sums)
     endpoint, *by_k = (sums[:-1] / sums[-1]).tolist()
-    return {"endpoint": endpoint, "velocity": by_k}
+    found = dict(zip(ks, by_k, strict=True))
+    return {"endpoint": endpoint, "velocity": [found.get(k) for k in range(m)]}
 
 
 def teacher_errors(cfg: Any, teacher: nn.Module, loader: Any, ranks: Ranks,

@@ -1,0 +1,108 @@
+"""Two DiTs as one: Wan 2.2 A14B has an expert for high and one for low noise.
+
+Every stage treats them as one DiT. At each time only one of them computes, so a batch, whose
+samples share a time, needs one. Source: Wan 2.2's release, text2video.py and image2video.py.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.names import EXPERTS
+from common.ranks import Ranks, shard
+
+
+class Experts(nn.Module):
+    """The two experts, or only one of them, behind the interface of a DiT.
+
+    Args: dits, by the official folders' names, with which their parameters' names begin.
+    """
+
+    def __init__(self, dits: dict[str, nn.Module]):
+        super().__init__()
+        for name, dit in dits.items():
+            self.add_module(name, dit)
+        first = next(self.children())
+        self.cfg, self.token_grid, self.flops = first.cfg, first.token_grid, first.flops
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all experts; taps are indices into those of one."""
+        return [block for dit in self.children() for block in dit.blocks]
+
+    def at(self, t: float) -> nn.Module:
+        """The expert that computes at time t, not rounded: 0.89998 is below a boundary of 0.9."""
+        return getattr(self, EXPERTS[t < self.cfg.boundary])
+
+    def forward(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As WanDiT.forward. Reading t [B] waits for the device; expert_at needs no reading.
+
+        Raises ValueError for times on both sides of the boundary.
+        """
+        experts = {self.at(time) for time in t.tolist()}
+        if len(experts) != 1:
+            raise ValueError(f"t: expected times on one side of {self.cfg.boundary}, got "
+                             f"{t.tolist()}: evaluate each expert separately")
+        return experts.pop()(x, t, *args, **kwargs)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fill every expert as its own init_weights does."""
+        for dit in self.children():
+            dit.init_weights(generator)
+
+
+def expert_at(dit: nn.Module, t: float) -> nn.Module:
+    """The network that computes at time t: one of two experts, or the only DiT."""
+    return dit.at(t) if isinstance(dit, Experts) else dit
+
+
+def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) -> nn.Module:
+    """Shard a DiT over all ranks as common.ranks.shard does, each expert for itself: while one
+    computes, nothing of the other is gathered."""
+    for part in dit.children() if isinstance(dit, Experts) else (dit,):
+        part.sp = ranks.sp_group
+        shard(part, ranks, dtype)
+    return dit
+
+
+def check_guidance(cfg_scale_low: float | None, boundary: float | None) -> None:
+    """Raise ValueError if the low-noise expert's guidance is given for a model without one."""
+    if boundary is None and cfg_scale_low is not None:
+        raise ValueError(f"cfg_scale_low: got {cfg_scale_low}; the preset has one DiT: leave it "
+                         "out")
+
+
+def crossing_note(grid: list[float], key: list[int], boundary: float | None) -> str:
+    """A line if a step of the student crosses the boundary: there its high-noise expert has to
+    learn what the teacher's low-noise one does. "" if none does.
+
+    Args: grid, the teacher's times; key, indices into it.
+    """
+    first_low = next((j for j, t in enumerate(grid) if boundary and t < boundary), None)
+    if first_low is None or first_low in key:
+        return ""
+    start, stop = next(pair for pair in itertools.pairwise(key) if pair[1] > first_low)
+    return (f"key: the student's step from {start} to {stop} of the teacher's grid crosses the "
+            f"boundary between the experts: with {first_low} as a key timestep none does")
+
+
+def expert_name(experts: str) -> str | None:
+    """The one expert of a run that trains both | high | low; None for both."""
+    return None if experts == "both" else f"{experts}_noise_model"
+
+
+def steps_of(t_key: list[float], boundary: float | None, experts: str) -> list[int]:
+    """The k of the student's steps that a run trains, from noise to data: all m of them, or those
+    whose start t'_{k+1} belongs to one expert.
+
+    Args: t_key[k] = t'_k; experts, both | high | low. Raises ValueError if there is none.
+    """
+    ks = list(reversed(range(len(t_key) - 1)))
+    if experts != "both":
+        ks = [k for k in ks if (t_key[k + 1] >= boundary) == (experts == "high")]
+    if not ks:
+        raise ValueError(f"key: no step starts in the range of the expert for {experts} noise, "
+                         f"whose boundary is {boundary}: choose other key timesteps")
+    return ks

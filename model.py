@@ -140,14 +140,16 @@ def sinusoid(steps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
     dtype of the angles: Wan's float64, HunyuanVideo's float32, whose rounding shows at s = 6016.
     """
-    angle = torch.outer(steps.float().to(dtype), frequencies(dim, dtype).to(steps.device))
+    angle = torch.outer(steps.float().to(dtype), frequencies(dim, dtype, str(steps.device)))
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
 
-def frequencies(dim: int, dtype: torch.dtype) -> Tensor:
+@functools.lru_cache(maxsize=8)  # on the device: a copy in each forward would wait for the GPU
+def frequencies(dim: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """w of `sinusoid` [dim/2], correctly rounded: a CPU's exp may be wrong in the last bit."""
-    x = -math.log(10000) * torch.arange(dim // 2, dtype=dtype) / (dim // 2)
-    return x.double().exp().to(dtype)
+    with torch.inference_mode(False):  # as in rope_table
+        x = -math.log(10000) * torch.arange(dim // 2, dtype=dtype) / (dim // 2)
+        return x.double().exp().to(device, dtype)
 
 
 @functools.lru_cache(maxsize=8)

@@ -269,7 +269,7 @@ def local_rows(p: Tensor) -> tuple[Tensor, slice | None]:
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """The dtype that networks compute in: bf16 on a GPU, fp32 on the CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 # --------------------------------------------------------------------- agreement, start and end

@@ -61,9 +61,9 @@ def official(monkeypatch):
     The machine that made it had an exp whose 13th and 107th frequency are the next fp32 numbers
     above the right ones; times 6016 that moves the output by 6e-5, so the test takes them, too.
     """
-    w = model.frequencies(256, torch.float32)
+    w = model.frequencies(256, torch.float32).clone()
     w[[12, 106]] = torch.nextafter(w[[12, 106]], torch.tensor(2.0))
-    monkeypatch.setattr(model, "frequencies", lambda dim, dtype: w)
+    monkeypatch.setattr(model, "frequencies", lambda dim, dtype, device: w)
     c = json.loads(FIXTURE.metadata()["config"])
     sizes = HunyuanConfig(
         dim=c["hidden_size"], ffn_dim=int(c["hidden_size"] * c["mlp_width_ratio"]),
@@ -86,7 +86,7 @@ def official(monkeypatch):
 @pytest.fixture
 def peer_frequencies(monkeypatch):
     """The frequencies of this CPU's own fp32 exp, as diffusers takes them (see `official`)."""
-    monkeypatch.setattr(model, "frequencies", lambda dim, dtype: torch.exp(
+    monkeypatch.setattr(model, "frequencies", lambda dim, dtype, device: torch.exp(
         -math.log(10000) * torch.arange(dim // 2, dtype=dtype) / (dim // 2)))
 
 

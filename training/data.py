@@ -65,7 +65,7 @@ def make_small_synvid(cfg: Any, folder: Path) -> None:
 
 def pinned(x: Tensor, device: torch.device) -> Tensor:
     """x in pinned memory if the device is a GPU, so that copying it there does not block."""
-    return x.pin_memory() if device.type == "cuda" else x
+    return x if device.type == "cpu" else x.pin_memory()
 
 
 @dataclass
@@ -156,4 +156,4 @@ def fresh_noise(cfg: Any, step: int, like: Batch) -> Tensor:
     """Fresh z ~ N(0, I) for a micro-batch, one draw per slot. Alg. 1, line 11; D4."""
     shape = next(iter(like.x_key.host.values())).shape[1:]
     z = draw_noise(shape, [("z", cfg.seed, step, slot) for slot in like.slots])
-    return z.to(like.x_key.device)
+    return pinned(z, like.x_key.device).to(like.x_key.device, non_blocking=True)

@@ -1,6 +1,7 @@
 """A stage at full size on pretended GPUs: memory, traffic and work, before anyone rents them.
 
     python -m tools.rehearse CONFIG [--stage distill] [--gpus 8] [--gib 80] [field=value]
+    python -m tools.rehearse --plans        # the table of memory plans in docs/scaling.md
 
 In:  CONFIG and its section of the stage: synvid, distill or sample. No weights, no GPU.
 Out: peak memory of a GPU and what it consists of, next to the memory plan; host memory of a
@@ -32,7 +33,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor, FakeTensorMode, in_kernel_invocation_manager)
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed import fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,9 +49,9 @@ import distill
 import model
 import sample
 import synvid
-from common.config import load_config
+from common.config import load_config, names_config
 from common.files import ROOT
-from common.ranks import Ranks, cli, setup_distributed
+from common.ranks import Ranks, Timer, cli, compute_dtype, local_rows, setup_distributed
 from frozen import unipc
 from model import check_model, key_times, latent_shape, sizes_of, time_grid
 from tools.networks import make_vae, random_encoders, random_network, random_states
@@ -96,6 +98,12 @@ def without_reading(module: nn.Module, *_: Any, dtype: torch.dtype | None = None
     return module.to(dtype).to_empty(device=device)
 
 
+def clear_caches() -> None:
+    """Free the tables on the device, which have no data here."""
+    for function in (model.rope_table, model.frequencies):
+        function.cache_clear()
+
+
 @contextlib.contextmanager
 def pretended_ranks(gpus: int, sp: int, heads: int, cfg_parallel: bool = False) -> Iterator[Ranks]:
     """Be rank 0 of `gpus` ranks that do not exist; weights are not read from files."""
@@ -113,11 +121,11 @@ def pretended_ranks(gpus: int, sp: int, heads: int, cfg_parallel: bool = False) 
         # Backward runs in this thread, and no exception of Python passes through its C++ code.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(set_checkpoint_early_stop(False))
-        model.rope_table.cache_clear()
+        clear_caches()
         try:
             yield setup_distributed("auto", sp, heads, cfg_parallel=cfg_parallel)
         finally:
-            model.rope_table.cache_clear()  # it holds tensors without data
+            clear_caches()
             dist.destroy_process_group()
 
 
@@ -138,6 +146,14 @@ def tensors_in(values: Any) -> list[Tensor]:
         values, (list, tuple)) else []
 
 
+def shapes(values: Any) -> Any:
+    """A key for arguments: tensors count by shape, strides and dtype."""
+    if isinstance(values, Tensor):
+        return tuple(values.shape), values.stride(), values.dtype
+    return tuple(map(shapes, values)) if isinstance(values, (list, tuple)) else (
+        type(values), values)
+
+
 def bytes_in(tensors: Any) -> int:
     return sum(t.nbytes for t in tensors_in(tensors))
 
@@ -152,6 +168,8 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.kinds: dict[Any, str] = {}               # of operations
+        self.outputs: dict[Any, tuple[type, list]] = {}
         self.figures: Figures = Counter()
         self.sizes: dict[int, tuple[str, int]] = {}   # by storage, its purpose and bytes
         self.now, self.total, self.host, self.host_peak = Counter(), 0, 0, 0
@@ -202,23 +220,62 @@ class Meter(TorchDispatchMode):
         if not all(fake):
             args, kwargs = tree_map_only(Tensor, self.without_data, (args, kwargs))
         try:
-            with self.fake:
-                out = func(*args, **kwargs)
+            out = self.without_kernel(func, args, kwargs, inputs)
         except RuntimeError as e:  # of two devices, or of shapes; backward would hide it
             print(f"{self.site()}: {func}: {e}", file=sys.stderr, flush=True)
             raise
         self.account(func, args, kwargs, out)
         return out
 
+    def without_kernel(self, func: Any, args: tuple, kwargs: dict, inputs: list[Tensor]) -> Any:
+        """What FakeTensorMode returns for an operation, in less than half of the time: the shapes
+        of new tensors are kept by the arguments' shapes, views and changes in place skip checks."""
+        kind = self.kinds.get(func)
+        if kind is None:
+            written = any(a.alias_info and a.alias_info.is_write for a in func._schema.arguments)
+            alias = any(r.alias_info for r in func._schema.returns)
+            known = func.namespace == "aten" and not func._opname.startswith(
+                ("_foreach", "_fused", "_unsafe_view", "lift_fresh"))
+            kind = self.kinds[func] = not known and "other" or (
+                written and "write" or alias and "view" or "new")
+        simple = kind != "other" and inputs and all(
+            isinstance(x, FakeTensor) and x.fake_device.type == DEVICE for x in inputs)
+        key = (func, shapes(args), shapes(tuple(kwargs.items()))) if (
+            simple and kind == "new" and kwargs.get("device") is None) else None
+        if simple and kind == "view" or simple and kind == "write" and func._opname[-1] == "_":
+            with in_kernel_invocation_manager(self.fake):
+                out = func(*args, **kwargs)
+            return args[0] if kind == "write" else self.wrap(out, inputs[0].fake_device)
+        if key in self.outputs:
+            kind, made = self.outputs[key]
+            out = [x and self.wrap(torch.empty_strided(x[0], x[1], dtype=x[2], device="meta"),
+                                   inputs[0].fake_device) for x in made]
+            return out[0] if issubclass(kind, Tensor) else kind(out)
+        with self.fake:
+            out = func(*args, **kwargs)
+        made = [out] if isinstance(out, Tensor) else out
+        if key is not None and isinstance(made, (list, tuple)) and all(
+                x is None or isinstance(x, FakeTensor) and x.fake_device.type == DEVICE
+                and x.untyped_storage()._cdata not in self.sizes for x in made):
+            self.outputs[key] = type(out), [
+                x if x is None else (tuple(x.shape), x.stride(), x.dtype) for x in made]
+        return out
+
+    def wrap(self, out: Any, device: torch.device) -> Any:
+        if isinstance(out, Tensor):
+            return FakeTensor(self.fake, out, device)
+        return type(out)(self.wrap(x, device) for x in out) if isinstance(
+            out, (list, tuple)) else out
+
     def without_data(self, x: Tensor) -> Tensor:
         """A tensor of the host as one without data."""
-        return self.fake.from_tensor(x) if x.is_cpu and not isinstance(x, FakeTensor) else x
+        return x if isinstance(x, FakeTensor) or not x.is_cpu else self.fake.from_tensor(x)
 
     def account(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         """Count an operation's memory, FLOPs and traffic."""
         purpose = None
         for x in tensors_in(out):
-            if x.device.type == DEVICE:
+            if isinstance(x, FakeTensor) and x.fake_device.type == DEVICE:
                 storage = x.untyped_storage()
                 if storage._cdata not in self.sizes:
                     purpose = purpose or self.site()
@@ -352,7 +409,7 @@ class NoTrajectories(NoSynVid):
 
 
 def local(tensors: Any) -> list[Tensor]:
-    return [common.ranks.local_rows(x)[0] for x in tensors]
+    return [local_rows(x)[0] for x in tensors]
 
 
 def rehearse_distill(cfg: Any, ranks: Ranks, meter: Meter) -> None:
@@ -365,6 +422,7 @@ def rehearse_distill(cfg: Any, ranks: Ranks, meter: Meter) -> None:
     data = NoTrajectories({"shape": latent_shape(cfg.frames, cfg.height, cfg.width)}, t_key,
                           random_states(cfg))
     state = distill.build(cfg, t_key, ranks)
+    tokens = math.prod(state.student.token_grid(*data.manifest["shape"][1:]))
     for name in ("student", "teacher", "heads"):
         meter.label(name, local(getattr(state, name).parameters()))
         if name != "heads":
@@ -381,14 +439,16 @@ def rehearse_distill(cfg: Any, ranks: Ranks, meter: Meter) -> None:
     for k in dict.fromkeys((m - 1, 0)):
         meter.begin(f"k={k}")
         state.step = m - 1 - k
-        if k == 0:
+        if k == 0:  # one micro-batch
             loader.slots, cfg.batch = loader.slots[:1], cfg.micro_batch * ranks.dp_size
         if k == 0 and m > 2:
             state.queues[1], state.queues[m - 1] = state.queues[m - 1], deque()
         flop = meter.figures["flop",]
         _, _, log = next(distill.algorithm_1(cfg, state, loader))
         log.gather()
-        meter.figures["FLOP", f"k={k}"] = meter.figures["flop",] - flop
+        meter.figures["FLOP", "counted", f"k={k}"] = meter.figures["flop",] - flop
+        meter.figures["FLOP", "formula", f"k={k}"] = step_flops(
+            cfg, state, k, tokens, recomputed=True) / ranks.world
     pretend = SimpleNamespace(ranks=ranks, gather=lambda value: [value] * ranks.world)
     tensors, _ = checkpoint.Saver.copy_to_host(pretend, dict(checkpoint.flatten(
         checkpoint.tensors_of(state, {}))))
@@ -408,7 +468,7 @@ def rehearse_sample(cfg: Any, ranks: Ranks, meter: Meter) -> None:
         bar = SimpleNamespace(update=lambda count: None)
         return unipc.sample_batch(
             dit, noise, time_grid(cfg.family, 2, cfg.shift).tolist(), split(cond), uncond and
-            split(uncond), cfg.cfg_scale, common.ranks.Timer(ranks.device), bar, cfg.solver)
+            split(uncond), cfg.cfg_scale, Timer(ranks.device), bar, cfg.solver)
 
     def split(cond: dict[str, Tensor]) -> list[dict]:
         return [{name: c[i] for name, c in cond.items()} for i in range(cfg.batch)]
@@ -427,7 +487,7 @@ def rehearse_sampling(cfg: Any, ranks: Ranks, meter: Meter, decode: bool,
         cond |= run(network)
     if isinstance(cfg, sample.Config):
         network = encoders.clear()
-    dit = model.load_dit(cfg.weights, cfg.preset, common.ranks.compute_dtype(ranks.device), ranks.device,
+    dit = model.load_dit(cfg.weights, cfg.preset, compute_dtype(ranks.device), ranks.device,
                          ranks.sp_ranks).requires_grad_(False)
     meter.label("DiT", local(dit.parameters()))
     meter.watch(dit, "DiT")
@@ -497,27 +557,87 @@ def peak_of(figures: Figures) -> dict[str, float]:
     return max(segments.values(), key=lambda parts: sum(parts.values()))
 
 
+# ------------------------------------------------------------------------------------ the report
+
+def plan_of(cfg: Any, gpus: int, sp: int, offload: bool = False) -> dict[str, float]:
+    """Bytes of distill.py's memory plan on a GPU, by purpose."""
+    plan = memory_parts(dataclasses.replace(cfg, offload=offload), latent_shape(
+        cfg.frames, cfg.height, cfg.width), torch.device("cuda"), gpus, sp)
+    return plan | {ACTIVATIONS: sum(plan.pop(name) for name in (
+        "activations", "features, heads", "latents"))}
+
+
+ACTIVATIONS = "activations, latents"
+PLANNED = ("student", "gradients", "AdamW", "teacher", "gathered layers")
+
+
+def by_purpose(parts: dict[str, float]) -> dict[str, float]:
+    """Bytes at a peak by the purposes of the memory plan, and of networks that only sample."""
+    named = {name: size for name, size in parts.items() if ":" not in name and name != "heads"}
+    return named | {ACTIVATIONS: sum(parts.values()) - sum(named.values())}
+
+
+def report(figures: Figures, plan: dict[str, float], gib: float) -> str:
+    """All figures as text."""
+    parts = peak_of(figures)
+    purposes, total = by_purpose(parts), sum(parts.values())
+    lines = [f"{'GiB of a GPU at the peak':<40}{'rehearsed':>10}{'plan':>10}"]
+    for name in dict.fromkeys((*plan, *purposes)):
+        lines.append(f"  {name:<38}{purposes.get(name, 0) / GiB:10.2f}"
+                     + (f"{plan.get(name, 0) / GiB:10.2f}" if plan else ""))
+    lines.append(f"  {'together':<38}{total / GiB:10.2f}" + (
+        f"{sum(plan.values()) / GiB:10.2f}" if plan else ""))
+    fits = total < USABLE_MEMORY * gib * GiB
+    lines.append(f"  {'fits' if fits else 'DOES NOT FIT'} in {gib:g} GiB, of which "
+                 f"{USABLE_MEMORY:.0%} are usable")
+    lines.append("most of the activations, GiB, by the line that allocates them")
+    of_lines = Counter({name: size for name, size in parts.items() if ":" in name})
+    lines += [f"  {name:<38}{size / GiB:10.2f}" for name, size in of_lines.most_common(8)]
+    rest = {key: number for key, number in figures.items() if key[0] not in ("peak", "finding")}
+    for (kind, *names), number in sorted(rest.items()):
+        unit, by = ("TFLOP", 1e12) if kind == "FLOP" else ("GB", 1e9)
+        lines.append(f"{' '.join((kind, *names)):<40}{number / by:10.2f} {unit}")
+    found = sorted((names, number) for (kind, *names), number in figures.items()
+                   if kind == "finding")
+    lines += [f"{what}: {where} ({number:.0f} times)" for (what, where), number in found]
+    return "\n".join(lines)
+
+
+def plan_table() -> str:
+    """The table of memory plans in docs/scaling.md."""
+    columns = [(1, 1, False), *((n, sp, off) for n in (4, 8) for sp, off in (
+        (1, False), (4, False), *(((8, False),) if n == 8 else ()), (n, True)))]
+    head = [f"{n}{f', `sp={sp}`' * (sp > 1)}{', off' * off}" for n, sp, off in columns]
+    lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for path in sorted(ROOT.glob("configs/[hw]*.yaml")):
+        cfg = load_config(distill.Config, "distill", [str(path), "weights=random"])
+        heads = sizes_of(cfg.preset).num_heads
+        cells = [f"{sum(plan_of(cfg, gpus, sp, off).values()) / GiB:.0f}" if heads % sp == 0
+                 else "–" for gpus, sp, off in columns]
+        lines.append(f"| {path.stem} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    t=time.process_time()
-    argv=sys.argv[1:]
+    """Read the options, rehearse, report."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--stage", choices=STAGES, default="distill")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gib", type=float, default=80)
-    parser.add_argument("--depth", default="")
-    own, rest = parser.parse_known_args(argv)
-    cls, _ = STAGES[own.stage]
-    cfg = load_config(cls, own.stage, [rest[0], "weights=random", *rest[1:]])
-    f = rehearse(cfg, own.stage, own.gpus, own.depth=="all")
-    print("seconds", time.process_time()-t)
-    p = peak_of(f)
-    print("PEAK", sum(p.values())/GiB)
-    for k,v in sorted(p.items(), key=lambda x:-x[1])[:25]: print(f"  {v/GiB:8.3f} {k}")
-    for k,v in sorted((k,v) for k,v in f.items() if k[0] not in ("peak",)): print(k, f"{v:.4g}")
-    if own.stage=="distill":
-        parts = memory_parts(cfg, latent_shape(cfg.frames,cfg.height,cfg.width), torch.device(DEVICE), own.gpus, cfg.sp)
-        print("PLAN", sum(parts.values())/GiB)
-        for k,v in parts.items(): print(f"  {v/GiB:8.3f} {k}")
+    parser.add_argument("--depth", choices=("few", "all"), default="few")
+    parser.add_argument("--plans", action="store_true")
+    own, rest = parser.parse_known_args()
+    if own.plans:
+        return print(plan_table())
+    started = time.perf_counter()
+    named = rest[:1] if names_config(rest) else []
+    cfg = load_config(STAGES[own.stage][0], own.stage, [
+        *named, "--weights=random", *rest[len(named):]], __doc__, "-m tools.rehearse")
+    check_model(cfg)
+    figures = rehearse(cfg, own.stage, own.gpus, own.depth == "all")
+    plan = plan_of(cfg, own.gpus, cfg.sp, cfg.offload) if own.stage == "distill" else {}
+    print(f"{own.stage} of {cfg.origin} on {own.gpus} GPUs, rehearsed in "
+          f"{time.perf_counter() - started:.0f} s\n{report(figures, plan, own.gib)}")
 
 
 if __name__ == "__main__":

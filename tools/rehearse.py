@@ -328,16 +328,17 @@ class Meter(TorchDispatchMode):
 
     def site(self) -> str:
         """What allocates: FSDP, or the line of our code that is being executed."""
-        frame = sys._getframe(1)
+        frame, of_fsdp = sys._getframe(1), False
         while frame is not None:
-            file = frame.f_code.co_filename
+            file, name = frame.f_code.co_filename, frame.f_code.co_name
             if file.endswith(FSDP):
-                scattered = frame.f_code.co_name == "foreach_reduce"
-                return ("gradients" if scattered and "reduce_scatter_input" in frame.f_locals
-                        else "gathered layers")
-            if file.startswith(str(ROOT)) and file != __file__:
-                return (f"{Path(file).relative_to(ROOT)}:{frame.f_lineno} "
-                        f"{frame.f_code.co_name}")
+                of_fsdp = True
+                if name == "foreach_reduce" and "reduce_scatter_input" in frame.f_locals:
+                    return "gradients"  # the output of the reduce-scatter, which they are views of
+            elif of_fsdp:
+                return "gathered layers"
+            elif file.startswith(str(ROOT)) and file != __file__:
+                return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno} {name}"
             frame = frame.f_back
         return "backward"
 

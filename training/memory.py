@@ -40,26 +40,29 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
     wide, replicas = compute_dtype(device).itemsize, world // sp
     count, *blocks = (sum(p.numel() for p in net.parameters()) for net in (dit, *dit.blocks))
     trainable, *in_blocks = (sum(trainable_sizes(net)) for net in (dit, *dit.blocks))
-    rest, block, depth = (count - sum(blocks)) / held, max(blocks), dit.cfg.num_layers
+    rest, depth = (count - sum(blocks)) / held, dit.cfg.num_layers
     batch = min(cfg.micro_batch, max(cfg.batch // replicas, 1))
     tokens, D = math.prod(dit.token_grid(*shape[1:])) * batch, dit.cfg.dim
     L, stream = -(-tokens // sp), 4 if dit.cfg.family == "wan" else wide        # bytes a number
     saved, saved_frozen = (L * (D * (4 * a + wide * b) + dit.cfg.ffn_dim * wide * c)
                       for a, b, c in SAVED_PER_TOKEN[dit.cfg.family])
-    if cfg.checkpointing:  # of the student or of the teacher, never both at once
-        kept = depth * L * D * stream
-    else:
-        kept = depth * (saved + cfg.adv * saved_frozen)
-    gathered = 3 * wide * block + (4 + wide) * rest + 2 * 4 * max(in_blocks)
+    # Of the student or of the teacher, never both at once.
+    each = L * D * stream if cfg.checkpointing else saved + cfg.adv * saved_frozen
+    # While backward is at a block: its weights and those gathered ahead, its gradients, and those
+    # of the block after it in fp32; all parameters around the blocks in fp32.
+    gathered = [2 * wide * all_of + (wide + 4) * learning + 4 * rest
+                for all_of, learning in zip(blocks, in_blocks, strict=True)]
     if world == 1:  # nothing is gathered, and weights are cast only to another dtype
-        gathered = 2 * wide * block * (wide < 4) + 4 * max(in_blocks)
+        gathered = [2 * wide * all_of * (wide < 4) + 4 * learning
+                    for all_of, learning in zip(blocks, in_blocks, strict=True)]
+    at = max(range(depth), key=lambda i: (i + 1) * each + gathered[i])  # the block of the peak
     aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
     adam = 8 * (1 + (cfg.updates == "separate")) * trainable / world
     return {"student": 4 * count / world, "gradients": 4 * aside * trainable / held / world,
             "AdamW": 8 * max(trainable_sizes(dit)) / world if cfg.offload else adam,
             "teacher": wide * count * frozen / world,
-            "gathered layers": gathered,
-            "activations": kept + saved + EXTRA_PER_TOKEN[dit.cfg.family] * L * D * wide,
+            "gathered layers": gathered[at],
+            "activations": (at + 1) * each + saved + EXTRA_PER_TOKEN[dit.cfg.family] * L * D * wide,
             "features, heads": cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4,
             "latents": 4 * (cfg.batch // replicas + 4 * batch) * math.prod(shape)
             + (device.type == "cpu") * waiting_latents(cfg, shape, replicas)}

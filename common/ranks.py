@@ -463,14 +463,15 @@ def shard_sequence(h: Tensor, rope: Tensor,
                    group: dist.ProcessGroup | None) -> tuple[Tensor, SequenceShard]:
     """This rank's tokens of h [B,L,D], whose first len(rope) tokens are the image's.
 
-    The sequence is padded with zeros to equal parts; attention never sees the padding.
+    The sequence is padded with zeros to equal parts; attention never sees the padding. The part is
+    a copy: a view would keep the full sequence in memory until the end of backward.
     """
     images, total = len(rope), h.shape[1]
     if group is None:
         return h, SequenceShard(rope, images, total, None)
     size = -(-total // group.size())
     start = group.rank() * size
-    h = F.pad(h, (0, 0, 0, size * group.size() - total))[:, start:start + size]
+    h = F.pad(h, (0, 0, 0, size * group.size() - total))[:, start:start + size].clone()
     rope = rope[start:start + size]
     return h, SequenceShard(rope, len(rope), total, group)
 

@@ -1,18 +1,19 @@
 """What test_rehearse.py runs in processes of its own, since a rehearsal adds a device to torch."""
 
-import dataclasses
-import gc
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 
 import common.ranks
 import distill
 import model
-import training.memory
 from common.files import write_json
-from common.ranks import Ranks
+from common.ranks import Ranks, local_rows
 from model import HunyuanConfig, WanConfig
 from tools import rehearse
 from tools.bench import allocated
@@ -24,54 +25,92 @@ SIZES = {"wan": WanConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=3, text_
                                   text_dim=64, text_len=32, pooled_dim=16, rope_dims=(8, 20, 20))}
 
 
-def settings(family: str) -> distill.Config:
-    return distill.Config(family=family, preset="small", n=4, key=[0, 2, 4], height=256, width=256,
-                          frames=5, batch=2, iterations=1, held_out=1, head_dim=16)
+def settings(family: str, **own: Any) -> distill.Config:
+    return distill.Config(**{"family": family, "preset": "small", "n": 2, "key": [0, 2],
+                             "height": 256, "width": 256, "frames": 5, "batch": 2, "iterations": 1,
+                             "head_dim": 16, **own})
+
+
+def without_file(module: nn.Module, *_: Any, device: str = "cpu", **__: Any) -> nn.Module:
+    module.to_empty(device=device)
+    for p in module.parameters():
+        local_rows(p)[0].fill_(0.01)
+    return module
+
+
+def allocated_really(cfg: distill.Config, ranks: Ranks) -> int:
+    """Peak bytes of the tensors that a k-step and what it needs in memory take."""
+    t_key = model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1]
+    shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
+    loader = Loader(cfg, rehearse.NoTrajectories({"shape": shape}, t_key,
+                                                 rehearse.random_states(cfg)), ranks)
+    with patch.multiple(model, load_module=without_file, check_sizes=lambda *_: None,
+                        dit_tensors=lambda _: {}):
+        state, kept, _ = allocated(lambda: distill.build(cfg, t_key, ranks))
+    return kept + allocated(lambda: [log.gather() for _, _, log in
+                                     distill.algorithm_1(cfg, state, loader)])[2]
 
 
 def measure(ranks: Ranks, folder: Path) -> None:
-    """Peak bytes of tensors of one iteration in bf16, real and rehearsed."""
-    bf16 = torch.bfloat16
+    """Peak bytes of an iteration in bf16, allocated and rehearsed."""
     for module in (distill, model):
-        module.compute_dtype = lambda device: bf16
-    for family, sizes in SIZES.items():
-        model.PRESETS["small"] = sizes
-        cfg = settings(family)
-        t_key = model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1]
-        data = rehearse.NoTrajectories(
-            {"shape": model.latent_shape(cfg.frames, cfg.height, cfg.width)}, t_key,
-            rehearse.random_states(cfg))
-        loader = Loader(cfg, data, ranks)
-
-        def empty(module, *_, device="cpu", **__):
-            module.to_empty(device=device)
-            for p in module.parameters():
-                common.ranks.local_rows(p)[0].fill_(0.01)
-            return module
-        loading = model.load_module, model.check_sizes, model.dit_tensors
-        model.load_module, model.check_sizes, model.dit_tensors = empty, lambda *_: None, lambda _: {}
-        state, kept, _ = allocated(lambda: distill.build(cfg, t_key, ranks))
-        peak = allocated(lambda: [log.gather() for _, _, log in
-                                  distill.algorithm_1(cfg, state, loader)])[2]
-        model.load_module, model.check_sizes, model.dit_tensors = loading
-        print(family, "kept", kept, "peak", peak, flush=True)
-        if ranks.rank == 0:
-            write_json(folder / f"{family}_real", kept + peak)
-        del state, loader
-        gc.collect()
-    if ranks.rank == 0:
-        dist.barrier()
-    else:
-        dist.barrier()
+        module.compute_dtype = lambda device: torch.bfloat16
+    model.PRESETS |= SIZES
+    for family in SIZES:
+        write_json(folder / f"{family}_real", allocated_really(
+            settings(family, preset=family), ranks))
+    dist.barrier()
     dist.destroy_process_group()
-    if ranks.rank == 0:
-        for family, sizes in SIZES.items():
-            model.PRESETS["small"] = sizes
-            figures = rehearse.run_at(settings(family), "distill", 2, sizes)
-            parts = rehearse.peak_of(figures)
-            print(rehearse.report(figures, rehearse.plan_of(settings(family), 2, 1), 1))
-            write_json(folder / f"{family}_rehearsed", sum(parts.values()))
+    for family, sizes in SIZES.items() if ranks.rank == 0 else ():
+        figures = rehearse.run_at(settings(family, preset=family), "distill", 2, sizes)
+        write_json(folder / f"{family}_rehearsed", sum(rehearse.peak_of(figures).values()))
 
 
-def plant():
-    pass
+def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
+    """What a rehearsal of a small run finds without and with each of some bugs."""
+    dist.destroy_process_group()
+    sizes = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=16, text_len=8)
+    model.PRESETS["small"] = sizes
+    velocity, adamw, frequencies = model.velocity, distill.optimizer.adamw, model.frequencies
+
+    def in_fp32(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.float(), layer.weight.float(), layer.bias.float()).bfloat16()
+
+    def waiting(*args: Any) -> torch.Tensor:
+        v = velocity(*args)
+        return v if bool(torch.isfinite(v).all()) else v * 0
+
+    def not_sharded(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.AdamW:
+        opt = adamw(cfg, module, offload)
+        for p, state in opt.state.items():
+            state["exp_avg"] = torch.zeros(p.shape, device=p.device)
+        return opt
+
+    def on_cpu(dim: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+        return frequencies(dim, dtype)
+    on_cpu.cache_clear = frequencies.cache_clear
+    fully_shard = common.ranks.fully_shard
+    bugs = {"clean": (model, "velocity", velocity, 1),
+            "a tensor on the CPU": (model, "frequencies", on_cpu, 1),
+            "fp32 in a block": (model, "cast_linear", in_fp32, 1),
+            "the host waits": (distill, "velocity", waiting, 1),
+            "no gather of heads": (model, "heads_to_tokens", lambda out, seq: out, 2),
+            "moments that are not sharded": (distill.optimizer, "adamw", not_sharded, 1),
+            "layers that stay gathered": (common.ranks, "fully_shard", lambda module, **options:
+                                          fully_shard(module, **options | {"reshard_after_forward":
+                                                                    False}), 1)}
+    found: dict[str, dict] = {name: {} for name in bugs}
+    for name, (module, attribute, bug, sp) in bugs.items():
+        cfg = settings("wan", height=32, width=32, frames=1, adv=False, sp=sp)
+        with patch.object(module, attribute, bug):
+            try:
+                figures = rehearse.run_at(cfg, "distill", 2, sizes)
+            except Exception as e:
+                found[name]["error"] = str(e)
+                continue
+        found[name] |= rehearse.by_purpose(rehearse.peak_of(figures))
+        for key in figures:
+            if key[0] == "finding":
+                before = found[name].get(f"finding {key[1]}", "")
+                found[name][f"finding {key[1]}"] = f"{before} {key[2]}"
+    write_json(folder / "found", found)

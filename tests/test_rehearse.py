@@ -1,13 +1,11 @@
-"""tools/rehearse.py: the bytes of a real run, and planted bugs."""
-
-import json
-from dataclasses import replace
+"""tools/rehearse.py: the bytes of a real run, planted bugs, and the table in docs/scaling.md."""
 
 import pytest
 from processes import in_processes
-from rehearse_worker import SIZES, measure, plant
+from rehearse_worker import SIZES, find_planted_bugs, measure
 
-from common.files import read_json
+from common.files import ROOT, read_json
+from tools.rehearse import plan_table
 
 
 def test_a_rehearsal_counts_the_bytes_of_a_real_run_on_two_ranks(tmp_path):
@@ -15,5 +13,24 @@ def test_a_rehearsal_counts_the_bytes_of_a_real_run_on_two_ranks(tmp_path):
     for family in SIZES:
         real, rehearsed = (read_json(tmp_path / f"{family}_{what}") for what in
                            ("real", "rehearsed"))
-        print(family, real / 2 ** 20, rehearsed / 2 ** 20)
+        print(f"{family}: {real / 2 ** 20:.2f} MiB, rehearsed {rehearsed / 2 ** 20:.2f}")
         assert rehearsed == pytest.approx(real, rel=0.05)
+
+
+def test_a_rehearsal_finds_a_planted_bug_of_each_kind(tmp_path):
+    in_processes(1, find_planted_bugs, tmp_path)
+    found = read_json(tmp_path / "found")
+    assert "model.py" in found["clean"]["finding float64"]
+    assert not {"finding fp32 in a block", "error"} & found["clean"].keys()
+    assert "same device" in found["a tensor on the CPU"]["error"]
+    assert "model.py" in found["fp32 in a block"]["finding fp32 in a block"]
+    assert "rehearse_worker.py" in found["the host waits"]["finding the host waits for a value"]
+    assert "error" in found["no gather of heads"]
+    clean, bugs = found["clean"], found["moments that are not sharded"]
+    assert bugs["AdamW"] > 1.4 * clean["AdamW"] and bugs["student"] == clean["student"]
+    kept = found["layers that stay gathered"]
+    assert kept["gathered layers"] > 1.2 * clean["gathered layers"]
+
+
+def test_the_memory_plans_of_the_docs_are_those_of_the_code():
+    assert plan_table() in (ROOT / "docs/scaling.md").read_text(encoding="utf-8")

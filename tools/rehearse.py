@@ -49,7 +49,7 @@ import distill
 import model
 import sample
 import synvid
-from common.config import load_config, names_config
+from common.config import load_config
 from common.files import ROOT
 from common.ranks import Ranks, Timer, cli, compute_dtype, local_rows, setup_distributed
 from frozen import unipc
@@ -221,7 +221,7 @@ class Meter(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, self.without_data, (args, kwargs))
         try:
             out = self.without_kernel(func, args, kwargs, inputs)
-        except RuntimeError as e:  # of two devices, or of shapes; backward would hide it
+        except Exception as e:  # of two devices, or of shapes; backward would hide it
             print(f"{self.site()}: {func}: {e}", file=sys.stderr, flush=True)
             raise
         self.account(func, args, kwargs, out)
@@ -450,9 +450,9 @@ def rehearse_distill(cfg: Any, ranks: Ranks, meter: Meter) -> None:
         meter.figures["FLOP", "counted", f"k={k}"] = meter.figures["flop",] - flop
         meter.figures["FLOP", "formula", f"k={k}"] = step_flops(
             cfg, state, k, tokens, recomputed=True) / ranks.world
-    pretend = SimpleNamespace(ranks=ranks, gather=lambda value: [value] * ranks.world)
-    tensors, _ = checkpoint.Saver.copy_to_host(pretend, dict(checkpoint.flatten(
-        checkpoint.tensors_of(state, {}))))
+    tensors, _ = checkpoint.Saver.copy_to_host(
+        SimpleNamespace(ranks=ranks, group=None),
+        dict(checkpoint.flatten(checkpoint.tensors_of(state, {}))))
     meter.figures["checkpoint",] = bytes_in(list(tensors.values()))
 
 
@@ -622,6 +622,7 @@ def plan_table() -> str:
 def main() -> None:
     """Read the options, rehearse, report."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("config", nargs="?", default="configs/tiny.yaml")
     parser.add_argument("--stage", choices=STAGES, default="distill")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gib", type=float, default=80)
@@ -631,9 +632,8 @@ def main() -> None:
     if own.plans:
         return print(plan_table())
     started = time.perf_counter()
-    named = rest[:1] if names_config(rest) else []
     cfg = load_config(STAGES[own.stage][0], own.stage, [
-        *named, "--weights=random", *rest[len(named):]], __doc__, "-m tools.rehearse")
+        own.config, "--weights=random", *rest], __doc__, "-m tools.rehearse")
     check_model(cfg)
     figures = rehearse(cfg, own.stage, own.gpus, own.depth == "all")
     plan = plan_of(cfg, own.gpus, cfg.sp, cfg.offload) if own.stage == "distill" else {}

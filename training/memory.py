@@ -20,9 +20,9 @@ from training.checkpoint import check_disk, run_folder
 
 # Numbers that a block saves per token for its backward: (fp32, compute dtype) in units of its width
 # and (compute dtype) of its MLP's; with trainable weights, then with frozen ones. EXTRA: those that
-# a backward needs besides, in units of the width.
+# a backward with checkpointing needs besides, in units of the width. Source: tools/rehearse.py.
 SAVED_PER_TOKEN = {"wan": ((8, 10, 3), (6, 6, 1)), "hunyuan": ((3, 8, 3), (3, 5, 1))}
-EXTRA_PER_TOKEN = {"wan": 0, "hunyuan": 8}
+EXTRA_PER_TOKEN = {"wan": 11, "hunyuan": 8}
 USABLE_MEMORY = 0.92  # fraction of a GPU's memory; the rest is the framework's
 
 meta_student = lru_cache(maxsize=4)(build_student)  # a plan is computed for many settings
@@ -56,14 +56,17 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
         gathered = [2 * wide * all_of * (wide < 4) + 4 * learning
                     for all_of, learning in zip(blocks, in_blocks, strict=True)]
     at = max(range(depth), key=lambda i: (i + 1) * each + gathered[i])  # the block of the peak
+    backward = saved + cfg.checkpointing * EXTRA_PER_TOKEN[dit.cfg.family] * L * D * wide
+    features = cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4
+    if cfg.checkpointing:  # the teacher's backward starts from them, the student's comes after it
+        features = max(0, saved_frozen + features - backward)
     aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
     adam = 8 * (1 + (cfg.updates == "separate")) * trainable / world
     return {"student": 4 * count / world, "gradients": 4 * aside * trainable / held / world,
             "AdamW": 8 * max(trainable_sizes(dit)) / world if cfg.offload else adam,
             "teacher": wide * count * frozen / world,
             "gathered layers": gathered[at],
-            "activations": (at + 1) * each + saved + EXTRA_PER_TOKEN[dit.cfg.family] * L * D * wide,
-            "features, heads": cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4,
+            "activations": (at + 1) * each + backward, "features, heads": features,
             "latents": 4 * (cfg.batch // replicas + 4 * batch) * math.prod(shape)
             + (device.type == "cpu") * waiting_latents(cfg, shape, replicas)}
 

@@ -69,7 +69,7 @@ def measure(ranks: Ranks, folder: Path) -> None:
 def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
     """What a rehearsal of a small run finds without and with each of some bugs."""
     dist.destroy_process_group()
-    sizes = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=16, text_len=8)
+    sizes = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=4, text_dim=16, text_len=8)
     model.PRESETS["small"] = sizes
     velocity, adamw, frequencies = model.velocity, distill.optimizer.adamw, model.frequencies
 

@@ -57,13 +57,14 @@ def measure(ranks: Ranks, folder: Path) -> None:
         module.compute_dtype = lambda device: torch.bfloat16
     model.PRESETS |= SIZES
     for family in SIZES:
-        write_json(folder / f"{family}_real", allocated_really(
-            settings(family, preset=family), ranks))
+        size = allocated_really(settings(family, preset=family), ranks)
+        write_json(folder / f"{family}_real", {"bytes": size})
     dist.barrier()
     dist.destroy_process_group()
     for family, sizes in SIZES.items() if ranks.rank == 0 else ():
-        figures = rehearse.run_at(settings(family, preset=family), "distill", 2, sizes)
-        write_json(folder / f"{family}_rehearsed", sum(rehearse.peak_of(figures).values()))
+        figures = rehearse.run_at(settings(family, preset=family), 2, sizes)
+        write_json(folder / f"{family}_rehearsed",
+                   {"bytes": sum(rehearse.peak_of(figures).values())})
 
 
 def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
@@ -104,7 +105,7 @@ def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
         cfg = settings("wan", height=32, width=32, frames=1, adv=False, sp=sp)
         with patch.object(module, attribute, bug):
             try:
-                figures = rehearse.run_at(cfg, "distill", 2, sizes)
+                figures = rehearse.run_at(cfg, 2, sizes)
             except Exception as e:
                 found[name]["error"] = str(e)
                 continue

@@ -142,7 +142,7 @@ def test_a_plan_that_does_not_fit_says_what_would(many_ranks):
     assert "fits in 80 GiB" in memory_plan(cfg, model.latent_shape(93, 544, 960), many_ranks(64),
                                            PEAK)
     said = memory_plan(cfg, shape, many_ranks(8), PEAK)
-    assert "DOES NOT FIT in 80 GiB: --sp 4 needs" in said
+    assert "DOES NOT FIT in 80 GiB: --sp 2 needs" in said
     tight = memory_plan(cfg, shape, many_ranks(4, 4), PEAK)
     assert "DOES NOT FIT in 80 GiB: --sp" in tight and "--offload true needs" in tight
     assert "nor with --sp and --offload; use more GPUs" in memory_plan(cfg, shape, many_ranks(1),
@@ -166,7 +166,7 @@ def test_the_host_s_plan_is_a_checkpoint_s_copy_moments_and_waiting_latents(many
 def test_sequence_parallelism_shrinks_activations_and_offload_the_moments():
     shape, gpu = model.latent_shape(93, 544, 960), torch.device("cuda")
     one, shared = (memory_parts(settings(), shape, gpu, 8, sp) for sp in (1, 8))
-    assert shared["activations"] == pytest.approx(one["activations"] / 8, rel=0.01)
+    assert shared["activations"] < 1.01 * one["activations"] / 8  # the peak may be at another block
     home = memory_parts(settings(offload=True), shape, gpu, 8, 1)
     assert home["AdamW"] < one["AdamW"] / 100 and home["student"] == one["student"]
 

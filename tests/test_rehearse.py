@@ -11,8 +11,8 @@ from tools.rehearse import plan_table
 def test_a_rehearsal_counts_the_bytes_of_a_real_run_on_two_ranks(tmp_path):
     in_processes(2, measure, tmp_path)
     for family in SIZES:
-        real, rehearsed = (read_json(tmp_path / f"{family}_{what}") for what in
-                           ("real", "rehearsed"))
+        real, rehearsed = (read_json(tmp_path / f"{family}_{what}")["bytes"]
+                           for what in ("real", "rehearsed"))
         print(f"{family}: {real / 2 ** 20:.2f} MiB, rehearsed {rehearsed / 2 ** 20:.2f}")
         assert rehearsed == pytest.approx(real, rel=0.05)
 

@@ -1,14 +1,14 @@
-"""A stage at full size on pretended GPUs: memory, traffic and work, before anyone rents them.
+"""distill.py at full size on pretended GPUs: memory, traffic and work, before anyone rents them.
 
-    python -m tools.rehearse CONFIG [--stage distill] [--gpus 8] [--gib 80] [field=value]
+    python -m tools.rehearse CONFIG [--gpus 8] [--gib 80] [field=value]
     python -m tools.rehearse --plans        # the table of memory plans in docs/scaling.md
 
-In:  CONFIG and its section of the stage: synvid, distill or sample. No weights, no GPU.
+In:  CONFIG and its distill: section. No weights, no GPU.
 Out: peak memory of a GPU and what it consists of, next to the memory plan; host memory of a
      checkpoint; traffic and FLOPs; where the host waits for the GPU, copies from pageable memory,
      or a block computes in fp32. `--depth all` runs all blocks instead of extrapolating.
 
-The stage's own functions run on tensors without data ("fake" tensors of torch), as rank 0 of a
+distill.py's own functions run on tensors without data ("fake" tensors of torch), as rank 0 of a
 process group that moves nothing. Few blocks are run, at two depths: every figure is linear in the
 depth at each point of the run. What a GPU adds is not counted: the CUDA context, workspaces of
 kernels and NCCL, fragmentation of the allocator.
@@ -47,14 +47,11 @@ import artifacts.lora
 import common.ranks
 import distill
 import model
-import sample
-import synvid
 from common.config import load_config
 from common.files import ROOT
-from common.ranks import Ranks, Timer, cli, compute_dtype, local_rows, setup_distributed
-from frozen import unipc
-from model import check_model, key_times, latent_shape, sizes_of, time_grid
-from tools.networks import make_vae, random_encoders, random_network, random_states
+from common.ranks import Ranks, cli, local_rows, setup_distributed
+from model import check_model, key_times, latent_shape, sizes_of
+from tools.networks import random_states
 from training import checkpoint
 from training.data import Loader
 from training.memory import USABLE_MEMORY, memory_parts
@@ -84,10 +81,11 @@ def register_device() -> None:
                                   devices=["cpu", DEVICE])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+              is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:
     """F.scaled_dot_product_attention as a GPU computes it: without a matrix of all scores."""
     if mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     bias = torch.zeros((), dtype=q.dtype, device=q.device).expand(*q.shape[:3], k.shape[2])
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[0]
 
@@ -105,7 +103,7 @@ def clear_caches() -> None:
 
 
 @contextlib.contextmanager
-def pretended_ranks(gpus: int, sp: int, heads: int, cfg_parallel: bool = False) -> Iterator[Ranks]:
+def pretended_ranks(gpus: int, sp: int, heads: int) -> Iterator[Ranks]:
     """Be rank 0 of `gpus` ranks that do not exist; weights are not read from files."""
     register_device()
     dist.init_process_group("pretended", store=fake_pg.FakeStore(), rank=0, world_size=gpus)
@@ -123,7 +121,7 @@ def pretended_ranks(gpus: int, sp: int, heads: int, cfg_parallel: bool = False) 
         stack.enter_context(set_checkpoint_early_stop(False))
         clear_caches()
         try:
-            yield setup_distributed("auto", sp, heads, cfg_parallel=cfg_parallel)
+            yield setup_distributed("auto", sp, heads)
         finally:
             clear_caches()
             dist.destroy_process_group()
@@ -392,9 +390,9 @@ class Meter(TorchDispatchMode):
         self.segment, self.run, self.passes = (name,), ("", False, 0), 0
 
 
-# ------------------------------------------------------------------------------------ the stages
+# ------------------------------------------------------------------------------------- the stage
 
-class NoSynVid(NamedTuple):
+class Zeros(NamedTuple):
     """Trajectories of zeros, as Loader reads them."""
     manifest: dict
     t_key: list[float]
@@ -404,7 +402,8 @@ class NoSynVid(NamedTuple):
         return torch.zeros(len(ks), *self.manifest["shape"]), self.cond, ""
 
 
-class NoTrajectories(NoSynVid):
+class NoTrajectories(Zeros):
+    """As many of them as needed."""
     def __len__(self) -> int:
         return 10 ** 6
 
@@ -456,57 +455,6 @@ def rehearse_distill(cfg: Any, ranks: Ranks, meter: Meter) -> None:
     meter.figures["checkpoint",] = bytes_in(list(tensors.values()))
 
 
-def rehearse_synvid(cfg: Any, ranks: Ranks, meter: Meter) -> None:
-    """synvid.py: encoders and DiT in memory, two steps of a batch, one video decoded."""
-    rehearse_sampling(cfg, ranks, meter, cfg.videos > 0, lambda dit, noise, cond, uncond:
-                      synvid.sample_trajectories(dataclasses.replace(cfg, n=2), dit, noise.to(
-                          DEVICE), [1, 2], cond, uncond, ranks.cfg_group)[:, -1].float())
-
-
-def rehearse_sample(cfg: Any, ranks: Ranks, meter: Meter) -> None:
-    """sample.py: encoders, then two steps of a batch, one video decoded."""
-    def steps(dit: nn.Module, noise: Tensor, cond: dict, uncond: dict | None) -> Tensor:
-        bar = SimpleNamespace(update=lambda count: None)
-        return unipc.sample_batch(
-            dit, noise, time_grid(cfg.family, 2, cfg.shift).tolist(), split(cond), uncond and
-            split(uncond), cfg.cfg_scale, Timer(ranks.device), bar, cfg.solver)
-
-    def split(cond: dict[str, Tensor]) -> list[dict]:
-        return [{name: c[i] for name, c in cond.items()} for i in range(cfg.batch)]
-    rehearse_sampling(cfg, ranks, meter, True, steps)
-
-
-@torch.no_grad()
-def rehearse_sampling(cfg: Any, ranks: Ranks, meter: Meter, decode: bool,
-                      steps: Callable[..., Tensor]) -> None:
-    """Encode a prompt, sample by `steps`, decode; the networks are in memory at once in synvid."""
-    encoders = [(random_network(make, ranks.device), run) for _, make, run in random_encoders(cfg)]
-    cond = random_states(cfg)
-    for network, run in encoders:
-        meter.label("encoders", network.parameters())
-        meter.begin("encode")
-        cond |= run(network)
-    if isinstance(cfg, sample.Config):
-        network = encoders.clear()
-    dit = model.load_dit(cfg.weights, cfg.preset, compute_dtype(ranks.device), ranks.device,
-                         ranks.sp_ranks).requires_grad_(False)
-    meter.label("DiT", local(dit.parameters()))
-    meter.watch(dit, "DiT")
-    vae = random_network(lambda: make_vae(cfg), ranks.device) if decode else None
-    shape = latent_shape(cfg.frames, cfg.height, cfg.width)
-    batch = {name: torch.stack([c] * cfg.batch).to(DEVICE) for name, c in cond.items()}
-    meter.begin("sample")
-    x = steps(dit, torch.zeros(cfg.batch, *shape), batch, batch if cfg.cfg_scale != 1 else None)
-    if vae is not None:
-        meter.label("VAE", vae.parameters())
-        meter.begin("decode")
-        vae.decode(x[:1].to(DEVICE))
-
-
-STAGES = {"distill": (distill.Config, rehearse_distill),
-          "synvid": (synvid.Config, rehearse_synvid), "sample": (sample.Config, rehearse_sample)}
-
-
 # --------------------------------------------------------------------------------- extrapolation
 
 def shallow(sizes: model.Sizes, depth: int) -> model.Sizes:
@@ -518,31 +466,30 @@ def shallow(sizes: model.Sizes, depth: int) -> model.Sizes:
                                num_single=sizes.num_single // unit * depth)
 
 
-def run_at(cfg: Any, stage: str, gpus: int, sizes: model.Sizes) -> Figures:
-    """The figures of a stage with a DiT of these sizes."""
+def run_at(cfg: Any, gpus: int, sizes: model.Sizes) -> Figures:
+    """The figures with a DiT of these sizes."""
     cfg, full = dataclasses.replace(cfg), sizes_of(cfg.preset).num_layers
     for name in ("tap", "tap_data"):
-        if getattr(cfg, name, None) is not None:
+        if getattr(cfg, name) is not None:
             at = (getattr(cfg, name) + 1) * sizes.num_layers / full
             setattr(cfg, name, math.ceil(at) - 1)
-    guided = getattr(cfg, "cfg_parallel", False) and cfg.cfg_scale != 1
     with patch.dict(model.PRESETS, {cfg.preset: sizes}), pretended_ranks(
-            gpus, cfg.sp, sizes.num_heads, guided) as ranks, Meter() as meter:
-        STAGES[stage][1](cfg, ranks, meter)
+            gpus, cfg.sp, sizes.num_heads) as ranks, Meter() as meter:
+        rehearse_distill(cfg, ranks, meter)
         for segment, (_, parts) in meter.peaks.items():
             meter.figures.update({("peak", segment, part): n for part, n in parts.items()})
         meter.figures["host",] = meter.host_peak
     return meter.figures
 
 
-def rehearse(cfg: Any, stage: str, gpus: int, complete: bool = False) -> Figures:
-    """The figures of a stage at the full depth, from two runs with fewer blocks, or of one with
+def rehearse(cfg: Any, gpus: int, complete: bool = False) -> Figures:
+    """The figures at the full depth, from two runs with fewer blocks, or of one with
     all blocks if `complete`."""
     sizes = sizes_of(cfg.preset)
     few, more = (shallow(sizes, d) for d in ((3, 6) if sizes.family == "wan" else (2, 3)))
     if complete or more.num_layers >= sizes.num_layers:
-        return run_at(cfg, stage, gpus, sizes)
-    a, b = (run_at(cfg, stage, gpus, s) for s in (few, more))
+        return run_at(cfg, gpus, sizes)
+    a, b = (run_at(cfg, gpus, s) for s in (few, more))
     slope = (sizes.num_layers - few.num_layers) / (more.num_layers - few.num_layers)
     segments = {key[1] for key in a if key[0] == "peak"}  # the others are like their neighbours
     return Counter({key: a[key] + slope * (b[key] - a[key]) for key in a | b
@@ -569,11 +516,10 @@ def plan_of(cfg: Any, gpus: int, sp: int, offload: bool = False) -> dict[str, fl
 
 
 ACTIVATIONS = "activations, latents"
-PLANNED = ("student", "gradients", "AdamW", "teacher", "gathered layers")
 
 
 def by_purpose(parts: dict[str, float]) -> dict[str, float]:
-    """Bytes at a peak by the purposes of the memory plan, and of networks that only sample."""
+    """Bytes at a peak by the purposes of the memory plan."""
     named = {name: size for name, size in parts.items() if ":" not in name and name != "heads"}
     return named | {ACTIVATIONS: sum(parts.values()) - sum(named.values())}
 
@@ -584,17 +530,16 @@ def report(figures: Figures, plan: dict[str, float], gib: float) -> str:
     purposes, total = by_purpose(parts), sum(parts.values())
     lines = [f"{'GiB of a GPU at the peak':<40}{'rehearsed':>10}{'plan':>10}"]
     for name in dict.fromkeys((*plan, *purposes)):
-        lines.append(f"  {name:<38}{purposes.get(name, 0) / GiB:10.2f}"
-                     + (f"{plan.get(name, 0) / GiB:10.2f}" if plan else ""))
-    lines.append(f"  {'together':<38}{total / GiB:10.2f}" + (
-        f"{sum(plan.values()) / GiB:10.2f}" if plan else ""))
+        lines.append(f"  {name:<38}{purposes.get(name, 0) / GiB:10.3f}"
+                     f"{plan.get(name, 0) / GiB:10.3f}")
+    lines.append(f"  {'together':<38}{total / GiB:10.3f}{sum(plan.values()) / GiB:10.3f}")
     fits = total < USABLE_MEMORY * gib * GiB
     lines.append(f"  {'fits' if fits else 'DOES NOT FIT'} in {gib:g} GiB, of which "
                  f"{USABLE_MEMORY:.0%} are usable")
     lines.append("most of the activations, GiB, by the line that allocates them")
     of_lines = Counter({name: size for name, size in parts.items() if ":" in name})
     lines += [f"  {name:<38}{size / GiB:10.2f}" for name, size in of_lines.most_common(8)]
-    rest = {key: number for key, number in figures.items() if key[0] not in ("peak", "finding")}
+    rest = {key: n for key, n in figures.items() if key[0] not in ("peak", "finding", "flop")}
     for (kind, *names), number in sorted(rest.items()):
         unit, by = ("TFLOP", 1e12) if kind == "FLOP" else ("GB", 1e9)
         lines.append(f"{' '.join((kind, *names)):<40}{number / by:10.2f} {unit}")
@@ -623,7 +568,6 @@ def main() -> None:
     """Read the options, rehearse, report."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("config", nargs="?", default="configs/tiny.yaml")
-    parser.add_argument("--stage", choices=STAGES, default="distill")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gib", type=float, default=80)
     parser.add_argument("--depth", choices=("few", "all"), default="few")
@@ -632,12 +576,12 @@ def main() -> None:
     if own.plans:
         return print(plan_table())
     started = time.perf_counter()
-    cfg = load_config(STAGES[own.stage][0], own.stage, [
-        own.config, "--weights=random", *rest], __doc__, "-m tools.rehearse")
+    cfg = load_config(distill.Config, "distill", [own.config, "--weights=random", *rest], __doc__,
+                      "-m tools.rehearse")
     check_model(cfg)
-    figures = rehearse(cfg, own.stage, own.gpus, own.depth == "all")
-    plan = plan_of(cfg, own.gpus, cfg.sp, cfg.offload) if own.stage == "distill" else {}
-    print(f"{own.stage} of {cfg.origin} on {own.gpus} GPUs, rehearsed in "
+    figures = rehearse(cfg, own.gpus, own.depth == "all")
+    plan = plan_of(cfg, own.gpus, cfg.sp, cfg.offload)
+    print(f"distill: {cfg.origin} on {own.gpus} GPUs, rehearsed in "
           f"{time.perf_counter() - started:.0f} s\n{report(figures, plan, own.gib)}")
 
 

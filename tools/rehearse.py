@@ -24,9 +24,10 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -320,9 +321,10 @@ class Meter(TorchDispatchMode):
         for x in tensors:
             key = x.untyped_storage()._cdata
             before, size = self.sizes[key]
-            self.sizes[key] = purpose, size
-            self.now[before] -= size
-            self.now[purpose] += size
+            if before != "host":  # as offloaded moments are
+                self.sizes[key] = purpose, size
+                self.now[before] -= size
+                self.now[purpose] += size
 
     def site(self) -> str:
         """What allocates: FSDP, or the line of our code that is being executed."""
@@ -392,20 +394,18 @@ class Meter(TorchDispatchMode):
 
 # ------------------------------------------------------------------------------------- the stage
 
-class Zeros(NamedTuple):
-    """Trajectories of zeros, as Loader reads them."""
+@dataclass
+class NoTrajectories:
+    """As many trajectories of zeros as are read, as Loader reads them."""
     manifest: dict
     t_key: list[float]
     cond: dict[str, Tensor]
 
-    def read(self, i: int, ks: list[int]) -> tuple[Tensor, dict, str]:
-        return torch.zeros(len(ks), *self.manifest["shape"]), self.cond, ""
-
-
-class NoTrajectories(Zeros):
-    """As many of them as needed."""
     def __len__(self) -> int:
         return 10 ** 6
+
+    def read(self, i: int, ks: list[int]) -> tuple[Tensor, dict, str]:
+        return torch.zeros(len(ks), *self.manifest["shape"]), self.cond, ""
 
 
 def local(tensors: Any) -> list[Tensor]:
@@ -439,7 +439,7 @@ def rehearse_distill(cfg: Any, ranks: Ranks, meter: Meter) -> None:
     for k in dict.fromkeys((m - 1, 0)):
         meter.begin(f"k={k}")
         state.step = m - 1 - k
-        if k == 0:  # one micro-batch
+        if k < m - 1:  # one micro-batch
             loader.slots, cfg.batch = loader.slots[:1], cfg.micro_batch * ranks.dp_size
         if k == 0 and m > 2:
             state.queues[1], state.queues[m - 1] = state.queues[m - 1], deque()

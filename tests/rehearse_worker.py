@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common.ranks
 import distill
 import model
 from common.files import write_json
@@ -70,7 +69,7 @@ def measure(ranks: Ranks, folder: Path) -> None:
 def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
     """What a rehearsal of a small run finds without and with each of some bugs."""
     dist.destroy_process_group()
-    sizes = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=4, text_dim=16, text_len=8)
+    sizes = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=16, text_len=8)
     model.PRESETS["small"] = sizes
     velocity, adamw, frequencies = model.velocity, distill.optimizer.adamw, model.frequencies
 
@@ -90,16 +89,12 @@ def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
     def on_cpu(dim: int, dtype: torch.dtype, device: str) -> torch.Tensor:
         return frequencies(dim, dtype)
     on_cpu.cache_clear = frequencies.cache_clear
-    fully_shard = common.ranks.fully_shard
     bugs = {"clean": (model, "velocity", velocity, 1),
             "a tensor on the CPU": (model, "frequencies", on_cpu, 1),
             "fp32 in a block": (model, "cast_linear", in_fp32, 1),
             "the host waits": (distill, "velocity", waiting, 1),
             "no gather of heads": (model, "heads_to_tokens", lambda out, seq: out, 2),
-            "moments that are not sharded": (distill.optimizer, "adamw", not_sharded, 1),
-            "layers that stay gathered": (common.ranks, "fully_shard", lambda module, **options:
-                                          fully_shard(module, **options | {"reshard_after_forward":
-                                                                    False}), 1)}
+            "moments that are not sharded": (distill.optimizer, "adamw", not_sharded, 1)}
     found: dict[str, dict] = {name: {} for name in bugs}
     for name, (module, attribute, bug, sp) in bugs.items():
         cfg = settings("wan", height=32, width=32, frames=1, adv=False, sp=sp)

@@ -28,8 +28,6 @@ def test_a_rehearsal_finds_a_planted_bug_of_each_kind(tmp_path):
     assert "error" in found["no gather of heads"]
     clean, bugs = found["clean"], found["moments that are not sharded"]
     assert bugs["AdamW"] > 1.4 * clean["AdamW"] and bugs["student"] == clean["student"]
-    kept = found["layers that stay gathered"]
-    assert kept["gathered layers"] > 1.2 * clean["gathered layers"]
 
 
 def test_the_memory_plans_of_the_docs_are_those_of_the_code():

@@ -138,8 +138,7 @@ class RMSNorm(nn.RMSNorm):
 def sinusoid(steps: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """[cos(s w), sin(s w)] of scalars s [B], w falling from 1 to 1/10000: fp32 [B,dim].
 
-    dtype of the angles: Wan's float64, HunyuanVideo's float32, whose rounding shows at s = 6016.
-    """
+    dtype of the angles: Wan's float64, HunyuanVideo's float32, whose rounding shows at s = 6016."""
     angle = torch.outer(steps.float().to(dtype), frequencies(dim, dtype, str(steps.device)))
     return torch.cat([angle.cos(), angle.sin()], -1).float()
 
@@ -725,9 +724,9 @@ WAN_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 I2V = {"in_dim": 36, "model_type": "i2v"}
 PRESETS = {
     "tiny": WanConfig(**TINY), "tiny-i2v": WanConfig(**TINY, **I2V, image_dim=32, image_len=37),
-    "tiny-experts": WanConfig(**TINY, boundary=0.5),
     "wan-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
     "wan-t2v-14b": WanConfig(**WAN_14B), "wan-i2v-14b": WanConfig(**WAN_14B, **I2V),
+    "tiny-experts": WanConfig(**TINY, boundary=0.5),
     "wan22-t2v-a14b": WanConfig(**WAN_14B, boundary=0.875),
     "wan22-i2v-a14b": WanConfig(**WAN_14B, **I2V, image_len=0, boundary=0.9),
     "hunyuan-tiny": HunyuanConfig(dim=48, ffn_dim=192, num_heads=2, num_double=2, num_single=4,
@@ -794,8 +793,7 @@ def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float3
     """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
 
     Args: weights, a folder or a weight file; dtype of the parameters; forward_dtype of the sharded
-    blocks' gathered weights (None: dtype). Raises as common.names and load_module.
-    """
+    blocks' gathered weights (None: dtype). Raises as common.names and load_module."""
     dit = empty_dit(preset, dtype, ranks, forward_dtype, only)
     check_sizes(weights, dit.cfg, f"preset '{preset}'")
     tensors = {name: t for name, t in dit_tensors(weights).items() if name.startswith(only or "")}

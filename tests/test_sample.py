@@ -290,12 +290,12 @@ def test_two_ranks_write_what_one_writes(run, student, monkeypatch):
     for rank in (1, 0):  # one after the other; the last one gathers
         ranks = Ranks(rank, 2, torch.device("cpu"), None)
 
-        def gather(results, result, rank=rank):
+        def gather(result, rank=rank):
             gathered[rank] = result
-            results[:] = gathered
+            return gathered
 
         monkeypatch.setattr(sample, "setup_distributed", lambda *_, ranks=ranks, **__: ranks)
-        monkeypatch.setattr(sample.dist, "all_gather_object", gather)
+        monkeypatch.setattr(sample, "gather_values", gather)
         out = run("--prompt_file", str(prompts))
     files = sorted(alone.glob("*/*.mp4"))
     assert len(files) == 3

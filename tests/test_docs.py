@@ -15,7 +15,7 @@ STAGES = ("synvid", "distill", "sample", "evaluate", "small_world.teacher", "too
           "tools.bench", "tools.extract_lora", "tools.paper", "tools.taps")
 OPTIONS = {f.name for cls in (Shared, *(importlib.import_module(name).Config for name in STAGES))
            for f in dataclasses.fields(cls)}
-OTHERS = {  # options of torchrun, pip, toy1d.py, tools/vbench.py, caption.py, rehearse.py, of the authors' code
+OTHERS = {  # options of torchrun, pip, toy1d.py, the tools, of the authors' code
     "help", "nproc_per_node", "shutdown_timeout", "max_restarts", "extra_index_url", "quick",
     "seeds", "data", "mismatch", "M", "epsilon", "info", "scores", "sample_solver", "sample_steps",
     "model", "images", "instruction", "max_tokens", "gpus"}

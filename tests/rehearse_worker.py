@@ -38,7 +38,10 @@ def without_file(module: nn.Module, *_: Any, device: str = "cpu", **__: Any) -> 
 
 
 def allocated_really(cfg: distill.Config, ranks: Ranks) -> int:
-    """Peak bytes of the tensors that a k-step and what it needs in memory take."""
+    """Peak bytes of the tensors that a k-step and what it needs in memory take.
+
+    The smallest of several runs: gloo's threads may free a gathered layer late, as no GPU does.
+    """
     t_key = model.key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1]
     shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
     loader = Loader(cfg, rehearse.NoTrajectories({"shape": shape}, t_key,
@@ -46,8 +49,12 @@ def allocated_really(cfg: distill.Config, ranks: Ranks) -> int:
     with patch.multiple(model, load_module=without_file, check_sizes=lambda *_: None,
                         dit_tensors=lambda _: {}):
         state, kept, _ = allocated(lambda: distill.build(cfg, t_key, ranks))
-    return kept + allocated(lambda: [log.gather() for _, _, log in
-                                     distill.algorithm_1(cfg, state, loader)])[2]
+    peaks = []
+    for _ in range(4):
+        state.step = 0
+        peaks.append(allocated(lambda: [log.gather() for _, _, log in
+                                        distill.algorithm_1(cfg, state, loader)])[2])
+    return kept + min(peaks)
 
 
 def measure(ranks: Ranks, folder: Path) -> None:

@@ -78,17 +78,18 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
         if not prompts:
             raise ValueError("got an empty prompt file; expected one prompt per line")
         if images and os.environ.get("RANK", "0") == "0":
+            first = {prompt.image: place for place, prompt in reversed(prompts.items())}
             with ThreadPoolExecutor(8) as pool:  # PIL releases the interpreter's lock
-                list(pool.map(check_image, prompts, prompts.values()))
+                list(pool.map(check_image, first, first.values()))
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
     return list(prompts.values())
 
 
-def check_image(place: str, prompt: Prompt) -> None:
-    """Decode a prompt's image. Raises ValueError naming the place if it is missing or broken."""
+def check_image(image: Path, place: str) -> None:
+    """Decode an image. Raises ValueError naming its place if it is missing or broken."""
     try:
-        decode_image(prompt.image)
+        decode_image(image)
     except (FileNotFoundError, ValueError) as e:
         raise ValueError(f"{place}: {e}") from e
 

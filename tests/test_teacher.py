@@ -236,7 +236,7 @@ def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its
 def test_a_damaged_training_state_is_named(tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher/text_state.safetensors").write_bytes(b"PK\x03\x04 half a state")
-    with pytest.raises(ValueError, match="text_state.safetensors: not a complete"):
+    with pytest.raises(ValueError, match="text_state.safetensors: is a file of torch.save"):
         run(tmp_path)
 
 

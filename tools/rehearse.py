@@ -337,7 +337,7 @@ class Meter(TorchDispatchMode):
                     return "gradients"  # the output of the reduce-scatter, which they are views of
             elif of_fsdp:
                 return "gathered layers"
-            elif file.startswith(str(ROOT)) and file != __file__:
+            elif file.startswith(str(ROOT)) and "site-packages" not in file and file != __file__:
                 return f"{Path(file).relative_to(ROOT)}:{frame.f_lineno} {name}"
             frame = frame.f_back
         return "backward"

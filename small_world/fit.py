@@ -78,8 +78,7 @@ def optimisers(module: nn.Module, muon_lr: float, adam_lr: float) -> tuple:
 NOTE_EVERY = 50  # iterations per line of the log
 # A training state belongs to these settings and to those that start with the network's label.
 COMMON = ("seed", "height", "width", "frames", "ema")
-GROWING = ("iters", "pool")  # except these, which may grow: a longer run continues a shorter one,
-CHANGING = ("shift",)  # and these, with which a longer run may end
+GROWING = ("iters", "pool")  # except these, which may grow: a longer run continues a shorter one
 
 
 def folder(cfg: Any) -> Path:
@@ -112,12 +111,10 @@ def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 
 def same_or_longer(stored: dict, settings: dict, label: str) -> bool:
     """Whether a state trained with `stored` may be continued with `settings`."""
-    growing, changing = ({f"{label}_{name}": settings[f"{label}_{name}"] for name in names
-                          if f"{label}_{name}" in settings} for names in (GROWING, CHANGING))
-    longer = any(stored.get(name, 0) < value for name, value in growing.items())
-    return stored == settings or longer and (
-        stored | growing | changing == settings
-        and all(stored.get(name, 0) <= value for name, value in growing.items()))
+    growing = {f"{label}_{name}": settings[f"{label}_{name}"] for name in GROWING
+               if f"{label}_{name}" in settings}
+    return (stored | growing == settings
+            and all(stored.get(name, 0) <= value for name, value in growing.items()))
 
 
 def load_state(path: Path, label: str, settings: dict, state: dict[str, Any]) -> tuple[int, float]:

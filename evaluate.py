@@ -186,6 +186,15 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
                             timer.seconds()["steps"] / len(noise))
 
 
+def teacher_file(cfg: Config) -> Path:
+    """The file that keeps teacher@n's latents. Raises ValueError if it is one of another kind."""
+    path = Path(cfg.teacher_samples or Path(cfg.run) / "evaluate/teacher.safetensors")
+    if path.exists() and "about" not in facts_in(path):
+        raise ValueError(f"{path}: expected latents of teacher@{cfg.n}, or no such file, got "
+                         "weights: choose another --teacher_samples; it is not replaced")
+    return path
+
+
 def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Tensor],
                    conds: list[dict], unconds: list[dict] | None, identity: dict,
                    ranks: Ranks) -> list[measures.Samples]:
@@ -194,18 +203,15 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     All ranks' latents are kept in a file, which is read instead if it was made with the same
     settings and the same `identity` of weights and prompts.
     """
-    path = Path(cfg.teacher_samples or Path(cfg.run) / "evaluate/teacher.safetensors")
+    path = teacher_file(cfg)
     labels = [f"teacher@{cfg.n}", f"teacher@{cfg.n}, other noise"]
     made_from = {**identity, "labels": labels, "batch": cfg.batch, "device": ranks.device.type,
                  "cfg_scale": cfg.guidance,
                  **{name: getattr(cfg, name) for name in SAMPLE_SETTINGS}}
 
     def read_stored() -> dict | None:
-        stored = facts_in(path) if path.exists() else {"about": None}
-        if "about" not in stored:
-            raise ValueError(f"{path}: expected latents of teacher@{cfg.n}, or no such file, got "
-                             "weights: choose another --teacher_samples; it is not replaced")
-        return stored if stored["about"] == json.loads(json.dumps(made_from)) else None
+        stored = facts_in(path) if path.exists() else {}
+        return stored if stored.get("about") == json.loads(json.dumps(made_from)) else None
 
     if stored := on_first_rank(read_stored):
         evaluations, file = cfg.n * (1 if unconds is None else 2), open_safetensors(path)
@@ -285,6 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "evaluate", argv, f"{__doc__}\n{measures.__doc__}")
     takes_image = check_model(cfg).takes_image
     students = read_students(cfg)
+    teacher_file(cfg)  # raises its error before anything is loaded
     held_out = read_prompts(cfg.prompts or heldout_prompts(cfg.weights, takes_image), takes_image)
     stride = max(1, len(held_out) // cfg.count)  # few videos: captions from the complete list
     prompts = [held_out[i * stride % len(held_out)] for i in range(cfg.count)]

@@ -222,8 +222,9 @@ def high_student(cfg: Any) -> Path:
 
 def high_checksum(cfg: Any) -> str | None:
     """The checksum of that file's data, checked. Raises as high_student and check_data."""
-    check_data(high_student(cfg))
-    return safetensors_metadata(high_student(cfg)).get("crc32")
+    path = high_student(cfg)
+    check_data(path)
+    return safetensors_metadata(path).get("crc32")
 
 
 def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
@@ -266,8 +267,7 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
         parts = {cfg.experts: parts[cfg.experts]}
     loras = by_expert(lora_file(state.student, path))
     for level, tensors in parts.items():
-        own = facts | ({"expert": level} if level else {})
-        metadata[level] = {"format": "pt", "accvideo": json.dumps(own), "crc32": CHECKSUM}
+        metadata[level] = file_metadata(facts, level)
         file = path.with_name(with_level(f"{name}.safetensors", level))
         write_together(file, tensors, metadata[level], ranks)
         if cfg.lora is not None:
@@ -287,6 +287,12 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
 
     on_rank_0(write_pages, ranks)
     return path
+
+
+def file_metadata(facts: dict, level: str) -> dict[str, str]:
+    """The metadata of a student's or LoRA's file; level, of an expert, or "" for the only DiT."""
+    own = facts | ({"expert": level} if level else {})
+    return {"format": "pt", "accvideo": json.dumps(own), "crc32": CHECKSUM}
 
 
 def bytes_a_parameter(cfg: Any) -> int:

@@ -13,7 +13,6 @@ differences. Energy kept: 1 - ‖Δ - B·A‖² / ‖Δ‖², B and A as stored.
 """
 
 import functools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from artifacts.lora import lora_form, lora_names
 from artifacts.student import (
-    CHECKSUM, exported_path, facts_in, open_student, stream_safetensors, student_facts)
+    exported_path, facts_in, file_metadata, open_student, stream_safetensors, student_facts)
 from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json, write_text
 from common.names import by_expert, dit_tensors, fingerprint, with_level
@@ -157,8 +156,7 @@ def extract(cfg: Config, path: Path, out: Path) -> list[dict]:
     with tqdm(total=len(teacher), desc="lora", unit="parameter", mininterval=1) as bar:
         tensors = lora_tensors(student, teacher, cfg.family, cfg.rank, device, rows, bar)
         for level, part in by_expert(tensors).items():
-            own = facts | ({"expert": level} if level else {})
-            metadata = {"format": "pt", "accvideo": json.dumps(own), "crc32": CHECKSUM}
+            metadata = file_metadata(facts, level)
             replace_file(out.with_name(with_level(out.name, level)), functools.partial(
                 stream_safetensors, tensors=part, metadata=metadata))
         for name, t in teacher.items():

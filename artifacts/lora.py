@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from common.files import NUMBER, abbreviate, parse_json, read_json, shape_error
 from common.linear import Linear, linear
 from common.names import (
-    EXPERTS, by_expert, check_sizes, comfy_to_official, dit_tensors, expert_files, official_names)
+    EXPERTS, PEFT_SETTINGS, by_expert, check_sizes, comfy_to_official, dit_tensors, expert_files,
+    official_names)
 from common.ranks import Ranks, generator
 from common.weights import (
     LazyTensor, describe_model, load_module, open_tensors, safetensors_metadata)
@@ -186,7 +187,7 @@ def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], f
     Raises ValueError for settings with which a change is more than a factor times B·A.
     """
     file = next((t.file for t in tensors.values()), path)
-    where, config = f"{file}: its lora_adapter_metadata", file.with_name("adapter_config.json")
+    where, config = f"{file}: its lora_adapter_metadata", file.with_name(PEFT_SETTINGS)
     stored = parse_json(safetensors_metadata(file).get("lora_adapter_metadata", "{}"), where,
                         remedy="save the LoRA again")
     settings = {name.removeprefix("transformer."): value for name, value in stored.items()}

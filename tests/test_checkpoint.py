@@ -166,7 +166,7 @@ def listing_process(ranks: Ranks, folder: Path) -> None:
     """One of two processes; the second one's view of the folder is stale: it lists no checkpoint,
     and sees a file of the newest one only when it looks again."""
     save_steps(folder / "run", ranks, [1, 2])
-    checkpoint.SECOND_LOOK, late, real = 0, [1], Path.stat
+    checkpoint.SIGHT, late, real = 0, [1], Path.stat
 
     def stat(path: Path, **kwargs):
         if path.suffix == ".safetensors" and late:

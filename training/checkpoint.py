@@ -29,7 +29,8 @@ from common.files import (
     WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
     replace_folder, shape_error, write_json)
 from common.ranks import (
-    AgreedError, Ranks, gather_values, local_rows, on_first_rank, print_line, raise_together)
+    SIGHT, AgreedError, Ranks, gather_values, local_rows, on_first_rank, print_line,
+    raise_together)
 from common.weights import LazyTensor, open_safetensors, safetensors_metadata
 
 # ------------------------------------------------------------------------------------ saving
@@ -222,9 +223,6 @@ def read_meta(path: Path) -> dict | str:
     return meta
 
 
-SECOND_LOOK = 60.0  # seconds after which a network disk shows a file on all nodes
-
-
 def check_files(path: Path, files: dict[str, list], ranks: Ranks) -> str | None:
     """Compare a checkpoint's files, their sizes on each rank and their CRC-32 on one; None if all
     match. Where several ranks share a disk, one may see a file late: it is checked once more."""
@@ -239,7 +237,7 @@ def check_files(path: Path, files: dict[str, list], ranks: Ranks) -> str | None:
             return False
 
     names = list(files)
-    for wait in (SECOND_LOOK, 0) if ranks.world > 1 else (0,):
+    for wait in (SIGHT, 0) if ranks.world > 1 else (0,):
         names = [name for name in names if not matches(name)]
         parts = gather_values(names)
         if not any(parts):

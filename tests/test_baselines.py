@@ -12,7 +12,7 @@ import evaluate
 import toy1d
 from tools.baselines import (
     add_noise, dmd_loss, flow_matching_loss, integrate, pcm_loss, perflow_loss, predict_x0, rollout,
-    same_time, to_time, window_times)
+    to_time, window_times)
 from common.ranks import generator
 from common.weights import open_tensors, safetensors_metadata
 from small_world import clips as world
@@ -120,8 +120,7 @@ def test_perflow_agrees_with_the_toy_s_on_the_toy_s_data():
 
 def test_pcm_s_function_is_the_identity_at_the_window_s_end():
     x, v = normal(4, 3), normal(4, 3, key="v")
-    end, t = same_time(0.4, x), torch.tensor([0.4, 1.0, 0.4, 0.7],
-                                                dtype=torch.float64)
+    end, t = torch.tensor([[0.4] * 4, [0.4, 1.0, 0.4, 0.7]], dtype=torch.float64)
     got = to_time(constant(v), x, t, end)
     assert torch.equal(got[[0, 2]], x[[0, 2]])
     assert torch.allclose(got[1], x[1] - 0.6 * v[1]) and torch.allclose(got[3], x[3] - 0.3 * v[3])

@@ -231,7 +231,7 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
             assert "| teacher@2 |  | 0.9000 |" in text
     one = claims["full nearer than phased consistency on clips of smaller objects"]
     assert one["C2ST"]["pairs"] == 2
-    shares = tables.data_shares(plan, SETTINGS)
+    shares = tables.data_shares(section.numbers["arms"], SETTINGS)
     for found in shares.values():
         assert sum(found.values()) == pytest.approx(1)
         assert found["mismatch"] == pytest.approx(0.2 / 1.005)

@@ -135,14 +135,9 @@ def rollout(student: Velocity, z: Tensor, t_key: Tensor, k: Tensor) -> Tensor:
     """
     x = z
     for step in range(len(t_key) - 2, 0, -1):  # from t'_{step+1} to t'_step
-        t, t_next = (same_time(float(t_key[i]), z) for i in (step + 1, step))
+        t, t_next = (t_key[i].expand(len(z)) for i in (step + 1, step))
         x = torch.where(expand(k, x) < step, to_time(student, x, t, t_next), x)
     return x
-
-
-def same_time(t: float, x: Tensor) -> Tensor:
-    """The time t of every sample of x [B, …]: float64 [B]."""
-    return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
 
 
 def predict_x0(v: Velocity, x: Tensor, t: Tensor) -> Tensor:
@@ -258,9 +253,9 @@ def compute_loss(cfg: Config, v: tuple[Velocity, Velocity, Velocity], x0: Tensor
     if cfg.method == "pcm":
         steps = (times.diff(dim=1) != 0).sum(1)
         return pcm_loss(student, teacher, x0, z, times, (u * steps).long())
-    inner = torch.tensor(grid[1:-1], dtype=torch.float64, device=x0.device)
-    t, start = inner[(u * len(inner)).long()], times[:, 0]
-    t_key = torch.tensor(grid, dtype=torch.float64)[cfg.key].flip(0)
+    every = torch.tensor(grid, dtype=torch.float64, device=x0.device)
+    inner, t_key, start = every[1:-1], every[cfg.key].flip(0), times[:, 0]
+    t = inner[(u * len(inner)).long()]
     x = rollout(student, z, t_key, k) if cfg.simulate else add_noise(x0, z, start)
     with torch.set_grad_enabled(not train_fake):
         guess = predict_x0(student, x, start)

@@ -182,7 +182,8 @@ def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, traject
         section = tables.arms_table(name, plan, s)
         if name == "methods" and s.clips:
             section.numbers["mismatch"] = mismatches(cfg, plan, trajectories)
-            section.numbers["shares"] = shares = tables.data_shares(plan, s)
+            section.numbers["shares"] = shares = tables.data_shares(
+                section.numbers["arms"], s)
             section.lines += ["", *mismatch_lines(section.numbers["mismatch"]), "",
                               *tables.share_lines(shares)]
         return section

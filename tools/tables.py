@@ -275,7 +275,7 @@ def search(plan: Plan, s: Settings) -> Section:
 
     The dose is the mean norm of λ_adv · g_adv, L_adv's gradient at the student, over a run.
     """
-    measured, arms = read_measured(plan, "search", "seed 0"), search_arms(s)
+    measured, arms = read_measured(plan, "search", f"seed {SEARCH_SEED}"), search_arms(s)
     rows = [row | {"label": arm.label} for arm, row in zip(arms, measured.rows, strict=True)]
     doses = {}
     for arm in arms:
@@ -291,15 +291,15 @@ def search(plan: Plan, s: Settings) -> Section:
                     "doses": doses})
 
 
-def data_shares(plan: Plan, s: Settings) -> dict[str, dict[str, float]]:
+def data_shares(arms: dict[str, dict], s: Settings) -> dict[str, dict[str, float]]:
     """What a method's endpoint error consists of, as shares of its error on mismatched clips.
 
     ours, the error of the complete method on trajectories; method, what the method adds to that on
     the teacher's own samples; data, what clips add that the teacher did not generate; mismatch,
-    what clips of other objects add to that.
+    what clips of other objects add to that. Args: arms, the numbers of the table of methods.
     """
     def error_of(name: str) -> float:
-        return read_measured(plan, name, name).mean["endpoint"][0]
+        return statistics.fmean(row["endpoint"][0] for row in arms[name]["seeds"])
 
     shares, ours = {}, error_of(f"full-m{s.m}")
     for method, label in METHODS.items():

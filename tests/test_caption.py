@@ -74,7 +74,7 @@ def run(tmp_path, monkeypatch, videos):
 @pytest.mark.parametrize("length,indices", [(23, [0, 3, 6, 9, 13, 16, 19, 22]),
                                             (3, [0, 0, 1, 1, 1, 1, 2, 2]), (1, [0] * 8)])
 def test_the_frames_are_evenly_spaced_and_those_of_the_video(tmp_path, length, indices):
-    frames, metadata = caption.read_clip(
+    frames, metadata = caption.sample_frames(
         write_grey(tmp_path / "a.mp4", range(20, 20 + 10 * length, 10)), 8)
     np.testing.assert_allclose(grey(frames), [20 + 10 * i for i in indices], atol=2)  # of H.264
     assert metadata["frames_indices"] == indices and metadata["total_num_frames"] == length
@@ -240,7 +240,7 @@ def make_qwen():
 @torch.no_grad()
 def expected_text(model, processor, video: Path) -> str:
     """The caption of one video, along the documented way of transformers' chat models."""
-    frames, metadata = caption.read_clip(video, 8)
+    frames, metadata = caption.sample_frames(video, 8)
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "video", "video": frames},
                                       {"type": "text", "text": caption.INSTRUCTION}]}],

@@ -65,7 +65,7 @@ def frame_times(path: Path) -> list[float]:
     return times
 
 
-def read_clip(path: Path, count: int) -> Clip | OSError:
+def sample_frames(path: Path, count: int) -> Clip | OSError:
     """`count` frames of a video, evenly spaced from the first to the last, where a shorter video
     repeats some; or the error if it cannot be decoded to its end."""
     try:
@@ -151,8 +151,9 @@ def caption_videos(args: argparse.Namespace, todo: list[str], log: Path, setting
     with ThreadPoolExecutor(args.batch) as pool:
         for start in range(0, len(todo), args.batch):
             batch = todo[start:start + args.batch]
-            clips = dict(zip(batch, pool.map(
-                lambda video: read_clip(args.out.parent / video, args.frames), batch), strict=True))
+            paths = [args.out.parent / video for video in batch]
+            clips = dict(zip(batch, pool.map(sample_frames, paths, [args.frames] * len(batch)),
+                             strict=True))
             lines = [{"video": video, "error": error_summary(clips.pop(video))}
                      for video in batch if isinstance(clips[video], OSError)]
             captions = describe(list(clips.values())) if clips else []
@@ -173,7 +174,7 @@ def caption_videos(args: argparse.Namespace, todo: list[str], log: Path, setting
     return record
 
 
-def write_prompts(out: Path, lines: list[dict]) -> None:
+def write_captions(out: Path, lines: list[dict]) -> None:
     """Write the prompts among a record's lines, and print how many there are.
 
     Raises ValueError if there is none.
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
             ranks))
         for part in parts:
             record |= part
-        on_first_rank(lambda: write_prompts(args.out, [record[video] for video in videos]))
+        on_first_rank(lambda: write_captions(args.out, [record[video] for video in videos]))
 
 
 if __name__ == "__main__":

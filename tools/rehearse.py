@@ -82,7 +82,7 @@ def register_device() -> None:
                                   devices=["cpu", DEVICE])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+def gpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
               is_causal: bool = False, scale: float | None = None, **_: Any) -> Tensor:
     """F.scaled_dot_product_attention as a GPU computes it: without a matrix of all scores."""
     if mask is None:
@@ -116,7 +116,7 @@ def pretended_ranks(gpus: int, sp: int, heads: int) -> Iterator[Ranks]:
                 stack.enter_context(patch.object(module, name, other))
         stack.enter_context(patch.object(common.ranks, "pick_device", lambda _: torch.device(
             DEVICE, 0)))
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", gpu_attention))
         # Backward runs in this thread, and no exception of Python passes through its C++ code.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(set_checkpoint_early_stop(False))
@@ -153,7 +153,7 @@ def shapes(values: Any) -> Any:
         type(values), values)
 
 
-def bytes_in(tensors: Any) -> int:
+def total_bytes(tensors: Any) -> int:
     return sum(t.nbytes for t in tensors_in(tensors))
 
 
@@ -285,7 +285,7 @@ class Meter(TorchDispatchMode):
         if func.namespace == "c10d" and func._opname in KINDS:
             size = next(dist.ProcessGroup.unbox(x).size() for x in args
                         if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
-            moved = max(bytes_in(args[0]), bytes_in(args[1])) * (size - 1) / size
+            moved = max(total_bytes(args[0]), total_bytes(args[1])) * (size - 1) / size
             kind = KINDS[func._opname]
             self.figures["traffic", kind] += moved * (2 if kind == "all-reduce" else 1)
 
@@ -347,9 +347,9 @@ class Meter(TorchDispatchMode):
         name, found = func._opname, []
         if name == "_local_scalar_dense":
             found = ["the host waits for a value"]
-        elif name in ("_to_copy", "copy_") and target is not None or name == "copy_":
-            source, to = inputs[-1], inputs[0] if name == "copy_" else torch.empty(0)
-            to = torch.device(target) if name == "_to_copy" else to.device
+        elif name == "copy_" or name == "_to_copy" and target is not None:
+            source = inputs[-1]
+            to = inputs[0].device if name == "copy_" else torch.device(target)
             if to.type == "cpu" and source.device.type == DEVICE:
                 found = ["the host waits for a copy"]
             elif source.device.type == "cpu" and to.type == DEVICE and (
@@ -452,7 +452,7 @@ def rehearse_distill(cfg: Any, ranks: Ranks, meter: Meter) -> None:
     tensors, _ = checkpoint.Saver.copy_to_host(
         SimpleNamespace(ranks=ranks, group=None),
         dict(checkpoint.flatten(checkpoint.tensors_of(state, {}))))
-    meter.figures["checkpoint",] = bytes_in(list(tensors.values()))
+    meter.figures["checkpoint",] = total_bytes(list(tensors.values()))
 
 
 # --------------------------------------------------------------------------------- extrapolation
@@ -524,7 +524,7 @@ def by_purpose(parts: dict[str, float]) -> dict[str, float]:
     return named | {ACTIVATIONS: sum(parts.values()) - sum(named.values())}
 
 
-def report(figures: Figures, plan: dict[str, float], gib: float) -> str:
+def format_figures(figures: Figures, plan: dict[str, float], gib: float) -> str:
     """All figures as text."""
     parts = peak_of(figures)
     purposes, total = by_purpose(parts), sum(parts.values())
@@ -582,7 +582,7 @@ def main() -> None:
     figures = rehearse(cfg, own.gpus, own.depth == "all")
     plan = plan_of(cfg, own.gpus, cfg.sp, cfg.offload)
     print(f"distill: {cfg.origin} on {own.gpus} GPUs, rehearsed in "
-          f"{time.perf_counter() - started:.0f} s\n{report(figures, plan, own.gib)}")
+          f"{time.perf_counter() - started:.0f} s\n{format_figures(figures, plan, own.gib)}")
 
 
 if __name__ == "__main__":

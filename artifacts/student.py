@@ -66,7 +66,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not
     fit.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path}: there is no student yet; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
     count, experts = len(student_files(path)), sizes_of(cfg.preset).boundary is not None

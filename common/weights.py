@@ -72,7 +72,8 @@ def file_kind(path: Path) -> str:
     for begin, what, remedy in OTHER_FILES:
         if text.startswith(begin):
             raise ValueError(f"{path}: {what}: {remedy}")
-    if start.startswith((ZIP, *PICKLES)):
+    # A header's length may begin like a pickle; byte 8 of a pickle is never a brace.
+    if start.startswith((ZIP, *PICKLES)) and start[8:9] != b"{":
         if path.suffix == ".safetensors":
             raise ValueError(f"{path}: is a file of torch.save despite its name: let its name end "
                              "in .pt")
@@ -140,6 +141,8 @@ def open_safetensors(path: Path) -> dict[str, LazyTensor]:
             stored = np.fromfile(path, np.uint8, b - a, offset=a)
             if len(stored) < b - a:
                 raise ValueError(f"{path}: was cut while it was read: copy or make it again")
+            if not len(stored):  # numpy's empty arrays have no stride that torch could view
+                return torch.empty(part, dtype=dtype)
             return torch.from_numpy(stored).view(dtype).view(part)
 
         return LazyTensor(shape, dtype, path, read)

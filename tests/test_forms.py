@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_weights
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from artifacts.student import how_to_use, open_student
@@ -272,6 +272,7 @@ LAYER = "blocks.1.ffn.0"  # a matrix of [256, 128]
 
 @pytest.mark.parametrize("more, scheme", [
     ({}, "without its scale: the scales of these weights are stored elsewhere"),
+    ({"weight": torch.full((256, 128), 448.0).to(torch.float8_e5m2)}, "448 and without its scale"),
     ({"scale_weight": torch.ones(256, 4, 1)}, r"\[256, 4, 1\] .*: scales per block are not supp"),
     ({"weight_scale": torch.ones(1, 128)}, r"\[1, 128\] for a weight .*: scales per block"),
     ({"weight_scale": torch.ones(256, 4, dtype=torch.uint8)}, "holds uint8 .*scales per block"),
@@ -351,6 +352,12 @@ def write_form(folder: Path, form: str, state: dict[str, Tensor]) -> Path:
         (folder / "snapshots/abc").mkdir(parents=True)
         (folder / "snapshots/abc" / FULL).symlink_to("../../blobs/0a1b2c")
         return folder / "snapshots/abc"
+    elif form == "a header as long as a pickle starts":
+        data = save(state)
+        end = 8 + int.from_bytes(data[:8], "little")
+        spaces = b" " * ((0x0280 - (end - 8)) % 0x10000)
+        (folder / FULL).write_bytes((end - 8 + len(spaces)).to_bytes(8, "little") + data[8:end]
+                                    + spaces + data[end:])
     elif form == "full next to variant":
         save_file({name: t + 1 for name, t in state.items()},
                   folder / "diffusion_pytorch_model.fp16.safetensors")
@@ -363,7 +370,8 @@ def write_form(folder: Path, form: str, state: dict[str, Tensor]) -> Path:
 
 @pytest.mark.parametrize("form", [
     "fp16 variant", "bin", "bin shards", "fp16 shards", "old torch", "another suffix",
-    "hub cache", "full next to variant", "module", "state_dict", "ema"])
+    "hub cache", "a header as long as a pickle starts", "full next to variant", "module",
+    "state_dict", "ema"])
 def test_each_stored_form_is_read(form, tmp_path):
     state = state_of()
     weights = write_form(tmp_path, form, state)

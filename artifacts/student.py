@@ -104,6 +104,17 @@ def exported_path(cfg: Shared, name: str = "student", experts: str = "both") -> 
     return Path(cfg.run) / with_level(f"{name}.safetensors", level)
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise ValueError if the file at a student's path is not a student of this project, since a
+    new one would replace it. A damaged file may be replaced."""
+    facts: dict | None = None
+    with contextlib.suppress(ValueError):
+        facts = facts_in(path) if path.is_file() else None
+    if facts == {}:
+        raise ValueError(f"{path}: exists, and is not a student that distill.py wrote: rename it, "
+                         "or choose another --run")
+
+
 def student_files(path: Path) -> dict[str, Path]:
     """The file or folder of each of a student's DiTs, by what their names begin with here; "" for
     the only one. Raises as common.names.expert_paths."""

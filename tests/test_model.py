@@ -420,11 +420,13 @@ def test_the_fingerprint_tells_models_apart(tmp_path):
 
 def test_saved_tensors_come_back_with_their_metadata(tmp_path):
     path = tmp_path / "new" / "student.safetensors"
-    save_tensors(path, {"a": torch.arange(6.).view(2, 3).T}, {"accvideo": "{}"})
+    save_tensors(path, {"a": torch.arange(6.).view(2, 3).T, "b": torch.ones(3, 0)},
+                 {"accvideo": "{}"})
     assert safe_open(path, "pt").metadata() == {"accvideo": "{}"}
     lazy = open_tensors(path)["a"]
     assert lazy.shape == (3, 2) and lazy.dtype == torch.float32
     assert lazy.read(slice(1, 2)).tolist() == [[1.0, 4.0]]
+    assert open_tensors(path)["b"].read().shape == (3, 0)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 

@@ -163,7 +163,7 @@ def parse_json(text: str, where: str, shape: Any = dict, remedy: str = "make it 
 
 NUMBER = int | float
 KIND_NAMES = {dict: "a JSON object", list: "a list", str: "text", int: "an integer",
-              NUMBER: "a number"}
+              NUMBER: "a number", dict | str: "text or a JSON object"}
 
 
 def shape_error(value: Any, shape: Any, name: str = "") -> str:

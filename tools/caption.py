@@ -31,7 +31,7 @@ from common.names import fingerprint_files
 from common.ranks import (
     Ranks, cli, compute_dtype, lock_run_folder, on_first_rank, print_line, progress_bar,
     setup_distributed)
-from common.video import read_frames, run_ffmpeg, write_image
+from common.video import decode_video, read_frames, write_image
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 INSTRUCTION = """Describe this video in one paragraph of 100 to 150 words, from which it could be \
@@ -57,7 +57,7 @@ def find_videos(paths: list[Path]) -> list[Path]:
 
 def frame_times(path: Path) -> list[float]:
     """The time of each frame of a video file in seconds. Raises OSError as read_frames."""
-    lines = run_ffmpeg(path, "-f", "framecrc").decode().splitlines()
+    lines = decode_video(path, "-f", "framecrc").decode().splitlines()
     unit = next(Fraction(line.split()[-1]) for line in lines if line.startswith("#tb"))
     times = [float(int(line.split(",")[2]) * unit) for line in lines if not line.startswith("#")]
     if not times:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import imageio.v3 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 
@@ -62,7 +62,7 @@ def sample_frames(path: Path, count: int) -> Clip | OSError:
         chosen, places = np.unique(indices, return_inverse=True)
         return read_frames(path, chosen)[places], {
             "total_num_frames": total, "frames_indices": indices.tolist(),
-            "fps": imageio.immeta(path, plugin="FFMPEG")["fps"] or 1.0}
+            "fps": next(imageio_ffmpeg.read_frames(path))["fps"] or 1.0}
     except OSError as e:
         return e
 
@@ -76,6 +76,8 @@ def load_captioner(args: argparse.Namespace,
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         import transformers
+        if not (args.model / "config.json").is_file():
+            raise ValueError("it has no config.json")
         processor = transformers.AutoProcessor.from_pretrained(args.model, **options)
         if not hasattr(processor, "video_processor"):
             raise ValueError("its processor takes no videos")

@@ -527,7 +527,8 @@ def trained(tmp_path_factory, tiny_weights, run_stage):
               "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
-    run_stage("distill", path, "--run", folder / "whole")
+    for stage in ("synvid", "distill"):
+        run_stage(stage, path, "--run", folder / "whole")
     return folder, path, tiny_weights
 
 

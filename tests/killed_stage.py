@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from torch.distributed.tensor import DTensor
 
 import distill
+import processes  # noqa: F401  (its presets)
 from artifacts import student
 from common.ranks import cli
 from training.checkpoint import Saver

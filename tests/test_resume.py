@@ -14,7 +14,6 @@ from processes import PATIENCE, run_script, script_command
 from safetensors.torch import load_file
 
 from artifacts.trajectories import trajectory_path
-from common.files import ROOT
 from training import data as loading
 
 KILLED = Path(__file__).parent / "killed_stage.py"
@@ -92,7 +91,8 @@ def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undistur
                                                                         tmp_path):
     folder, config = undisturbed
     run = begun(folder, tmp_path / "run")
-    command = script_command(ROOT / "distill.py", config, f"run={run}", "save_every=1000",
+    nobody = tmp_path / "mark", 1, "iteration", 0, 0
+    command = script_command(KILLED, *nobody, "distill", config, f"run={run}", "save_every=1000",
                              "iterations=1000", ranks=2, torchrun=f"--shutdown-timeout={PATIENCE}")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = run / "distill/log.jsonl"

@@ -278,7 +278,7 @@ def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rou
                         for name in ("both", "one"))
         assert torch.equal(ours[1]["text"], theirs[1]["text"])
         assert (ours[0] - theirs[0]).abs().max() < 1e-5 * theirs[0].abs().max()  # products' shapes
-    with pytest.raises(ValueError, match="cfg_parallel: expected a multiple of 2 ranks, got 1"):
+    with pytest.raises(ValueError, match="cfg_parallel: expected replicas of 2 rank"):
         generate(config, "--run", tmp_path / "few", "--cfg_parallel", "true")
 
 

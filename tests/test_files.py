@@ -189,7 +189,7 @@ def test_a_symbolic_link_in_place_of_a_log_or_lock_file_is_refused(tmp_path):
     folder.mkdir()
     for name in (".owners", ".owner.000000-000001", "log.jsonl", "log.txt"):
         (folder / name).symlink_to(precious)
-        with pytest.raises((ValueError, OSError), match=f"Too many levels of symbolic links: .*{name}"):
+        with pytest.raises((ValueError, OSError), match=f"levels of symbolic links: .*{name}"):
             if name == "log.jsonl":
                 append_log(folder / name, {"step": 1})
             elif name == "log.txt":

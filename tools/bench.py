@@ -47,7 +47,7 @@ from common.ranks import (
     prefer_attention, processor, setup_distributed)
 from common.video import write_video
 from common.weights import save_tensors
-from evaluation.page import commit
+from evaluation.page import commit, markdown_table
 from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     sizes_of, time_grid)
@@ -438,10 +438,9 @@ def table(result: dict) -> str:
     """A device's result as Markdown."""
     rows = result["rows"]
     columns = [name for name in COLUMNS if any(cell(found, name) for found in rows)]
-    lines = [[COLUMNS[name] for name in columns], ["---"] * len(columns),
-             *([cell(found, name) for name in columns] for found in rows)]
     return "\n".join([
-        *(f"| {' | '.join(line)} |" for line in lines), "",
+        *markdown_table([COLUMNS[name] for name in columns],
+                        [[cell(found, name) for name in columns] for found in rows]), "",
         f"{result['device']}, {result['dtype']}, torch {result['torch']}; measured peak "
         f"{result['peak_tflops']:.3g} TFLOP/s; diffusers: {result['diffusers']}; "
         f"{result['seconds']:.0f} s in all",
@@ -468,9 +467,8 @@ def main(argv: list[str] | None = None) -> None:
     ranks = setup_distributed(cfg.device, cfg.sp, check_model(cfg).num_heads)
     prefer_attention(cfg.attention, ranks.device)
     on_gpu, out = ranks.device.type == "cuda", Path(cfg.out or Path(cfg.run) / "bench.json")
-    device = device_name(ranks.device)
-    if not on_gpu:
-        device = f"{processor()}, {device.removeprefix('CPU, ')}"
+    device = device_name(ranks.device) if on_gpu else (
+        f"{processor()}, {device_name(ranks.device).removeprefix('CPU, ')}")
     minutes = cfg.minutes if cfg.minutes is not None else 8 if on_gpu else 2
     peak = measure_peak(ranks.device)
     arguments = sys.argv[1:] if argv is None else argv

@@ -69,12 +69,11 @@ def random_states(cfg: Shared) -> dict[str, Tensor]:
         _, T, H, W = latent_shape(cfg.frames, cfg.height, cfg.width)
         shapes |= {"image": (sizes.image_len, sizes.image_dim)} if sizes.has_clip else {}
         shapes["frames"] = 20, T, H, W
+    numbers = {}
     if cfg.family == "hunyuan":
         shapes["pooled"] = (sizes.pooled_dim,)
-    cond = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    if cfg.family == "hunyuan":
-        cond["guidance"] = torch.tensor(cfg.embedded_guidance)
-    return cond
+        numbers["guidance"] = torch.tensor(cfg.embedded_guidance)
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} | numbers
 
 
 def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module], Callable]]:

@@ -107,11 +107,13 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
         if len(values) != 2 or values[1] != int(values[1]):
             raise ValueError(f"{name}: expected a learning rate and a number of iterations, got "
                              f"{values}: correct --{name}")
+    shared_lambda = training.lambda_adv if cfg.shared_lambda is None else cfg.shared_lambda
     return shared, evaluation, tables.Settings(
-        cfg.n, time_grid(cfg.family, cfg.n, cfg.shift).tolist(), cfg.m or m_config, m_config,
-        cfg.steps, cfg.seeds, cfg.other_seeds, training.iterations, training.lr,
-        training.lambda_adv, cfg.preset == "tiny", cfg.traj_lr or training.lr,
-        training.lambda_adv if cfg.shared_lambda is None else cfg.shared_lambda, methods)
+        n=cfg.n, times=time_grid(cfg.family, cfg.n, cfg.shift).tolist(), m=cfg.m or m_config,
+        m_config=m_config, ladder=cfg.steps, seeds=cfg.seeds, other_seeds=cfg.other_seeds,
+        iterations=training.iterations, lr=training.lr, lambda_adv=training.lambda_adv,
+        clips=cfg.preset == "tiny", traj_lr=cfg.traj_lr or training.lr,
+        shared_lambda=shared_lambda, methods=methods)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,11 +144,11 @@ def main(argv: list[str] | None = None) -> None:
                                                 launch=launch), trajectories,
                          "manifest.json")],
                     plan, "SynVid")
-        arms = {(arm.name, seed): arm for table in chosen for arm in tables.arms_of(table, s)
-                for seed in arm.seed_range}  # tables share arms
-        run_all([plan.train(arm, seed) for (_, seed), arm in arms.items()], plan, "training runs")
-        evaluations = list({run.folder: run for table in chosen
-                            for run in tables.evaluations_of(table, s, plan)}.values())
+        training = [plan.train(arm, seed) for table in chosen for arm in tables.arms_of(table, s)
+                    for seed in arm.seed_range]
+        run_all(dict.fromkeys(training), plan, "training runs")  # once: tables share arms
+        evaluations = list(dict.fromkeys(run for table in chosen
+                                         for run in tables.evaluations_of(table, s, plan)))
         run_all(evaluations[:1], plan, "first evaluation")  # keeps the teacher's samples
         run_all(evaluations[1:], plan, "evaluations")
         if "fig6" in chosen:

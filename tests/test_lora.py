@@ -158,7 +158,7 @@ def test_the_command_writes_file_table_and_plot_and_sample_uses_it(tiny_weights,
     assert {row["name"] for row in table["rows"]} == names.keys()
     layers = extract_lora.rows_by_layer(table["rows"])
     assert len(layers) == 10 and "ffn.0" in layers
-    assert all([row["block"] for row in rows] == list(range(6)) for rows in layers.values())
+    assert all([row["block"] for row in rows] == [0, 1, 2] for rows in layers.values())
     text = out.with_suffix(".md").read_text()
     assert text.count("\n| ") == 1 + len(names) and out.with_suffix(".png").stat().st_size > 1000
     videos = {}
@@ -417,7 +417,7 @@ def test_a_lora_of_another_model_is_refused_by_what_it_is(tmp_path, module, shap
 
 def test_a_dora_and_a_whole_model_are_refused_as_loras(tmp_path):
     teacher, student, *_ = write_pair(tmp_path, WAN)
-    with pytest.raises(ValueError, match="looks like a Wan DiT, width 24; it is not a LoRA"):
+    with pytest.raises(ValueError, match="looks like a Wan DiT of another size; it is not a LoRA"):
         with_lora(dit_tensors(teacher), student)
     q, path = "diffusion_model.blocks.0.self_attn.q", tmp_path / "l.safetensors"
     halves = {f"{q}.lora_A.weight": draw("A", (2, 24)), f"{q}.lora_B.weight": draw("B", (24, 2))}
@@ -527,7 +527,8 @@ def trained(tmp_path_factory, tiny_weights, run_stage):
               "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
-    run_stage("distill", path, "--run", folder / "whole")
+    for stage in ("synvid", "distill"):
+        run_stage(stage, path, "--run", folder / "whole")
     return folder, path, tiny_weights
 
 

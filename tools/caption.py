@@ -28,7 +28,7 @@ from common.names import fingerprint_files
 from common.ranks import (
     cli, compute_dtype, gather_values, lock_run_folder, on_first_rank, print_line, progress_bar,
     setup_distributed)
-from common.video import read_frames, run_ffmpeg, write_image
+from common.video import decode_video, read_frames, write_image
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")
 INSTRUCTION = """Describe this video in one paragraph of 100 to 150 words, from which it could be \
@@ -57,7 +57,7 @@ def sample_frames(path: Path, count: int) -> Clip | OSError:
     """`count` frames of a video, evenly spaced from the first to the last, where a shorter video
     repeats some; or the error if it cannot be decoded to its end."""
     try:
-        total = run_ffmpeg(path, "-f", "framecrc").decode().count("\n0,")  # a line per frame
+        total = decode_video(path, "-f", "framecrc").decode().count("\n0,")  # a line per frame
         indices = np.linspace(0, total - 1, count).round().astype(int)
         chosen, places = np.unique(indices, return_inverse=True)
         return read_frames(path, chosen)[places], {

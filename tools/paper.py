@@ -152,8 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         run_all(evaluations[:1], plan, "first evaluation")  # keeps the teacher's samples
         run_all(evaluations[1:], plan, "evaluations")
         if "fig6" in chosen:
-            key = tables.key_option(tables.even_key(s.n, s.m))
-            command = plan.command("tools.taps", out / "fig6", *plan.options, key)
+            command = plan.command("tools.taps", out / "fig6", *plan.options, s.key)
             run_all([Run("features", command, out / "fig6", "taps/taps.json")], plan, "fig6")
         sections = {name: make_section(cfg, name, plan, s, trajectories, evaluation.prompts)
                     for name in chosen}

@@ -325,19 +325,17 @@ def fig8(plan: Plan, s: Settings) -> Section:
 
 def fig9(plan: Plan, s: Settings) -> Section:
     """L_adv alone against the complete method, over iterations."""
-    points = [i or s.iterations for i in s.fig9_iterations]
-    curves = {arm.label: {f"{arm.name}-at-{i}": read_measured(
-        plan, f"{arm.name}-at-{i}", f"{arm.label}, iteration {i}") for i in points}
-        for arm in arms_of("fig9", s)}
-    arms = {name: arm for curve in curves.values() for name, arm in curve.items()}
-    adv, full = (list(curve.values())[-1] for curve in curves.values())
+    points, arms, curves = [i or s.iterations for i in s.fig9_iterations], {}, {}
+    for arm, colour in zip(arms_of("fig9", s), ("#b3402f", BLUE), strict=True):
+        curve = {f"{arm.name}-at-{i}": read_measured(
+            plan, f"{arm.name}-at-{i}", f"{arm.label}, iteration {i}") for i in points}
+        curves[arm.label] = colour, points, [measured.mean for measured in curve.values()]
+        arms |= curve
+    adv, full = (arms[f"{name}-m{s.m}-at-{s.iterations}"] for name in ("adv", "full"))
     claims = make_claims([("with L_traj nearer than L_adv alone, at the end", full, adv)])
     panels = {"endpoint": "endpoint error", "hf": "HF", "spread": "spread", "c2st": "C2ST"}
     path = plan.folder / "fig9.png"
-    draw_arms(path, panels, {
-        label: (colour, points, [arm.mean for arm in curve.values()])
-        for (label, curve), colour in zip(curves.items(), ("#b3402f", BLUE), strict=True)},
-        "iteration", (adv.teacher_m,))
+    draw_arms(path, panels, curves, "iteration", (adv.teacher_m,))
     lines = table_lines([*map(without_errors, (adv.teacher_n, adv.teacher_m)),
                          *(arm.mean for arm in arms.values())])
     return Section(f"Figure 9: L_adv alone, m = {s.m}", [*lines, "", *claim_lines(claims)],

@@ -358,7 +358,8 @@ def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, monkey
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_how_of_a_missing_file_or_of_no_student_is_one_line(tmp_path, run_stage, tiny_weights):
+def test_how_on_a_missing_file_or_another_file_is_a_one_line_error(
+        tmp_path, run_stage, tiny_weights):
     gguf = tmp_path / "student.gguf"
     gguf.write_bytes(b"GGUF" + bytes(100))
     for path, fault in ((tmp_path / "none.safetensors", "no such weight file"),

@@ -452,7 +452,7 @@ def foreign(tiny_weights, tmp_path):
     return path
 
 
-def test_a_lora_that_says_nothing_takes_the_config_s_key_timesteps(make_config, foreign, tmp_path,
+def test_a_lora_without_metadata_takes_the_config_s_key_timesteps(make_config, foreign, tmp_path,
                                                                    capsys):
     sample.main([str(make_config()), "--prompt", "x", "--lora", str(foreign)])
     assert "the config's key timesteps are used" in capsys.readouterr().out
@@ -472,7 +472,7 @@ def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_w
         dit_tensors(foreign)
 
 
-def test_a_lora_made_on_other_weights_says_so(make_config, tiny_weights, tmp_path, capsys):
+def test_a_lora_made_on_other_weights_is_reported(make_config, tiny_weights, tmp_path, capsys):
     write_student(tmp_path / "run/student.safetensors", tiny_weights)
     config = str(make_config(n=4, key=[0, 1, 4]))
     extract_lora.main([config, "--rank", "2"])

@@ -382,7 +382,7 @@ def test_a_student_of_another_teacher_is_refused_naming_both(run, facts, message
         run("--prompt", "a red disc")
 
 
-def test_files_that_are_no_student_are_refused(run, student):
+def test_files_that_are_not_a_student_are_refused(run, student):
     shutil.copy(run.weights / "diffusion_pytorch_model.safetensors", student)  # says nothing
     with pytest.raises(ValueError, match="'accvideo' metadata lacks family"):
         run("--prompt", "x")

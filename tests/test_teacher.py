@@ -257,6 +257,6 @@ def test_a_cut_line_of_the_log_does_not_keep_a_training_from_its_end(tmp_path):
         (tmp_path / "out/training.json").read_text())["seconds"].keys()
 
 
-def test_a_full_disk_is_one_line_and_the_training_goes_on_where_it_was(small_disk):
+def test_a_full_disk_is_a_one_line_error_and_the_training_resumes(small_disk):
     with pytest.raises(ValueError, match="cannot be written .*No space left on device"):
         run(small_disk)

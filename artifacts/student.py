@@ -564,7 +564,7 @@ def how_to_use(path: Path) -> str:
     file = only_weights(file) if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such weight file: name a student or a LoRA")
-    if file_kind(file) == "index":
+    if file.suffix == ".json":  # an index of shards
         file = file.parent / next(iter(read_index(file).values()), "")
     facts = facts_in(file)
     check_facts(path, facts, (*FACTS, "key"))

@@ -463,7 +463,7 @@ def test_a_truncated_file_is_an_error_that_names_it(form, kept, tmp_path):
     path = written(form, tmp_path, micro_dit().state_dict())
     file = path if path.is_file() else sorted(path.glob("*00002-of-*.safetensors"))[0]
     os.truncate(file, int(file.stat().st_size * kept))
-    says = "not a complete safetensors|cannot be read as weights|expected weights as .*with b''"
+    says = "not a complete safetensors|cannot be read as weights"
     with pytest.raises(ValueError, match=says) as e:
         load_dit(path, MICRO)
     assert str(file) in str(e.value) and "\n" not in str(e.value)

@@ -196,7 +196,7 @@ def test_moments_in_host_memory_change_no_bit(distilled):
 
 @pytest.mark.parametrize("sp", [2, 5])  # 2 divides the heads alone, 5 neither
 def test_sp_that_does_not_divide_ranks_and_heads_is_an_error_that_names_both(sp):
-    message = rf"sp: expected a divisor of 1 rank\(s\) and of 12 attention heads, got {sp}$"
+    message = rf"replicas of {sp} rank\(s\) to divide the 1 rank\(s\), and sp={sp} the 12 attention"
     with pytest.raises(ValueError, match=message):
         setup_distributed("cpu", sp, 12)
     dist.destroy_process_group()

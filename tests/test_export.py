@@ -329,6 +329,7 @@ def test_two_ranks_write_one_student_and_a_finished_run_is_exported_in_another_f
         make_config, run_stage, tmp_path):
     config = make_config(synvid={"count": 4}, distill={
         "iterations": 2, "batch": 2, "micro_batch": 1, "held_out": 2, "head_dim": 8})
+    run_stage("synvid", config)
     run_stage("distill", config, "export=diffusers", ranks=2)
     file, folder = tmp_path / "run/student.safetensors", tmp_path / "run/student_diffusers"
     before = load_file(file)

@@ -92,7 +92,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_a_signal_to_it_saves_on_al
     process.send_signal(signal.SIGINT)  # SIGTERM is sent to one process in test_distill.py
     out, _ = process.communicate(timeout=PATIENCE)  # torchrun's own status is 1 after any signal
     # torchrun reports the rank that ended first, by itself: the other only lost its connection
-    assert mark.read_text() == "x" and "failed (exitcode: -9) local_rank: 1 " in out, out
+    assert mark.exists() and "failed (exitcode: -9) local_rank: 1 " in out, out
     assert "resuming from" in out and "rerun the same command to resume" in out
     saved, done = [p.name for p in (run / "distill").glob("step_*")], len(lines_of(run))
     assert max(saved) == f"step_{done:06d}"

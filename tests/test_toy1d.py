@@ -13,8 +13,7 @@ from toy1d import Config, generator, time_grid
 P = torch.tensor([-3.0, 3.0])
 TINY = Config(M=(0.0, 6.0), iterations=400, batch=1024, lr=2e-3, trajectories=1500, pairs=2000,
               student_iterations=15, student_batch=64, repeats=2, samples=500)
-SHORT = replace(TINY, n=10, iterations=30, trajectories=300, pairs=500, repeats=1,
-                samples=100)  # for plumbing
+SHORT = replace(TINY, n=10, iterations=30, trajectories=1000, samples=100)  # for plumbing
 
 
 @pytest.fixture(scope="module")

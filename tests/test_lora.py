@@ -570,7 +570,8 @@ def test_evaluate_measures_a_lora_as_the_student_that_it_makes(trained, run_stag
     folder, config, weights = trained
     files = [folder / f"whole/student{end}.safetensors" for end in ("", "_lora")]
     run_stage("evaluate", config, f"run={tmp_path}", f"students={files[0]},{files[1]}", "count=3",
-              f"prompts={weights / 'prompts.txt'}", "pictures=false", "names=whole,lora")
+              f"prompts={weights / 'prompts.txt'}", "pictures=false", "names=whole,lora",
+              "c2st_steps=2")
     table = json.loads((tmp_path / "evaluate/table.json").read_text())
     few, whole, as_lora = (row["endpoint"][0] for row in table["rows"][1:4])
     assert whole != few and as_lora == pytest.approx(whole, rel=1e-2)  # the file is fp16

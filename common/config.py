@@ -93,6 +93,7 @@ BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True),
             **dict.fromkeys(("false", "0", "no", "off"), False)}
 # Exact at any size, 1e3 and 2.0 too; 010 is 8 to some; limited, since Fraction expands powers.
 INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,39})(\.[0-9]{0,39})?([eE][+-]?[0-9]{1,2})?")
+DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][+-]?[0-9]+)?")  # not 1_0
 
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
@@ -115,7 +116,8 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             return BOOLEANS[str(value).lower()]
         elif kind is str and number:
             return str(value)
-        elif kind is float and number and math.isfinite(x := float(value)):
+        elif (kind is float and number and DECIMAL.fullmatch(str(value).strip())
+              and math.isfinite(x := float(value))):
             return x
         elif (kind is int and number and INTEGER.fullmatch(str(value))
               and (x := Fraction(str(value))).denominator == 1):

@@ -440,7 +440,7 @@ def test_operations_of_an_iteration_are_those_torch_counts(weights, tmp_path, ra
     ({"batch": 5, "micro_batch": 2}, "batch: expected a multiple of 2 .*, got 5"),
     ({"traj": False, "adv": False}, "traj and adv are both off"),
     ({"iterations": 0}, "iterations: .*got 0"), ({"held_out": 0}, "held_out: .*got 0"),
-    ({"tap": 3}, "tap: expected a block 0 … 2, got 3"), ({"lr": -1.0}, "lr: .*got -1.0"),
+    ({"tap": 6}, "tap: expected a block 0 … 2, got 6"), ({"lr": -1.0}, "lr: .*got -1.0"),
     ({"beta1": 1.0}, "beta1: .*got 1.0"), ({"head_dim": 12}, "head_dim: .*got 12"),
     ({"peak_tflops": 0.0}, "peak_tflops: .*got 0.0")])
 def test_settings_that_cannot_work_are_named(changes, message):

@@ -273,6 +273,7 @@ LAYER = "blocks.1.ffn.0"  # a matrix of [256, 128]
 
 @pytest.mark.parametrize("more, scheme", [
     ({}, "without its scale: the scales of these weights are stored elsewhere"),
+    ({"weight": torch.full((256, 128), 448.0).to(torch.float8_e5m2)}, "448 and without its scale"),
     ({"scale_weight": torch.ones(256, 4, 1)}, r"\[256, 4, 1\] .*: scales per block are not supp"),
     ({"weight_scale": torch.ones(1, 128)}, r"\[1, 128\] for a weight .*: scales per block"),
     ({"weight_scale": torch.ones(256, 4, dtype=torch.uint8)}, "holds uint8 .*scales per block"),

@@ -249,7 +249,7 @@ def read_index(path: Path) -> dict[str, str]:
     remedy = 'an index of shards has a "weight_map" of tensor names and files: copy it again'
     shards = read_json(path, {"weight_map": {str: str}}, remedy)["weight_map"]
     for shard in shards.values():
-        if shard != Path(shard).name or shard == "..":
+        if shard != Path(shard).name or shard == ".." or len(shard) > 255:  # a name's most bytes
             raise ValueError(f"{path}: expected files in its own folder only, got {shard:.80}: "
                              "copy index and shards into one folder")
     return shards

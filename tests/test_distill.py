@@ -565,7 +565,7 @@ def _made(path):
     return path
 
 
-def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(undisturbed, run_stage, tmp_path):
     folder, config = undisturbed
     os.symlink(folder / "a/synvid", _made(tmp_path / "e") / "synvid")
     done = run_stage("distill", config, "--run", tmp_path / "e", "--lr", "1e30", "--clip", "none",
@@ -578,7 +578,8 @@ def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, 
     assert kept and max(kept) == steps[-1]  # though it was still being written
 
 
-def test_missing_synvid_of_another_preset_names_the_command(tmp_path, monkeypatch, ranks):
+def test_a_missing_synvid_of_another_preset_is_an_error_that_names_the_command(
+        tmp_path, monkeypatch, ranks):
     monkeypatch.setitem(model.PRESETS, "small", SMALL)
     cfg = distill.Config(preset="small", run=str(tmp_path))
     cfg.path = "my.yaml"

@@ -430,17 +430,17 @@ def test_the_first_component_is_the_pattern_that_was_planted():
 def test_what_blocks_tell_is_one_command(study, ranks, tmp_path, capsys):
     config, _ = study
     synvid.main([str(config)])
-    taps.main([str(config), "videos=8", "--blocks", "1,5", "updates=2"])
+    taps.main([str(config), "videos=8", "--blocks", "1,2", "updates=2"])
     found = json.loads((tmp_path / "run/taps/taps.json").read_text())
-    assert found["D7"] == [3, 5]
+    assert found["D7"] == [1, 2]
     assert [(entry["k"], entry["block"]) for entry in found["found"]] == [
-        (0, 1), (0, 5), (1, 1), (1, 5)]
+        (0, 1), (0, 2), (1, 1), (1, 2)]
     for entry in found["found"]:
         assert 0 <= entry["probe"] <= 1 and torch.tensor(entry["picture"]).shape == (1, 1)
     assert (tmp_path / "run/taps/taps.png").exists()
     assert "t'_1 = 0.781: a head is best at block" in capsys.readouterr().out
     for option, message in (("videos=13", "videos: expected 8 … 12.*got 13"),
-                            ("blocks=6", "blocks: expected some of 0 … 5, got .6.")):
+                            ("blocks=3", "blocks: expected some of 0 … 2, got .3.")):
         with pytest.raises(ValueError, match=message):
             taps.main([str(config), "videos=8", option])
 

@@ -191,15 +191,17 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
         vae = load_vae(cfg.weights, ranks.device, dtype, cfg.family)
         for i in sorted(with_video.difference(todo))[ranks.dp_rank::ranks.dp_size]:
             decode_video(cfg, folder, manifest, vae, i)
+    if not todo:
+        return
+    conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
+    encoders = conditioner.identity()
+    on_first_rank(lambda: check_encoders(folder, encoders))
     if not own:
         return
     teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks.sp_ranks)
     teacher.requires_grad_(False)
     if cfg.compile:
         compile_blocks(teacher)
-    conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
-    encoders = conditioner.identity()
-    check_encoders(folder, encoders)
 
     start = time.perf_counter()
     bar = progress_bar(sum(len(missing[b]) for b in own), "synvid", ranks.rank, unit="trajectory")

@@ -139,10 +139,12 @@ def first_header(folder: Path) -> dict[str, Any]:
 
 def check_encoders(folder: Path, encoders: str) -> None:
     """Raise ValueError if the folder's trajectories were made with other text or image encoders."""
-    if (found := first_header(folder).get("encoders", encoders)) != encoders:
-        raise ValueError(f"{folder}: expected trajectories made with the text and image encoders "
-                         f"of `weights` ({encoders}), got others ({found}): use the same encoders "
-                         "in all jobs, or choose another --run")
+    first = first_header(folder)
+    if (found := first.get("encoders", encoders)) != encoders:
+        raise ValueError(f"{trajectory_path(folder, first['index'])}: expected a trajectory made "
+                         f"with the text and image encoders of `weights` ({encoders}), got others "
+                         f"({found}): use the same encoders in all jobs, choose another --run, or "
+                         "delete what was made with the wrong ones")
 
 
 # ---------------------------------------------------------------------- a trajectory's file
@@ -285,7 +287,7 @@ class SynVid:
                              "others with this key, or with --keep all, by `python synvid.py "
                              "CONFIG` in another --run")
         existing = find_trajectories(self.folder)
-        self.count = len(existing)
+        self.count, self.encoders = len(existing), first_header(self.folder).get("encoders")
         if gap := first_gap(existing) if existing else range(1):
             raise ValueError(f"{trajectory_path(self.folder, gap[0])}: is missing, the first of a "
                              f"gap of {len(gap)}; {self.count} trajectories exist: finish by the "
@@ -302,7 +304,7 @@ class SynVid:
         [len(ks),C,T,H,W], cond without batch dimension. Raises ValueError naming a damaged file.
         """
         points = self.points if ks is None else [self.points[k] for k in ks]
-        return read_trajectory(self.folder, self.manifest, i, points)
+        return read_trajectory(self.folder, self.manifest, i, points, self.encoders)
 
 
 def open_trajectories(folder: Path, cfg: Shared) -> SynVid:

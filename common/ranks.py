@@ -89,7 +89,7 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda" and count:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
     if device not in ("cpu", *(f"cuda:{i}" for i in range(count))):
-        raise ValueError(f"device: expected cpu, cuda, cuda:0, … or auto, got '{device}'; torch "
+        raise ValueError(f"device: expected cpu, cuda, cuda:0 … or auto, got '{device}', and torch "
                          f"sees {count} GPU(s)")
     return torch.device(device)
 
@@ -114,18 +114,16 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
         join_processes("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     require_same(same or {})
-    if world % sp or heads % sp:
-        raise ValueError(f"sp: expected a divisor of {world} rank(s) and of {heads} attention "
-                         f"heads, got {sp}")
-    if world % (sp * (1 + cfg_parallel)):
-        raise ValueError(f"cfg_parallel: expected a multiple of {2 * sp} ranks, got {world}")
-    groups = [dist.new_group(list(range(a, a + sp)), timeout)
-              for a in range(0, world, sp)] if sp > 1 else []
-    pairs = [dist.new_group([a + j, a + j + sp], timeout) for a in range(0, world, 2 * sp)
-             for j in range(sp)] if cfg_parallel else []
-    mesh = init_device_mesh(where.type, (world,))
-    return Ranks(rank, world, where, mesh, sp, groups[rank // sp] if groups else None,
-                 pairs[rank // (2 * sp) * sp + rank % sp] if pairs else None)
+    replica = sp * (1 + cfg_parallel)
+    if world % replica or heads % sp:
+        raise ValueError(f"sp, cfg_parallel: expected replicas of {replica} rank(s) to divide the "
+                         f"{world} rank(s), and sp={sp} the {heads} attention heads")
+    # The ranks of a batch's tokens are successive; a pair has the same tokens in both groups.
+    pairs = [[a + j, a + j + sp] for a in range(0, world, 2 * sp) for j in range(sp)]
+    sp_group = dist.new_subgroups(sp, timeout=timeout)[0] if sp > 1 else None
+    cfg_group = dist.new_subgroups_by_enumeration(pairs, timeout)[0] if cfg_parallel else None
+    return Ranks(rank, world, where, init_device_mesh(where.type, (world,)), sp, sp_group,
+                 cfg_group)
 
 
 def join_processes(backend: str, timeout: timedelta) -> None:
@@ -156,13 +154,12 @@ def prefer_attention(kernels: str, device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    if kernels == "auto":
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        kernels = "cudnn" if hopper else "flash"
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    order = order if kernels == "flash" else order[::-1]
-    SDPA_ORDER[:] = [sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-                                 set_priority=True)]
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if kernels == "cudnn" or kernels == "auto" and hopper:
+        order[:2] = order[1], order[0]
+    SDPA_ORDER[:] = [sdpa_kernel(order, set_priority=True)]
     SDPA_ORDER[0].__enter__()  # and never left
 
 
@@ -399,7 +396,7 @@ def print_error(error: str) -> None:
     """Print an error on a line of its own. Before the ranks are connected all may have the same
     one: the first prints it, and torchrun ends the others before they do."""
     if not dist.is_initialized() and os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
+        time.sleep(10)  # ranks start seconds apart on a busy disk
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -9,9 +9,9 @@ import tempfile
 import textwrap
 import unicodedata
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
-import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
@@ -43,20 +43,24 @@ def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(video.cpu().numpy())
 
 
-def run_ffmpeg(path: Path, *output: str) -> bytes:
-    """What ffmpeg writes of a video's frames. Raises OSError with ffmpeg's first complaint.
-
-    Called directly, since imageio ignores ffmpeg's exit status: half a file would pass as a short
-    video. A playlist can open no other file; no frame is dropped or repeated.
-    """
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-protocol_whitelist",
-               "file,pipe", "-err_detect", "explode", "-i", f"file:{path}", "-map", "0:v:0",
-               "-fps_mode", "passthrough", *output, "-"]
-    done = subprocess.run(command, input=b"", capture_output=True, check=False)
-    if done.returncode or not done.stdout:
+def run_ffmpeg(*arguments: str, pixels: bytes = b"") -> bytes:
+    """What ffmpeg prints, given pixels as its input. Raises OSError with its first complaint."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", *arguments]
+    done = subprocess.run(command, input=pixels, capture_output=True, check=False)
+    if done.returncode:
         complaint = re.sub(r"\[[^]]*\] *", "", done.stderr.decode(errors="replace")).strip()
-        raise OSError((complaint or "it contains no frame").splitlines()[0])
+        raise OSError(complaint.partition("\n")[0] or f"it ended with status {done.returncode}")
     return done.stdout
+
+
+def decode_video(path: Path, *output: str) -> bytes:
+    """What ffmpeg prints of a video's frames by its options `output`. Raises OSError for half a
+    file too. A playlist can open no other file; no frame is dropped or repeated."""
+    decoded = run_ffmpeg("-protocol_whitelist", "file,pipe", "-err_detect", "explode", "-i",
+                         f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough", *output, "-")
+    if not decoded:
+        raise OSError("it contains no frame")
+    return decoded
 
 
 def read_frames(path: Path, indices: Iterable[int] | None = None) -> np.ndarray:
@@ -66,7 +70,7 @@ def read_frames(path: Path, indices: Iterable[int] | None = None) -> np.ndarray:
     """
     select = [] if indices is None else [
         "-vf", f"select='{'+'.join(f'eq(n,{index})' for index in indices)}'"]
-    pixels = run_ffmpeg(path, *select, "-f", "image2pipe", "-c:v", "ppm")
+    pixels = decode_video(path, *select, "-f", "image2pipe", "-c:v", "ppm")
     header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", pixels)  # before each frame's pixels
     width, height = map(int, header.groups())
     frames = np.frombuffer(pixels, np.uint8).reshape(-1, header.end() + 3 * height * width)
@@ -87,31 +91,22 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
         raise ValueError(f"{path}: expected a name that ends in .mp4 or .gif and a positive number "
                          f"of frames per second, got fps={fps}")
     frames = np.concatenate([frames] * max(1, round(seconds * fps / len(frames))))
-    # One thread and bitexact: bytes that do not depend on the machine's cores.
-    flags = "-xerror -threads 1 -fflags +bitexact -flags:v +bitexact "
     if mp4:
         frames = np.pad(frames, [(0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)], "edge")
         # Converted to BT.709 and tagged so, or a player shows other colours. ffmpeg 8 and newer
         # leaves out the primaries and the transfer, which only x264 itself still writes.
-        flags += ("-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd -colorspace "
-                  "bt709 -x264-params colorprim=bt709:transfer=bt709:colormatrix=bt709 -crf 14 "
-                  "-movflags +faststart")
+        flags = ("-c:v libx264 -pix_fmt yuv420p -crf 14 -movflags +faststart "
+                 "-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd -colorspace "
+                 "bt709 -x264-params colorprim=bt709:transfer=bt709:colormatrix=bt709")
     else:
-        flags += ("-vf split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4 "
-                  "-loop 0")
-
-    def write(aside: Path) -> None:
-        try:
-            imageio.imwrite(aside.resolve(), frames, plugin="FFMPEG", extension=".mp4",  # or .gif
-                            codec="libx264" if mp4 else "gif", fps=float(fps), quality=None,
-                            pixelformat="yuv420p" if mp4 else "pal8", macro_block_size=1,
-                            output_params=flags.split(), ffmpeg_log_level="error")
-        except OSError as error:  # its other lines are the command
-            raise OSError(str(error).partition("\n")[0]) from error
-        if (written := len(read_frames(aside))) != len(frames):
-            raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")
-
-    replace_file(path, write)
+        flags = ("-c:v gif -pix_fmt pal8 -loop 0 -vf "
+                 "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4")
+    size, rate = f"{frames.shape[2]}x{frames.shape[1]}", Fraction(fps).limit_denominator()
+    # One thread and bitexact: bytes that do not depend on the machine's cores.
+    replace_file(path, lambda aside: run_ffmpeg(
+        "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(rate), "-i", "-",
+        *flags.split(), "-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
+        f"file:{aside}", pixels=frames.tobytes()))
 
 
 def check_ffmpeg() -> None:
@@ -194,7 +189,10 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
     """
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(12, 3.5 * ((len(panels) + 1) // 2)), layout="constrained")
+    height = 3.5 * ((len(panels) + 1) // 2)
+    fig = Figure(figsize=(12, height))  # fixed margins: a computed layout draws all panels twice
+    fig.subplots_adjust(left=0.065, right=0.985, bottom=0.5 / height, top=1 - 0.4 / height,
+                        wspace=0.15, hspace=0.4)
     axes = fig.subplots((len(panels) + 1) // 2, 2, squeeze=False)
     for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, label, lines, style) in enumerate(curves):
@@ -240,21 +238,16 @@ def decode_image(path: str | Path) -> np.ndarray:
 
 
 def image_pixels(image: Image.Image) -> np.ndarray:
-    """decode_image of an open image. Raises ValueError if it is too large or holds floats."""
-    form = image.format
+    """decode_image of an open image. Raises ValueError if it is too large, or grey of more than 8
+    bits, whose white is not known and which PIL would clip at 255."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"it has {image.width}×{image.height} pixels, expected at most "
                          f"{MAX_PIXELS}: make it smaller")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError("it has more than 8 bits of grey: convert it to 8 bits")
     image.getexif()  # cached; without the raw tags exif_transpose does not trip over a broken one
     image.info.pop("exif", None)
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("it holds floating-point numbers of unknown range")
-    if image.mode.startswith("I"):  # more than 8 bits of grey, which PIL would clip at 255
-        grey, white = np.asarray(image).astype(np.float64), 65535
-        if form == "TIFF":  # 12 bits in 16, or 32 bits: the smallest range that fits
-            white = (1 << max(8, int(grey.max()).bit_length())) - 1
-        image = Image.fromarray((grey * 255 / white).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,11 @@ class LazyTensor:
         return replace(self, shape=(stop - start, *self.shape[1:]), read=read)
 
 
+def dtype_name(tensor: LazyTensor) -> str:
+    """The dtype without "torch."."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def lazy_tensor(tensor: Tensor, file: Path) -> LazyTensor:
     """A tensor in memory as a lazy one of a file."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, file,
@@ -58,31 +64,25 @@ OTHER_FILES = (
      "the download failed, perhaps for lack of a login: download it again"),
     (b"gguf", "is a GGUF file, whose weights are quantised",
      "use bf16, fp16 or fp32 weights as .safetensors"))
-ZIP, PICKLES = b"PK\x03\x04", tuple(bytes((0x80, protocol)) for protocol in (2, 3, 4, 5))
+TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, pickles
 
 
 def file_kind(path: Path) -> str:
-    """What a weight file is by its first bytes: safetensors, torch or index.
+    """Whether a weight file is torch's or else safetensors, by its first bytes.
 
     Raises ValueError naming what it is instead if it contains no weights that can be read.
     """
     with path.open("rb") as f:
         start = f.read(256)
-    text = start.lstrip().lower()
     for begin, what, remedy in OTHER_FILES:
-        if text.startswith(begin):
+        if start.lstrip().lower().startswith(begin):
             raise ValueError(f"{path}: {what}: {remedy}")
-    if start.startswith((ZIP, *PICKLES)):
-        if path.suffix == ".safetensors":
-            raise ValueError(f"{path}: is a file of torch.save despite its name: let its name end "
-                             "in .pt")
-        return "torch"
-    if text.startswith(b"{") and path.suffix == ".json":
-        return "index"
-    if start[8:9] == b"{" or path.suffix == ".safetensors":  # opened reports a damaged one
+    # A safetensors file starts with the length of its JSON: 640 has the bytes of a pickle.
+    if not start.startswith(TORCH_STARTS) or start[8:9] == b"{":
         return "safetensors"
-    raise ValueError(f"{path}: expected weights as .safetensors or torch's .pt, .pth or .bin, got "
-                     f"a file that starts with {start[:8]!r}: name the right file")
+    if path.suffix == ".safetensors":  # torch.load would read it as one
+        raise ValueError(f"{path}: is a file of torch.save despite its name: let it end in .pt")
+    return "torch"
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -126,26 +126,30 @@ def safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Names and lazy tensors of one safetensors file. Raises as safetensors_header does."""
-    def lazy(entry: dict) -> LazyTensor:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        begin, end = (data + offset for offset in entry["data_offsets"])
-
-        def read(rows: slice | None = None) -> Tensor:
-            a, b, part = begin, end, shape
-            if rows and shape:
-                first, stop, _ = rows.indices(shape[0])
-                row, part = (end - begin) // max(1, shape[0]), (max(0, stop - first), *shape[1:])
-                a, b = begin + first * row, begin + (first + part[0]) * row
-            # Read, not mapped: a map would keep all that was ever read in memory.
-            stored = np.fromfile(path, np.uint8, b - a, offset=a)
-            if len(stored) < b - a:
-                raise ValueError(f"{path}: was cut while it was read: copy or make it again")
-            return torch.from_numpy(stored).view(dtype).view(part)
-
-        return LazyTensor(shape, dtype, path, read)
-
     _, entries, data = safetensors_header(path)
-    return {name: lazy(entry) for name, entry in entries.items()}
+    tensors = {}
+    for name, entry in entries.items():
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        read = partial(read_part, path, data + entry["data_offsets"][0], dtype, shape)
+        tensors[name] = LazyTensor(shape, dtype, path, read)
+    return tensors
+
+
+def read_part(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...],
+              rows: slice | None = None) -> Tensor:
+    """Some rows, or all, of the tensor that begins at byte `start` of a file."""
+    if rows and shape:
+        first, stop, _ = rows.indices(shape[0])
+        start += first * dtype.itemsize * math.prod(shape[1:])
+        shape = (max(0, stop - first), *shape[1:])
+    size = dtype.itemsize * math.prod(shape)
+    # Read, not mapped: a map would keep all that was ever read in memory.
+    stored = np.fromfile(path, np.uint8, size, offset=start)
+    if len(stored) < size:
+        raise ValueError(f"{path}: was cut while it was read: copy or make it again")
+    if not size:  # numpy's empty arrays have no stride that torch could view
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(stored).view(dtype).view(shape)
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -179,16 +183,20 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
     return {name: lazy_tensor(value, path) for name, value in state.items()}
 
 
-def only_weights(folder: Path) -> Path:
+def only_weights(folder: Path, stem: str = "") -> Path:
     """The index of shards, or else the one weight file, of a folder; a plain name is preferred to a
-    variant such as fp16. Raises FileNotFoundError if there is none, or more than one."""
-    files = sorted(folder.iterdir())
-    found = [p for p in files if re.fullmatch(r".*\.(safetensors|bin)\.index(\..+)?\.json", p.name)]
-    if not found:
-        found = [p for p in files if p.suffix in WEIGHT_SUFFIXES[:-1]]
-        found = [p for p in found if p.suffix == ".safetensors"] or found or [
-            p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
-        found = [p for p in found if "." not in p.stem] or found
+    variant such as fp16.
+
+    Args: stem, the start of its name; then an index and a plain file are not both accepted.
+    Raises FileNotFoundError if there is none, or more than one.
+    """
+    files = [p for p in sorted(folder.iterdir()) if p.name.startswith(stem)]
+    found = [p for p in files if p.suffix in WEIGHT_SUFFIXES[:-1]]
+    found = [p for p in found if p.suffix == ".safetensors"] or found or [
+        p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
+    found = [p for p in found if "." not in p.stem] or found
+    if indices := [p for p in files if INDEX_NAME.fullmatch(p.name)]:
+        found = indices + [p for p in found if stem and p.stem == stem]
     if len(found) != 1:
         got = ", ".join(p.name for p in found[:6]) or "no weight file"
         raise FileNotFoundError(f"{folder}: expected one .safetensors file, or shards with their "
@@ -196,6 +204,7 @@ def only_weights(folder: Path) -> Path:
     return found[0]
 
 
+INDEX_NAME = re.compile(r".*\.(safetensors|bin)\.index(\..+)?\.json")
 SHARD_NAME = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
 
 
@@ -223,15 +232,11 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     """Every tensor of one weight file. HunyuanVideo's fp8 release keeps the scale of each layer in
     a file of its own, …_fp8_map.pt: they are added as `<layer>.weight_scale`. Raises as
     open_tensors."""
-    if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path}: is a link to {path.readlink()}, which does not exist: "
-                                "the download is incomplete, repeat it")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weight file; point `weights` at an official or "
-                                "diffusers folder (or make the file that is missing)")
-    if (kind := file_kind(path)) == "index":
-        raise ValueError(f"{path}: expected weights, got JSON: copy index and shards again")
-    tensors = open_safetensors(path) if kind == "safetensors" else open_torch(path)
+        link = f", only a link to {path.readlink()}" if path.is_symlink() else ""
+        raise FileNotFoundError(f"{path}: no such weight file{link}: download it again, or point "
+                                "`weights` at an official or diffusers folder")
+    tensors = open_torch(path) if file_kind(path) == "torch" else open_safetensors(path)
     scales = path.with_name(f"{path.stem}_map{path.suffix}")
     if path.stem.endswith("_fp8") and scales.is_file():
         tensors |= {f"{layer}.weight_scale": t for layer, t in open_file(scales).items()}
@@ -290,33 +295,25 @@ def sample_file(path: Path) -> bytes:
 
 # Models by a tensor that they have, and the start of its shape where that distinguishes them.
 MODEL_MARKS = (
-    ("vace_patch_embedding.weight", (), "Wan 2.1 VACE"), ("img_emb.emb_pos", (), "Wan 2.1 FLF2V"),
+    ("vace_patch_embedding.weight", (), "Wan 2.1 VACE"),
     ("img_emb.proj.3.weight", (5120,), "Wan 2.1 I2V 14B"),
     ("patch_embedding.weight", (1536, 16), "Wan 2.1 T2V 1.3B"),
     ("patch_embedding.weight", (5120, 16), "Wan 2.1 T2V 14B"),
     ("patch_embedding.weight", (5120, 36), "Wan 2.2 I2V A14B"),
-    ("patch_embedding.weight", (3072, 48), "Wan 2.2 TI2V 5B"),
-    ("patch_embedding.weight", (), "a Wan DiT"),
+    ("patch_embedding.weight", (), "a Wan DiT of another size"),
     ("img_in.proj.weight", (3072, 16), "HunyuanVideo"),
-    ("img_in.proj.weight", (3072, 33), "HunyuanVideo I2V"),
-    ("img_in.proj.weight", (), "a HunyuanVideo DiT"),
+    ("img_in.proj.weight", (), "a HunyuanVideo DiT of another size"),
     ("encoder.conv_in.conv.weight", (), "HunyuanVideo's VAE"),
     ("encoder.conv1.weight", (), "Wan's VAE"),
     ("token_embedding.weight", (), "umT5"), ("shared.weight", (), "umT5"),
     ("model.embed_tokens.weight", (), "a LLaMA"), ("embed_tokens.weight", (), "a LLaMA"),
-    ("text_model.embeddings.token_embedding.weight", (), "CLIP's text half"),
-    ("visual.cls_embedding", (), "CLIP's image half"),
-    ("double_blocks.0.img_attn.qkv.weight", (), "Flux or another model with its names"),
-    ("input_blocks.0.0.weight", (), "Stable Diffusion"))
+    ("text_model.embeddings.token_embedding.weight", (), "CLIP's text half"))
 
 
 def describe_model(tensors: dict[str, LazyTensor]) -> str:
     """"; it looks like …": the model that some tensors are of by names and shapes; or ""."""
-    for name, shape, model in MODEL_MARKS:
-        if name in tensors and tensors[name].shape[:len(shape)] == shape:
-            width = tensors[name].shape[0]
-            return f"; it looks like {model}" + ("" if shape else f", width {width}")
-    return ""
+    return next((f"; it looks like {model}" for name, shape, model in MODEL_MARKS
+                 if name in tensors and tensors[name].shape[:len(shape)] == shape), "")
 
 
 def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
@@ -337,9 +334,9 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
                              "it is of another model or size than the config's preset"
                              f"{describe_model(tensors)}")
     for name, p in parameters.items():
-        t, dtype_name = tensors[name], str(tensors[name].dtype).removeprefix("torch.")
+        t = tensors[name]
         if not t.dtype.is_floating_point or p.shape != t.shape:
-            raise ValueError(f"{what}: {name} in {t.file} holds {dtype_name} of shape "
+            raise ValueError(f"{what}: {name} in {t.file} holds {dtype_name(t)} of shape "
                              f"{list(t.shape)}, expected {list(p.shape)} as bf16, fp16 or fp32: it "
                              f"is of another size or form than the preset{describe_model(tensors)}")
     if dtype is not None:

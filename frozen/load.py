@@ -11,10 +11,10 @@ from torch import nn
 
 from common.config import Shared
 from common.files import NUMBER, abbreviate, error_summary, parse_json, read_json, shape_error
-from common.names import is_list, official_names, plain_names, reshaped, role_file
+from common.names import is_list, official_names, plain_names, role_file
 from common.prompts import Prompt
 from common.ranks import Timer, compute_dtype
-from common.weights import load_module, open_tensors, safetensors_metadata
+from common.weights import lazy_tensor, load_module, open_tensors, safetensors_metadata
 from frozen.image import CLIPVision, Conditioner
 from frozen.text import CLIPText, HunyuanText, Llama, TextEncoder, Tokenizer, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
@@ -37,7 +37,8 @@ def component(weights: str | Path, what: str, official: list[str], subfolder: st
     if not weights.is_dir():
         raise FileNotFoundError(f"weights: {weights} does not exist: expected an official or "
                                 "diffusers folder")
-    matches = (sorted(weights.glob(pattern)) for pattern in official)
+    matches = (sorted(weights.glob(pattern)) or [  # open_file reports a link to no file
+        path for path in [weights / pattern] if path.is_symlink()] for pattern in official)
     path, *others = next(filter(None, matches), [weights / subfolder])
     if others:
         raise ValueError(f"{path}: expected one {what}, got also "
@@ -228,7 +229,8 @@ def load_image_encoder(weights: str | Path, device="cpu", dtype=torch.float32) -
         tensors = official_names(tensors, "image_encoder")
         for name, ones in (("visual.cls_embedding", (1, 1)), ("visual.pos_embedding", (1,))):
             if name in tensors:
-                tensors[name] = reshaped(tensors[name], (*ones, *tensors[name].shape))
+                value = tensors[name].read()
+                tensors[name] = lazy_tensor(value.view(*ones, *value.shape), tensors[name].file)
     layers = arguments.pop("num_layers", 32)
     unread = re.compile(rf"head|post_norm\..*|transformer\.{layers - 1}\..*|embeddings\..*")
     tensors = {n.removeprefix("visual."): t for n, t in tensors.items() if n.startswith("visual.")}

@@ -1,5 +1,6 @@
 """A student in other programs: its file, its diffusers folder, the code in student.md."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -418,3 +419,16 @@ def test_the_page_knows_the_official_code_s_own_key_timesteps():
     assert "`--sample_solver euler --sample_steps 40 --sample_shift 3`" in text
     text = page_of("wan-i2v-14b-480p", key=[0, 8, 16, 24, 32])
     assert "No official script" in text
+
+
+@pytest.mark.parametrize("metadata, refused", [
+    ({}, True), ({"format": "pt"}, True), ({"accvideo": '{"n": 50}'}, False), (None, False)])
+def test_a_student_replaces_only_a_student(metadata, refused, tmp_path):
+    path = tmp_path / "student.safetensors"
+    student_file.check_replaceable(path)
+    save_tensors(path, {"a": torch.ones(2)}, metadata or {})
+    if metadata is None:  # damaged: made again
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="exists, and is not a student") if refused else (
+            contextlib.nullcontext()):
+        student_file.check_replaceable(path)

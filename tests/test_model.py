@@ -420,11 +420,13 @@ def test_the_fingerprint_tells_models_apart(tmp_path):
 
 def test_saved_tensors_come_back_with_their_metadata(tmp_path):
     path = tmp_path / "new" / "student.safetensors"
-    save_tensors(path, {"a": torch.arange(6.).view(2, 3).T}, {"accvideo": "{}"})
+    save_tensors(path, {"a": torch.arange(6.).view(2, 3).T, "b": torch.ones(3, 0)},
+                 {"accvideo": "{}"})
     assert safe_open(path, "pt").metadata() == {"accvideo": "{}"}
     lazy = open_tensors(path)["a"]
     assert lazy.shape == (3, 2) and lazy.dtype == torch.float32
     assert lazy.read(slice(1, 2)).tolist() == [[1.0, 4.0]]
+    assert open_tensors(path)["b"].read().shape == (3, 0)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -463,7 +465,7 @@ def test_a_truncated_file_is_an_error_that_names_it(form, kept, tmp_path):
     path = written(form, tmp_path, micro_dit().state_dict())
     file = path if path.is_file() else sorted(path.glob("*00002-of-*.safetensors"))[0]
     os.truncate(file, int(file.stat().st_size * kept))
-    says = "not a complete safetensors|cannot be read as weights|expected weights as .*with b''"
+    says = "not a complete safetensors|cannot be read as weights"
     with pytest.raises(ValueError, match=says) as e:
         load_dit(path, MICRO)
     assert str(file) in str(e.value) and "\n" not in str(e.value)
@@ -755,7 +757,8 @@ def test_a_config_is_its_defaults_its_file_and_its_command_line_in_this_order(tm
     (["--lr", "5e-6"], "lr", 5e-6), (["--lr", "1"], "lr", 1.0), (["--steps", "1e3"], "steps", 1000),
     (["--scales", "1 2"], "scales", [1.0, 2.0]), (["--scales=0.5,2"], "scales", [0.5, 2.0]),
     (["--seed", str(2 ** 62 + 1)], "seed", 2 ** 62 + 1), (["--heads="], "heads", ""),
-    (["--shift", "3"], "shift", 3.0), (["--form=printed"], "form", "printed"),
+    (["--shift", "3"], "shift", 3.0), (["--shift", ".5e1"], "shift", 5.0),
+    (["--form=printed"], "form", "printed"),
     (["--heads", "-1"], "heads", "-1")])
 def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     got = getattr(config(tmp_path, "", *argv), key)
@@ -774,6 +777,7 @@ def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     ("shift: .nan", "shift: expected float, got"), ("shift: abc", "shift: expected float, got"),
     ("shift: 1/0", "shift: expected float, got '1/0'"), ("shift: 1e999", "float, got inf"),
     ("shift: .inf", "shift: expected float, got"), ("shift: true", "shift: expected float"),
+    ("shift: 1_0", "shift: expected float, got '1_0'"), ("fps: 010", "fps: expected float, got"),
     ("run: true", "run: expected str, got True"), ("distill: {adv: maybe}", "adv: expected bool"),
     ("key: 3", r"key: expected list\[int\], got 3"), ("key: [0, x]", r"got \[0, 'x'\]"),
     ("key: [0, 20]", r"key: expected indices rising from 0 to n=50, got \[0, 20\]"),

@@ -324,9 +324,12 @@ def test_a_run_reports_its_speed(run, student, who, capsys):
 
 # --------------------------------------------------------------------------- what is refused
 
-def test_a_missing_student_names_the_command_that_makes_it(run):
+def test_a_missing_student_names_the_command_that_makes_it(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="student.safetensors: .*`python distill.py CONF"):
         run("--prompt", "a red disc")
+    (tmp_path / "student.safetensors").symlink_to("blobs/0a")
+    with pytest.raises(FileNotFoundError, match="only a link to blobs/0a"):
+        run("--prompt", "a red disc", "--student", str(tmp_path / "student.safetensors"))
 
 
 def test_a_student_is_sampled_without_its_teacher_s_dit(run, student, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Stage 0: clips, oracle, optimiser, tokenizer, and a training that survives interruption."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,7 +194,8 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_pa
 @pytest.mark.parametrize("changes, message", [
     ({"width": 48}, "clips are square"), ({"vae_crop": 40}, "multiple of 8 up to 32"),
     ({"dit_iter": 3}, "dit_iters"), ({"vae_iters": "many"}, "vae_iters"),
-    ({"preset": "wan-t2v-1.3b"}, "tiny.yaml")])
+    ({"preset": "wan-t2v-1.3b"}, "tiny.yaml"),
+    ({"out": Path(__file__).parent / "fixtures"}, "hunyuan_clip.safetensors exists, and is not")])
 def test_settings_that_cannot_be_served_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **changes)

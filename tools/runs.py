@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from common.config import load_yaml
-from common.files import ROOT, abbreviate, read_json, write_json
+from common.files import ROOT, abbreviate, open_own, read_json, write_json
 from evaluation.page import ALL_TITLES, COLUMN_TITLES, markdown_table, plus_minus
 from evaluation.statistics import difference, holm
 
@@ -139,7 +139,7 @@ def start(command: tuple[str, ...], log: Path, threads: int | None) -> subproces
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
+    with open_own(log, "a") as file:
         return subprocess.Popen([*first.get(command[0], command[:1]), *command[1:]], stdout=file,
                                 stderr=file, stdin=subprocess.DEVNULL, env=environment)
 

@@ -77,7 +77,7 @@ def check_same(path: Path, stored: dict, expected: dict, remedy: str) -> None:
     """Raise ValueError naming the first key of `expected` that a stored manifest contradicts."""
     for key, value in expected.items():
         same = stored.get(key) == value
-        if key == "t" and isinstance(stored.get("t"), list):  # libraries differ in the last bit
+        if key == "t":  # libraries differ in the last bit
             same = len(stored["t"]) == len(value) and all(map(math.isclose, stored["t"], value))
         if not same:
             raise ValueError(f"{path}: {key}: expected {abbreviate(value)} by this config, got "
@@ -303,8 +303,6 @@ class SynVid:
         Args: i in 0 … len - 1; ks, the k to read, in order (None: 0 … m). x_key is fp32
         [len(ks),C,T,H,W], cond without batch dimension. Raises ValueError naming a damaged file.
         """
-        if not 0 <= i < self.count:
-            raise IndexError(f"trajectory {i} of {self.count} in {self.folder}")
         points = self.points if ks is None else [self.points[k] for k in ks]
         return read_trajectory(self.folder, self.manifest, i, points, self.encoders)
 
@@ -329,13 +327,10 @@ def verify(folder: Path, indices: range, manifest: dict, ranks: Ranks) -> dict[i
     bar = progress_bar(len(own), "verify", ranks.rank, unit="trajectory")
     for i in own:
         bar.update()
-        if not trajectory_path(folder, i).exists():
-            faults[i] = "missing"
-            continue
         try:
             read_trajectory(folder, manifest, i, manifest["stored"], encoders)
         except ValueError as e:
-            faults[i] = str(e.__cause__)
+            faults[i] = str(e.__cause__) if trajectory_path(folder, i).exists() else "missing"
     bar.close()
     faults = {i: fault for part in gather_values(faults) for i, fault in part.items()}
     if ranks.rank == 0:

@@ -131,7 +131,7 @@ def test_the_reader_gives_prompts_conditions_and_times_in_order(made, tiny_weigh
         assert torch.equal(x_key[2], initial_noise(0, i, prompt, (16, 2, 2, 2)))
         assert cond["text"].dtype == torch.float32 and not (cond["text"] == 0).all(1).any()
     assert torch.equal(data.read(3, [1, 0])[0], data.read(3)[0][[1, 0]])
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="000007.safetensors: cannot be used"):
         data.read(7)
 
 

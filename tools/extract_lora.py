@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from artifacts.lora import lora_form, lora_names
 from artifacts.student import (
-    exported_path, facts_in, file_metadata, open_student, stream_safetensors, student_facts)
+    exported_path, facts_in, file_metadata, official_tensors, open_student, stream_safetensors,
+    student_facts)
 from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json, write_text
 from common.names import by_expert, dit_tensors, fingerprint, with_level
@@ -116,7 +117,7 @@ def extract(cfg: Config, path: Path, out: Path) -> list[dict]:
     Raises ValueError naming what does not fit, for example a student of another teacher.
     """
     facts = student_facts(path, cfg, foreign=cfg.student is not None, same_teacher=True)
-    student = open_student(path, official=True)
+    student = official_tensors(open_student(path))
     teacher = dit_tensors(cfg.weights)
     check_same_parameters(path, student, cfg.weights, teacher)
     facts |= {"teacher": facts["teacher"] or fingerprint(cfg.weights), "lora_rank": cfg.rank}

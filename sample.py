@@ -34,7 +34,7 @@ from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, gather_values,
     lock_run_folder, on_first_rank, peak_bytes, prefer_attention, setup_distributed)
-from common.video import check_ffmpeg, decode_image, image_size, write_video
+from common.video import check_ffmpeg, decode_image, write_video
 from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_batch, unipc_grid
@@ -250,7 +250,7 @@ def list_videos(cfg: Config, who: str, settings: str) -> list[Video]:
     for i, prompt in enumerate(prompts if not named else ()):
         size = cfg.height, cfg.width
         if prompt.image is not None:
-            size = fit_size(*image_size(prompt.image), cfg.height * cfg.width)
+            size = fit_size(*decode_image(prompt.image).shape[:2], cfg.height * cfg.width)
         videos += [Video(i, prompt, seed, *size, f"{who}/{video_name(i, prompt, seed, settings)}")
                    for seed in range(cfg.seed, cfg.seed + cfg.count)]
     return videos

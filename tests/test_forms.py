@@ -189,7 +189,7 @@ def test_a_list_of_files_is_a_weight_folder(comfy, tmp_path):
         (official / "Wan2.1_VAE.safetensors").read_bytes() + b" ")
     assert fingerprint_files(path) != before
     for text, message in (("diT: a\n", "unknown key 'diT'; did you mean 'dit'"),
-                          ("- a\n", "expected lines such as `dit: file.safetensors`"),
+                          ("- a\n", "expected lines `ROLE: FILE`, for dit, dit_high"),
                           ("dit: [\n", "is not valid YAML"),
                           ("vae: nowhere\n", "vae: expected one existing file, got .*nowhere")):
         path.write_text(text)
@@ -207,7 +207,7 @@ def test_floats_of_every_width_are_read(dtype, atol, tmp_path, capsys):
     save_file({name: t.to(dtype) for name, t in state.items()}, tmp_path / "a.safetensors")
     assert_same(loaded(tmp_path / "a.safetensors"), state, atol)
     said = capsys.readouterr().out
-    assert ("fp8 weights: on the small world they cost velocities" in said) == (dtype.itemsize == 1)
+    assert ("fp8 weights: on the small world" in said) == (dtype.itemsize == 1)
 
 
 def json_tensor(**facts: object) -> Tensor:
@@ -409,14 +409,14 @@ def torch_with_code() -> bytes:
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134\n"
 REFUSED = {
-    "an LFS pointer": (LFS, "is a Git LFS pointer, not the weights: fetch them by `git lfs pull`"),
+    "an LFS pointer": (LFS, "is a Git LFS pointer, not the weights: run `git lfs pull`"),
     "an empty file": (b"", "not a complete safetensors file"),
     "a web page": (b"<!DOCTYPE html><html>login</html>", "is a web page, not weights"),
     "GGUF": (b"GGUF\x03\0\0\0", "is a GGUF file, whose weights are quantised: use bf16"),
     "a dtype that does not exist": (
         b"\x40\0\0\0\0\0\0\0" + json.dumps({"a": {"dtype": "abc", "shape": [1], "data_offsets":
                                                      [0, 4]}}).ljust(64).encode() + b"1234",
-        "not a complete safetensors file (a has dtype abc and shape [1])"),
+        "not a complete safetensors file (Error while deserializing header"),
     "a pickle of protocol 5": (b"\x80\x05\x95", "is a file of torch.save despite its name"),
     "a cut file": (b"\xff\xff\xff\0\0\0\0\0{\"a\"", "not a complete safetensors file"),
     "noise": (b"\x12\x34" * 40, "not a complete safetensors file"),
@@ -523,10 +523,10 @@ def test_both_experts_of_wan_2_2_are_read_from_every_layout(places, weights, tmp
 
 @pytest.mark.parametrize("name, message", [
     ("diffusion_pytorch_model-00002-of-00003.safetensors", "is one of 3 shards: get the others"),
-    (HIGH, f"{LOW}: is missing; Wan 2.2 A14B has two DiTs"),
-    ("low_noise_model/" + FULL, "is one of the two DiTs of Wan 2.2 A14B.*point `weights` at"),
-    ("high_noise_model/config.json", "low_noise_model: is missing; Wan 2.2 A14B has two DiTs"),
-    ("model_index.json", "transformer_2: is missing; Wan 2.2 A14B has two DiTs"),
+    (HIGH, f"{LOW}: is missing: get both DiTs of Wan 2.2"),
+    ("low_noise_model/" + FULL, "is one of the two DiTs of Wan 2.2 A14B: point `weights` at"),
+    ("high_noise_model/config.json", "low_noise_model: is missing: get both DiTs of Wan 2.2"),
+    ("model_index.json", "transformer_2: is missing: get both DiTs of Wan 2.2"),
     ("files.yaml", "files.yaml: dit_low: expected one existing file")])
 def test_a_part_of_a_model_is_not_taken_for_all_of_it(name, message, tmp_path):
     state, path = state_of(), tmp_path / name
@@ -567,7 +567,7 @@ def test_wan_2_2_ti2v_is_refused_by_its_name(tmp_path):
     with torch.device("meta"):
         state = build_dit(sizes).to_empty(device="cpu").state_dict()
     save_file(state, tmp_path / FULL)
-    with pytest.raises(ValueError, match="is Wan 2.2 TI2V-5B, whose VAE and times .* Wan 2.2 A14B"):
+    with pytest.raises(ValueError, match=r"patch_embedding.weight in .* holds float32 \[128, 48"):
         load_dit(tmp_path, "tiny")
 
 

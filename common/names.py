@@ -88,15 +88,13 @@ def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
             scales[f"{scale[1]}.weight"] = name, t
         elif not UNUSED_SCALE.fullmatch(name):
             out[name] = t
-    for name, (scale_name, scale) in scales.items():
-        if name in out:
-            out[name] = scaled(out[name], scale_name, scale)
     for name, t in out.items():
         if t.dtype in FLOAT8:
-            check_range(name, t)
-    for t in tensors.values():
-        if t.dtype in FLOAT8 and t.shape != (0,):  # ComfyUI's marker is empty
             warn_of_fp8(t.file, bool(scales))
+        if name in scales:
+            out[name] = scaled(t, *scales[name])
+        elif t.dtype in FLOAT8:
+            check_range(name, t)
     return out
 
 

@@ -79,7 +79,7 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
         if images and os.environ.get("RANK", "0") == "0":
             with ThreadPoolExecutor(8) as pool:  # PIL releases the interpreter's lock
                 list(pool.map(decode_image, {prompt.image: None for prompt in prompts.values()}))
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         raise ValueError(f"{path}: {e}") from e
     return list(prompts.values())
 

@@ -311,7 +311,7 @@ def on_first_rank(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-SIGHT = 60.0  # seconds after which a network disk shows a new file on all nodes (NFS: acdirmax)
+SIGHT = 60  # seconds after which a network disk shows a new file on all nodes (NFS: acdirmax)
 
 
 def require_shared_folder(folder: Path) -> None:
@@ -320,9 +320,9 @@ def require_shared_folder(folder: Path) -> None:
         return
     name = f".shared.{os.getpid()}-{TOKEN}.part"  # removed as a leftover if this is killed
     path = folder / on_first_rank(lambda: write_text(folder / name, name) or name)
-    until = time.monotonic() + SIGHT
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(1)
+    for _ in range(SIGHT):
+        if not path.exists():
+            time.sleep(1)
     blind = [rank for rank, sees in enumerate(gather_values(path.exists())) if not sees]
     if dist.get_rank() == 0:
         path.unlink(missing_ok=True)
@@ -419,8 +419,7 @@ def cli(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as e:
-        of_file = isinstance(e, OSError) and e.filename and e.strerror
-        if text := f"{e.filename}: {e.strerror}" if of_file else str(e):
+        if text := str(e):
             print_error(text)  # only one rank has the message of an AgreedError
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)

@@ -212,33 +212,24 @@ def decode_image(path: str | Path) -> np.ndarray:
     It is turned by its EXIF orientation; grey becomes RGB; transparent parts become white; of
     several frames the first is used. Raises FileNotFoundError, or ValueError if it is broken.
     """
-    path = Path(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such image")
     try:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such image")
         with Image.open(path, formats=FORMATS) as image:
-            return image_pixels(image)
-    except FileNotFoundError:
-        raise
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS}")
+            if image.mode.startswith(("I", "F")):  # whose white is not known
+                raise ValueError("it has more than 8 bits of grey: convert it to 8 bits")
+            image.getexif()  # cached; without the raw tags exif_transpose accepts broken ones
+            image.info.pop("exif", None)
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
     except Exception as e:  # PIL raises many types for a broken file
-        raise ValueError(f"{str(path):.200} cannot be read as an image ({e}): save it again as "
+        raise ValueError(f"{path} cannot be read as an image ({e}): save it again as "
                          f"{' or '.join(FORMATS)}") from e
-
-
-def image_pixels(image: Image.Image) -> np.ndarray:
-    """decode_image of an open image. Raises ValueError if it is too large, or grey of more than 8
-    bits, whose white is not known and which PIL would clip at 255."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS}")
-    if image.mode.startswith(("I", "F")):
-        raise ValueError("it has more than 8 bits of grey: convert it to 8 bits")
-    image.getexif()  # cached; without the raw tags exif_transpose does not trip over a broken one
-    image.info.pop("exif", None)
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
 
 
 def read_image(path: str | Path) -> Tensor:

@@ -15,6 +15,8 @@ import common  # noqa: F401 (before torch, see common)
 import itertools
 import math
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +35,7 @@ from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, gather_values,
-    lock_run_folder, on_first_rank, peak_bytes, prefer_attention, setup_distributed)
+    lock_run_folder, on_first_rank, prefer_attention, setup_distributed)
 from common.video import check_ffmpeg, decode_image, write_video
 from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
@@ -100,6 +102,14 @@ def batches(videos: list[Video], size: int) -> Iterator[slice]:
         stop = start + len(list(group))
         yield from (slice(a, min(a + size, stop)) for a in range(start, stop, size))
         start = stop
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has used: of its GPU if it has one, else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # ---------------------------------------------------------------------------------- settings

@@ -10,7 +10,8 @@ from string import Template
 from typing import Any
 
 from common.files import ROOT
-from common.names import EXPERTS, with_level
+from common.names import EXPERTS
+from experts import with_level
 from model import sizes_of
 
 # ----------------------------------------------------------------------- schedulers of diffusers

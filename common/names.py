@@ -296,8 +296,8 @@ def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | Non
     if len(found) != 1:
         got = ", ".join(map(str, files.get(role, ())[:6])) or "none"
         raise FileNotFoundError(
-            f"{weights}: {role}: expected one existing file, got {got}: name it in a small "
-            f"file.yaml with lines such as `{role}: FILE`, and point `weights` at that")
+            f"{weights}: {role}: expected one existing file, got {got}: give its name as "
+            f"`{role}: FILE` in a file.yaml, and point `weights` at that")
     return found[0]
 
 
@@ -343,23 +343,6 @@ def expert_paths(weights: Path) -> list[Path] | None:
         if not path.exists():
             raise FileNotFoundError(f"{path}: is missing: get both DiTs of Wan 2.2 A14B")
     return pair
-
-
-def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Values by parameter, split into those of the expert for "high" and for "low" noise, under the
-    names that each has for itself; {"": tensors} for a model with one DiT."""
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        expert, _, rest = name.partition(".")
-        level = expert.removesuffix("_noise_model") if expert in EXPERTS else ""
-        parts.setdefault(level, {})[rest if level else name] = value
-    return parts
-
-
-def with_level(name: str, level: str) -> str:
-    """A file's name for one expert: student.safetensors → student_high_noise.safetensors."""
-    stem, dot, suffix = name.partition(".")
-    return f"{stem}_{level}_noise{dot}{suffix}" if level else name
 
 
 def dit_files(weights: str | Path) -> dict[str, Path]:

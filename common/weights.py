@@ -242,9 +242,8 @@ def read_index(path: Path) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------ identity
 
-BLOCKS = 64          # of a file or a tensor, that its identity reads
-BLOCK = 4096         # bytes of a file's block
-BLOCK_VALUES = 1024  # of a tensor's
+# The blocks of a file or tensor that its identity reads; bytes of a file's, values of a tensor's.
+BLOCKS, BLOCK, BLOCK_VALUES = 64, 4096, 1024
 
 
 def block_starts(size: int, block: int) -> list[int]:

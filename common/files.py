@@ -252,8 +252,8 @@ def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
                 remove_leftovers(folder)
             handle = open_own(path, "w")
             lock_file(handle)
-            print(f"process {os.getpid()} on host {socket.gethostname()}, since {time.ctime()},", end="",
-                  file=handle, flush=True)
+            print(f"process {os.getpid()} on host {socket.gethostname()}, since {time.ctime()},",
+                  end="", file=handle, flush=True)
     except OSError as e:
         raise ValueError(f"{folder}: cannot be written ({e}): {WRITE_REMEDY}") from e
     try:

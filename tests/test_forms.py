@@ -74,7 +74,7 @@ def test_two_networks_of_a_kind_in_one_file_are_refused_by_their_prefixes(tmp_pa
     both = {f"{prefix}.{name}": t.clone() for prefix in ("generator", "generator_ema")
             for name, t in state.items()}
     save_file(both, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="several networks .*'generator.', 'generator_ema.'.: save"):
+    with pytest.raises(ValueError, match="several networks .*'generator.', 'generator_ema.'"):
         loaded(tmp_path / "a.safetensors")
 
 

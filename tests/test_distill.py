@@ -457,7 +457,7 @@ def test_holding_out_everything_is_an_error(weights, tmp_path, ranks):
 # ---------------------------------------------------------------------- as a user runs it
 
 QUICK = {"iterations": 8, "batch": 4, "micro_batch": 2, "held_out": 2, "save_every": 1,
-         "eval_every": 4, "lr": 1e-3, "head_dim": 8, "keep": 2, "checkpointing": False,
+         "eval_every": 8, "lr": 1e-3, "head_dim": 8, "keep": 2, "checkpointing": False,
          "export_dtype": "fp32"}
 
 
@@ -470,13 +470,20 @@ def undisturbed(tmp_path_factory, tiny_weights, run_stage):
               "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
+    run_stage("synvid", path, "--run", folder / "a")
     done = run_stage("distill", path, "--run", folder / "a")
     (folder / "a.out").write_text(done.stdout)
     (folder / "a.err").write_text(done.stderr)
     return folder, path
 
 
-def test_command_makes_a_missing_small_synvid_trains_and_exports(undisturbed):
+def test_a_missing_small_synvid_is_made_first(make_weights, make_config, tmp_path, ranks):
+    weights = make_weights(tmp_path / "tiny", sizes=WanConfig(**model.TINY))  # its process's sizes
+    config = make_config(weights=str(weights), synvid={"count": 2, "batch": 2})
+    assert len(loading.open_synvid(load_config(distill.Config, "distill", [str(config)]))) == 2
+
+
+def test_the_command_trains_and_exports_a_student(undisturbed):
     folder, _ = undisturbed
     printed = (folder / "a.out").read_text()
     assert "memory plan" in printed and "held-out endpoint error" in printed
@@ -494,7 +501,7 @@ def test_command_makes_a_missing_small_synvid_trains_and_exports(undisturbed):
     assert [x["k"] for x in lines[:3]] == [1, 0, 1]
     assert {"loss_traj", "loss_adv", "loss_head", "acc_real", "acc_fake", "grad_traj", "grad_adv",
             "grad_head", "lr", "s_data", "tokens_per_s", "time"} <= lines[0].keys()
-    assert "endpoint" in lines[3] and len(lines[3]["velocity"]) == 2
+    assert "endpoint" in lines[7] and len(lines[7]["velocity"]) == 2
     assert (folder / "a/distill/curves.png").read_bytes()[:4] == b"\x89PNG"
     kept = sorted(p.name for p in (folder / "a/distill").glob("step_*"))
     assert kept == ["step_000007", "step_000008"]
@@ -509,7 +516,7 @@ def test_killed_and_terminated_at_any_moment_it_ends_with_the_same_weights(undis
     def start(*more):
         return start_script(distill.__file__, config, "--run", run, *more, outputs=(out, out))[0]
 
-    for lines in (-1, 0, 2):  # -1: killed while it starts; else in the iteration after so many
+    for lines in (-1, 1):  # -1: killed while it starts; else in the iteration after so many
         process = start()
         while lines < 0 or not (log.exists() and log.read_text().count("\n") > lines):
             time.sleep(0.3 if lines < 0 else 0.01)

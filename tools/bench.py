@@ -66,8 +66,6 @@ class Config(Shared):
                                   "[0, 10000]")
     only: str = field("", "measure only rows whose name contains this text")
     out: str | None = field(None, "JSON file for the results; defaults to <run>/bench.json")
-    peak_tflops: float | None = field(None, "device's dense peak, e.g. 989; defaults to distill's",
-                                      "(0, inf)")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses)", "[1, inf)")
 
 
@@ -114,8 +112,8 @@ def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
 def run_row(row: Row, device: torch.device) -> tuple[list[list[float]], list[int]]:
     """The seconds of each run, and the peak bytes (none on a CPU if the row runs once), of ours and
     of diffusers' if it takes part. Collective."""
-    on_gpu, warm_up = device.type == "cuda", row.runs > 1
-    if on_gpu:
+    warm_up = row.runs > 1
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         work = row.prepare()
@@ -127,16 +125,11 @@ def run_row(row: Row, device: torch.device) -> tuple[list[list[float]], list[int
             held, _ = 0, [run() for run in work]
         peaks = [held + allocated(run)[2] for run in work if warm_up]
     started, seconds = time.perf_counter(), [[] for _ in work]
-
-    def unfinished() -> bool:
-        done = len(seconds[0])
-        return done < row.runs or (done < MOST_RUNS
-                                   and time.perf_counter() - started < ENOUGH_SECONDS)
-
-    while on_first_rank(unfinished):
+    while on_first_rank(lambda: len(seconds[0]) < row.runs or (
+            len(seconds[0]) < MOST_RUNS and time.perf_counter() - started < ENOUGH_SECONDS)):
         for run, times in zip(work, seconds, strict=True):
             times.append(clock(run, device))
-    if on_gpu:
+    if device.type == "cuda":
         peaks = [torch.cuda.max_memory_allocated(device)]
     return seconds, peaks
 
@@ -321,9 +314,8 @@ class Bench:
 
     def run_vae(self, way: str) -> list[Run]:
         """Encode or decode one video."""
-        vae = self.vae()
-        x = torch.randn(vae_shape(way, self.cfg.frames, self.cfg.height, self.cfg.width))
-        x = x.to(self.device)
+        vae, size = self.vae(), (self.cfg.frames, self.cfg.height, self.cfg.width)
+        x = torch.randn(vae_shape(way, *size), device=self.device)
         return [torch.no_grad()(lambda: getattr(vae, way)(x))]
 
     def encode_prompt(self, make: Callable[[], nn.Module], run: Callable) -> list[Run]:
@@ -489,8 +481,8 @@ def main(argv: list[str] | None = None) -> None:
               "peak_tflops": peak / 1e12, "seconds": 0.0, "rows": [], "left_out": {}}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         bench = Bench(cfg, ranks, Path(on_first_rank(lambda: folder)))
-        if on_gpu or cfg.peak_tflops:
-            result["datasheet_tflops"] = cfg.peak_tflops or bench.distill.peak_tflops
+        if on_gpu:
+            result["datasheet_tflops"] = bench.distill.peak_tflops
         for row in config_rows(bench):
             if cfg.only not in row.name:
                 continue

@@ -239,8 +239,7 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     cfg.path, cfg.given = path, given
     cfg.origin = "  ".join([str(path), *(f"{name}={getattr(cfg, name)}" for name in given)])
     if wants_help:
-        default = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
-        print_help(cfg, script or default, doc)
+        print_help(cfg, script or f"{stage}.py", doc)
         raise SystemExit(0)
     trained = Path(cfg.run) / "teacher/weights"  # where stage 0 of the same config writes
     if stage not in ("teacher", "bench") and Path(cfg.weights) == trained and not trained.exists():

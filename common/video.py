@@ -180,11 +180,10 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
     """
     from matplotlib.figure import Figure
 
-    height = 3.5 * ((len(panels) + 1) // 2)
-    fig = Figure(figsize=(12, height))  # fixed margins: a computed layout draws all panels twice
-    fig.subplots_adjust(left=0.065, right=0.985, bottom=0.5 / height, top=1 - 0.4 / height,
-                        wspace=0.15, hspace=0.4)
-    axes = fig.subplots((len(panels) + 1) // 2, 2, squeeze=False)
+    rows = (len(panels) + 1) // 2
+    fig = Figure(figsize=(12, 3.5 * rows))  # a computed layout would draw all panels twice
+    fig.subplots_adjust(0.065, 0.143 / rows, 0.985, 1 - 0.114 / rows, wspace=0.15, hspace=0.4)
+    axes = fig.subplots(rows, 2, squeeze=False)
     for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, label, lines, style) in enumerate(curves):
             if points := [(line[x], line[name]) for line in lines if name in line]:

@@ -234,9 +234,8 @@ def read_index(path: Path) -> dict[str, str]:
     remedy = 'an index of shards has a "weight_map" of tensor names and files: copy it again'
     shards = read_json(path, {"weight_map": {str: str}}, remedy)["weight_map"]
     for shard in shards.values():
-        if shard != Path(shard).name or shard == "..":
-            raise ValueError(f"{path}: expected files in its own folder only, got {shard:.80}: "
-                             "copy index and shards into one folder")
+        if shard != Path(shard).name or shard == ".." or len(shard) > 255:
+            raise ValueError(f"{path}: expected files in its folder, got {shard:.80}: copy both")
     return shards
 
 

@@ -474,8 +474,8 @@ def test_tensors_of_another_kind_are_refused_before_a_network_is_built(tensors, 
 
 
 @pytest.mark.parametrize("index, message", [
-    ({"weight_map": {"a": "../b.safetensors"}}, "in its own folder only, got ../b"),
-    ({"weight_map": {"a": "/etc/b.safetensors"}}, "in its own folder only, got /etc"),
+    ({"weight_map": {"a": "../b.safetensors"}}, "files in its folder, got ../b"),
+    ({"weight_map": {"a": "/etc/b.safetensors"}}, "files in its folder, got /etc"),
     ({"weight_map": {"a": 3}}, "weight_map.a: expected text, got 3"),
     ({"weight_map": {"a": f"{FULL}.index.json"}}, "json: not a complete safetensors file"),
     ({"weight_map": {"a": "gone"}}, "gone: no such weight file, only a link to blobs/0a: download"),

@@ -191,7 +191,7 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_pa
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"width": 48}, "clips are square"), ({"vae_crop": 40}, "multiple of 8 up to 32"),
+    ({"width": 48}, "expected a square"), ({"vae_crop": 40}, "multiple of 8 up to its side"),
     ({"dit_iter": 3}, "dit_iters"), ({"vae_iters": "many"}, "vae_iters"),
     ({"preset": "wan-t2v-1.3b"}, "tiny.yaml")])
 def test_settings_that_cannot_be_served_are_named(tmp_path, changes, message):

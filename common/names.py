@@ -135,8 +135,7 @@ def check_range(name: str, t: LazyTensor) -> None:
     top = float(sample_blocks(t).abs().max())
     if top > torch.finfo(t.dtype).max / 4:
         raise ValueError(f"{t.file}: {name} is fp8 with values up to {top:.0f} and without its "
-                         "scale, which was lost or is elsewhere (HunyuanVideo's in …_fp8_map.pt, "
-                         f"which belongs next to …_fp8.pt): {REMEDY}")
+                         f"scale (HunyuanVideo's …_fp8.pt needs its …_fp8_map.pt): {REMEDY}")
 
 
 @functools.lru_cache

@@ -157,8 +157,7 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
             state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
         raise ValueError(f"{path}: cannot be read as weights ({error_summary(e)}): it is damaged, "
-                         "or contains code, which is never read, or has a pickle protocol that is "
-                         "not torch's own: copy it again, or save it as .safetensors") from e
+                         "or contains code, which is never read: save it as .safetensors") from e
     for wrapper in ("module", "ema", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -179,9 +178,12 @@ def only_weights(folder: Path, stem: str = "") -> Path:
     found = [p for p in files if p.suffix in WEIGHT_SUFFIXES[:-1]]
     found = [p for p in found if p.suffix == ".safetensors"] or found or [
         p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
-    found = [p for p in found if "." not in p.stem] or found
-    if indices := [p for p in files if INDEX_NAME.fullmatch(p.name)]:
-        found = indices + [p for p in found if stem and p.stem == stem]
+    plain = [p for p in found if p.stem == stem]
+    found = plain or [p for p in found if "." not in p.stem] or found
+    indices = [p for p in files if p.suffix == ".json" and ".index" in p.suffixes]
+    if indices:  # of safetensors rather than .bin, of a plain name rather than a variant
+        indices.sort(key=lambda p: (".safetensors" not in p.suffixes, len(p.suffixes)))
+        found = indices[:1] + plain
     if len(found) != 1:
         got = ", ".join(p.name for p in found[:6]) or "no weight file"
         raise FileNotFoundError(f"{folder}: expected one .safetensors file, or shards with their "
@@ -189,7 +191,6 @@ def only_weights(folder: Path, stem: str = "") -> Path:
     return found[0]
 
 
-INDEX_NAME = re.compile(r".*\.(safetensors|bin)\.index(\..+)?\.json")
 SHARD_NAME = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
 
 

@@ -20,7 +20,8 @@ from common.names import (
     EXPERTS, dit_tensors, find_dit, fingerprint, fingerprint_files, role_file)
 from common.names import COMFY, comfy_to_official, official_names, plain_names
 from common.ranks import generator
-from common.weights import LazyTensor, describe_model, open_tensors, safetensors_metadata
+from common.weights import (
+    LazyTensor, describe_model, only_weights, open_tensors, safetensors_metadata)
 from frozen.load import load_text, load_vae
 from model import PRESETS, build_dit, load_dit
 
@@ -259,7 +260,7 @@ def test_hunyuan_s_fp8_release_is_read_with_the_scales_in_its_map(tmp_path):
     state = {name: 1e-3 * t for name, t in state_of("hunyuan-tiny").items()}
     stored, scales = fp8_of(state, "", ())
     torch.save({"module": stored}, tmp_path / "a_fp8.pt")
-    with pytest.raises(ValueError, match="without its scale, .*_fp8_map.pt, which belongs next to"):
+    with pytest.raises(ValueError, match="without its scale .*needs its …_fp8_map.pt"):
         dit_tensors(tmp_path / "a_fp8.pt")
     torch.save(scales, tmp_path / "a_fp8_map.pt")
     got = loaded(tmp_path / "a_fp8.pt", "hunyuan-tiny")
@@ -272,7 +273,7 @@ LAYER = "blocks.1.ffn.0"  # a matrix of [256, 128]
 
 
 @pytest.mark.parametrize("more, scheme", [
-    ({}, "without its scale, which was lost or is elsewhere"),
+    ({}, "without its scale .HunyuanVideo"),
     ({"scale_weight": torch.ones(256, 4, 1)}, r"\[256, 4, 1\] .*: scales per block are not supp"),
     ({"weight_scale": torch.ones(1, 128)}, r"\[1, 128\] for a weight .*: scales per block"),
     ({"weight_scale": torch.ones(256, 4, dtype=torch.uint8)}, "holds uint8 .*scales per block"),
@@ -436,7 +437,7 @@ def test_a_file_of_another_kind_is_refused_by_what_it_is(kind, tmp_path):
     with pytest.raises(ValueError, match="damaged, or contains code, which is never read"):
         open_tensors(tmp_path / "code.pt")
     torch.save({"a": torch.ones(2)}, tmp_path / "five.pt", pickle_protocol=5)
-    with pytest.raises(ValueError, match="has a pickle protocol that is not torch's own"):
+    with pytest.raises(ValueError, match="five.pt: cannot be read as weights"):
         open_tensors(tmp_path / "five.pt")
     (tmp_path / "noise.bin").write_bytes(b"\x12\x34" * 40)
     with pytest.raises(ValueError, match="noise.bin: not a complete safetensors file"):
@@ -569,6 +570,20 @@ def test_wan_2_2_ti2v_is_refused_by_its_name(tmp_path):
     save_file(state, tmp_path / FULL)
     with pytest.raises(ValueError, match=r"patch_embedding.weight in .* holds float32 \[128, 48"):
         load_dit(tmp_path, "tiny")
+
+
+def test_among_files_of_one_model_the_plain_name_and_safetensors_are_preferred(tmp_path):
+    stem = "diffusion_pytorch_model"
+    for name in (f"{stem}.bin.index.json", f"{stem}.fp16.safetensors.index.json",
+                 f"{FULL}.index.json"):
+        (tmp_path / name).touch()
+        assert only_weights(tmp_path, stem).name == name  # each is preferred to those before it
+        (tmp_path / "vae.safetensors").touch()
+    for path in tmp_path.glob("*.json"):
+        path.unlink()
+    for name in (f"{stem}_old.safetensors", f"{stem}.fp16.safetensors", FULL):
+        (tmp_path / name).touch()
+    assert only_weights(tmp_path, stem).name == FULL
 
 
 def test_a_student_next_to_its_teacher_s_shards_is_refused_as_ambiguous(tmp_path):

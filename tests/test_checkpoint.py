@@ -296,7 +296,8 @@ def test_the_attacks_of_these_tests_do_run_where_a_pickle_is_read(tmp_path):
 def test_an_old_checkpoint_is_refused_in_one_line(ranks, tmp_path):
     dcp.save({"w": torch.ones(3)}, checkpoint_id=str(tmp_path / "step_000003"))
     write_json(tmp_path / "step_000003/meta.json", {"step": 3})
-    with pytest.raises(ValueError, match="step_000003: meta.json .*has no key crc32"):
+    with pytest.raises(ValueError, match="step_000003: has the format of an earlier version, which "
+                                         "holds a pickle and is not read"):
         latest_checkpoint(tmp_path, ranks)
 
 

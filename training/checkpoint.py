@@ -206,6 +206,8 @@ def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
 
 def read_meta(path: Path) -> dict | str:
     """A checkpoint's meta.json, or what is wrong with it."""
+    if (path / ".metadata").exists():
+        return "has the format of an earlier version, which holds a pickle and is not read"
     try:
         meta = read_json(path / "meta.json", {"crc32": str, "format": int, "step": int})
         if meta.pop("crc32") != crc32_of_json(meta) or meta["format"] != FORMAT:

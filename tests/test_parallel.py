@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import distill
 import model
-from common.names import by_expert, with_level
 from common.ranks import Ranks, generator, setup_distributed
 from common.weights import save_tensors
+from experts import by_expert, with_level
 from model import HunyuanConfig, WanConfig, key_times
 from training import data as loading
 from training.monitor import held_out_errors

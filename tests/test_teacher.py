@@ -200,7 +200,7 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(traine
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"width": 48}, "clips are square"), ({"vae_crop": 40}, "multiple of 8 up to 32"),
+    ({"width": 48}, "expected a square"), ({"vae_crop": 40}, "multiple of 8 up to its side"),
     ({"dit_iter": 3}, "dit_iters"), ({"vae_iters": "many"}, "vae_iters"),
     ({"preset": "wan-t2v-1.3b"}, "tiny.yaml"),
     ({"out": Path(__file__).parent / "fixtures"}, "hunyuan_clip.safetensors exists, and is not")])

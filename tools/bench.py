@@ -41,13 +41,13 @@ import synvid
 from common.config import Shared, field, load_config
 from common.files import error_summary, read_json, write_json
 from common.linear import linear
-from common.names import by_expert, with_level
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     prefer_attention, processor, setup_distributed)
 from common.video import write_video
 from common.weights import save_tensors
 from evaluation.page import commit, markdown_table
+from experts import by_expert, with_level
 from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     sizes_of, time_grid)

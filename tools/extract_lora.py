@@ -27,10 +27,11 @@ from artifacts.student import (
     student_facts)
 from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json, write_text
-from common.names import by_expert, dit_tensors, fingerprint, with_level
+from common.names import dit_tensors, fingerprint
 from common.ranks import cli, generator, pick_device
 from common.video import draw_panels
 from common.weights import LazyTensor, describe_model, lazy_tensor
+from experts import by_expert, with_level
 from model import check_model
 
 

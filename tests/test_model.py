@@ -907,8 +907,8 @@ def test_pyproject_holds_settings_of_tools_and_nothing_that_cannot_be_installed(
     assert tomllib.loads((ROOT / "pyproject.toml").read_text()).keys() == {"tool"}
 
 
-ARROWS = {"common": {"common"}, "toy1d": set(), "sequence_parallel": set(),
-          "model": {"model", "experts", "sequence_parallel", "common"},
+ARROWS = {"common": {"common"}, "toy1d": set(),
+          "model": {"model", "experts", "common"},
           "experts": {"experts", "common"},
           "artifacts": {"artifacts", "model", "experts", "common"},
           "frozen": {"frozen", "model", "common"},

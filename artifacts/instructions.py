@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from common.files import ROOT
-from common.names import with_level
+from experts import with_level
 from model import sizes_of
 
 # ----------------------------------------------------------------------- schedulers of diffusers

@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from common.files import NUMBER, abbreviate, parse_json, read_json, shape_error
 from common.linear import Linear, linear
 from common.names import (
-    EXPERTS, PEFT_SETTINGS, by_expert, check_sizes, comfy_to_official, dit_tensors, expert_files,
+    EXPERTS, PEFT_SETTINGS, check_sizes, comfy_to_official, dit_tensors, expert_files,
     official_names)
 from common.ranks import Ranks, generator
 from common.weights import (
     LazyTensor, describe_model, load_module, open_tensors, safetensors_metadata)
-from experts import shard_dit
+from experts import by_expert, shard_dit
 from model import build_dit
 
 # --------------------------------------------------------------------------- reading and merging

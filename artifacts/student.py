@@ -38,10 +38,11 @@ from common.files import (
     NUMBER, abbreviate, crc32_of_file, error_summary, parse_json, replace_file, shape_error,
     sync_to_disk, write_json, write_text)
 from common.names import (
-    EXPERTS, by_expert, dit_tensors, expert_paths, fingerprint, official_names, with_level)
+    EXPERTS, dit_tensors, expert_paths, fingerprint, official_names)
 from common.ranks import AgreedError, Ranks, compute_dtype, raise_together
 from common.weights import (
     DTYPES, LazyTensor, load_module, open_tensors, safetensors_header, safetensors_metadata)
+from experts import by_expert, with_level
 from model import Sizes, empty_dit, key_times, sizes_of
 
 # ------------------------------------------------------------------- what a student's file says

@@ -4,6 +4,7 @@ A stage's Config is a dataclass that extends `Shared`. Every key is known, typed
 its interval and explained by --help.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -98,32 +99,27 @@ DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][+-]?[0-9
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
     """A value of YAML or the command line as its field's type. Raises ValueError naming the key."""
-    if typing.get_origin(kind) is types.UnionType:  # X | None
-        if value is None or value in ("none", "null", "~", ""):
-            return None
-        kind = typing.get_args(kind)[0]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    plain = isinstance(value, str | int | float)  # str() of a nested one has no bound
-    number = plain and not isinstance(value, bool)
-    try:
-        if origin is list:
-            items = value.replace(",", " ").split() if isinstance(value, str) else value
-            if isinstance(items, list):
-                return [coerce(item, arguments[0], key, where) for item in items]
-        elif origin is Literal and value in arguments:
-            return value
-        elif kind is bool and plain:
-            return BOOLEANS[str(value).lower()]
-        elif kind is str and number:
-            return str(value)
-        elif (kind is float and number and DECIMAL.fullmatch(str(value).strip())
-              and math.isfinite(x := float(value))):
+    if origin is types.UnionType:  # X | None
+        is_none = value is None or value in ("none", "null", "~", "")
+        return None if is_none else coerce(value, arguments[0], key, where)
+    if origin is list and isinstance(value, str):
+        value = value.replace(",", " ").split()
+    if origin is list and isinstance(value, list):
+        return [coerce(item, arguments[0], key, where) for item in value]
+    if origin is Literal and value in arguments:
+        return value
+    text = str(value) if isinstance(value, str | int | float) else ""  # a nested one has no bound
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
+        if kind is bool:
+            return BOOLEANS[text.lower()]
+        if kind is str and (text or value == "") and not isinstance(value, bool):
+            return text
+        if (kind is float and not isinstance(value, bool) and DECIMAL.fullmatch(text.strip())
+                and math.isfinite(x := float(text))):
             return x
-        elif (kind is int and number and INTEGER.fullmatch(str(value))
-              and (x := Fraction(str(value))).denominator == 1):
+        if kind is int and INTEGER.fullmatch(text) and (x := Fraction(text)).denominator == 1:
             return int(x)
-    except (ValueError, KeyError, OverflowError):
-        pass
     name = " | ".join(arguments) if origin is Literal else str(kind) if origin else kind.__name__
     raise ValueError(f"{where}: {key}: expected {name}, got {abbreviate(value)}")
 
@@ -245,8 +241,7 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     cfg.path, cfg.given = path, given
     cfg.origin = "  ".join([str(path), *(f"{name}={getattr(cfg, name)}" for name in given)])
     if wants_help:
-        default = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
-        print_help(cfg, script or default, doc)
+        print_help(cfg, script or f"{stage}.py", doc)
         raise SystemExit(0)
     trained = Path(cfg.run) / "teacher/weights"  # where stage 0 of the same config writes
     if stage not in ("teacher", "bench") and Path(cfg.weights) == trained and not trained.exists():

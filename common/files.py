@@ -119,12 +119,9 @@ def append_log(path: Path, line: dict) -> None:
 
 # ------------------------------------------------------------------------------------ reading
 
-LARGEST = 1 << 26  # bytes of JSON or text; a larger file is not what its name claims
-
-
-def read_text(path: str | Path, largest: int = LARGEST) -> str:
-    """The text of a UTF-8 file. Raises ValueError for another file, or more bytes than `largest`.
-    """
+def read_text(path: str | Path, largest: int = 1 << 26) -> str:
+    """The text of a UTF-8 file. Raises ValueError for another file, or more bytes than `largest`:
+    such a file is not what its name claims."""
     path = Path(path)
     if path.stat().st_size > largest or not path.is_file():
         raise ValueError(f"{path}: expected a regular file of at most {largest} bytes: replace it")
@@ -255,9 +252,8 @@ def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
                 remove_leftovers(folder)
             handle = open_own(path, "w")
             lock_file(handle)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            handle.write(f"process {os.getpid()} on host {socket.gethostname()}, since {since},")
-            handle.flush()
+            print(f"process {os.getpid()} on host {socket.gethostname()}, since {time.ctime()},",
+                  end="", file=handle, flush=True)
     except OSError as e:
         raise ValueError(f"{folder}: cannot be written ({e}): {WRITE_REMEDY}") from e
     try:

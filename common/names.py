@@ -58,16 +58,15 @@ def plain_names(tensors: dict, component: str) -> dict:
         return tensors
     for name, t in tensors.items():
         if LORA.fullmatch(name):
-            raise ValueError(f"{t.file}: is a LoRA ({name:.80}), which changes a model: point "
-                             "`weights` at the model, and give this file as --lora")
+            raise ValueError(f"{t.file}: is a LoRA ({name:.80}): give it as --lora, and point "
+                             "`weights` at its model")
     file = next(iter(tensors.values())).file
     tensors = {WRAPPERS.sub("", name): t for name, t in tensors.items()}
     prefixes = {name.removesuffix(anchor) for name in tensors for anchor in ANCHORS[component]
                 if name == anchor or name.endswith(f".{anchor}")} or {""}
     if len(prefixes) > 1:
         raise ValueError(f"{file}: contains several networks of this kind, under "
-                         f"{', '.join(f'{p!r:.80}' for p in sorted(prefixes)[:6])}: save the one "
-                         "you mean alone")
+                         f"{abbreviate(sorted(prefixes))}: save the one you mean alone")
     prefix = prefixes.pop()
     tensors = with_scales({name.removeprefix(prefix): t for name, t in tensors.items()
                            if name.startswith(prefix)})
@@ -89,15 +88,13 @@ def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
             scales[f"{scale[1]}.weight"] = name, t
         elif not UNUSED_SCALE.fullmatch(name):
             out[name] = t
-    for name, (scale_name, scale) in scales.items():
-        if name in out:
-            out[name] = scaled(out[name], scale_name, scale)
     for name, t in out.items():
         if t.dtype in FLOAT8:
-            check_range(name, t)
-    for t in tensors.values():
-        if t.dtype in FLOAT8 and t.shape != (0,):  # ComfyUI's marker is empty
             warn_of_fp8(t.file, bool(scales))
+        if name in scales:
+            out[name] = scaled(t, *scales[name])
+        elif t.dtype in FLOAT8:
+            check_range(name, t)
     return out
 
 
@@ -138,19 +135,16 @@ def check_range(name: str, t: LazyTensor) -> None:
     top = float(sample_blocks(t).abs().max())
     if top > torch.finfo(torch.float8_e4m3fn).max / 4:
         raise ValueError(f"{t.file}: {name} is fp8 with values up to {top:.0f} and without its "
-                         "scale: the scales of these weights are stored elsewhere (HunyuanVideo's "
-                         "in …_fp8_map.pt, which belongs next to …_fp8.pt) or were lost: "
-                         f"{REMEDY}")
+                         f"scale (HunyuanVideo's …_fp8.pt needs its …_fp8_map.pt): {REMEDY}")
 
 
 @functools.lru_cache
 def warn_of_fp8(file: Path, scaled: bool) -> None:
     """Print once per file what fp8 weights cost, as measured on the small world's student."""
-    cost = ("a quarter more endpoint error" if scaled else
-            "velocities 6 to 8% off, twice the endpoint error")
     if os.environ.get("RANK", "0") == "0":
+        cost = "a quarter more" if scaled else "twice the"
         print(f"{file}: {'scaled ' if scaled else ''}fp8 weights: on the small world they cost "
-              f"{cost}; 16-bit weights cost nothing", flush=True)
+              f"{cost} endpoint error; 16-bit weights cost nothing", flush=True)
 
 
 # ------------------------------------------------------------------------ ComfyUI's HunyuanVideo
@@ -268,8 +262,7 @@ def read_list(path: Path) -> dict[str, Path]:
     the key if it is not such a list."""
     values = load_yaml(path)
     if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
-        raise ValueError(f"{path}: expected lines such as `dit: file.safetensors`, for "
-                         f"{', '.join(ROLES)}")
+        raise ValueError(f"{path}: expected lines `ROLE: FILE`, for {', '.join(ROLES)}")
     check_keys(values, ROLES, str(path))
     return {key: path.parent / Path(value).expanduser() for key, value in values.items()}
 
@@ -302,8 +295,8 @@ def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | Non
     if len(found) != 1:
         got = ", ".join(map(str, files.get(role, ())[:6])) or "none"
         raise FileNotFoundError(
-            f"{weights}: {role}: expected one existing file, got {got}: name it in a small "
-            f"file.yaml with lines such as `{role}: FILE`, and point `weights` at that")
+            f"{weights}: {role}: expected one existing file, got {got}: give its name as "
+            f"`{role}: FILE` in a file.yaml, and point `weights` at that")
     return found[0]
 
 
@@ -337,8 +330,8 @@ def expert_paths(weights: Path) -> list[Path] | None:
     folder, index = weights if weights.is_dir() else weights.parent, weights / "model_index.json"
     if folder.name in EXPERTS or (folder.name.startswith("transformer")
                                   and (folder.parent / "transformer_2").exists()):
-        raise ValueError(f"{weights}: is one of the two DiTs of Wan 2.2 A14B, each of which "
-                         f"samples a part of the steps: point `weights` at {folder.parent}")
+        raise ValueError(f"{weights}: is one of the two DiTs of Wan 2.2 A14B: point `weights` at "
+                         f"{folder.parent}")
     pair = None if weights.is_dir() else expert_files(weights)
     if any((weights / name).exists() for name in EXPERTS):
         pair = [weights / name for name in EXPERTS]
@@ -347,26 +340,8 @@ def expert_paths(weights: Path) -> list[Path] | None:
         pair = [weights / "transformer", weights / "transformer_2"]
     for path in pair or ():
         if not path.exists():
-            raise FileNotFoundError(f"{path}: is missing; Wan 2.2 A14B has two DiTs, for high and "
-                                    "for low noise: get both")
+            raise FileNotFoundError(f"{path}: is missing: get both DiTs of Wan 2.2 A14B")
     return pair
-
-
-def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Values by parameter, split into those of the expert for "high" and for "low" noise, under the
-    names that each has for itself; {"": tensors} for a model with one DiT."""
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        expert, _, rest = name.partition(".")
-        level = expert.removesuffix("_noise_model") if expert in EXPERTS else ""
-        parts.setdefault(level, {})[rest if level else name] = value
-    return parts
-
-
-def with_level(name: str, level: str) -> str:
-    """A file's name for one expert: student.safetensors → student_high_noise.safetensors."""
-    stem, dot, suffix = name.partition(".")
-    return f"{stem}_{level}_noise{dot}{suffix}" if level else name
 
 
 def dit_files(weights: str | Path) -> dict[str, Path]:
@@ -398,9 +373,8 @@ def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
     folder's JSON files say other sizes or another boundary."""
     files, expected = dit_files(weights), dataclasses.asdict(sizes)
     if (len(files) == 2) != (sizes.boundary is not None):
-        raise ValueError(f"{weights}: expected {1 if len(files) == 2 else 2} DiT(s) by {what}, got "
-                         f"{len(files)}; Wan 2.2 A14B has two, other models one: choose the preset "
-                         "that belongs to these weights")
+        raise ValueError(f"{weights}: expected {3 - len(files)} DiT(s) by {what}, got "
+                         f"{len(files)} (Wan 2.2 A14B has two): choose the preset of these weights")
     if not Path(weights).is_dir():
         return
     for path in [*(file.with_name("config.json") for file in files.values()),
@@ -409,20 +383,15 @@ def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
             name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
             if name in expected and got is not None and got != expected[name]:
                 raise ValueError(f"{path}: {key} is {abbreviate(got)}, {what} has "
-                                 f"{expected[name]}: choose the preset that belongs to these "
-                                 "weights, or add one")
+                                 f"{expected[name]}: choose the preset of these weights")
 
 
 def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
     """The DiT tensors of an official or diffusers folder, or of one file, under official names; of
-    Wan 2.2 A14B with the folder's name before them. Raises ValueError for Wan 2.2 TI2V-5B."""
+    Wan 2.2 A14B with the folder's name before them."""
     found = {}
     for prefix, file in dit_files(weights).items():
         tensors = official_names(open_tensors(file), "transformer")
-        if "patch_embedding.weight" in tensors and (
-                tensors["patch_embedding.weight"].shape[1:2] == (48,)):
-            raise ValueError(f"{file}: is Wan 2.2 TI2V-5B, whose VAE and times of each token are "
-                             "not supported: use Wan 2.2 A14B or Wan 2.1")
         found |= {prefix + name: t for name, t in tensors.items()}
     return found
 

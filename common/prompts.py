@@ -60,11 +60,9 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file; expected one prompt per line, in "
-                                "UTF-8")
+        raise FileNotFoundError(f"{path}: no such prompt file")
     if path.suffix.lower() not in READERS:
-        raise ValueError(f"{path}: expected prompts as .txt, .jsonl, .json, .csv or .tsv, got a "
-                         f"{path.suffix} file: convert it")
+        raise ValueError(f"{path}: expected .txt, .jsonl, .json, .csv or .tsv: convert the file")
     text = read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")
     try:
         entries = READERS[path.suffix.lower()](text)
@@ -79,7 +77,7 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
         if images and os.environ.get("RANK", "0") == "0":
             with ThreadPoolExecutor(8) as pool:  # PIL releases the interpreter's lock
                 list(pool.map(decode_image, {prompt.image: None for prompt in prompts.values()}))
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         raise ValueError(f"{path}: {e}") from e
     return list(prompts.values())
 
@@ -95,8 +93,7 @@ def to_prompt(entry: str | dict, place: str, folder: Path) -> Prompt:
         raise ValueError(f"{place}: expected one prompt and at most one image, as {EXAMPLE}, got "
                          f"{abbreviate(entry)}")
     if re.search("[\0\ud800-\udfff]", "".join(texts + images)):
-        raise ValueError(f"{place} is not UTF-8 text: {abbreviate(entry)} contains a NUL or half "
-                         "of a surrogate pair: remove it")
+        raise ValueError(f"{place} is not UTF-8 text: remove NUL or \\ud… in {abbreviate(entry)}")
     return Prompt(texts[0].strip(), folder / images[0] if images else None)
 
 

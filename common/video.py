@@ -5,7 +5,6 @@ Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image
 
 import re
 import subprocess
-import tempfile
 import textwrap
 import unicodedata
 from collections.abc import Iterable
@@ -32,12 +31,11 @@ def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
     video = torch.as_tensor(video)
     is_frames = video.dtype == torch.uint8
     if video.ndim != 4 or video.shape[-1 if is_frames else 0] != 3 or 0 in video.shape:
-        raise ValueError(f"expected a video, float [3, T, H, W] or uint8 [T, H, W, 3], nothing "
-                         f"empty, got {video.dtype} of shape {list(video.shape)}")
+        raise ValueError(f"expected a video, float [3, T, H, W] or uint8 [T, H, W, 3], not empty, "
+                         f"got {video.dtype} of shape {list(video.shape)}")
     if not is_frames:
         if not torch.isfinite(video).all():
-            raise ValueError("the video contains NaN or infinite values: the network or its "
-                             "weights overflowed; check the weights file")
+            raise ValueError("the video contains NaN or infinity: check the weights file")
         video = ((video.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
         video = video.permute(1, 2, 3, 0)
     return np.ascontiguousarray(video.cpu().numpy())
@@ -88,8 +86,7 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
     """
     path, frames, mp4 = Path(path), to_uint8(video), Path(path).suffix == ".mp4"
     if path.suffix not in (".mp4", ".gif") or not 0 < fps < float("inf"):
-        raise ValueError(f"{path}: expected a name that ends in .mp4 or .gif and a positive number "
-                         f"of frames per second, got fps={fps}")
+        raise ValueError(f"{path}: expected a name in .mp4 or .gif and fps > 0, got fps={fps}")
     frames = np.concatenate([frames] * max(1, round(seconds * fps / len(frames))))
     if mp4:
         frames = np.pad(frames, [(0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)], "edge")
@@ -110,30 +107,24 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
 
 
 def check_ffmpeg() -> None:
-    """Write a small video, so that a missing or unsuitable ffmpeg is reported before hours of
+    """Encode a small video, so that a missing or unsuitable ffmpeg is reported before hours of
     sampling. Raises ValueError."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            write_video(Path(folder) / "a.mp4", np.zeros((1, 16, 16, 3), np.uint8), 8)
-        except (ValueError, OSError, RuntimeError) as e:  # imageio-ffmpeg raises the last
-            raise ValueError(f"ffmpeg: cannot write a video ({error_summary(e.__cause__ or e)}): "
-                             "install imageio-ffmpeg again, or set IMAGEIO_FFMPEG_EXE to an ffmpeg "
-                             "that has libx264") from e
+    try:
+        run_ffmpeg(*"-f lavfi -i color=s=16x16:d=1 -c:v libx264 -f null -".split())
+    except (OSError, RuntimeError) as e:  # imageio-ffmpeg raises the last
+        raise ValueError(f"ffmpeg: cannot write a video ({error_summary(e)}): install imageio-"
+                         "ffmpeg again, or set IMAGEIO_FFMPEG_EXE to one with libx264") from e
 
 
 def read_video(path: str | Path) -> Tensor:
     """All frames of a video file, float [3, T, H, W] in [-1, 1].
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is corrupt or has no frame.
+    Raises ValueError if it is missing or corrupt, or has no frame.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no video file {path}")
     try:
-        frames = torch.from_numpy(read_frames(path))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a video ({error}): make it again, or convert "
-                         "it to H.264 .mp4") from error
+        frames = torch.from_numpy(read_frames(Path(path)))
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read as a video ({e}): make it again") from e
     return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
@@ -189,11 +180,10 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
     """
     from matplotlib.figure import Figure
 
-    height = 3.5 * ((len(panels) + 1) // 2)
-    fig = Figure(figsize=(12, height))  # fixed margins: a computed layout draws all panels twice
-    fig.subplots_adjust(left=0.065, right=0.985, bottom=0.5 / height, top=1 - 0.4 / height,
-                        wspace=0.15, hspace=0.4)
-    axes = fig.subplots((len(panels) + 1) // 2, 2, squeeze=False)
+    rows = (len(panels) + 1) // 2
+    fig = Figure(figsize=(12, 3.5 * rows))  # a computed layout would draw all panels twice
+    fig.subplots_adjust(0.065, 0.143 / rows, 0.985, 1 - 0.114 / rows, wspace=0.15, hspace=0.4)
+    axes = fig.subplots(rows, 2, squeeze=False)
     for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, label, lines, style) in enumerate(curves):
             if points := [(line[x], line[name]) for line in lines if name in line]:
@@ -224,39 +214,24 @@ def decode_image(path: str | Path) -> np.ndarray:
     It is turned by its EXIF orientation; grey becomes RGB; transparent parts become white; of
     several frames the first is used. Raises FileNotFoundError, or ValueError if it is broken.
     """
-    path = Path(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such image")
     try:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such image")
         with Image.open(path, formats=FORMATS) as image:
-            return image_pixels(image)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # PIL raises many types for a broken file
-        raise ValueError(f"{str(path):.200} cannot be read as an image ({error}); expected "
-                         f"{', '.join(FORMATS)}: save it again") from error
-
-
-def image_pixels(image: Image.Image) -> np.ndarray:
-    """decode_image of an open image. Raises ValueError if it is too large, or grey of more than 8
-    bits, whose white is not known and which PIL would clip at 255."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"it has {image.width}×{image.height} pixels, expected at most "
-                         f"{MAX_PIXELS}: make it smaller")
-    if image.mode.startswith(("I", "F")):
-        raise ValueError("it has more than 8 bits of grey: convert it to 8 bits")
-    image.getexif()  # cached; without the raw tags exif_transpose does not trip over a broken one
-    image.info.pop("exif", None)
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image as a person sees it."""
-    return decode_image(path).shape[:2]
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS}")
+            if image.mode.startswith(("I", "F")):  # whose white is not known
+                raise ValueError("it has more than 8 bits of grey: convert it to 8 bits")
+            image.getexif()  # cached; without the raw tags exif_transpose accepts broken ones
+            image.info.pop("exif", None)
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except Exception as e:  # PIL raises many types for a broken file
+        raise ValueError(f"{path} cannot be read as an image ({e}): save it again as "
+                         f"{' or '.join(FORMATS)}") from e
 
 
 def read_image(path: str | Path) -> Tensor:

@@ -3,6 +3,7 @@
 A tensor is read when it is needed, and each rank reads only the rows that it keeps.
 """
 
+import json
 import math
 import os
 import pickle
@@ -17,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.files import error_summary, parse_json, read_json, replace_file, shape_error
+from common.files import error_summary, read_json, replace_file
 from common.ranks import local_rows
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".model")
@@ -58,12 +60,9 @@ def lazy_tensor(tensor: Tensor, file: Path) -> LazyTensor:
 
 # How files start that are not weights: (start in lower case, what the file is, what to do).
 OTHER_FILES = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the weights",
-     "fetch them by `git lfs pull`"),
-    ((b"<!doctype", b"<html", b"<?xml"), "is a web page, not weights",
-     "the download failed, perhaps for lack of a login: download it again"),
-    (b"gguf", "is a GGUF file, whose weights are quantised",
-     "use bf16, fp16 or fp32 weights as .safetensors"))
+    (b"version https://git-lfs", "is a Git LFS pointer, not the weights", "run `git lfs pull`"),
+    ((b"<!doctype", b"<html", b"<?xml"), "is a web page, not weights", "log in and download again"),
+    (b"gguf", "is a GGUF file, whose weights are quantised", "use bf16, fp16 or fp32 .safetensors"))
 TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, pickles
 
 
@@ -89,7 +88,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
           "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int]:
@@ -99,26 +97,16 @@ def safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int
     Raises ValueError naming the file unless the tensors fill the data without gap or overlap.
     Source: the format's own description (8 bytes of header length, JSON, data).
     """
-    with path.open("rb") as f:
-        size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
-        text = f.read(length) if length <= LARGEST_HEADER else b""
     try:
-        entries = parse_json(text.decode(), "header", {str: dict})
-        metadata, end = entries.pop("__metadata__", {}), 0
-        fault = shape_error(metadata, {str: str}, "__metadata__") or shape_error(
-            entries, {str: {"dtype": str, "shape": [int], "data_offsets": [int]}})
-        if fault:
-            raise ValueError(fault)
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
-            if dtype is None or len(shape) > 8 or not all(0 <= n < 1 << 40 for n in shape):
-                raise ValueError(f"{name:.80} has dtype {entry['dtype']:.40} and shape {shape[:8]}")
-            start, end = end, end + dtype.itemsize * math.prod(shape)
-            if entry["data_offsets"] != [start, end]:
-                raise ValueError(f"{name:.80} is not at bytes {start} to {end}")
-        if 8 + length + end != size:
-            raise ValueError(f"its tensors have {end} bytes, the file {size - 8 - length}")
-    except ValueError as e:
+        with safe_open(path, "pt", backend="pread"):  # checks the header; nothing is mapped
+            pass
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            entries = json.loads(f.read(length))
+        metadata = entries.pop("__metadata__", {})
+        if unknown := {entry["dtype"] for entry in entries.values()} - DTYPES.keys():
+            raise ValueError(f"dtypes {unknown} are not supported")
+    except (ValueError, SafetensorError) as e:
         raise ValueError(f"{path}: not a complete safetensors file ({error_summary(e)}): copy or "
                          "make it again") from e
     return metadata, entries, 8 + length
@@ -171,15 +159,13 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
             state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
         raise ValueError(f"{path}: cannot be read as weights ({error_summary(e)}): it is damaged, "
-                         "or contains code, which is never read, or has a pickle protocol that is "
-                         "not torch's own: copy it again, or save it as .safetensors") from e
+                         "or contains code, which is never read: save it as .safetensors") from e
     for wrapper in ("module", "ema", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(v, Tensor) for name, v in state.items()):
-        raise ValueError(f"{path}: expected a state dict of tensors, got {type(state).__name__} of "
-                         "other things: name the right file")
+        raise ValueError(f"{path}: expected tensors by name, got something else: name another file")
     return {name: lazy_tensor(value, path) for name, value in state.items()}
 
 
@@ -194,9 +180,12 @@ def only_weights(folder: Path, stem: str = "") -> Path:
     found = [p for p in files if p.suffix in WEIGHT_SUFFIXES[:-1]]
     found = [p for p in found if p.suffix == ".safetensors"] or found or [
         p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
-    found = [p for p in found if "." not in p.stem] or found
-    if indices := [p for p in files if INDEX_NAME.fullmatch(p.name)]:
-        found = indices + [p for p in found if stem and p.stem == stem]
+    plain = [p for p in found if p.stem == stem]
+    found = plain or [p for p in found if "." not in p.stem] or found
+    indices = [p for p in files if p.suffix == ".json" and ".index" in p.suffixes]
+    if indices:  # of safetensors rather than .bin, of a plain name rather than a variant
+        indices.sort(key=lambda p: (".safetensors" not in p.suffixes, len(p.suffixes)))
+        found = indices[:1] + plain
     if len(found) != 1:
         got = ", ".join(p.name for p in found[:6]) or "no weight file"
         raise FileNotFoundError(f"{folder}: expected one .safetensors file, or shards with their "
@@ -204,7 +193,6 @@ def only_weights(folder: Path, stem: str = "") -> Path:
     return found[0]
 
 
-INDEX_NAME = re.compile(r".*\.(safetensors|bin)\.index(\..+)?\.json")
 SHARD_NAME = re.compile(r".*-\d{5}-of-(\d{5})\.\w+")
 
 
@@ -249,17 +237,15 @@ def read_index(path: Path) -> dict[str, str]:
     remedy = 'an index of shards has a "weight_map" of tensor names and files: copy it again'
     shards = read_json(path, {"weight_map": {str: str}}, remedy)["weight_map"]
     for shard in shards.values():
-        if shard != Path(shard).name or shard == "..":
-            raise ValueError(f"{path}: expected files in its own folder only, got {shard:.80}: "
-                             "copy index and shards into one folder")
+        if shard != Path(shard).name or shard == ".." or len(shard) > 255:
+            raise ValueError(f"{path}: expected files in its folder, got {shard:.80}: copy both")
     return shards
 
 
 # ------------------------------------------------------------------------------------ identity
 
-BLOCKS = 64          # of a file or a tensor, that its identity reads
-BLOCK = 4096         # bytes of a file's block
-BLOCK_VALUES = 1024  # of a tensor's
+# The blocks of a file or tensor that its identity reads; bytes of a file's, values of a tensor's.
+BLOCKS, BLOCK, BLOCK_VALUES = 64, 4096, 1024
 
 
 def block_starts(size: int, block: int) -> list[int]:
@@ -300,6 +286,7 @@ MODEL_MARKS = (
     ("patch_embedding.weight", (1536, 16), "Wan 2.1 T2V 1.3B"),
     ("patch_embedding.weight", (5120, 16), "Wan 2.1 T2V 14B"),
     ("patch_embedding.weight", (5120, 36), "Wan 2.2 I2V A14B"),
+    ("patch_embedding.weight", (3072, 48), "Wan 2.2 TI2V-5B, which is not supported"),
     ("patch_embedding.weight", (), "a Wan DiT of another size"),
     ("img_in.proj.weight", (3072, 16), "HunyuanVideo"),
     ("img_in.proj.weight", (), "a HunyuanVideo DiT of another size"),
@@ -329,16 +316,14 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
                            ("has unknown", tensors.keys() - parameters.keys())):
         if names:
             some = ", ".join(f"{n:.80}" for n in sorted(names)[:4])
-            some += " …" if len(names) > 4 else ""
-            raise ValueError(f"{what}: the checkpoint {problem} {len(names)} tensor(s): {some}; "
-                             "it is of another model or size than the config's preset"
-                             f"{describe_model(tensors)}")
+            raise ValueError(f"{what}: the checkpoint {problem} {len(names)} tensor(s), as {some}: "
+                             f"it is not of the preset's model or size{describe_model(tensors)}")
     for name, p in parameters.items():
         t = tensors[name]
         if not t.dtype.is_floating_point or p.shape != t.shape:
-            raise ValueError(f"{what}: {name} in {t.file} holds {dtype_name(t)} of shape "
-                             f"{list(t.shape)}, expected {list(p.shape)} as bf16, fp16 or fp32: it "
-                             f"is of another size or form than the preset{describe_model(tensors)}")
+            raise ValueError(f"{what}: {name} in {t.file} holds {dtype_name(t)} {list(t.shape)}, "
+                             f"expected {list(p.shape)} as bf16, fp16 or fp32"
+                             f"{describe_model(tensors)}")
     if dtype is not None:
         module.to(dtype)
     if any(p.is_meta for p in module.parameters()):

@@ -256,9 +256,11 @@ def test_a_log_line_or_picture_that_cannot_be_written_is_a_warning_and_the_line_
         journal.extend({"endpoint": 0.5})
     assert capsys.readouterr().out.count("No space left on device; training continues") == 3
     assert (tmp_path / "log.jsonl").read_text() == ""
+    monkeypatch.setattr(monitor, "draw_curves", lambda *_: None)
     journal.append({"step": 2, "k": 0})
+    journal.extend({"endpoint": 0.4})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(x["step"], x.get("endpoint")) for x in lines] == [(1, 0.5), (2, None)]
+    assert [(x["step"], x.get("endpoint")) for x in lines] == [(1, 0.5), (2, 0.4)]
     assert all(datetime.fromisoformat(x["time"]).tzinfo for x in lines)
 
 
@@ -565,7 +567,7 @@ def _made(path):
     return path
 
 
-def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(undisturbed, run_stage, tmp_path):
     folder, config = undisturbed
     os.symlink(folder / "a/synvid", _made(tmp_path / "e") / "synvid")
     done = run_stage("distill", config, "--run", tmp_path / "e", "--lr", "1e30", "--clip", "none",
@@ -578,7 +580,8 @@ def test_non_finite_loss_stops_the_run_and_names_itself(undisturbed, run_stage, 
     assert kept and max(kept) == steps[-1]  # though it was still being written
 
 
-def test_missing_synvid_of_another_preset_names_the_command(tmp_path, monkeypatch, ranks):
+def test_a_missing_synvid_of_another_preset_is_an_error_that_names_the_command(
+        tmp_path, monkeypatch, ranks):
     monkeypatch.setitem(model.PRESETS, "small", SMALL)
     cfg = distill.Config(preset="small", run=str(tmp_path))
     cfg.path = "my.yaml"

@@ -597,7 +597,7 @@ def test_a_single_frame_is_a_video(tmp_path):
 
 
 @pytest.mark.parametrize("video,name,fps,words", [
-    (torch.zeros(3, 0, 8, 8), "a.mp4", 8, ["[3, 0, 8, 8]", "nothing empty"]),
+    (torch.zeros(3, 0, 8, 8), "a.mp4", 8, ["[3, 0, 8, 8]", "not empty"]),
     (torch.zeros(5, 3, 8, 8), "a.mp4", 8, ["[5, 3, 8, 8]"]),
     (torch.full((3, 1, 8, 8), float("nan")), "a.mp4", 8, ["NaN", "weights file"]),
     (torch.zeros(3, 1, 8, 8), "a.avi", 8, ["a.avi", ".mp4 or .gif"]),
@@ -625,7 +625,7 @@ def test_a_video_cut_short_by_a_full_disk_is_not_kept(small_disk, name):
 
 
 def test_corrupt_and_missing_video_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no video file .*none.mp4"):
+    with pytest.raises(ValueError, match="none.mp4 cannot be read as a video .*No such file"):
         read_video(tmp_path / "none.mp4")
     write_video(tmp_path / "whole.mp4", moving_square(), fps=8)
     whole = (tmp_path / "whole.mp4").read_bytes()

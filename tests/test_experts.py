@@ -26,11 +26,11 @@ from artifacts.instructions import comfyui_workflow, student_page
 from artifacts.trajectories import SynVid, trajectory_path
 from common.config import load_config
 from common.files import ROOT
-from common.names import EXPERTS, by_expert, dit_tensors, fingerprint, official_names
+from common.names import EXPERTS, dit_tensors, fingerprint, official_names
 from common.prompts import Prompt, read_prompts
 from common.ranks import Ranks, generator
 from common.weights import load_module, save_tensors
-from experts import crossing_note, steps_of
+from experts import by_expert, crossing_note, steps_of
 from frozen.image import fit_size, image_cond
 from frozen.load import load_conditioner
 from frozen.unipc import sample_unipc, unipc_grid

@@ -324,6 +324,7 @@ def test_two_ranks_write_one_student_and_a_finished_run_is_exported_in_another_f
         make_config, run_stage, tmp_path):
     config = make_config(synvid={"count": 4}, distill={
         "iterations": 2, "batch": 2, "micro_batch": 1, "held_out": 2, "head_dim": 8})
+    run_stage("synvid", config)
     run_stage("distill", config, "export=diffusers", ranks=2)
     file, folder = tmp_path / "run/student.safetensors", tmp_path / "run/student_diffusers"
     before = load_file(file)
@@ -353,7 +354,8 @@ def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, monkey
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_how_of_a_missing_file_or_of_no_student_is_one_line(tmp_path, run_stage, tiny_weights):
+def test_how_on_a_missing_file_or_another_file_is_a_one_line_error(
+        tmp_path, run_stage, tiny_weights):
     gguf = tmp_path / "student.gguf"
     gguf.write_bytes(b"GGUF" + bytes(100))
     for path, fault in ((tmp_path / "none.safetensors", "no such weight file"),

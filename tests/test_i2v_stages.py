@@ -25,7 +25,7 @@ from common.names import fingerprint
 from common.names import official_names
 from common.prompts import read_prompts
 from common.ranks import generator
-from common.video import centre_crop, image_size, read_image, read_video, write_image
+from common.video import centre_crop, read_image, read_video, write_image
 from common.weights import save_tensors
 from frozen.load import load_conditioner
 from frozen.vae import WanVAE
@@ -61,7 +61,8 @@ def world(tmp_path_factory, make_weights):
                          "videos": 1},
               "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
                           "lr": 1e-3, "head_dim": 8, "eval_every": 4, "export_dtype": "fp32"},
-              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3}}
+              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3, "directions": 8,
+                           "c2st_steps": 2}}
     path = root / "i2v.yaml"
     path.write_text(json.dumps(values))  # YAML holds JSON
     return path, root
@@ -309,11 +310,10 @@ def test_a_broken_exif_tag_is_no_reason_to_refuse_a_photograph(tmp_path):
     with Image.open(tmp_path / "a.jpg") as image, pytest.raises(struct.error):
         ImageOps.exif_transpose(image)
     assert read_image(tmp_path / "a.jpg").shape == (3, 32, 16)
-    assert image_size(tmp_path / "a.jpg") == (32, 16)
 
 
 def test_paths_and_pixels_that_no_image_has_are_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read as an image"):
+    with pytest.raises(OSError, match="name too long"):
         read_image(tmp_path / ("x" * 300))
     for name, grey in (("a.tiff", np.float32(0.5)), ("b.png", np.uint16(9000)),
                        ("c.tiff", np.int32(9))):

@@ -117,7 +117,7 @@ def test_a_difference_of_rank_r_is_exact_at_rank_r_and_not_below(pair):
 def test_energy_kept_is_that_of_the_singular_values(pair, exact, monkeypatch):
     if not exact:  # small matrices by the randomised decomposition too, with few columns
         monkeypatch.setattr(extract_lora, "EXACT", 0)
-        monkeypatch.setattr(extract_lora, "OVERSAMPLE", 4)
+        monkeypatch.setattr(extract_lora, "EXTRA_COLUMNS", 4)
     _, teacher, student = pair(5)
     for row in pair.rows:
         if row["form"] != "matrix":
@@ -456,7 +456,7 @@ def foreign(tiny_weights, tmp_path):
     return path
 
 
-def test_a_lora_that_says_nothing_takes_the_config_s_key_timesteps(make_config, foreign, tmp_path,
+def test_a_lora_without_metadata_takes_the_config_s_key_timesteps(make_config, foreign, tmp_path,
                                                                    capsys):
     sample.main([str(make_config()), "--prompt", "x", "--lora", str(foreign)])
     assert "the config's key timesteps are used" in capsys.readouterr().out
@@ -476,7 +476,7 @@ def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_w
         dit_tensors(foreign)
 
 
-def test_a_lora_made_on_other_weights_says_so(make_config, tiny_weights, tmp_path, capsys):
+def test_a_lora_made_on_other_weights_is_reported(make_config, tiny_weights, tmp_path, capsys):
     write_student(tmp_path / "run/student.safetensors", tiny_weights)
     config = str(make_config(n=4, key=[0, 1, 4]))
     extract_lora.main([config, "--rank", "2"])
@@ -574,7 +574,8 @@ def test_evaluate_measures_a_lora_as_the_student_that_it_makes(trained, run_stag
     folder, config, weights = trained
     files = [folder / f"whole/student{end}.safetensors" for end in ("", "_lora")]
     run_stage("evaluate", config, f"run={tmp_path}", f"students={files[0]},{files[1]}", "count=3",
-              f"prompts={weights / 'prompts.txt'}", "pictures=false", "names=whole,lora")
+              f"prompts={weights / 'prompts.txt'}", "pictures=false", "names=whole,lora",
+              "c2st_steps=2")
     table = json.loads((tmp_path / "evaluate/table.json").read_text())
     few, whole, as_lora = (row["endpoint"][0] for row in table["rows"][1:4])
     assert whole != few and as_lora == pytest.approx(whole, rel=1e-2)  # the file is fp16

@@ -410,7 +410,7 @@ def test_every_layout_loads_to_equal_outputs_and_one_fingerprint(form, tmp_path)
     assert load_dit(weights, MICRO, dtype=torch.bfloat16).head.head.weight.dtype == torch.bfloat16
 
 
-def test_the_fingerprint_tells_models_apart(tmp_path):
+def test_fingerprints_of_different_models_differ(tmp_path):
     prints = []
     for seed in range(2):
         save_tensors(tmp_path / f"{seed}.safetensors", micro_dit(seed).state_dict(), {})
@@ -513,7 +513,7 @@ def test_a_preset_of_other_sizes_than_config_json_is_an_error(form, key, tmp_pat
 
 
 def test_a_folder_without_weights_and_an_unknown_preset_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="diffusion_pytorch_model.safetensors: no such"):
+    with pytest.raises(FileNotFoundError, match="expected one .safetensors file, or shards"):
         load_dit(tmp_path, MICRO)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_dit(tmp_path / "nowhere", MICRO)
@@ -646,7 +646,7 @@ def test_an_unknown_device_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="device: expected .*, got 'gpu'"):
         pick_device("gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device: expected .*, got 'cuda'; torch sees 0 GPU"):
+        with pytest.raises(ValueError, match="device: .*, got 'cuda', and torch sees 0 GPU"):
             pick_device("cuda")
 
 
@@ -856,8 +856,7 @@ def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
 
 
 @pytest.mark.parametrize("raised, code, error", [
-    (PermissionError(13, "Permission denied", "runs/x"), 1, "error: runs/x: Permission denied\n"),
-    (IsADirectoryError(21, "Is a directory", "a.txt"), 1, "error: a.txt: Is a directory\n"),
+    (PermissionError(13, "denied", "runs/x"), 1, "error: [Errno 13] denied: 'runs/x'\n"),
     (OSError("no space"), 1, "error: no space\n"),
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n")])
 def test_what_the_system_refuses_and_ctrl_c_end_in_one_line(raised, code, error, capsys):
@@ -876,8 +875,8 @@ def test_a_closed_pipe_and_a_terminal_without_utf_8_cause_no_traceback():
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:-1", "cuda:x", "gpu", "cpu:0:0", ""])
-def test_devices_that_are_none_are_refused(device):
-    with pytest.raises(ValueError, match=f"device: expected cpu, cuda, cuda:0, .*got '{device}'"):
+def test_what_is_not_a_device_is_refused(device):
+    with pytest.raises(ValueError, match=f"device: expected cpu, cuda, cuda:0 .*got '{device}'"):
         pick_device(device)
 
 
@@ -908,7 +907,8 @@ def test_pyproject_holds_settings_of_tools_and_nothing_that_cannot_be_installed(
     assert tomllib.loads((ROOT / "pyproject.toml").read_text()).keys() == {"tool"}
 
 
-ARROWS = {"common": {"common"}, "model": {"model", "experts", "common"}, "toy1d": set(),
+ARROWS = {"common": {"common"}, "toy1d": set(), "sequence_parallel": set(),
+          "model": {"model", "experts", "sequence_parallel", "common"},
           "experts": {"experts", "common"},
           "artifacts": {"artifacts", "model", "experts", "common"},
           "frozen": {"frozen", "model", "common"},

@@ -42,8 +42,7 @@ def stock_scheduler(family: str, t_key: list[float]) -> dict[str, float] | None:
         shift = 2 * 999 / (999 * (1 - r) + math.sqrt(root))
         settings = {"shift": round(shift, 7), "shift_terminal": t[-2]}
     times = stock_times(family, steps, **settings)
-    near = all(abs(a - b) < 1e-6 for a, b in zip(times, t, strict=True))
-    return settings if near else None
+    return settings if all(abs(a - b) < 1e-6 for a, b in zip(times, t, strict=True)) else None
 
 
 def stock_times(family: str, steps: int, shift: float,
@@ -91,7 +90,8 @@ def student_page(facts: dict[str, Any], file: str, lora: bool = False) -> str:
     values = {
         **facts, "file": file, "stem": stem, "steps": len(t_key) - 1, "times": digits(t_key),
         "shift": f"{facts['shift']:g}", "fps": f"{facts['fps']:g}",
-        "key": ", ".join(map(str, facts["key"])), "torch_dtype": TORCH_DTYPES[facts["dtype"]],
+        "key": ", ".join(map(str, facts["key"])),
+        "torch_dtype": TORCH_DTYPES.get(facts["dtype"], "bfloat16"),
         "thousandths": [round(1000 * t) for t in t_key[:-1]], "teacher": teacher,
         "official": official, "task": "image to video" if image else "text to video",
         "task_option": "i2v" if image else "t2v", "guidance_scale": 1.0, "sigmas_setting": "",

@@ -143,9 +143,6 @@ def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> N
     types = {name: kind for name, kind in FACT_TYPES.items() if name in facts}
     if error := shape_error(facts, types):
         raise ValueError(f"{path}: 'accvideo' metadata: {error}: distill it again")
-    if facts.get("dtype", "fp32") not in EXPORT_DTYPES:
-        raise ValueError(f"{path}: 'accvideo' metadata: dtype: expected bf16, fp16 or fp32, got "
-                         f"{abbreviate(facts['dtype'])}: distill it again")
     t = facts["t_key"]
     if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
         raise ValueError(f"{path}: t_key: expected times falling from 1 (noise) to 0 (data), got "
@@ -162,21 +159,19 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
             if level and facts.get("expert", level) != level:
                 raise ValueError(f"{file}: expected the expert for {level} noise, got that for "
                                  f"{abbreviate(facts['expert'])} noise: exchange the files")
-            other = [key for key in ("t_key", "teacher", "preset") if found and facts
-                     and facts.get(key) != found.get(key)]
-            if other:
-                raise ValueError(f"{file}: {other[0]} is {abbreviate(facts.get(other[0]))}, in the "
-                                 f"file of the other expert {abbreviate(found.get(other[0]))}: "
-                                 "they are of two students")
+            for key in ("t_key", "teacher", "preset") if found and facts else ():
+                if facts.get(key) != found.get(key):
+                    raise ValueError(f"{file}: {key} is {abbreviate(facts.get(key))}, in the file "
+                                     f"of the other expert {abbreviate(found.get(key))}: they are "
+                                     "of two students")
             found = found or facts
     return found
 
 
 def facts_in(file: Path) -> dict:
     """What a student's file says about itself; {} for nothing. ValueError if it is damaged."""
-    return parse_json(safetensors_metadata(file).get("accvideo", "{}"),
-                      f"{file}: 'accvideo' metadata",
-                      remedy="distill it again, or remove the metadata")
+    text = safetensors_metadata(file).get("accvideo", "{}")
+    return parse_json(text, f"{file}: 'accvideo' metadata", remedy="distill it again")
 
 
 def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: str | None,
@@ -327,8 +322,7 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[st
                 print(f"{e}; trying once more", flush=True)
 
 
-def on_rank_0(work: Callable[[], Any], ranks: Ranks,
-              elsewhere: Callable[[], Any] = lambda: None) -> None:
+def on_rank_0(work: Callable, ranks: Ranks, elsewhere: Callable = lambda: None) -> None:
     """Do `work` on rank 0, `elsewhere` on others; a ValueError becomes an AgreedError on all."""
     error = None
     try:
@@ -413,8 +407,7 @@ def shards_of(tensors: dict[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
     parts, size = [{}], 0
     for name, tensor in tensors.items():
         if parts[-1] and size + bytes_in(tensor) > SHARD_BYTES:
-            parts.append({})
-            size = 0
+            parts, size = [*parts, {}], 0
         parts[-1][name] = tensor
         size += bytes_in(tensor)
     return parts
@@ -475,7 +468,7 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     """
     header, end = {"__metadata__": metadata}, 0
     for name, t in tensors.items():
-        start, end = end, end + t.dtype.itemsize * torch.Size(t.shape).numel()
+        start, end = end, end + bytes_in(t)
         header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
@@ -521,9 +514,7 @@ def check_data(path: Path) -> None:
     stored = safetensors_metadata(path).get("crc32")  # none in a file of torch.save
     if stored and stored != (found := crc32_of_file(path, safetensors_header(path)[2])):
         raise ValueError(f"{path}: is damaged: its data have CRC-32 {found}, expected {stored} by "
-                         "its metadata: copy it again, or export it again by the command that made "
-                         "it (a program that changes it on purpose should drop crc32 from its "
-                         "metadata)")
+                         "its metadata: copy it again, or export it again by the same command")
 
 
 # --------------------------------------------------------------------- the page of instructions

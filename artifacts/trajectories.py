@@ -61,8 +61,8 @@ def teacher_settings(cfg: Shared) -> dict[str, Any]:
 
 def make_manifest(cfg: Any) -> dict[str, Any]:
     """The manifest of the trajectories that a config of stage 1 describes."""
-    stored = list(cfg.key) if cfg.keep == "key" else list(range(cfg.n + 1))
-    stored = stored[1:]  # key[0] = 0 is the noise, which is drawn again from its seed
+    points = cfg.key if cfg.keep == "key" else range(cfg.n + 1)
+    stored = list(points[1:])  # points[0] = 0 is the noise, which is drawn again from its seed
     times = time_grid(cfg.family, cfg.n, cfg.shift)[stored].tolist()
     return {"version": VERSION, **teacher_settings(cfg), "stored": stored, "t": times,
             "dtype": cfg.dtype, "seed": cfg.seed}

@@ -31,8 +31,7 @@ def component(weights: str | Path, what: str, official: list[str], subfolder: st
     several.
     """
     weights = Path(weights)
-    listed = role_file(weights, role or subfolder, family)
-    if listed is not None:
+    if (listed := role_file(weights, role or subfolder, family)) is not None:
         return listed
     if not weights.is_dir():
         raise FileNotFoundError(f"weights: {weights} does not exist: expected an official or "
@@ -41,8 +40,7 @@ def component(weights: str | Path, what: str, official: list[str], subfolder: st
         path for path in [weights / pattern] if path.is_symlink()] for pattern in official)
     path, *others = next(filter(None, matches), [weights / subfolder])
     if others:
-        raise ValueError(f"{path}: expected one {what}, got also "
-                         f"{', '.join(other.name for other in others)}: keep one")
+        raise ValueError(f"{path}: expected one {what}, got {others[0].name} too: keep one")
     if not (path.is_file() or path.is_symlink() or (path / "config.json").is_file()):
         raise FileNotFoundError(f"{weights}: contains no {what}: expected {' or '.join(official)} "
                                 f"(official) or {subfolder}/config.json (diffusers)")

@@ -183,7 +183,8 @@ def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], f
     """The factor of B·A by its rank, as peft's settings have it: 1 for files without them.
 
     They are in the metadata of a file that diffusers saved, plain or with "transformer." before
-    them, or for peft's own names ("base_model.…") in adapter_config.json next to the file.
+    them, or for peft's own names ("base_model.…", adapter_model.safetensors) in adapter_config.json
+    next to the file.
     Raises ValueError for settings with which a change is more than a factor times B·A.
     """
     file = next((t.file for t in tensors.values()), path)
@@ -191,7 +192,8 @@ def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], f
     stored = parse_json(safetensors_metadata(file).get("lora_adapter_metadata", "{}"), where,
                         remedy="save the LoRA again")
     settings = {name.removeprefix("transformer."): value for name, value in stored.items()}
-    if not settings and any(name.startswith("base_model.") for name in tensors):
+    if not settings and (file.stem == "adapter_model" or any(
+            name.startswith("base_model.") for name in tensors)):
         if config.exists():
             where, settings = str(config), read_json(config)
         else:

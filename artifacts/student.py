@@ -67,7 +67,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not
     fit.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path}: there is no student yet; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
     count, experts = len(student_files(path)), sizes_of(cfg.preset).boundary is not None
@@ -103,6 +103,17 @@ def exported_path(cfg: Shared, name: str = "student", experts: str = "both") -> 
     """Where distill.py writes a student's file: of two experts, the first that it trains."""
     level = "" if sizes_of(cfg.preset).boundary is None else experts.replace("both", "high")
     return Path(cfg.run) / with_level(f"{name}.safetensors", level)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ValueError if the file at a student's path is not a student of this project, since a
+    new one would replace it. A damaged file may be replaced."""
+    facts: dict | None = None
+    with contextlib.suppress(ValueError):
+        facts = facts_in(path) if path.is_file() else None
+    if facts == {}:
+        raise ValueError(f"{path}: exists, and is not a student that distill.py wrote: rename it, "
+                         "or choose another --run")
 
 
 def student_files(path: Path) -> dict[str, Path]:

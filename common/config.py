@@ -94,6 +94,7 @@ BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True),
             **dict.fromkeys(("false", "0", "no", "off"), False)}
 # Exact at any size, 1e3 and 2.0 too; 010 is 8 to some; limited, since Fraction expands powers.
 INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,39})(\.[0-9]{0,39})?([eE][+-]?[0-9]{1,2})?")
+DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][+-]?[0-9]+)?")  # not 1_0
 
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
@@ -114,7 +115,7 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             return BOOLEANS[text.lower()]
         if kind is str and (text or value == "") and not isinstance(value, bool):
             return text
-        if kind is float and not isinstance(value, bool) and math.isfinite(x := float(text)):
+        if kind is float and DECIMAL.fullmatch(text.strip()) and math.isfinite(x := float(text)):
             return x
         if kind is int and INTEGER.fullmatch(text) and (x := Fraction(text)).denominator == 1:
             return int(x)

@@ -128,12 +128,12 @@ def scaled(t: LazyTensor, name: str, scale: LazyTensor) -> LazyTensor:
 
 
 def check_range(name: str, t: LazyTensor) -> None:
-    """Raise ValueError for an fp8 matrix whose values use the range of fp8, to 448 in e4m3: weights
-    are below 10, so these were divided by a scale, which is not in the file."""
+    """Raise ValueError for an fp8 matrix whose values use the range of e4m3, to 448, or of e5m2:
+    weights are below 10, so these were divided by a scale, which is not in the file."""
     if len(t.shape) < 2 or re.search("embed|shared", name):  # umT5's embeddings are large
         return
     top = float(sample_blocks(t).abs().max())
-    if top > torch.finfo(t.dtype).max / 4:
+    if top > torch.finfo(torch.float8_e4m3fn).max / 4:
         raise ValueError(f"{t.file}: {name} is fp8 with values up to {top:.0f} and without its "
                          f"scale (HunyuanVideo's …_fp8.pt needs its …_fp8_map.pt): {REMEDY}")
 

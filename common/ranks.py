@@ -383,7 +383,7 @@ def print_error(error: str) -> None:
     """Print an error on a line of its own. Before the ranks are connected all may have the same
     one: the first prints it, and torchrun ends the others before they do."""
     if not dist.is_initialized() and os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
+        time.sleep(10)  # ranks start seconds apart on a busy disk
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -135,6 +135,8 @@ def read_part(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]
     stored = np.fromfile(path, np.uint8, size, offset=start)
     if len(stored) < size:
         raise ValueError(f"{path}: was cut while it was read: copy or make it again")
+    if not size:  # numpy's empty arrays have no stride that torch could view
+        return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(stored).view(dtype).view(shape)
 
 

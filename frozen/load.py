@@ -25,7 +25,8 @@ from model import sizes_of
 def find(folder: Path, patterns: list[str]) -> Path | None:
     """The file that matches the first pattern with a match, or None. ValueError for several."""
     for pattern in patterns:
-        files = sorted(folder.glob(pattern))
+        files = sorted(folder.glob(pattern)) or [  # open_file reports a link to no file
+            path for path in [folder / pattern] if path.is_symlink()]
         if len(files) > 1:
             raise ValueError(f"{folder}: {', '.join(f.name for f in files)} all match {pattern}: "
                              "keep one")

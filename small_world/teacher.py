@@ -487,6 +487,11 @@ def check(cfg: Config) -> None:
                          f"its side, got {cfg.height}, {cfg.width}, {cfg.vae_crop}")
     if cfg.compile:
         check_compiler(pick_device(cfg.device))
+    weights = [] if cfg.out is None else sorted(Path(cfg.out).glob("*.safetensors"))
+    ours = (Path(cfg.out or "") / "training.json", folder(cfg) / "log.jsonl")
+    if weights and not any(path.exists() for path in ours):
+        raise ValueError(f"out: {weights[0]} exists, and is not of this stage: choose another "
+                         "--out")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -521,6 +521,10 @@ def test_missing_files_of_a_weight_folder_are_named(folders, tmp_path):
         load_vae(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="no VAE: expected Wan2.1_VAE.safetensors or "):
         load_vae(tmp_path)
+    (tmp_path / "Wan2.1_VAE.safetensors").symlink_to("blobs/0a")
+    with pytest.raises(FileNotFoundError, match="VAE.safetensors: .*only a link to blobs/0a"):
+        load_vae(tmp_path)
+    (tmp_path / "Wan2.1_VAE.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="contains no text encoder: expected models_t5"):
         load_text(tmp_path)
     save_tensors(tmp_path / "models_t5_a.safetensors", {"token_embedding.weight": torch.ones(2, 2)},

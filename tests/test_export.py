@@ -1,5 +1,6 @@
 """A student in other programs: its file, its diffusers folder, the code in student.md."""
 
+import contextlib
 import json
 import re
 from dataclasses import replace
@@ -329,6 +330,7 @@ def test_two_ranks_write_one_student_and_a_finished_run_is_exported_in_another_f
         make_config, run_stage, tmp_path):
     config = make_config(synvid={"count": 4}, distill={
         "iterations": 2, "batch": 2, "micro_batch": 1, "held_out": 2, "head_dim": 8})
+    run_stage("synvid", config)
     run_stage("distill", config, "export=diffusers", ranks=2)
     file, folder = tmp_path / "run/student.safetensors", tmp_path / "run/student_diffusers"
     before = load_file(file)
@@ -358,7 +360,8 @@ def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, monkey
     assert capsys.readouterr().out == text + "\n"
 
 
-def test_how_of_a_missing_file_or_of_no_student_is_one_line(tmp_path, run_stage, tiny_weights):
+def test_how_on_a_missing_file_or_another_file_is_a_one_line_error(
+        tmp_path, run_stage, tiny_weights):
     gguf = tmp_path / "student.gguf"
     gguf.write_bytes(b"GGUF" + bytes(100))
     for path, fault in ((tmp_path / "none.safetensors", "no such weight file"),
@@ -424,3 +427,16 @@ def test_the_page_knows_the_official_code_s_own_key_timesteps():
     assert "`--sample_solver euler --sample_steps 40 --sample_shift 3`" in text
     text = page_of("wan-i2v-14b-480p", key=[0, 8, 16, 24, 32])
     assert "No official script" in text
+
+
+@pytest.mark.parametrize("metadata, refused", [
+    ({}, True), ({"format": "pt"}, True), ({"accvideo": '{"n": 50}'}, False), (None, False)])
+def test_a_student_replaces_only_a_student(metadata, refused, tmp_path):
+    path = tmp_path / "student.safetensors"
+    student_file.check_replaceable(path)
+    save_tensors(path, {"a": torch.ones(2)}, metadata or {})
+    if metadata is None:  # damaged: made again
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="exists, and is not a student") if refused else (
+            contextlib.nullcontext()):
+        student_file.check_replaceable(path)

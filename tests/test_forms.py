@@ -274,6 +274,7 @@ LAYER = "blocks.1.ffn.0"  # a matrix of [256, 128]
 
 @pytest.mark.parametrize("more, scheme", [
     ({}, "without its scale .HunyuanVideo"),
+    ({"weight": torch.full((256, 128), 448.0).to(torch.float8_e5m2)}, "448 and without its scale"),
     ({"scale_weight": torch.ones(256, 4, 1)}, r"\[256, 4, 1\] .*: scales per block are not supp"),
     ({"weight_scale": torch.ones(1, 128)}, r"\[1, 128\] for a weight .*: scales per block"),
     ({"weight_scale": torch.ones(256, 4, dtype=torch.uint8)}, "holds uint8 .*scales per block"),
@@ -376,7 +377,7 @@ def test_each_stored_form_is_read(form, tmp_path):
 
 
 @pytest.mark.parametrize("place", [0, 147_500, 299_999])
-def test_an_identity_sees_the_beginning_the_middle_and_the_end_of_a_tensor_and_of_a_file(
+def test_an_identity_depends_on_the_beginning_middle_and_end_of_a_tensor_and_of_a_file(
         place, tmp_path):
     prints = []
     for value in (0.0, 1.0):
@@ -557,7 +558,7 @@ def test_one_expert_of_a_diffusers_folder_is_refused(weights, tmp_path):
         load_dit(tmp_path, "tiny-experts")
 
 
-def test_two_experts_are_wanted_and_one_dit_is_found(tmp_path):
+def test_one_dit_in_place_of_two_experts_is_refused(tmp_path):
     save_file(state_of(), tmp_path / FULL)
     with pytest.raises(ValueError, match="expected 2 DiT.* by preset 'tiny-experts', got 1"):
         load_dit(tmp_path, "tiny-experts")

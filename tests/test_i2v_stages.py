@@ -61,7 +61,8 @@ def world(tmp_path_factory, make_weights):
                          "videos": 1},
               "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
                           "lr": 1e-3, "head_dim": 8, "eval_every": 4, "export_dtype": "fp32"},
-              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3}}
+              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3, "directions": 8,
+                           "c2st_steps": 2}}
     path = root / "i2v.yaml"
     path.write_text(json.dumps(values))  # YAML holds JSON
     return path, root

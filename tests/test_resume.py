@@ -55,29 +55,19 @@ def assert_same_bits(run: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def killed(undisturbed, tmp_path_factory):
-    """The folder of a run under torchrun, of which rank 1 was killed in iteration 3 and, after
-    torchrun had restarted it, in iteration 5; and what torchrun printed."""
+    """The folder of a run that was killed in iteration 5, after the checkpoint of iteration 4."""
     (folder, config), parent = undisturbed, tmp_path_factory.mktemp("killed")
-    run, mark = begun(folder, parent / "run"), parent / "mark"
-    command = script_command(KILLED, mark, 1, "iteration", 3, 2, "distill", config, f"run={run}",
-                             ranks=2, torchrun="--max-restarts=1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode == 1 and mark.read_text() == "xx", done.stderr
-    return run, done
-
-
-def test_torchrun_restarts_a_run_and_reports_the_rank_that_was_killed_twice(killed):
-    _, done = killed
-    assert "resuming from" in done.stdout
-    # torchrun lists every rank that it had to stop; the root cause is the one that died by itself
-    root = done.stderr.rpartition("Root Cause")[2]
-    assert "rank      : 1 " in root and "exitcode  : -9" in root
+    run = begun(folder, parent / "run")
+    done = run_script(KILLED, parent / "mark", 1, "iteration", 5, 1, "distill", config,
+                      f"run={run}", ranks=2)
+    assert done.returncode == -signal.SIGKILL and (parent / "mark").exists()
+    return run
 
 
 def test_wherever_a_rank_is_killed_the_same_command_ends_with_the_same_bits(
         undisturbed, killed, run_stage, tmp_path):
     (folder, config), run = undisturbed, tmp_path / "run"
-    shutil.copytree(killed[0], run, symlinks=True)
+    shutil.copytree(killed, run, symlinks=True)
     for rank, place, count in ((1, "checkpoint", 150), (0, "publish", 1), (0, "export", 40)):
         done = run_script(KILLED, tmp_path / place, rank, place, count, 1, "distill", config,
                           f"run={run}", ranks=2)
@@ -87,22 +77,25 @@ def test_wherever_a_rank_is_killed_the_same_command_ends_with_the_same_bits(
     assert_same_bits(run, folder / "full")
 
 
-def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undisturbed, run_stage,
-                                                                        tmp_path):
+def test_torchrun_restarts_a_run_that_lost_a_rank_and_a_signal_to_it_saves_on_all_ranks(
+        undisturbed, run_stage, tmp_path):
     folder, config = undisturbed
-    run = begun(folder, tmp_path / "run")
-    nobody = tmp_path / "mark", 1, "iteration", 0, 0
-    command = script_command(KILLED, *nobody, "distill", config, f"run={run}", "save_every=1000",
-                             "iterations=1000", ranks=2, torchrun=f"--shutdown-timeout={PATIENCE}")
+    run, mark = begun(folder, tmp_path / "run"), tmp_path / "mark"
+    command = script_command(KILLED, mark, 1, "iteration", 3, 1, "distill", config, f"run={run}",
+                             "iterations=1000", ranks=2,
+                             torchrun=f"--max-restarts=1 --shutdown-timeout={PATIENCE}")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = run / "distill/log.jsonl"
-    while not (log.exists() and log.read_text()):
+    while not (log.exists() and log.read_text().count("\n") > 2):  # restarted
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)  # SIGTERM is sent to one process in test_distill.py
     out, _ = process.communicate(timeout=PATIENCE)  # torchrun's own status is 1 after any signal
+    # torchrun reports the rank that ended first, by itself: the other only lost its connection
+    assert mark.exists() and "failed (exitcode: -9) local_rank: 1 " in out, out
+    assert "resuming from" in out and "rerun the same command to resume" in out
     saved, done = [p.name for p in (run / "distill").glob("step_*")], len(lines_of(run))
-    assert saved == [f"step_{done:06d}"] and "rerun the same command to resume" in out
+    assert max(saved) == f"step_{done:06d}"
     run_stage("distill", config, f"run={run}", f"iterations={max(done + 1, 6)}", ranks=2)
     lines, full = lines_of(run), lines_of(folder / "full")
     assert [line["step"] for line in lines] == list(range(1, max(done + 1, 6) + 1))
@@ -114,7 +107,7 @@ def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undistur
 def test_a_run_resumes_on_other_ranks_and_with_sequence_parallelism(undisturbed, killed, run_stage,
                                                                  tmp_path, ranks, settings):
     (folder, config), run = undisturbed, tmp_path / "run"
-    shutil.copytree(killed[0], run, symlinks=True)
+    shutil.copytree(killed, run, symlinks=True)
     done = run_stage("distill", config, f"run={run}",
                      *(f"{name}={value}" for name, value in settings.items()), ranks=ranks)
     assert "resuming from" in done.stdout
@@ -129,7 +122,7 @@ def test_a_run_resumes_on_other_ranks_and_with_sequence_parallelism(undisturbed,
 def test_a_run_whose_synvid_has_grown_keeps_the_trajectories_it_began_with(
         undisturbed, killed, run_stage, tmp_path):
     (folder, config), run = undisturbed, tmp_path / "run"
-    shutil.copytree(killed[0], run)  # the trajectories, too
+    shutil.copytree(killed, run)  # the trajectories, too
     values = json.loads(config.read_text())
     more = tmp_path / "more.txt"
     more.write_text(Path(values["synvid"]["prompts"]).read_text() + "one more\n")
@@ -149,7 +142,7 @@ def test_a_run_whose_synvid_has_grown_keeps_the_trajectories_it_began_with(
 def test_a_damaged_trajectory_loses_nothing_and_the_rerun_after_repair_gives_the_same_bits(
         undisturbed, killed, run_stage, tmp_path):
     (folder, config), run = undisturbed, tmp_path / "run"
-    shutil.copytree(killed[0], run)  # after step 4, with the teacher's figures in the log
+    shutil.copytree(killed, run)  # after step 4, with the teacher's figures in the log
     epoch, position = divmod(5 * 4 + 3, 8)  # what the last iteration, 5, reads last
     for index in (9, loading.epoch_order(0, epoch, 8)[position]):  # 9 is held out
         path = trajectory_path(run / "synvid", index)

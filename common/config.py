@@ -115,8 +115,7 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             return BOOLEANS[text.lower()]
         if kind is str and (text or value == "") and not isinstance(value, bool):
             return text
-        if (kind is float and not isinstance(value, bool) and DECIMAL.fullmatch(text.strip())
-                and math.isfinite(x := float(text))):
+        if kind is float and DECIMAL.fullmatch(text.strip()) and math.isfinite(x := float(text)):
             return x
         if kind is int and INTEGER.fullmatch(text) and (x := Fraction(text)).denominator == 1:
             return int(x)

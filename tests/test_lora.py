@@ -117,7 +117,7 @@ def test_a_difference_of_rank_r_is_exact_at_rank_r_and_not_below(pair):
 def test_energy_kept_is_that_of_the_singular_values(pair, exact, monkeypatch):
     if not exact:  # small matrices by the randomised decomposition too, with few columns
         monkeypatch.setattr(extract_lora, "EXACT", 0)
-        monkeypatch.setattr(extract_lora, "OVERSAMPLE", 4)
+        monkeypatch.setattr(extract_lora, "EXTRA_COLUMNS", 4)
     _, teacher, student = pair(5)
     for row in pair.rows:
         if row["form"] != "matrix":

@@ -47,12 +47,12 @@ from common.ranks import (
     prefer_attention, processor, setup_distributed)
 from common.video import write_video
 from common.weights import save_tensors
-from evaluation.page import commit
+from evaluation.page import commit, markdown_table
 from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     sizes_of, time_grid)
 from tools.networks import (
-    VIDEO_SIZE, Run, diffusers_version, is_small, make_vae, peer_dits, peer_sizes, peer_vaes,
+    VIDEO_SIZE, Call, diffusers_version, is_small, make_vae, peer_dits, peer_sizes, peer_vaes,
     random_dit, random_encoders, random_network, random_states, vae_shape)
 from training.data import Batch, Latents, pinned
 from training.memory import gpu_bytes, memory_parts, shortage
@@ -74,7 +74,7 @@ class Config(Shared):
 class Row(NamedTuple):
     """One line of the table: what is timed, and how much work it is."""
     name: str
-    prepare: Callable[[], list[Run]]   # builds networks; returns our run, and diffusers' if any
+    prepare: Callable[[], list[Call]]   # builds networks; returns ours, and diffusers' if any
     flop: float = 0.0
     tokens: int | None = None
     plan: float | None = None          # bytes, from training/memory.py
@@ -85,7 +85,7 @@ class Row(NamedTuple):
 ENOUGH_SECONDS, MOST_RUNS = 1.0, 20  # a row is repeated for so long, or for so many runs
 
 
-def clock(run: Run, device: torch.device) -> float:
+def clock(run: Call, device: torch.device) -> float:
     """Seconds of one run, including the device's work."""
     started = time.perf_counter()
     run()
@@ -186,7 +186,7 @@ def vae_flops(family: str, small: bool, way: str, *size: int) -> float:
 class Bench:
     """What the rows of a config share: settings of the stages, sizes, inputs, a temporary folder.
 
-    Each method that returns a list of one Run is a row's `prepare`.
+    Each method that returns a list of one Call is a row's `prepare`.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks, folder: Path):
@@ -215,7 +215,7 @@ class Bench:
         return x.to(self.device), t.to(self.device), cond
 
     def evaluation(self, backend: SDPBackend | None = None, compiled: bool = False,
-                   batch: int = 1, backward: bool = False) -> list[Run]:
+                   batch: int = 1, backward: bool = False) -> list[Call]:
         """One evaluation, with the attention kernels of `backend` or with the preferred ones; or
         also its `backward` to all weights, with distill.py's activation checkpointing."""
         dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs(batch)
@@ -235,7 +235,7 @@ class Bench:
                     dit.zero_grad()
         return [run]
 
-    def attention(self, new_lengths: bool) -> list[Run]:
+    def attention(self, new_lengths: bool) -> list[Call]:
         """Attention of one layer, forward and backward; with `new_lengths` each run has a length
         of prompt that is new, for which cuDNN first makes a plan (docs/scaling.md)."""
         sizes, lengths = self.dit.cfg, itertools.count(1) if new_lengths else itertools.repeat(1)
@@ -256,13 +256,13 @@ class Bench:
             for level, part in by_expert(
                 random_dit(self.cfg, self.device, None).state_dict()).items()])
 
-    def loading(self) -> list[Run]:
+    def loading(self) -> list[Call]:
         """Load the DiT from a file that is still in the system's cache."""
         self.write_weights()
         return [lambda: load_dit(self.distill.weights, self.cfg.preset, compute_dtype(self.device),
                                  self.device, self.ranks.sp_ranks)]
 
-    def k_step(self) -> list[Run]:
+    def k_step(self) -> list[Call]:
         """An iteration of Algorithm 1 with one micro-batch per rank, as distill.py runs it."""
         cfg, m = self.distill, len(self.cfg.key) - 1
         lacks = shortage(cfg, self.shape, self.ranks, gpu_bytes(self.ranks))
@@ -287,7 +287,7 @@ class Bench:
         return statistics.mean(step_flops(cfg, state, k, self.tokens)
                                for k in range(len(cfg.key) - 1)) / self.ranks.world
 
-    def prompt_to_video(self, times: list[float], guided: bool) -> list[Run]:
+    def prompt_to_video(self, times: list[float], guided: bool) -> list[Call]:
         """Text encoders, Euler steps, VAE and video file, with all networks in memory."""
         cfg, dit = self.cfg, random_dit(self.cfg, self.device, self.ranks.sp_ranks)
         encoders = [run for _, *encoder in random_encoders(cfg)
@@ -312,13 +312,13 @@ class Bench:
             vae.group = self.ranks.sp_group
         return vae
 
-    def run_vae(self, way: str) -> list[Run]:
+    def run_vae(self, way: str) -> list[Call]:
         """Encode or decode one video."""
         vae, size = self.vae(), (self.cfg.frames, self.cfg.height, self.cfg.width)
         x = torch.randn(vae_shape(way, *size), device=self.device)
         return [torch.no_grad()(lambda: getattr(vae, way)(x))]
 
-    def encode_prompt(self, make: Callable[[], nn.Module], run: Callable) -> list[Run]:
+    def encode_prompt(self, make: Callable[[], nn.Module], run: Callable) -> list[Call]:
         """Run one of the prompt's encoders."""
         network = random_network(make, self.device)
 
@@ -438,10 +438,9 @@ def table(result: dict) -> str:
     """A device's result as Markdown."""
     rows = result["rows"]
     columns = [name for name in COLUMNS if any(cell(found, name) for found in rows)]
-    lines = [[COLUMNS[name] for name in columns], ["---"] * len(columns),
-             *([cell(found, name) for name in columns] for found in rows)]
     return "\n".join([
-        *(f"| {' | '.join(line)} |" for line in lines), "",
+        *markdown_table([COLUMNS[name] for name in columns],
+                        [[cell(found, name) for name in columns] for found in rows]), "",
         f"{result['device']}, {result['dtype']}, torch {result['torch']}; measured peak "
         f"{result['peak_tflops']:.3g} TFLOP/s; diffusers: {result['diffusers']}; "
         f"{result['seconds']:.0f} s in all",
@@ -468,9 +467,8 @@ def main(argv: list[str] | None = None) -> None:
     ranks = setup_distributed(cfg.device, cfg.sp, check_model(cfg).num_heads)
     prefer_attention(cfg.attention, ranks.device)
     on_gpu, out = ranks.device.type == "cuda", Path(cfg.out or Path(cfg.run) / "bench.json")
-    device = device_name(ranks.device)
-    if not on_gpu:
-        device = f"{processor()}, {device.removeprefix('CPU, ')}"
+    device = device_name(ranks.device) if on_gpu else (
+        f"{processor()}, {device_name(ranks.device).removeprefix('CPU, ')}")
     minutes = cfg.minutes if cfg.minutes is not None else 8 if on_gpu else 2
     peak = measure_peak(ranks.device)
     arguments = sys.argv[1:] if argv is None else argv

@@ -116,7 +116,7 @@ def caption_error(text: str, complete: bool) -> str:
     return "" if complete else "the caption did not end within --max_tokens"
 
 
-def write_prompts(out: Path, lines: list[dict]) -> None:
+def write_captions(out: Path, lines: list[dict]) -> None:
     """Write the lines that have no "error", and print how many there are."""
     prompts = [line for line in lines if "error" not in line]
     write_text(out, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts))
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
         bar.close()
         for lines in gather_values(record):
             record |= lines
-        on_first_rank(lambda: write_prompts(out, [record[video] for video in videos]))
+        on_first_rank(lambda: write_captions(out, [record[video] for video in videos]))
 
 
 if __name__ == "__main__":

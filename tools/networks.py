@@ -19,7 +19,7 @@ from frozen.text import CLIPText, Llama, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
 from model import HunyuanConfig, WanConfig, build_dit, empty_dit, latent_shape, sizes_of
 
-Run = Callable[[], object]
+Call = Callable[[], object]
 
 
 # ------------------------------------------------------------------ networks of a config's sizes
@@ -69,12 +69,11 @@ def random_states(cfg: Shared) -> dict[str, Tensor]:
         _, T, H, W = latent_shape(cfg.frames, cfg.height, cfg.width)
         shapes |= {"image": (sizes.image_len, sizes.image_dim)} if sizes.has_clip else {}
         shapes["frames"] = 20, T, H, W
+    numbers = {}
     if cfg.family == "hunyuan":
         shapes["pooled"] = (sizes.pooled_dim,)
-    cond = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    if cfg.family == "hunyuan":
-        cond["guidance"] = torch.tensor(cfg.embedded_guidance)
-    return cond
+        numbers["guidance"] = torch.tensor(cfg.embedded_guidance)
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} | numbers
 
 
 def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module], Callable]]:
@@ -139,7 +138,7 @@ def peer_sizes(family: str, dim: int, heads: int, layers: int) -> WanConfig | Hu
 
 
 def peer_dits(sizes: WanConfig | HunyuanConfig, batch: int, latents: tuple[int, int, int],
-              backward: bool) -> list[Run]:
+              backward: bool) -> list[Call]:
     """Runs of our DiT and of diffusers' with the same weights and inputs: a forward without
     gradient or, with `backward`, a forward and a backward to all weights."""
     draw = generator("peer")
@@ -166,7 +165,7 @@ def peer_dits(sizes: WanConfig | HunyuanConfig, batch: int, latents: tuple[int, 
             for net, call in calls]
 
 
-def peer_vaes(family: str, way: str, frames: int) -> list[Run]:
+def peer_vaes(family: str, way: str, frames: int) -> list[Call]:
     """Runs of our VAE and of diffusers' with the same weights that encode or decode noise."""
     ours = make_vae(family, small=True).eval()
     x = torch.randn(vae_shape(way, frames, *VIDEO_SIZE), generator=generator("peer"))

@@ -2,7 +2,7 @@
 
 import pytest
 from processes import in_processes
-from rehearse_worker import SIZES, find_planted_bugs, measure
+from rehearse_worker import SIZES, find_planted_bugs, measure, sample_small
 
 from common.files import ROOT, read_json
 from tools.rehearse import GPUS, ROWS, plan_of, table_config
@@ -28,6 +28,17 @@ def test_a_rehearsal_finds_a_planted_bug_of_each_kind(tmp_path):
     assert "error" in found["no gather of heads"]
     clean, bugs = found["clean"], found["moments that are not sharded"]
     assert bugs["AdamW"] > 1.4 * clean["AdamW"] and bugs["student"] == clean["student"]
+
+
+def test_a_rehearsal_of_sampling_counts_the_formula_s_flops_and_all_networks(tmp_path):
+    in_processes(1, sample_small, tmp_path)
+    for stage, networks in (("synvid", {"UMT5Encoder", "CLIPVision", "WanVAE", "WanDiT"}),
+                            ("sample", {"WanVAE", "WanDiT"})):  # sample.py frees its encoders
+        found = read_json(tmp_path / stage)
+        assert found[f"FLOP counted {stage}"] == pytest.approx(found[f"FLOP formula {stage}"], 0.01)
+        assert networks <= found["peak"].keys()
+        assert found[f"FLOP of other layers {stage}"] > 0
+    assert read_json(tmp_path / "synvid")["traffic all-to-all synvid"] > 0
 
 
 def test_the_memory_plan_is_within_5_percent_of_each_peak_in_the_docs():

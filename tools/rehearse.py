@@ -263,7 +263,7 @@ VARIANTS = ("hunyuan-t2v-544p offload=true", "hunyuan-t2v-544p lora=64",
             "wan-t2v-14b-480p offload=true", "wan-t2v-14b-480p lora=64",
             *(f"wan22-t2v-a14b-480p {x}" for x in ("offload=true", "experts=high", "experts=low")))
 ROWS = [(name, sp) for name in sorted(path.stem for path in ROOT.glob("configs/[hw]*.yaml"))
-        for sp in SP] + [(name, sp) for name in VARIANTS for sp in (1, 4)]
+        for sp in SP] + [(name, 4) for name in VARIANTS]
 
 
 def table_config(row: str, sp: int) -> distill.Config:

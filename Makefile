@@ -37,9 +37,12 @@ test: .venv/installed-test
 toy: .venv/installed
 	$(BIN)/python toy1d.py
 
-# Other runs may hold weeks of work: only what the targets above have made is removed.
+# Other runs, and tables or videos in the same folders, may hold weeks of work: only what the targets
+# above have made is removed.
+MADE := synvid distill evaluate student* log.txt
 clean:
-	rm -rf .venv runs/tiny runs/tiny-2 runs/tiny-i2v toy1d.png toy1d.pdf toy1d.json
+	rm -rf .venv $(foreach run,tiny tiny-2 tiny-i2v,$(addprefix runs/$(run)/,$(MADE)))
+	rm -rf runs/tiny-i2v/teacher toy1d.png toy1d.pdf toy1d.json
 	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 .venv/bin/python:

@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from artifacts.lora import load_lora_student
-from artifacts.student import export_student, exported_path, high_checksum, load_high_student
+from artifacts.student import (
+    check_replaceable, export_student, exported_path, high_checksum, load_high_student)
 from artifacts.trajectories import manifest_checksum
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.names import fingerprint
@@ -429,6 +430,7 @@ def main(argv: list[str] | None = None) -> None:
     check_config(cfg, ranks.dp_size)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
     with lock_run_folder(checkpoint.run_folder(cfg)):
+        on_first_rank(lambda: check_replaceable(exported_path(cfg, experts=cfg.experts)))
         data = open_synvid(cfg)
         loader = Loader(cfg, data, ranks)
         meta = {"config": asdict(cfg), "teacher": teacher, "count": loader.count,

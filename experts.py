@@ -106,3 +106,20 @@ def steps_of(t_key: list[float], boundary: float | None, experts: str) -> list[i
         raise ValueError(f"key: no step starts in the range of the expert for {experts} noise, "
                          f"whose boundary is {boundary}: choose other key timesteps")
     return ks
+
+
+def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values by parameter, split into those of the expert for "high" and for "low" noise, under the
+    names that each has for itself; {"": tensors} for a model with one DiT."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        expert, _, rest = name.partition(".")
+        level = expert.removesuffix("_noise_model") if expert in EXPERTS else ""
+        parts.setdefault(level, {})[rest if level else name] = value
+    return parts
+
+
+def with_level(name: str, level: str) -> str:
+    """A file's name for one expert: student.safetensors → student_high_noise.safetensors."""
+    stem, dot, suffix = name.partition(".")
+    return f"{stem}_{level}_noise{dot}{suffix}" if level else name

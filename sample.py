@@ -15,6 +15,8 @@ import common  # noqa: F401 (before torch, see common)
 import itertools
 import math
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +35,8 @@ from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, gather_values,
-    lock_run_folder, on_first_rank, peak_bytes, prefer_attention, setup_distributed)
-from common.video import check_ffmpeg, decode_image, image_size, write_video
+    lock_run_folder, on_first_rank, prefer_attention, setup_distributed)
+from common.video import check_ffmpeg, decode_image, write_video
 from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_batch, unipc_grid
@@ -100,6 +102,14 @@ def batches(videos: list[Video], size: int) -> Iterator[slice]:
         stop = start + len(list(group))
         yield from (slice(a, min(a + size, stop)) for a in range(start, stop, size))
         start = stop
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory this process has used: of its GPU if it has one, else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # ---------------------------------------------------------------------------------- settings
@@ -250,7 +260,7 @@ def list_videos(cfg: Config, who: str, settings: str) -> list[Video]:
     for i, prompt in enumerate(prompts if not named else ()):
         size = cfg.height, cfg.width
         if prompt.image is not None:
-            size = fit_size(*image_size(prompt.image), cfg.height * cfg.width)
+            size = fit_size(*decode_image(prompt.image).shape[:2], cfg.height * cfg.width)
         videos += [Video(i, prompt, seed, *size, f"{who}/{video_name(i, prompt, seed, settings)}")
                    for seed in range(cfg.seed, cfg.seed + cfg.count)]
     return videos

@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts.trajectories import (
-    LATENT_DTYPES, find_trajectories, first_gap, make_manifest, open_manifest, read_manifest,
-    read_trajectory, trajectory_path, verify, write_trajectory)
+    LATENT_DTYPES, check_encoders, find_trajectories, first_gap, make_manifest, open_manifest,
+    read_manifest, read_trajectory, trajectory_path, verify, write_trajectory)
 from common.config import Shared, announce, field, load_config, settings_to_compare
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, read_prompts
@@ -191,13 +191,17 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
         vae = load_vae(cfg.weights, ranks.device, dtype, cfg.family)
         for i in sorted(with_video.difference(todo))[ranks.dp_rank::ranks.dp_size]:
             decode_video(cfg, folder, manifest, vae, i)
+    if not todo:
+        return
+    conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
+    encoders = conditioner.identity()
+    on_first_rank(lambda: check_encoders(folder, encoders))
     if not own:
         return
     teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks.sp_ranks)
     teacher.requires_grad_(False)
     if cfg.compile:
         compile_blocks(teacher)
-    conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
 
     start = time.perf_counter()
     bar = progress_bar(sum(len(missing[b]) for b in own), "synvid", ranks.rank, unit="trajectory")
@@ -215,10 +219,11 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
         if read_manifest(folder) != manifest:
             raise ValueError(f"{folder}/manifest.json: another job with other settings replaced it "
                              "while this job ran: give each job its own --run")
+        check_encoders(folder, encoders)
         for i in missing[b] if ranks.is_writer else []:
             prompt, image = chosen[i - batch.start]
             write_trajectory(folder, manifest, i, prompt, x[i - batch.start],
-                             conds[i - batch.start], image)
+                             conds[i - batch.start], encoders, image)
         if b == own[0] and ranks.rank == 0:
             print_cost(time.perf_counter() - start, cfg.batch, len(own), len(missing), ranks)
         for i in with_video.intersection(missing[b]):

@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 from common.files import NUMBER, abbreviate, parse_json, read_json, shape_error
 from common.linear import Linear, linear
 from common.names import (
-    EXPERTS, PEFT_SETTINGS, by_expert, check_sizes, comfy_to_official, dit_tensors, expert_files,
+    EXPERTS, PEFT_SETTINGS, check_sizes, comfy_to_official, dit_tensors, expert_files,
     official_names)
 from common.ranks import Ranks, generator
 from common.weights import (
     LazyTensor, describe_model, load_module, open_tensors, safetensors_metadata)
-from experts import shard_dit
+from experts import by_expert, shard_dit
 from model import build_dit
 
 # --------------------------------------------------------------------------- reading and merging
@@ -42,12 +42,6 @@ PEFT_EXTRAS = (
     "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
     "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 PEFT_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change W, too
-# Models by the names in their LoRAs, for errors.
-MODELS = ((r"double_blocks.*img_attn", "HunyuanVideo or Flux"),
-          (r"(single_)?transformer_blocks", "HunyuanVideo, Flux or another, with diffusers' names"),
-          (r"(down|up|input|output)_blocks", "Stable Diffusion"),
-          (r"(^|\.)blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)", "Wan"),
-          (r"lora_te|text_model", "a text encoder"))
 
 
 def is_lora(tensors: Iterable[str]) -> bool:
@@ -103,21 +97,19 @@ def lora_changes(path: Path, shapes: dict[str, tuple[int, ...]],
 
     Args: path, of two experts one of the two files; shapes, of the DiT's parameters by official
     name; scale, the factor of all changes.
-    Raises ValueError for a file of which nothing fits, with the model that its names suggest, for
-    matrices of another size, and for other kinds of change than a LoRA's.
+    Raises ValueError for a file of which nothing fits, for matrices of another size, and for other
+    kinds of change than a LoRA's.
     """
     parts = by_expert(shapes)
     if "" in parts:
         return changes_of_one(path, shapes, scale)
-    changes, unused, files = {}, [], expert_files(path)
-    if files is None:
+    if (files := expert_files(path)) is None:
         raise ValueError(f"{path}: expected a name with high_noise or low_noise: the two DiTs of "
                          "`weights` take a LoRA each: give one of two files that differ in this")
-    for expert, file, part in zip(EXPERTS, files, parts.values(), strict=True):
-        found, others = changes_of_one(file, part, scale)
-        changes |= {f"{expert}.{name}": change for name, change in found.items()}
-        unused += others
-    return changes, unused
+    found = [changes_of_one(file, part, scale)
+             for file, part in zip(files, parts.values(), strict=True)]
+    return ({f"{expert}.{name}": change for expert, (changes, _) in zip(EXPERTS, found, strict=True)
+             for name, change in changes.items()}, [name for _, others in found for name in others])
 
 
 def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
@@ -148,8 +140,13 @@ def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
         weight, times = f"{module}.weight", 1.0
         if {"up", "down"} <= found.keys() and weight in shapes:
             (_, up), (name, down) = found.pop("up"), found.pop("down")
-            check_lora_shapes(path, name, up, down, shapes[weight])
-            rank = down.shape[0]
+            rank, got = down.shape[0], [up.shape[0], math.prod(down.shape[1:])]
+            expected = [shapes[weight][0], math.prod(shapes[weight][1:])]
+            if got != expected or math.prod(up.shape[1:]) != rank:
+                raise ValueError(f"{path}: {name} and its other half, {list(up.shape)} times "
+                                 f"{list(down.shape)}, change a matrix of {got}; this DiT's is "
+                                 f"{expected}: it is a LoRA for another size of the model than "
+                                 "`preset`")
             times = (float(found.pop("alpha")[1].read()) / rank if "alpha" in found else
                      factor(rank))
             changes.setdefault(weight, []).append(
@@ -162,28 +159,19 @@ def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
             else:
                 unused.append(name)
     if not changes:
+        what = "" if is_lora(tensors) else f"{describe_model(tensors)}; it is not a LoRA"
         raise ValueError(f"{path}: none of its {len(tensors)} tensors (such as "
-                         f"{next(iter(tensors), 'none')}) changes one of this DiT's"
-                         f"{describe_lora(tensors)}: give a LoRA for the DiT of `weights`")
+                         f"{next(iter(tensors), 'none')}) changes one of this DiT's{what}: give a "
+                         "LoRA for the DiT of `weights`")
     return changes, unused
-
-
-def check_lora_shapes(path: Path, name: str, up: LazyTensor, down: LazyTensor,
-                      shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless up · down has the shape of the weight that it changes."""
-    got = [up.shape[0], math.prod(down.shape[1:])]
-    expected = [shape[0], math.prod(shape[1:])]
-    if got != expected or math.prod(up.shape[1:]) != down.shape[0]:
-        raise ValueError(f"{path}: {name} and its other half, {list(up.shape)} times "
-                         f"{list(down.shape)}, change a matrix of {got}; this DiT's is {expected}: "
-                         "it is a LoRA for another size of the model than `preset`")
 
 
 def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], float]:
     """The factor of B·A by its rank, as peft's settings have it: 1 for files without them.
 
     They are in the metadata of a file that diffusers saved, plain or with "transformer." before
-    them, or for peft's own names ("base_model.…") in adapter_config.json next to the file.
+    them, or for peft's own names ("base_model.…", adapter_model.safetensors) in adapter_config.json
+    next to the file.
     Raises ValueError for settings with which a change is more than a factor times B·A.
     """
     file = next((t.file for t in tensors.values()), path)
@@ -191,7 +179,8 @@ def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], f
     stored = parse_json(safetensors_metadata(file).get("lora_adapter_metadata", "{}"), where,
                         remedy="save the LoRA again")
     settings = {name.removeprefix("transformer."): value for name, value in stored.items()}
-    if not settings and any(name.startswith("base_model.") for name in tensors):
+    if not settings and (file.stem == "adapter_model" or any(
+            name.startswith("base_model.") for name in tensors)):
         if config.exists():
             where, settings = str(config), read_json(config)
         else:
@@ -216,14 +205,6 @@ def warn_of_alpha(config: Path) -> None:
     """Print once that a LoRA's strength is not known."""
     if os.environ.get("RANK", "0") == "0":
         print(f"{config}: there is none: the LoRA's alpha is taken to be its rank", flush=True)
-
-
-def describe_lora(tensors: dict[str, LazyTensor]) -> str:
-    """"; it looks like …": the model that a file's names suggest, or nothing."""
-    if not is_lora(tensors):
-        return f"{describe_model(tensors)}; it is not a LoRA"
-    return next((f"; it looks like a LoRA for {model}" for pattern, model in MODELS
-                 if any(re.search(pattern, name) for name in tensors)), "")
 
 
 def with_lora(dit: dict[str, LazyTensor], path: Path, scale: float = 1.0) -> dict[str, LazyTensor]:
@@ -319,9 +300,8 @@ def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype,
 def fresh_factor(name: str, shape: tuple[int, ...], seed: int, file: Path) -> LazyTensor:
     """The initial A or B, to be read as if it were in a file."""
     def read(rows: slice | None = None) -> Tensor:
-        value = torch.zeros(shape)
+        value, bound = torch.zeros(shape), shape[1] ** -0.5
         if name.endswith("lora_A"):
-            bound = shape[1] ** -0.5
             value.uniform_(-bound, bound, generator=generator("lora", seed, name))
         return value[rows] if rows else value
 
@@ -368,18 +348,13 @@ def lora_file(student: nn.Module, path: Path) -> dict[str, LazyTensor]:
     tensors = {}
     for name, A, B in factor_pairs(parameters):
         for key, factor in zip(lora_names(name, "matrix"), (A, B), strict=True):
-            tensors[key] = LazyTensor(factor.shape, torch.float16, path,
-                                      read_balanced(A, B, factor is A))
+            read = functools.partial(read_balanced, A, B, factor is A)
+            tensors[key] = LazyTensor(factor.shape, torch.float16, path, read)
     return tensors
 
 
-def read_balanced(A: LazyTensor, B: LazyTensor, first: bool) -> Callable[..., Tensor]:
-    """A reader of A (first) or B with equal norms, so that fp16 is as fine for both."""
-    def read(rows: slice | None = None) -> Tensor:
-        a, b = A.read(), B.read()
-        ratio = (b.norm() / a.norm()).sqrt()
-        if ratio == 0:
-            return (a if first else b).half()
-        return (a * ratio if first else b / ratio).half()
-
-    return read
+def read_balanced(A: LazyTensor, B: LazyTensor, first: bool) -> Tensor:
+    """All of A (first) or B, both scaled to equal norms, so that fp16 is as fine for both."""
+    a, b = A.read(), B.read()
+    ratio = (b.norm() / a.norm()).sqrt() or 1.0  # B is 0 before the first update
+    return (a * ratio if first else b / ratio).half()

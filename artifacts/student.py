@@ -15,6 +15,7 @@ two files stands for both.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -23,7 +24,6 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,21 @@ from artifacts.instructions import comfyui_workflow, stock_scheduler, student_pa
 from artifacts.lora import is_lora, lora_changes, lora_file, student_tensors, with_lora
 from common.config import Shared
 from common.files import (
-    NUMBER, abbreviate, crc32_of_file, error_summary, parse_json, replace_file, replace_folder,
-    shape_error, write_json, write_text)
+    NUMBER, abbreviate, crc32_of_file, error_summary, parse_json, replace_file, shape_error,
+    sync_to_disk, write_json, write_text)
 from common.names import (
-    EXPERTS, by_expert, dit_tensors, expert_paths, fingerprint, official_names, with_level)
-from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
+    EXPERTS, dit_tensors, expert_paths, fingerprint, official_names)
+from common.ranks import AgreedError, Ranks, compute_dtype, raise_together
 from common.weights import (
-    DTYPES, LazyTensor, file_kind, load_module, only_weights, open_file, open_tensors, read_index,
-    safetensors_header, safetensors_metadata)
+    DTYPES, LazyTensor, load_module, open_tensors, safetensors_header, safetensors_metadata)
+from experts import by_expert, with_level
 from model import Sizes, empty_dit, key_times, sizes_of
 
 # ------------------------------------------------------------------- what a student's file says
 
 FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
+SETTINGS = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance", "height",
+            "width", "frames", "fps")  # of the config, which the page of instructions needs
 FACT_TYPES = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int,
               "key": [int], "shift": NUMBER, "cfg_scale": NUMBER, "height": int, "width": int,
               "frames": int, "fps": NUMBER, "dtype": str, "embedded_guidance": NUMBER,
@@ -66,18 +68,17 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not
     fit.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path}: there is no student yet; make it by "
                                 "`python distill.py CONFIG`, or sample the teacher with --teacher")
-    count, experts = len(student_files(path)), sizes_of(cfg.preset).boundary is not None
-    if count != 1 + experts:
-        raise ValueError(f"{path}: expected {1 + experts} DiT(s) by preset '{cfg.preset}', got "
-                         f"{count}: give a student of this preset")
     tensors = open_student(path)  # raises an error for a damaged file
+    count, expected = len(by_expert(tensors)), 1 if sizes_of(cfg.preset).boundary is None else 2
+    if count != expected:
+        raise ValueError(f"{path}: expected {expected} DiT(s) by preset '{cfg.preset}', got "
+                         f"{count}: give a student of this preset")
     if os.environ.get("LOCAL_RANK", "0") == "0":  # it reads all of the file: once on each host
         for file in dict.fromkeys(t.file for t in tensors.values()):
-            if file_kind(file) == "safetensors":
-                check_data(file)
+            check_data(file)
     facts = facts_of(tensors)
     if facts or not foreign:
         check_facts(path, facts)
@@ -104,21 +105,32 @@ def exported_path(cfg: Shared, name: str = "student", experts: str = "both") -> 
     return Path(cfg.run) / with_level(f"{name}.safetensors", level)
 
 
-def student_files(path: Path) -> dict[str, Path]:
-    """The file or folder of each of a student's DiTs, by what their names begin with here; "" for
-    the only one. Raises as common.names.expert_paths."""
+def check_replaceable(path: Path) -> None:
+    """Raise ValueError if the file at a student's path is not a student of this project, since a
+    new one would replace it. A damaged file may be replaced."""
+    facts: dict | None = None
+    with contextlib.suppress(ValueError):
+        facts = facts_in(path) if path.is_file() else None
+    if facts == {}:
+        raise ValueError(f"{path}: exists, and is not a student that distill.py wrote: rename it, "
+                         "or choose another --run")
+
+
+def open_student(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a student under its files' names: of its file (of two, either one), an index
+    of shards, or a folder, such as the one that --export diffusers writes. In front of the names of
+    two DiTs is the name of each. Raises as common.names.expert_paths and open_tensors."""
     if pair := expert_paths(path):
-        return {f"{name}.": file for name, file in zip(EXPERTS, pair, strict=True)}
-    return {"": path / "transformer" if (path / "transformer").is_dir() else path}
+        return {f"{expert}.{name}": t for expert, file in zip(EXPERTS, pair, strict=True)
+                for name, t in open_tensors(file).items()}
+    return open_tensors(path / "transformer" if (path / "transformer").is_dir() else path)
 
 
-def open_student(path: Path, official: bool = False) -> dict[str, LazyTensor]:
-    """The tensors of a student: its file (of two, either one), an index of shards, or a folder,
-    such as the one that --export diffusers writes; under the file's names, or the official ones.
-    Raises as common.weights.open_tensors."""
-    rename = official_names if official else lambda tensors, _: tensors
-    return {prefix + name: t for prefix, file in student_files(path).items()
-            for name, t in rename(open_tensors(file), "transformer").items()}
+def official_tensors(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The tensors that open_student returns, under official names."""
+    return {f"{level}_noise_model.{name}" if level else name: t
+            for level, part in by_expert(tensors).items()
+            for name, t in official_names(part, "transformer").items()}
 
 
 def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> None:
@@ -174,22 +186,23 @@ def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: s
 
     Raises ValueError if a LoRA does not fit the DiT. Other students do not need it.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    try:
+        shapes = {name: t.shape for name, t in dit_tensors(cfg.weights).items()}
+    except (FileNotFoundError, ValueError):
+        if is_lora(tensors):
+            raise
+        return
+    note = ""
     if is_lora(tensors):
-        lora_changes(path, {name: t.shape for name, t in dit_tensors(cfg.weights).items()})
-        if teacher and teacher != (found := fingerprint(cfg.weights)) and first:
-            print(f"{path} was made on the DiT {teacher}; {cfg.weights} has {found}: the same "
-                  "model in another dtype is fine, another model is not", flush=True)
-    elif teacher:
-        try:
-            dit = dit_tensors(cfg.weights)
-        except (FileNotFoundError, ValueError):
-            return
-        student = open_student(path, official=True)
-        if first and {n: t.shape for n, t in student.items()} != {
-                n: t.shape for n, t in dit.items()}:
-            print(f"{path} is of another model than the DiT in {cfg.weights}: are its text encoder "
-                  "and VAE the right ones?", flush=True)
+        lora_changes(path, shapes)
+        if teacher and teacher != (found := fingerprint(cfg.weights)):
+            note = (f"was made on the DiT {teacher}; {cfg.weights} has {found}: the same model in "
+                    "another dtype is fine, another model is not")
+    elif teacher and {n: t.shape for n, t in official_tensors(tensors).items()} != shapes:
+        note = (f"is of another model than the DiT in {cfg.weights}: are its text encoder and VAE "
+                "the right ones?")
+    if note and os.environ.get("RANK", "0") == "0":
+        print(f"{path} {note}", flush=True)
 
 
 # ----------------------------------------------------------------------------- loading, export
@@ -205,8 +218,9 @@ def load_student(cfg: Shared, path: Path, device: torch.device, ranks: Ranks | N
     dtype of computation. Raises ValueError as artifacts.lora.lora_changes.
     """
     dit = empty_dit(cfg.preset, compute_dtype(device), ranks)
-    tensors = (with_lora(dit_tensors(cfg.weights), path, scale) if is_lora(open_student(path)) else
-               open_student(path, official=True))
+    tensors = open_student(path)
+    tensors = (with_lora(dit_tensors(cfg.weights), path, scale) if is_lora(tensors) else
+               official_tensors(tensors))
     return load_module(dit, tensors, f"student {path}", device=device).requires_grad_(False)
 
 
@@ -248,42 +262,35 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
     """Write <run>/<name>.safetensors and the other files of the list above; returns the first.
 
     Args: cfg, distill.Config; state, its TrainState; meta["teacher"], the teacher's fingerprint.
-    Raises AgreedError on all ranks if a file cannot be written, or if export_dtype cannot hold a
-    weight.
+    Raises AgreedError on all ranks if a file cannot be written.
     """
     path, dtype = exported_path(cfg, name, cfg.experts), EXPORT_DTYPES[cfg.export_dtype]
     sizes = sizes_of(cfg.preset)
-    keys = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance", "height",
-            "width", "frames", "fps")
-    facts = {key: getattr(cfg, key) for key in keys}
+    facts = {key: getattr(cfg, key) for key in SETTINGS}
     facts |= {"t_key": state.t_key[::-1], "teacher": meta["teacher"], "iterations": state.step,
               "dtype": cfg.export_dtype}
     if sizes.boundary is not None:
         facts |= {"boundary": sizes.boundary, "cfg_scale_low": cfg.cfg_scale_low}
-    if dtype == torch.float16:
-        check_export_range(state.student, dtype)
-    parts, metadata = by_expert(student_tensors(state.student, path, dtype)), {}
+    parts = by_expert(student_tensors(state.student, path, dtype))
     if cfg.experts != "both":  # the frozen one is of another run
         parts = {cfg.experts: parts[cfg.experts]}
-    loras = by_expert(lora_file(state.student, path))
-    for level, tensors in parts.items():
-        metadata[level] = file_metadata(facts, level)
-        file = path.with_name(with_level(f"{name}.safetensors", level))
-        write_together(file, tensors, metadata[level], ranks)
-        if cfg.lora is not None:
-            file = path.with_name(with_level(f"{name}_lora.safetensors", level))
-            write_together(file, loras[level], metadata[level], ranks)
+    metadata = {level: file_metadata(facts, level) for level in parts}
+    files = {"": parts} | (
+        {} if cfg.lora is None else {"_lora": by_expert(lora_file(state.student, path))})
+    for form, tensors in files.items():
+        for level in parts:
+            file = path.with_name(with_level(f"{name}{form}.safetensors", level))
+            write_together(file, tensors[level], metadata[level], ranks)
     if cfg.export == "diffusers":
         export_diffusers(path.with_name(f"{name}_diffusers"), parts, metadata, sizes,
                          facts["t_key"], ranks)
 
     def write_pages() -> None:
-        write_text(path.with_name(f"{name}.md"), student_page(facts, f"{name}.safetensors"))
+        for form in files:
+            page = student_page(facts, f"{name}{form}.safetensors", lora=form == "_lora")
+            write_text(path.with_name(f"{name}{form}.md"), page)
         write_json(path.with_name(f"{name}_comfyui.json"),
                    comfyui_workflow(facts, f"{name}.safetensors"))
-        if cfg.lora is not None:
-            write_text(path.with_name(f"{name}_lora.md"),
-                       student_page(facts, f"{name}_lora.safetensors", lora=True))
 
     on_rank_0(write_pages, ranks)
     return path
@@ -300,21 +307,6 @@ def bytes_a_parameter(cfg: Any) -> int:
     return EXPORT_DTYPES[cfg.export_dtype].itemsize * (2 if cfg.export == "diffusers" else 1)
 
 
-def check_export_range(student: nn.Module, dtype: torch.dtype) -> None:
-    """Raise AgreedError on all ranks if a weight would be infinite in dtype; each rank checks its
-    own rows."""
-    error = None
-    for name, p in student.named_parameters():
-        local = local_rows(p)[0].detach()
-        if error is None and local.numel():
-            largest = max(abs(x.item()) for x in local.aminmax())
-            if torch.tensor(largest).to(dtype).isinf():
-                error = ValueError(f"export_dtype: got fp16; {name} holds {largest:.4g}, and fp16 "
-                                   f"ends at {torch.finfo(dtype).max:.0f}: export by the same "
-                                   "command with --export_dtype bf16")
-    raise_together(error)
-
-
 def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
                    ranks: Ranks) -> None:
     """Write a safetensors file whose tensors all ranks gather, aside and renamed; a write that
@@ -324,9 +316,7 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[st
             part.unlink(missing_ok=True)
         replace_file(path, lambda aside: stream_safetensors(aside, tensors, metadata))
 
-    def gather() -> None:
-        stream_safetensors(path, tensors, metadata, write=False)
-
+    gather = functools.partial(stream_safetensors, path, tensors, metadata, write=False)
     for retry in (True, False):
         try:
             return on_rank_0(write, ranks, gather)
@@ -359,18 +349,16 @@ SUBFOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}
 def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
                      metadata: dict[str, dict[str, str]], sizes: Sizes, t_key: list[float],
                      ranks: Ranks) -> None:
-    """Write a folder with transformer/ and scheduler/ as diffusers loads them, aside and renamed;
-    for an expert for low noise transformer_2/, and model_index.json with the boundary.
-    Other files of a folder that is there already are kept.
+    """Write a folder with transformer/ and scheduler/ as diffusers loads them; for an expert for
+    low noise transformer_2/, and model_index.json with the boundary. All files are written aside,
+    then moved: an earlier export is replaced, other files of the folder are kept.
 
     Args: parts, tensors under official names, and metadata of each file, by expert; t_key from 1 to
     0. Raises AgreedError on all ranks if it cannot be written.
     """
-    aside, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    aside = folder.with_name(f".{folder.name}.part")
 
     def start() -> None:
-        if old.exists() and not folder.exists():  # killed between the two renames
-            os.replace(old, folder)
         shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
         for level in parts:
             write_json(aside / SUBFOLDERS[level] / "config.json", transformer_config(sizes))
@@ -382,27 +370,21 @@ def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
     for level, tensors in parts.items():
         write_network(aside / SUBFOLDERS[level], tensors, metadata[level], ranks)
 
-    def exported(part: str, names: list[str]) -> list[str]:
-        """The names in a subfolder that this writes, now or in an earlier export."""
-        written = {SUBFOLDERS[level]: NETWORK_FILES for level in parts}
-        written["scheduler"] = ("scheduler_config.json",)
-        patterns = written.get(os.path.relpath(part, folder), ())
-        return [n for n in names if any(fnmatch(n, p) for p in patterns)]
-
     def finish() -> None:
         try:
-            if folder.is_dir():
-                shutil.copytree(folder, aside, symlinks=True, copy_function=link_file,
-                                dirs_exist_ok=True, ignore=exported)
+            for old in folder.glob("transformer*/diffusion_pytorch_model*.safetensors*"):
+                old.unlink()  # an earlier export's shards may have other names
+            for file in [path for path in aside.rglob("*") if path.is_file()]:
+                target = folder / file.relative_to(aside)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+                sync_to_disk(target.parent)
+            shutil.rmtree(aside)
         except OSError as e:
-            raise ValueError(f"{folder}: its other files cannot be kept ({error_summary(e)}): "
-                             "rename the folder, or free some space") from e
-        replace_folder(folder, aside)
+            raise ValueError(f"{folder}: cannot be written ({error_summary(e)}): rename it, and "
+                             "export again by the same command") from e
 
     on_rank_0(finish, ranks)
-
-
-NETWORK_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 
 
 def write_network(folder: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
@@ -419,14 +401,6 @@ def write_network(folder: Path, tensors: dict[str, LazyTensor], metadata: dict[s
         weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
         on_rank_0(lambda: write_json(folder / f"{base}.safetensors.index.json", {
             "metadata": {"total_size": size}, "weight_map": weight_map}), ranks)
-
-
-def link_file(source: str, target: str) -> None:
-    """Give a file a second name; on a disk that cannot, copy it."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def bytes_in(tensor: LazyTensor | Tensor) -> int:
@@ -544,9 +518,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def check_data(path: Path) -> None:
     """Raise ValueError if the CRC-32 in a safetensors file's metadata is not that of its data."""
-    metadata, _, start = safetensors_header(path)
-    stored = metadata.get("crc32")
-    if stored is not None and stored != (found := crc32_of_file(path, start)):
+    stored = safetensors_metadata(path).get("crc32")  # none in a file of torch.save
+    if stored and stored != (found := crc32_of_file(path, safetensors_header(path)[2])):
         raise ValueError(f"{path}: is damaged: its data have CRC-32 {found}, expected {stored} by "
                          "its metadata: copy it again, or export it again by the command that made "
                          "it (a program that changes it on purpose should drop crc32 from its "
@@ -561,16 +534,12 @@ def how_to_use(path: Path) -> str:
     Raises FileNotFoundError if there is none, ValueError if it says too little.
     """
     file = path / "transformer" if (path / "transformer").is_dir() else path
-    file = only_weights(file) if file.is_dir() else file
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such weight file: name a student or a LoRA")
-    if file_kind(file) == "index":
-        file = file.parent / next(iter(read_index(file).values()), "")
-    facts = facts_in(file)
-    check_facts(path, facts, (*FACTS, "key"))
+    tensors = open_tensors(file)
+    facts = facts_in(next((t.file for t in tensors.values()), file))
+    check_facts(path, facts, (*FACTS, *SETTINGS, "dtype"))
     if (family := sizes_of(facts["preset"]).family) != facts["family"]:
         raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "
                          f"{facts['preset']} is {family}: distill it again")
     name = path.name if path.suffix == ".safetensors" else "student.safetensors"
     return student_page(facts, name.replace(f"_{facts.get('expert')}_noise", ""),
-                        is_lora(open_file(file)))
+                        is_lora(tensors))

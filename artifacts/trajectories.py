@@ -6,7 +6,8 @@
 
 The manifest holds only what follows from the config and never changes, so that it can be written
 again when it is lost or damaged. Everything else is in the header of each trajectory's file: its
-index, prompt, image, seed, and checksums of its tensors and of the manifest.
+index, prompt, image, seed, the identity of its encoders, and checksums of its tensors and of the
+manifest.
 
 Shapes: S stored latents; C channels, T H W latent frames, height and width.
 """
@@ -76,7 +77,7 @@ def check_same(path: Path, stored: dict, expected: dict, remedy: str) -> None:
     """Raise ValueError naming the first key of `expected` that a stored manifest contradicts."""
     for key, value in expected.items():
         same = stored.get(key) == value
-        if key == "t" and isinstance(stored.get("t"), list):  # libraries differ in the last bit
+        if key == "t":  # libraries differ in the last bit
             same = len(stored["t"]) == len(value) and all(map(math.isclose, stored["t"], value))
         if not same:
             raise ValueError(f"{path}: {key}: expected {abbreviate(value)} by this config, got "
@@ -114,7 +115,7 @@ def open_manifest(folder: Path, expected: dict, write: bool = True) -> dict[str,
         check_same(path, stored, expected, remedy)
         return stored
     except (ValueError, FileNotFoundError):
-        recorded = recorded_checksum(folder)
+        recorded = first_header(folder).get("manifest")
         if not write or (recorded is None and stored is not None):
             raise
         if recorded not in (None, manifest_checksum(expected)):
@@ -128,12 +129,22 @@ def open_manifest(folder: Path, expected: dict, write: bool = True) -> dict[str,
     return read_manifest(folder)
 
 
-def recorded_checksum(folder: Path) -> str | None:
-    """The manifest's checksum in the header of a folder's first readable trajectory, or None."""
+def first_header(folder: Path) -> dict[str, Any]:
+    """The header of a folder's first readable trajectory; {} if there is none."""
     for i in sorted(find_trajectories(folder)):
         with contextlib.suppress(*READ_ERRORS), safe_open(trajectory_path(folder, i), "pt") as f:
-            return read_header(f)["manifest"]
-    return None
+            return read_header(f)
+    return {}
+
+
+def check_encoders(folder: Path, encoders: str) -> None:
+    """Raise ValueError if the folder's trajectories were made with other text or image encoders."""
+    first = first_header(folder)
+    if (found := first.get("encoders", encoders)) != encoders:
+        raise ValueError(f"{trajectory_path(folder, first['index'])}: expected a trajectory made "
+                         f"with the text and image encoders of `weights` ({encoders}), got others "
+                         f"({found}): use the same encoders in all jobs, choose another --run, or "
+                         "delete what was made with the wrong ones")
 
 
 # ---------------------------------------------------------------------- a trajectory's file
@@ -173,12 +184,12 @@ def bf16_if_exact(c: Tensor) -> Tensor:
 
 
 def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tensor,
-                     cond: dict[str, Tensor], image: Path | None = None) -> None:
+                     cond: dict[str, Tensor], encoders: str, image: Path | None = None) -> None:
     """Write trajectory i.
 
-    Args: x [S,C,T,H,W] in the manifest's dtype; cond without batch dimension; image, the file of
-    the first frame for image-to-video. Raises ValueError if a latent is not finite or the file
-    cannot be written.
+    Args: x [S,C,T,H,W] in the manifest's dtype; cond without batch dimension; encoders, the
+    Conditioner.identity of those that made it; image, the file of the first frame for
+    image-to-video. Raises ValueError if a latent is not finite or the file cannot be written.
     """
     for j, latent in zip(manifest["stored"], x, strict=True):
         if not torch.isfinite(latent).all():
@@ -188,7 +199,7 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     conds = {f"cond.{name}": bf16_if_exact(c.cpu()) for name, c in cond.items()}
     sums = {"x": [crc32(latent) for latent in x], **{name: crc32(c) for name, c in conds.items()}}
     header = {"index": i, "prompt": prompt, "seed": manifest["seed"],
-              "manifest": manifest_checksum(manifest), "crc32": sums}
+              "manifest": manifest_checksum(manifest), "encoders": encoders, "crc32": sums}
     if image is not None:
         header["image"] = hashlib.sha256(image.read_bytes()).hexdigest()
     # One metadata key, because safetensors writes several in random order. Not by save_file,
@@ -207,11 +218,12 @@ def read_header(f: Any) -> dict[str, Any]:
     return header
 
 
-def read_trajectory(folder: Path, manifest: dict, i: int,
-                    points: Iterable[int]) -> tuple[Tensor, dict[str, Tensor], str]:
+def read_trajectory(folder: Path, manifest: dict, i: int, points: Iterable[int],
+                    encoders: str | None = None) -> tuple[Tensor, dict[str, Tensor], str]:
     """Latents of trajectory i at the given points of the teacher's grid, where 0 is the noise.
 
-    Only these latents are read, and each is compared with its checksum.
+    Only these latents are read, and each is compared with its checksum. With `encoders`, the
+    trajectory must have been made with encoders of this identity.
     Returns (x [points,C,T,H,W] fp32, cond without batch dimension, prompt). Raises ValueError
     naming a file that is missing, truncated or changed.
     """
@@ -223,6 +235,9 @@ def read_trajectory(folder: Path, manifest: dict, i: int,
             if (header["index"], recorded) != (i, expected):
                 raise ValueError(f"it is trajectory {header['index']} of manifest {recorded}, not "
                                  f"{i} of {expected}")
+            if encoders not in (None, header.get("encoders", encoders)):
+                raise ValueError("it was made with other text or image encoders than the first "
+                                 "trajectory of the folder")
             sums, x = header["crc32"], f.get_slice("x")
             cond = {name: f.get_tensor(name) for name in sums if name != "x"}
             for point in points:
@@ -272,7 +287,7 @@ class SynVid:
                              "others with this key, or with --keep all, by `python synvid.py "
                              "CONFIG` in another --run")
         existing = find_trajectories(self.folder)
-        self.count = len(existing)
+        self.count, self.encoders = len(existing), first_header(self.folder).get("encoders")
         if gap := first_gap(existing) if existing else range(1):
             raise ValueError(f"{trajectory_path(self.folder, gap[0])}: is missing, the first of a "
                              f"gap of {len(gap)}; {self.count} trajectories exist: finish by the "
@@ -288,10 +303,8 @@ class SynVid:
         Args: i in 0 … len - 1; ks, the k to read, in order (None: 0 … m). x_key is fp32
         [len(ks),C,T,H,W], cond without batch dimension. Raises ValueError naming a damaged file.
         """
-        if not 0 <= i < self.count:
-            raise IndexError(f"trajectory {i} of {self.count} in {self.folder}")
         points = self.points if ks is None else [self.points[k] for k in ks]
-        return read_trajectory(self.folder, self.manifest, i, points)
+        return read_trajectory(self.folder, self.manifest, i, points, self.encoders)
 
 
 def open_trajectories(folder: Path, cfg: Shared) -> SynVid:
@@ -309,17 +322,15 @@ def open_trajectories(folder: Path, cfg: Shared) -> SynVid:
 def verify(folder: Path, indices: range, manifest: dict, ranks: Ranks) -> dict[int, str]:
     """The faulty trajectories with their faults; every byte is read, a share by each rank."""
     faults: dict[int, str] = {}
+    encoders = first_header(folder).get("encoders")
     own = indices[ranks.rank::ranks.world]
     bar = progress_bar(len(own), "verify", ranks.rank, unit="trajectory")
     for i in own:
         bar.update()
-        if not trajectory_path(folder, i).exists():
-            faults[i] = "missing"
-            continue
         try:
-            read_trajectory(folder, manifest, i, manifest["stored"])
+            read_trajectory(folder, manifest, i, manifest["stored"], encoders)
         except ValueError as e:
-            faults[i] = str(e.__cause__)
+            faults[i] = str(e.__cause__) if trajectory_path(folder, i).exists() else "missing"
     bar.close()
     faults = {i: fault for part in gather_values(faults) for i, fault in part.items()}
     if ranks.rank == 0:

@@ -4,6 +4,7 @@ A stage's Config is a dataclass that extends `Shared`. Every key is known, typed
 its interval and explained by --help.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -51,18 +52,16 @@ class Shared:
     fps: float = field(8, "frames per second of the videos written", "(0, 1000]")
     n: int = field(50, "steps of the teacher's grid", "[1, 10000]")
     shift: float = field(7.0, "time shift of the teacher's grid", "(0, 1000]")
-    cfg_scale: float = field(1.0, "teacher's classifier-free guidance; 1 = one evaluation a step",
-                             "[0, 1000]")
-    cfg_scale_low: float | None = field(None, "of the low-noise expert, for a teacher with two "
-                                        "(Wan 2.2 A14B); none: cfg_scale", "[0, 1000]")
-    embedded_guidance: float = field(6.016, "HunyuanVideo's; its release's 6 acts as 6.016",
-                                     "[0, 1000]")
+    cfg_scale: float = field(1.0, "teacher's guidance; 1: one evaluation per step", "[0, 1000]")
+    cfg_scale_low: float | None = field(None, "of Wan 2.2's low-noise expert; none: cfg_scale",
+                                        "[0, 1000]")
+    embedded_guidance: float = field(6.016, "HunyuanVideo's; its 6 acts as 6.016", "[0, 1000]")
     negative_prompt: str = field("", "text of the teacher's unconditional branch")
     key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
     seed: int = field(0, "base seed of everything drawn")
     device: str = field("auto", "cpu, cuda, or auto: a GPU if there is one")
-    attention: Literal["auto", "flash", "cudnn"] = field("auto", "kernels a GPU tries first; auto: "
-                                                         "cudnn on Hopper, else flash")
+    attention: Literal["auto", "flash", "cudnn"] = field(
+        "auto", "kernels a GPU tries first; auto: cudnn on Hopper, else flash")
 
     def __post_init__(self) -> None:
         # Not settings: where the values come from, for messages and for another stage.
@@ -87,8 +86,7 @@ def check_within(value: Any, interval: str | None, key: str, where: str) -> None
         return
     low, high = map(float, interval[1:-1].split(","))
     for x in value if isinstance(value, list) else [value]:
-        if not (low < x < high or x == low and interval[0] == "[" or x == high and
-                interval[-1] == "]"):
+        if not low <= x <= high or x == low and "(" in interval or x == high and ")" in interval:
             raise ValueError(f"{where}: {key}: expected a number in {interval}, got {x}")
 
 
@@ -96,35 +94,32 @@ BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True),
             **dict.fromkeys(("false", "0", "no", "off"), False)}
 # Exact at any size, 1e3 and 2.0 too; 010 is 8 to some; limited, since Fraction expands powers.
 INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,39})(\.[0-9]{0,39})?([eE][+-]?[0-9]{1,2})?")
+DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][+-]?[0-9]+)?")  # not 1_0
 
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
     """A value of YAML or the command line as its field's type. Raises ValueError naming the key."""
-    if typing.get_origin(kind) is types.UnionType:  # X | None
-        if value is None or value in ("none", "null", "~", ""):
-            return None
-        kind = typing.get_args(kind)[0]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    plain = isinstance(value, str | int | float)  # str() of a nested one has no bound
-    number = plain and not isinstance(value, bool)
-    try:
-        if origin is list:
-            items = value.replace(",", " ").split() if isinstance(value, str) else value
-            if isinstance(items, list):
-                return [coerce(item, arguments[0], key, where) for item in items]
-        elif origin is Literal and value in arguments:
-            return value
-        elif kind is bool and plain:
-            return BOOLEANS[str(value).lower()]
-        elif kind is str and number:
-            return str(value)
-        elif kind is float and number and math.isfinite(x := float(value)):
+    if origin is types.UnionType:  # X | None
+        is_none = value is None or value in ("none", "null", "~", "")
+        return None if is_none else coerce(value, arguments[0], key, where)
+    if origin is list and isinstance(value, str):
+        value = value.replace(",", " ").split()
+    if origin is list and isinstance(value, list):
+        return [coerce(item, arguments[0], key, where) for item in value]
+    if origin is Literal and value in arguments:
+        return value
+    text = str(value) if isinstance(value, str | int | float) else ""  # a nested one has no bound
+    with contextlib.suppress(ValueError, KeyError, OverflowError):
+        if kind is bool:
+            return BOOLEANS[text.lower()]
+        if kind is str and (text or value == "") and not isinstance(value, bool):
+            return text
+        if (kind is float and not isinstance(value, bool) and DECIMAL.fullmatch(text.strip())
+                and math.isfinite(x := float(text))):
             return x
-        elif (kind is int and number and INTEGER.fullmatch(str(value))
-              and (x := Fraction(str(value))).denominator == 1):
+        if kind is int and INTEGER.fullmatch(text) and (x := Fraction(text)).denominator == 1:
             return int(x)
-    except (ValueError, KeyError, OverflowError):
-        pass
     name = " | ".join(arguments) if origin is Literal else str(kind) if origin else kind.__name__
     raise ValueError(f"{where}: {key}: expected {name}, got {abbreviate(value)}")
 
@@ -147,8 +142,7 @@ class PlainLoader(yaml.BaseLoader):
         values = super().construct_mapping(node, deep)
         if len(values) < len(node.value):
             [(name, _)] = Counter(str(key.value) for key, _ in node.value).most_common(1)
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key '{name:.80}' is given twice: keep one", node.start_mark)
+            raise ValueError(f"key '{name:.80}' is given twice: keep one")
         return values
 
 
@@ -190,13 +184,11 @@ def print_help(cfg: Any, script: str, doc: str) -> None:
     """Print a stage's docstring and each field with its value and meaning."""
     print(f"{doc.strip()}\n\nusage: python {script} [CONFIG] [--field value | field=value]\n"
           f"the last brackets hold the values of {cfg.origin}\n")
-    kinds = typing.get_type_hints(type(cfg))
     for f in dataclasses.fields(cfg):
-        value = getattr(cfg, f.name)
-        kind = kinds[f.name]
-        choices = " | ".join(typing.get_args(kind)) if "Literal" in str(kind) else ""
-        limits = f"; within {within}" if (within := f.metadata["within"]) else ""
-        print(f"  --{f.name:<18} {choices}{': ' if choices else ''}{f.metadata['help']}{limits} "
+        value, kind = getattr(cfg, f.name), typing.get_type_hints(type(cfg))[f.name]
+        choices = " | ".join(typing.get_args(kind)) + ": " if "Literal" in str(kind) else ""
+        limits = f"; within {f.metadata['within']}" if f.metadata["within"] else ""
+        print(f"  --{f.name:<18} {choices}{f.metadata['help']}{limits} "
               f"[{'none' if value is None else value}]")
 
 
@@ -210,16 +202,10 @@ def parse_options(args: list[str], fields: dict) -> dict[str, Any]:
         if not (arg.startswith("--") or equals) or name not in fields:
             raise ValueError(f"command line: unknown option {abbreviate(arg)}"
                              f"{nearest(name, fields)}; see --help")
-        if not equals:  # the value is the next argument; a bool may be the last, or before another
-            after, override, _ = (args or ["--"])[0].partition("=")
-            if fields[name] is bool and (after.startswith("--") or override and
-                                         after.replace("-", "_") in fields):
-                value = True
-            elif args:
-                value = args.pop(0)
-            else:
-                raise ValueError(f"command line: {abbreviate(arg)}: expected a value, got nothing")
-        given[name] = value
+        is_bare = fields[name] is bool and (not args or args[0].lower() not in BOOLEANS)
+        if not equals and not is_bare and not args:
+            raise ValueError(f"command line: {abbreviate(arg)}: expected a value, got nothing")
+        given[name] = value if equals else True if is_bare else args.pop(0)
     return given
 
 
@@ -238,13 +224,13 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     wants_help = "--help" in args or "-h" in args
     named = args and not args[0].startswith("-") and "=" not in args[0]
     path = Path(args.pop(0)) if named else ROOT / "configs/tiny.yaml"
-    values = read_yaml(path, stage, fields)
     given = parse_options(args, fields)
-    intervals = {f.name: f.metadata["within"] for f in dataclasses.fields(cls)}
-    for name, value in {**values, **given}.items():
-        where = "command line" if name in given else str(path)
-        values[name] = coerce(value, fields[name], name, where)
-        check_within(values[name], intervals[name], name, where)
+    values = read_yaml(path, stage, fields) | given
+    for f in dataclasses.fields(cls):
+        if f.name in values:
+            where = "command line" if f.name in given else str(path)
+            values[f.name] = coerce(values[f.name], fields[f.name], f.name, where)
+            check_within(values[f.name], f.metadata["within"], f.name, where)
     cfg = cls(**values)
     for name in paths_of(cls):
         if value := getattr(cfg, name):
@@ -255,13 +241,11 @@ def load_config(cls: type, stage: str, argv: list[str] | None = None, doc: str =
     cfg.path, cfg.given = path, given
     cfg.origin = "  ".join([str(path), *(f"{name}={getattr(cfg, name)}" for name in given)])
     if wants_help:
-        default = "-m small_world.teacher" if stage == "teacher" else f"{stage}.py"
-        print_help(cfg, script or default, doc)
+        print_help(cfg, script or f"{stage}.py", doc)
         raise SystemExit(0)
     trained = Path(cfg.run) / "teacher/weights"  # where stage 0 of the same config writes
     if stage not in ("teacher", "bench") and Path(cfg.weights) == trained and not trained.exists():
-        raise FileNotFoundError(f"{trained}: there is no teacher yet; train it by `python -m "
-                                f"small_world.teacher {path}`")
+        raise FileNotFoundError(f"{trained}: make it by `python -m small_world.teacher {path}`")
     return cfg
 
 

@@ -23,8 +23,7 @@ from safetensors import SafetensorError
 try:
     import fcntl
 except ImportError:
-    raise SystemExit("error: this code runs on Linux and macOS: this system has no file locks "
-                     "(fcntl)") from None
+    raise SystemExit("error: this code runs on Linux and macOS (fcntl is missing)") from None
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = secrets.token_hex(4)  # of this process: containers may have the same process ids
@@ -32,8 +31,7 @@ TOKEN = secrets.token_hex(4)  # of this process: containers may have the same pr
 
 # ------------------------------------------------------------------------------------ writing
 
-WRITE_REMEDY = ("check the space and the permissions there, or choose another run folder "
-                "(`--run`)")
+WRITE_REMEDY = "check the space and the permissions there, or choose another --run"
 
 
 def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
@@ -51,8 +49,7 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
         os.replace(aside, path)
         sync_to_disk(path.parent)
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{path}: cannot be written ({error_summary(e)}): {WRITE_REMEDY}; nothing "
-                         "under this name was changed") from e
+        raise ValueError(f"{path}: cannot be written ({error_summary(e)}): {WRITE_REMEDY}") from e
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
@@ -99,10 +96,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def open_own(path: Path, mode: str) -> IO:
-    """Open a lock or log file of this project. Raises OSError for a symbolic link in its place,
-    which could lead to any other file."""
-    if path.is_symlink():
-        raise OSError(f"{path.name} is a symbolic link: remove it")
+    """Open a lock or log file of this project. Raises OSError ("too many levels of symbolic links")
+    for a link in its place, which could lead to any other file."""
     return open(path, mode, opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o666))
 
 
@@ -119,29 +114,23 @@ def append_log(path: Path, line: dict) -> None:
             incomplete = log.read(1) not in (b"", b"\n")
             log.write(b"\n" * incomplete + json.dumps(line).encode() + b"\n")
     except OSError as e:
-        raise ValueError(f"{path}: cannot be written ({e}): {WRITE_REMEDY}; the same command then "
-                         "resumes from the last save") from e
+        raise ValueError(f"{path}: cannot be written ({e}): {WRITE_REMEDY}") from e
 
 
 # ------------------------------------------------------------------------------------ reading
 
-LARGEST = 1 << 26  # bytes of JSON or text; a larger file is not what its name claims
-
-
-def read_text(path: str | Path, largest: int = LARGEST) -> str:
-    """The text of a UTF-8 file. Raises ValueError for another file, or more bytes than `largest`.
-    """
+def read_text(path: str | Path, largest: int = 1 << 26) -> str:
+    """The text of a UTF-8 file. Raises ValueError for another file, or more bytes than `largest`:
+    such a file is not what its name claims."""
     path = Path(path)
-    if (size := path.stat().st_size) > largest or not path.is_file():
-        raise ValueError(f"{path}: expected a regular file of at most {largest} bytes, got {size} "
-                         "bytes or another kind of file: name a text file")
+    if path.stat().st_size > largest or not path.is_file():
+        raise ValueError(f"{path}: expected a regular file of at most {largest} bytes: replace it")
     data = path.read_bytes()
     try:
         return data.decode()
     except UnicodeDecodeError as e:
-        number = data.count(b"\n", 0, e.start) + 1
-        raise ValueError(f"{path}: line {number} is not UTF-8: save it as UTF-8, or restore it"
-                         ) from e
+        line = data.count(b"\n", 0, e.start) + 1
+        raise ValueError(f"{path}: line {line} is not UTF-8: save it as UTF-8") from e
 
 
 def read_json(path: str | Path, shape: Any = dict, remedy: str = "restore or remove it") -> Any:
@@ -163,7 +152,7 @@ def parse_json(text: str, where: str, shape: Any = dict, remedy: str = "make it 
 
 NUMBER = int | float
 KIND_NAMES = {dict: "a JSON object", list: "a list", str: "text", int: "an integer",
-              NUMBER: "a number"}
+              NUMBER: "a number", dict | str: "text or a JSON object"}
 
 
 def shape_error(value: Any, shape: Any, name: str = "") -> str:
@@ -263,9 +252,8 @@ def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
                 remove_leftovers(folder)
             handle = open_own(path, "w")
             lock_file(handle)
-            handle.write(f"process {os.getpid()} on host {socket.gethostname()}, since "
-                         f"{time.strftime('%Y-%m-%d %H:%M:%S')},")
-            handle.flush()
+            print(f"process {os.getpid()} on host {socket.gethostname()}, since {time.ctime()},",
+                  end="", file=handle, flush=True)
     except OSError as e:
         raise ValueError(f"{folder}: cannot be written ({e}): {WRITE_REMEDY}") from e
     try:
@@ -297,12 +285,9 @@ def lock_file(handle: IO, wait: bool = False) -> bool:
         return False
     except OSError as e:
         if wait:
-            print(f"warning: {Path(handle.name).parent}: this disk has no file locks "
-                  f"({e.strerror}): make sure that no other process works here", flush=True)
+            print(f"warning: {handle.name}: this disk has no file locks ({e.strerror}): make sure "
+                  "that no other process works here", flush=True)
     return True
-
-
-LEFTOVER = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.part(\.\w+)?", re.DOTALL)  # of replace_file
 
 
 def remove_leftovers(folder: Path, age: float = 0.0) -> None:
@@ -310,8 +295,8 @@ def remove_leftovers(folder: Path, age: float = 0.0) -> None:
 
     age: only those that were last written to at least so many seconds ago.
     """
-    for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part*")]:
+    pattern = ".*.*-????????.part*"  # of replace_file
+    for part in [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]:
         with contextlib.suppress(OSError):
-            old = not age or time.time() - part.stat().st_mtime >= age
-            if old and LEFTOVER.fullmatch(part.name) and part.is_file():
+            if part.is_file() and (not age or time.time() - part.stat().st_mtime >= age):
                 part.unlink()

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -21,7 +20,7 @@ from torch import Tensor
 from common.config import check_keys, load_yaml
 from common.files import ROOT, abbreviate, parse_json, read_json
 from common.weights import (
-    WEIGHT_SUFFIXES, LazyTensor, only_weights, open_tensors, sample_blocks, sample_file)
+    WEIGHT_SUFFIXES, LazyTensor, dtype_name, only_weights, open_tensors, sample_blocks, sample_file)
 
 # -------------------------------------------------------------------- prefixes, scales, refusals
 
@@ -40,15 +39,10 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOAT8)
 SCALE = re.compile(r"(.+)\.(scale_weight|weight_scale)")  # of a layer's fp8 weight
 # Of its input, for fp8 products, and ComfyUI's markers: not needed for the weights.
 UNUSED_SCALE = re.compile(r"(.+\.)?(scale_input|input_scale|comfy_quant|scaled_fp8)")
-# Tensors that only quantised layers have, in forms that are not read.
-SCHEMES = tuple((re.compile(pattern), scheme) for pattern, scheme in (
-    (r".+\.weight_scale_inv", "fp8 with one scale per block (DeepSeek's)"),
-    (r".+\.weight\._(data|scale|shift)", "quanto"), (r".+\.weight_scale_2", "nvfp4"),
-    (r".+\.weight\.(absmax|quant_map|nested_|quant_state).*|.+\.(SCB|weight_format)",
-     "bitsandbytes"),
-    (r".+\.(qweight|qzeros|g_idx|scales|wscales|wtscale)", "GPTQ, AWQ or SVDQuant"),
-    (r".+\.(pre_quant_scale|smooth_factor)", "weights scaled together with their inputs"),
-    (r".+\.weight[._](?!g$|v$|mask$)\w+", "weights stored in parts")))
+# Tensors that only quantised layers have: fp8 with scales of blocks, quanto, nvfp4, bitsandbytes,
+# GPTQ, AWQ, SVDQuant.
+QUANTISED = re.compile(r".+\.(weight[._](?!g$|v$|mask$)\w+(\.bitsandbytes__\w+)?|SCB|qweight|"
+                       r"qzeros|g_idx|w?scales|wtscale|pre_quant_scale|smooth_factor)")
 REMEDY = ("use bf16, fp16 or fp32 weights, or fp8 with one scale per tensor or per row of each "
           "weight (`weight_scale`)")
 
@@ -64,16 +58,15 @@ def plain_names(tensors: dict, component: str) -> dict:
         return tensors
     for name, t in tensors.items():
         if LORA.fullmatch(name):
-            raise ValueError(f"{t.file}: is a LoRA ({name:.80}), which changes a model: point "
-                             "`weights` at the model, and give this file as --lora")
+            raise ValueError(f"{t.file}: is a LoRA ({name:.80}): give it as --lora, and point "
+                             "`weights` at its model")
     file = next(iter(tensors.values())).file
     tensors = {WRAPPERS.sub("", name): t for name, t in tensors.items()}
     prefixes = {name.removesuffix(anchor) for name in tensors for anchor in ANCHORS[component]
                 if name == anchor or name.endswith(f".{anchor}")} or {""}
     if len(prefixes) > 1:
         raise ValueError(f"{file}: contains several networks of this kind, under "
-                         f"{', '.join(f'{p!r:.80}' for p in sorted(prefixes)[:6])}: save the one "
-                         "you mean alone")
+                         f"{abbreviate(sorted(prefixes))}: save the one you mean alone")
     prefix = prefixes.pop()
     tensors = with_scales({name.removeprefix(prefix): t for name, t in tensors.items()
                            if name.startswith(prefix)})
@@ -84,57 +77,46 @@ def plain_names(tensors: dict, component: str) -> dict:
 
 def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Tensors with scaled weights multiplied by their scales, without the scales and ComfyUI's
-    markers. Raises ValueError naming the scheme of weights that are quantised in another form."""
+    markers. Raises ValueError for weights that are quantised in another form."""
     out, scales = {}, {}
     for name, t in tensors.items():
         scale = SCALE.fullmatch(name)
-        check_scheme(name, t, twice=scale is not None and f"{scale[1]}.weight" in scales)
+        if f"{scale[1]}.weight" in scales if scale else is_quantised(name, t):
+            raise ValueError(f"{t.file}: {name:.80}, {dtype_name(t)}, shows that the weights are "
+                             f"quantised in a form that is not supported: {REMEDY}")
         if scale:
             scales[f"{scale[1]}.weight"] = name, t
         elif not UNUSED_SCALE.fullmatch(name):
             out[name] = t
-    for name, (scale_name, scale) in scales.items():
-        if name in out:
-            out[name] = scaled(out[name], scale_name, scale)
     for name, t in out.items():
         if t.dtype in FLOAT8:
-            check_range(name, t)
-    for t in tensors.values():
-        if t.dtype in FLOAT8 and t.shape != (0,):  # ComfyUI's marker is empty
             warn_of_fp8(t.file, bool(scales))
+        if name in scales:
+            out[name] = scaled(t, *scales[name])
+        elif t.dtype in FLOAT8:
+            check_range(name, t)
     return out
 
 
-def check_scheme(name: str, t: LazyTensor, twice: bool) -> None:
-    """Raise ValueError if a tensor belongs to a form of quantised weights that is not read, or is
-    the second scale of a weight (twice)."""
-    kind, scheme = str(t.dtype).removeprefix("torch."), "with two scales" if twice else None
-    if name.endswith("weight") and len(t.shape) > 1 and t.dtype not in FLOATS:
-        raise ValueError(f"{t.file}: {name} holds {kind}: the weights are quantised to integers or "
-                         f"to less than fp8: {REMEDY}")
-    if name.endswith(".comfy_quant"):
-        if t.dtype != torch.uint8 or not 0 < math.prod(t.shape) <= 4096:
-            scheme = "ComfyUI's, with a description that cannot be read"
-        else:
-            text = bytes(t.read().flatten().tolist()).decode(errors="replace")
-            facts = parse_json(text, f"{t.file}: {name}", remedy="copy the file again")
-            plain = facts.get("format") in ("float8_e4m3fn", "float8_e5m2")
-            if not plain or facts.keys() - {"format", "full_precision_matrix_mult"}:
-                scheme = f"ComfyUI's {abbreviate(json.dumps(facts))}"
-    elif not SCALE.fullmatch(name):
-        scheme = next((scheme for pattern, scheme in SCHEMES if pattern.fullmatch(name)), None)
-    if scheme:
-        raise ValueError(f"{t.file}: {name:.80} shows that the weights are quantised in a form "
-                         f"that is not supported ({scheme}): {REMEDY}")
+def is_quantised(name: str, t: LazyTensor) -> bool:
+    """Whether a tensor belongs to weights that are integers, or quantised in another form than fp8
+    with a scale per tensor or row."""
+    if name.endswith(".comfy_quant"):  # ComfyUI's description of a layer, JSON as bytes
+        is_text = t.dtype == torch.uint8 and math.prod(t.shape) <= 4096
+        text = bytes(t.read().flatten().tolist()).decode(errors="replace") if is_text else "{}"
+        facts = parse_json(text, f"{t.file}: {name}", remedy="copy the file again")
+        return (facts.get("format") not in ("float8_e4m3fn", "float8_e5m2")
+                or bool(facts.keys() - {"format", "full_precision_matrix_mult"}))
+    integers = name.endswith("weight") and len(t.shape) > 1 and t.dtype not in FLOATS
+    return integers or bool(QUANTISED.fullmatch(name))
 
 
 def scaled(t: LazyTensor, name: str, scale: LazyTensor) -> LazyTensor:
     """A weight times its scale, one for all of it or one per row. Raises ValueError for others."""
     count, rows = math.prod(scale.shape), (*t.shape, 1)[0]
     if scale.dtype not in FLOATS or count not in (1, rows) or (*scale.shape, 1)[0] != count:
-        raise ValueError(f"{t.file}: {name} holds {str(scale.dtype).removeprefix('torch.')} "
-                         f"{list(scale.shape)} for a weight {list(t.shape)}: scales per block are "
-                         f"not supported: {REMEDY}")
+        raise ValueError(f"{t.file}: {name} holds {dtype_name(scale)} {list(scale.shape)} for a "
+                         f"weight {list(t.shape)}: scales per block are not supported: {REMEDY}")
 
     def read(part: slice | None = None) -> Tensor:
         factor = scale.read().float().flatten()
@@ -146,26 +128,23 @@ def scaled(t: LazyTensor, name: str, scale: LazyTensor) -> LazyTensor:
 
 
 def check_range(name: str, t: LazyTensor) -> None:
-    """Raise ValueError for an fp8 matrix whose values use the range of fp8, to 448 in e4m3: weights
-    are below 10, so these were divided by a scale, which is not in the file."""
+    """Raise ValueError for an fp8 matrix whose values use the range of e4m3, to 448, or of e5m2:
+    weights are below 10, so these were divided by a scale, which is not in the file."""
     if len(t.shape) < 2 or re.search("embed|shared", name):  # umT5's embeddings are large
         return
     top = float(sample_blocks(t).abs().max())
-    if top > torch.finfo(t.dtype).max / 4:
+    if top > torch.finfo(torch.float8_e4m3fn).max / 4:
         raise ValueError(f"{t.file}: {name} is fp8 with values up to {top:.0f} and without its "
-                         "scale: the scales of these weights are stored elsewhere (HunyuanVideo's "
-                         "in …_fp8_map.pt, which belongs next to …_fp8.pt) or were lost: "
-                         f"{REMEDY}")
+                         f"scale (HunyuanVideo's …_fp8.pt needs its …_fp8_map.pt): {REMEDY}")
 
 
 @functools.lru_cache
 def warn_of_fp8(file: Path, scaled: bool) -> None:
     """Print once per file what fp8 weights cost, as measured on the small world's student."""
-    cost = ("a quarter more endpoint error" if scaled else
-            "velocities 6 to 8% off, twice the endpoint error")
     if os.environ.get("RANK", "0") == "0":
+        cost = "a quarter more" if scaled else "twice the"
         print(f"{file}: {'scaled ' if scaled else ''}fp8 weights: on the small world they cost "
-              f"{cost}; 16-bit weights cost nothing", flush=True)
+              f"{cost} endpoint error; 16-bit weights cost nothing", flush=True)
 
 
 # ------------------------------------------------------------------------ ComfyUI's HunyuanVideo
@@ -223,15 +202,6 @@ def joined(parts: list[LazyTensor]) -> LazyTensor:
     return dataclasses.replace(parts[0], shape=(ends[-1], *parts[0].shape[1:]), read=read)
 
 
-def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    """A small tensor in another shape; all of it is read at once."""
-    def read(rows: slice | None = None) -> Tensor:
-        value = tensor.read().reshape(shape)
-        return value[rows] if rows else value
-
-    return dataclasses.replace(tensor, shape=shape, read=read)
-
-
 HUNYUAN_MARKS = {"context_embedder.proj_in.weight", "txt_in.input_embedder.weight"}
 
 
@@ -269,17 +239,17 @@ def official_names(tensors: dict, component: str, reverse: bool = False) -> dict
 
 # ------------------------------------------------------------ a list of files, ComfyUI's folder
 
-ROLES = ("dit", "dit_high", "dit_low", "vae", "text_encoder", "text_encoder_2", "image_encoder",
-         "tokenizer", "tokenizer_2")
 # Under ComfyUI/models: the folders of a role, and a pattern of its file's name for each family.
 DIT_FOLDERS = ("diffusion_models", "unet")
-COMFY_FOLDERS = {"dit": (DIT_FOLDERS, {"wan": "", "hunyuan": ""}),
-         "dit_high": (DIT_FOLDERS, {"wan": ".*high_noise"}),
-         "dit_low": (DIT_FOLDERS, {"wan": ".*low_noise"}),
-         "vae": (("vae",), {"wan": r"wan_2\.1_vae", "hunyuan": "hunyuan_video_vae"}),
-         "text_encoder": (("text_encoders", "clip"), {"wan": "umt5", "hunyuan": "llava_llama3"}),
-         "text_encoder_2": (("text_encoders", "clip"), {"hunyuan": "clip_l"}),
-         "image_encoder": (("clip_vision",), {"wan": "clip_vision_h"})}
+COMFY_FOLDERS = {
+    "dit": (DIT_FOLDERS, {"wan": "", "hunyuan": ""}),
+    "dit_high": (DIT_FOLDERS, {"wan": ".*high_noise"}),
+    "dit_low": (DIT_FOLDERS, {"wan": ".*low_noise"}),
+    "vae": (("vae",), {"wan": r"wan_2\.1_vae", "hunyuan": "hunyuan_video_vae"}),
+    "text_encoder": (("text_encoders", "clip"), {"wan": "umt5", "hunyuan": "llava_llama3"}),
+    "text_encoder_2": (("text_encoders", "clip"), {"hunyuan": "clip_l"}),
+    "image_encoder": (("clip_vision",), {"wan": "clip_vision_h"})}
+ROLES = (*COMFY_FOLDERS, "tokenizer", "tokenizer_2")
 
 
 def is_list(weights: Path) -> bool:
@@ -292,43 +262,41 @@ def read_list(path: Path) -> dict[str, Path]:
     the key if it is not such a list."""
     values = load_yaml(path)
     if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
-        raise ValueError(f"{path}: expected lines such as `dit: file.safetensors`, for "
-                         f"{', '.join(ROLES)}")
+        raise ValueError(f"{path}: expected lines `ROLE: FILE`, for {', '.join(ROLES)}")
     check_keys(values, ROLES, str(path))
     return {key: path.parent / Path(value).expanduser() for key, value in values.items()}
 
 
-def comfy_files(weights: Path, role: str, family: str = "wan") -> list[Path] | None:
-    """The files of a role in ComfyUI's folder `models`; None if `weights` is not such a folder."""
+def role_files(weights: Path, family: str = "wan") -> dict[str, list[Path]] | None:
+    """The files of each network, by role, in a list or in ComfyUI's folder `models`; None if
+    `weights` is neither."""
+    if is_list(weights):
+        return {role: [path] for role, path in read_list(weights).items()}
     if not any((weights / folder).is_dir() for folder in DIT_FOLDERS):
         return None
-    folders, patterns = COMFY_FOLDERS.get(role, ((), {}))
-    files = sorted(p for folder in folders for p in (weights / folder).rglob("*")
-                   if not p.is_dir() and re.match(patterns.get(family, "-"), p.name))
-    return [p for p in files if p.suffix in WEIGHT_SUFFIXES] or [
-        p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
+    found = {}
+    for role, (folders, patterns) in COMFY_FOLDERS.items():
+        files = sorted(p for folder in folders for p in (weights / folder).rglob("*")
+                       if not p.is_dir() and re.match(patterns.get(family, "-"), p.name))
+        found[role] = [p for p in files if p.suffix in WEIGHT_SUFFIXES] or [
+            p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
+    return found
 
 
 def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | None:
     """The file of one network by a list or in ComfyUI's folder; None if `weights` is neither.
 
-    Raises FileNotFoundError if it is missing there, ValueError if ComfyUI's folder has several.
+    Raises FileNotFoundError unless there is exactly one.
     """
-    weights = Path(weights)
-    if is_list(weights):
-        path = read_list(weights).get(role)
-        if path is None or not (path.exists() or path.is_symlink()):
-            raise FileNotFoundError(f"{weights}: {role}: expected the file or folder of this "
-                                    f"network, got {path}: correct this line")
-        return path
-    found = comfy_files(weights, role, family)
-    if found is None:
+    files = role_files(Path(weights), family)
+    if files is None:
         return None
+    found = [p for p in files.get(role, ()) if p.exists() or p.is_symlink()]
     if len(found) != 1:
-        got = ", ".join(str(p.relative_to(weights)) for p in found[:6]) or "no such file"
-        raise (ValueError if found else FileNotFoundError)(
-            f"{weights}: {role}: expected one file, got {got}: name the one you mean in a small "
-            f"file.yaml with lines such as `{role}: {weights}/…`, and point `weights` at that")
+        got = ", ".join(map(str, files.get(role, ())[:6])) or "none"
+        raise FileNotFoundError(
+            f"{weights}: {role}: expected one existing file, got {got}: give its name as "
+            f"`{role}: FILE` in a file.yaml, and point `weights` at that")
     return found[0]
 
 
@@ -356,19 +324,14 @@ def expert_paths(weights: Path) -> list[Path] | None:
 
     Raises FileNotFoundError if one of the two is missing, ValueError for a folder that is one.
     """
-    if is_list(weights):
-        roles = ("dit_high", "dit_low")
-        if not read_list(weights).keys() & set(roles):
-            return None
+    roles, files = ("dit_high", "dit_low"), role_files(weights) or {}
+    if any(files.get(role) for role in roles) and len(files.get("dit", ())) in (0, 2):
         return [role_file(weights, role) for role in roles]
-    in_comfy = [comfy_files(weights, role) or [] for role in ("dit_high", "dit_low", "dit")]
-    if [len(files) for files in in_comfy] == [1, 1, 2]:
-        return [*in_comfy[0], *in_comfy[1]]
     folder, index = weights if weights.is_dir() else weights.parent, weights / "model_index.json"
     if folder.name in EXPERTS or (folder.name.startswith("transformer")
                                   and (folder.parent / "transformer_2").exists()):
-        raise ValueError(f"{weights}: is one of the two DiTs of Wan 2.2 A14B, each of which "
-                         f"samples a part of the steps: point `weights` at {folder.parent}")
+        raise ValueError(f"{weights}: is one of the two DiTs of Wan 2.2 A14B: point `weights` at "
+                         f"{folder.parent}")
     pair = None if weights.is_dir() else expert_files(weights)
     if any((weights / name).exists() for name in EXPERTS):
         pair = [weights / name for name in EXPERTS]
@@ -377,26 +340,8 @@ def expert_paths(weights: Path) -> list[Path] | None:
         pair = [weights / "transformer", weights / "transformer_2"]
     for path in pair or ():
         if not path.exists():
-            raise FileNotFoundError(f"{path}: is missing; Wan 2.2 A14B has two DiTs, for high and "
-                                    "for low noise: get both")
+            raise FileNotFoundError(f"{path}: is missing: get both DiTs of Wan 2.2 A14B")
     return pair
-
-
-def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Values by parameter, split into those of the expert for "high" and for "low" noise, under the
-    names that each has for itself; {"": tensors} for a model with one DiT."""
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        expert, _, rest = name.partition(".")
-        level = expert.removesuffix("_noise_model") if expert in EXPERTS else ""
-        parts.setdefault(level, {})[rest if level else name] = value
-    return parts
-
-
-def with_level(name: str, level: str) -> str:
-    """A file's name for one expert: student.safetensors → student_high_noise.safetensors."""
-    stem, dot, suffix = name.partition(".")
-    return f"{stem}_{level}_noise{dot}{suffix}" if level else name
 
 
 def dit_files(weights: str | Path) -> dict[str, Path]:
@@ -418,19 +363,9 @@ def find_dit(weights: str | Path) -> Path:
     return weight_file(weights / "transformer" if (weights / "transformer").is_dir() else weights)
 
 
-def weight_file(folder: Path) -> Path:
+def weight_file(path: Path) -> Path:
     """The weight file (or index of shards) in a DiT's own folder; a file is returned as it is."""
-    if not folder.is_dir():
-        return folder
-    file = folder / "diffusion_pytorch_model.safetensors"
-    index = Path(f"{file}.index.json")
-    if index.exists() and file.exists():
-        raise ValueError(f"{folder}: contains both {file.name} and {index.name}, which may be a "
-                         "student and its teacher: point `weights` at the file you mean")
-    if index.exists() or file.exists():
-        return index if index.exists() else file
-    others = sorted(folder.glob("diffusion_pytorch_model*"))  # a variant, or .bin
-    return only_weights(folder) if others else file
+    return only_weights(path, "diffusion_pytorch_model") if path.is_dir() else path
 
 
 def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
@@ -438,9 +373,8 @@ def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
     folder's JSON files say other sizes or another boundary."""
     files, expected = dit_files(weights), dataclasses.asdict(sizes)
     if (len(files) == 2) != (sizes.boundary is not None):
-        raise ValueError(f"{weights}: expected {1 if len(files) == 2 else 2} DiT(s) by {what}, got "
-                         f"{len(files)}; Wan 2.2 A14B has two, other models one: choose the preset "
-                         "that belongs to these weights")
+        raise ValueError(f"{weights}: expected {3 - len(files)} DiT(s) by {what}, got "
+                         f"{len(files)} (Wan 2.2 A14B has two): choose the preset of these weights")
     if not Path(weights).is_dir():
         return
     for path in [*(file.with_name("config.json") for file in files.values()),
@@ -449,20 +383,15 @@ def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
             name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
             if name in expected and got is not None and got != expected[name]:
                 raise ValueError(f"{path}: {key} is {abbreviate(got)}, {what} has "
-                                 f"{expected[name]}: choose the preset that belongs to these "
-                                 "weights, or add one")
+                                 f"{expected[name]}: choose the preset of these weights")
 
 
 def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
     """The DiT tensors of an official or diffusers folder, or of one file, under official names; of
-    Wan 2.2 A14B with the folder's name before them. Raises ValueError for Wan 2.2 TI2V-5B."""
+    Wan 2.2 A14B with the folder's name before them."""
     found = {}
     for prefix, file in dit_files(weights).items():
         tensors = official_names(open_tensors(file), "transformer")
-        if "patch_embedding.weight" in tensors and (
-                tensors["patch_embedding.weight"].shape[1:2] == (48,)):
-            raise ValueError(f"{file}: is Wan 2.2 TI2V-5B, whose VAE and times of each token are "
-                             "not supported: use Wan 2.2 A14B or Wan 2.1")
         found |= {prefix + name: t for name, t in tensors.items()}
     return found
 

@@ -40,9 +40,8 @@ class Prompt(NamedTuple):
 
 def digest_texts(prompts: list[Prompt]) -> str:
     """SHA-256 over the texts of prompts and the bytes of their images, each read once."""
-    digests = {image: hashlib.sha256(image.read_bytes()).hexdigest()
-               for image in dict.fromkeys(image for _, image in prompts)
-               if image is not None and image.is_file()}
+    images = {image for _, image in prompts if image is not None and image.is_file()}
+    digests = {image: hashlib.sha256(image.read_bytes()).hexdigest() for image in images}
     lines = [[text, digests.get(image)] for text, image in prompts]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
@@ -57,19 +56,17 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
 
     images: whether the model starts from an image. Then rank 0 decodes every image as a check.
     Raises FileNotFoundError if the file is missing; ValueError naming the line or entry that cannot
-    be read, has no prompt or several, or whose image is missing, broken or not expected.
+    be read, has no prompt or several, or lacks an image, and an image that cannot be read.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such prompt file; expected one prompt per line, in "
-                                "UTF-8")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{path}: expected prompts as .txt, .jsonl, .json, .csv or .tsv, got a "
-                         f"{path.suffix} file: convert it")
+        raise FileNotFoundError(f"{path}: no such prompt file")
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"{path}: expected .txt, .jsonl, .json, .csv or .tsv: convert the file")
     text = read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")
     try:
-        prompts = {place: to_prompt(entry, place, path.parent) for place, entry in reader(text)}
+        entries = READERS[path.suffix.lower()](text)
+        prompts = {place: to_prompt(entry, place, path.parent) for place, entry in entries}
         for place, prompt in prompts.items():
             if images != (prompt.image is not None):
                 needs = f"starts from one: give lines {EXAMPLE} in a .jsonl file"
@@ -78,36 +75,25 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
         if not prompts:
             raise ValueError("got an empty prompt file; expected one prompt per line")
         if images and os.environ.get("RANK", "0") == "0":
-            first = {prompt.image: place for place, prompt in reversed(prompts.items())}
             with ThreadPoolExecutor(8) as pool:  # PIL releases the interpreter's lock
-                list(pool.map(check_image, first, first.values()))
-    except ValueError as e:
+                list(pool.map(decode_image, {prompt.image: None for prompt in prompts.values()}))
+    except (ValueError, OSError) as e:
         raise ValueError(f"{path}: {e}") from e
     return list(prompts.values())
 
 
-def check_image(image: Path, place: str) -> None:
-    """Decode an image. Raises ValueError naming its place if it is missing or broken."""
-    try:
-        decode_image(image)
-    except (FileNotFoundError, ValueError) as e:
-        raise ValueError(f"{place}: {e}") from e
-
-
-def to_prompt(entry: Any, place: str, folder: Path) -> Prompt:
+def to_prompt(entry: str | dict, place: str, folder: Path) -> Prompt:
     """The prompt in a string or an object. Raises ValueError naming the place."""
-    named = {"prompt": entry} if isinstance(entry, str) else entry
-    pairs = [(name.strip().lower(), value) for name, value in named.items()
-             if value is not None and str(value).strip()] if isinstance(named, dict) else []
-    texts = [value for name, value in pairs if name in TEXT_KEYS]
-    images = [value for name, value in pairs if name in IMAGE_KEYS]
-    strings = all(isinstance(value, str) for value in texts + images)
+    values = {"prompt": entry} if isinstance(entry, str) else entry
+    texts, images = ([value for name, value in values.items()
+                      if name.strip().lower() in keys and value not in (None, "")]
+                     for keys in (TEXT_KEYS, IMAGE_KEYS))
+    strings = all(isinstance(value, str) and value.strip() for value in texts + images)
     if len(texts) != 1 or len(images) > 1 or not strings:
         raise ValueError(f"{place}: expected one prompt and at most one image, as {EXAMPLE}, got "
                          f"{abbreviate(entry)}")
     if re.search("[\0\ud800-\udfff]", "".join(texts + images)):
-        raise ValueError(f"{place} is not UTF-8 text: {abbreviate(entry)} contains a NUL or half "
-                         "of a surrogate pair: remove it")
+        raise ValueError(f"{place} is not UTF-8 text: remove NUL or \\ud… in {abbreviate(entry)}")
     return Prompt(texts[0].strip(), folder / images[0] if images else None)
 
 
@@ -136,7 +122,7 @@ def json_line_prompts(text: str) -> Iterator[tuple[str, Any]]:
 
 def json_prompts(text: str) -> Iterator[tuple[str, Any]]:
     """The elements of a JSON list."""
-    entries = parse_json(text, "the file", list, f"give a list of {EXAMPLE} or strings")
+    entries = parse_json(text, "the file", [dict | str], f"give a list of {EXAMPLE} or strings")
     yield from ((f"entry {number}", entry) for number, entry in enumerate(entries, 1))
 
 

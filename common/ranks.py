@@ -1,7 +1,4 @@
-"""Processes: how they find each other, shard weights (FSDP2) and sequences (Ulysses); seeds.
-
-Shapes: B batch, L tokens, D width, N heads.
-"""
+"""Processes: how they find each other, agree, shard weights (FSDP2) and end; seeds."""
 
 import contextlib
 import hashlib
@@ -9,7 +6,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -20,13 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import common  # before torch, see common
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -89,8 +84,8 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda" and count:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
     if device not in ("cpu", *(f"cuda:{i}" for i in range(count))):
-        raise ValueError(f"device: expected cpu, cuda, cuda:0, … or auto, got '{device}'; torch "
-                         f"sees {count} GPU(s)")
+        raise ValueError(f"device: expected cpu, cuda, cuda:0, … or auto, got '{device}' with "
+                         f"{count} GPU(s)")
     return torch.device(device)
 
 
@@ -114,18 +109,16 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
         join_processes("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     require_same(same or {})
-    if world % sp or heads % sp:
-        raise ValueError(f"sp: expected a divisor of {world} rank(s) and of {heads} attention "
-                         f"heads, got {sp}")
-    if world % (sp * (1 + cfg_parallel)):
-        raise ValueError(f"cfg_parallel: expected a multiple of {2 * sp} ranks, got {world}")
-    groups = [dist.new_group(list(range(a, a + sp)), timeout)
-              for a in range(0, world, sp)] if sp > 1 else []
-    pairs = [dist.new_group([a + j, a + j + sp], timeout) for a in range(0, world, 2 * sp)
-             for j in range(sp)] if cfg_parallel else []
-    mesh = init_device_mesh(where.type, (world,))
-    return Ranks(rank, world, where, mesh, sp, groups[rank // sp] if groups else None,
-                 pairs[rank // (2 * sp) * sp + rank % sp] if pairs else None)
+    replica = sp * (1 + cfg_parallel)
+    if world % replica or heads % sp:
+        raise ValueError(f"sp, cfg_parallel: expected replicas of {replica} rank(s) to divide the "
+                         f"{world} rank(s), and sp={sp} the {heads} attention heads")
+    # The ranks of a batch's tokens are successive; a pair has the same tokens in both groups.
+    pairs = [[a + j, a + j + sp] for a in range(0, world, 2 * sp) for j in range(sp)]
+    sp_group = dist.new_subgroups(sp, timeout=timeout)[0] if sp > 1 else None
+    cfg_group = dist.new_subgroups_by_enumeration(pairs, timeout)[0] if cfg_parallel else None
+    return Ranks(rank, world, where, init_device_mesh(where.type, (world,)), sp, sp_group,
+                 cfg_group)
 
 
 def join_processes(backend: str, timeout: timedelta) -> None:
@@ -156,13 +149,12 @@ def prefer_attention(kernels: str, device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    if kernels == "auto":
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        kernels = "cudnn" if hopper else "flash"
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    order = order if kernels == "flash" else order[::-1]
-    SDPA_ORDER[:] = [sdpa_kernel([*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
-                                 set_priority=True)]
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if kernels == "cudnn" or kernels == "auto" and hopper:
+        order[:2] = order[1], order[0]
+    SDPA_ORDER[:] = [sdpa_kernel(order, set_priority=True)]
     SDPA_ORDER[0].__enter__()  # and never left
 
 
@@ -198,14 +190,6 @@ class Timer:
         """Seconds of all laps by name."""
         self.laps()
         return self.total
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory this process has used: of its GPU if it has one, else of the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: torch.device) -> str:
@@ -314,7 +298,7 @@ def on_first_rank(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-SIGHT = 60.0  # seconds after which a network disk shows a new file on all nodes (NFS: acdirmax)
+SIGHT = 60  # seconds after which a network disk shows a new file on all nodes (NFS: acdirmax)
 
 
 def require_shared_folder(folder: Path) -> None:
@@ -323,9 +307,9 @@ def require_shared_folder(folder: Path) -> None:
         return
     name = f".shared.{os.getpid()}-{TOKEN}.part"  # removed as a leftover if this is killed
     path = folder / on_first_rank(lambda: write_text(folder / name, name) or name)
-    until = time.monotonic() + SIGHT
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(1)
+    for _ in range(SIGHT):
+        if not path.exists():
+            time.sleep(1)
     blind = [rank for rank, sees in enumerate(gather_values(path.exists())) if not sees]
     if dist.get_rank() == 0:
         path.unlink(missing_ok=True)
@@ -399,7 +383,7 @@ def print_error(error: str) -> None:
     """Print an error on a line of its own. Before the ranks are connected all may have the same
     one: the first prints it, and torchrun ends the others before they do."""
     if not dist.is_initialized() and os.environ.get("RANK", "0") != "0":
-        time.sleep(3)
+        time.sleep(10)  # ranks start seconds apart on a busy disk
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print(f"error: {error}", file=sys.stderr, flush=True)
@@ -422,8 +406,7 @@ def cli(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as e:
-        of_file = isinstance(e, OSError) and e.filename and e.strerror
-        if text := f"{e.filename}: {e.strerror}" if of_file else str(e):
+        if text := str(e):
             print_error(text)  # only one rank has the message of an AgreedError
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
@@ -446,97 +429,6 @@ def cli(main: Callable[[], None]) -> None:
         os._exit(status)
     if status:
         raise SystemExit(status)
-
-
-# ---------------------------------------------------------------------- sequence parallelism
-
-class SequenceShard(NamedTuple):
-    """The tokens of a sequence on this rank: all, or one of `sp` equal parts in order."""
-    rope: Tensor                          # cos, sin of its image tokens, [images,1,head_dim/2,2]
-    images: int                           # number of its image tokens, which come first
-    total: int                            # tokens of the full sequence, without padding
-    group: dist.ProcessGroup | None       # of the ranks that share the sequence; None: only this
-    keys: tuple[int, ...] | None = None   # tokens attended to, per sample; None: all
-
-
-def shard_sequence(h: Tensor, rope: Tensor,
-                   group: dist.ProcessGroup | None) -> tuple[Tensor, SequenceShard]:
-    """This rank's tokens of h [B,L,D], whose first len(rope) tokens are the image's.
-
-    The sequence is padded with zeros to equal parts; attention never sees the padding. The part is
-    a copy: a view would keep the full sequence in memory until the end of backward.
-    """
-    images, total = len(rope), h.shape[1]
-    if group is None:
-        return h, SequenceShard(rope, images, total, None)
-    size = -(-total // group.size())
-    start = group.rank() * size
-    h = F.pad(h, (0, 0, 0, size * group.size() - total))[:, start:start + size].clone()
-    rope = rope[start:start + size]
-    return h, SequenceShard(rope, len(rope), total, group)
-
-
-class AllToAll(torch.autograd.Function):
-    """All-to-all of x [sp, …]: part j goes to rank j. It is its own inverse and transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, x = group, x.contiguous()
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return AllToAll.apply(grad, ctx.group), None
-
-
-def tokens_to_heads(q: Tensor, k: Tensor, v: Tensor, seq: SequenceShard) -> tuple[Tensor, ...]:
-    """All tokens of N / sp heads, [B,L,N/sp,d] each, for this rank's tokens of all heads.
-
-    Source: Jacobs et al., DeepSpeed-Ulysses, 2023.
-    """
-    x = torch.stack([q, k, v]).unflatten(3, (seq.group.size(), -1))      # 3 B l sp N/sp d
-    x = AllToAll.apply(x.movedim(3, 0), seq.group)                       # sp 3 B l N/sp d
-    return x.movedim(0, 2).flatten(2, 3)[:, :, :seq.total].unbind(0)
-
-
-def heads_to_tokens(out: Tensor, seq: SequenceShard) -> Tensor:
-    """The inverse: this rank's tokens of all heads, [B,l,N,d], from [B,L,N/sp,d]."""
-    sp = seq.group.size()
-    out = F.pad(out, (0, 0, 0, 0, 0, -seq.total % sp))
-    out = AllToAll.apply(out.unflatten(1, (sp, -1)).movedim(1, 0), seq.group)
-    return out.movedim(0, 2).flatten(2, 3)
-
-
-class AllGather(torch.autograd.Function):
-    """All ranks' parts x [B,l,…] concatenated: [B,sp·l,…]. Backward sums over the ranks.
-
-    Every rank computes the loss of the full sequence, so this sum is sp times its gradient; FSDP's
-    mean over all ranks then is the mean over samples, as without sequence parallelism.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group, x = group, x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x, group=group)
-        return torch.cat(parts, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        sp, B = ctx.group.size(), len(grad)
-        parts = torch.cat(grad.chunk(sp, 1))                                     # sp·B l …
-        out = torch.empty_like(parts[:B])
-        # torch 2.13 renames the function and warns about the old name.
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        scatter(out, parts, group=ctx.group)
-        return out, None
-
-
-def gather_sequence(x: Tensor, seq: SequenceShard) -> Tensor:
-    """The full sequence, without padding, from this rank's part x [B,l,…]."""
-    return x if seq.group is None else AllGather.apply(x, seq.group)[:, :seq.total]
 
 
 # ------------------------------------------------------------------------------------ seeding

@@ -5,13 +5,12 @@ Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image
 
 import re
 import subprocess
-import tempfile
 import textwrap
 import unicodedata
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
-import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 import torch
@@ -32,31 +31,34 @@ def to_uint8(video: Tensor | np.ndarray) -> np.ndarray:
     video = torch.as_tensor(video)
     is_frames = video.dtype == torch.uint8
     if video.ndim != 4 or video.shape[-1 if is_frames else 0] != 3 or 0 in video.shape:
-        raise ValueError(f"expected a video, float [3, T, H, W] or uint8 [T, H, W, 3], nothing "
-                         f"empty, got {video.dtype} of shape {list(video.shape)}")
+        raise ValueError(f"expected a video, float [3, T, H, W] or uint8 [T, H, W, 3], not empty, "
+                         f"got {video.dtype} of shape {list(video.shape)}")
     if not is_frames:
         if not torch.isfinite(video).all():
-            raise ValueError("the video contains NaN or infinite values: the network or its "
-                             "weights overflowed; check the weights file")
+            raise ValueError("the video contains NaN or infinity: check the weights file")
         video = ((video.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
         video = video.permute(1, 2, 3, 0)
     return np.ascontiguousarray(video.cpu().numpy())
 
 
-def run_ffmpeg(path: Path, *output: str) -> bytes:
-    """What ffmpeg writes of a video's frames. Raises OSError with ffmpeg's first complaint.
-
-    Called directly, since imageio ignores ffmpeg's exit status: half a file would pass as a short
-    video. A playlist can open no other file; no frame is dropped or repeated.
-    """
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", "-protocol_whitelist",
-               "file,pipe", "-err_detect", "explode", "-i", f"file:{path}", "-map", "0:v:0",
-               "-fps_mode", "passthrough", *output, "-"]
-    done = subprocess.run(command, input=b"", capture_output=True, check=False)
-    if done.returncode or not done.stdout:
+def run_ffmpeg(*arguments: str, pixels: bytes = b"") -> bytes:
+    """What ffmpeg prints, given pixels as its input. Raises OSError with its first complaint."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-xerror", *arguments]
+    done = subprocess.run(command, input=pixels, capture_output=True, check=False)
+    if done.returncode:
         complaint = re.sub(r"\[[^]]*\] *", "", done.stderr.decode(errors="replace")).strip()
-        raise OSError((complaint or "it contains no frame").splitlines()[0])
+        raise OSError(complaint.partition("\n")[0] or f"it ended with status {done.returncode}")
     return done.stdout
+
+
+def decode_video(path: Path, *output: str) -> bytes:
+    """What ffmpeg prints of a video's frames by its options `output`. Raises OSError for half a
+    file too. A playlist can open no other file; no frame is dropped or repeated."""
+    decoded = run_ffmpeg("-protocol_whitelist", "file,pipe", "-err_detect", "explode", "-i",
+                         f"file:{path}", "-map", "0:v:0", "-fps_mode", "passthrough", *output, "-")
+    if not decoded:
+        raise OSError("it contains no frame")
+    return decoded
 
 
 def read_frames(path: Path, indices: Iterable[int] | None = None) -> np.ndarray:
@@ -66,7 +68,7 @@ def read_frames(path: Path, indices: Iterable[int] | None = None) -> np.ndarray:
     """
     select = [] if indices is None else [
         "-vf", f"select='{'+'.join(f'eq(n,{index})' for index in indices)}'"]
-    pixels = run_ffmpeg(path, *select, "-f", "image2pipe", "-c:v", "ppm")
+    pixels = decode_video(path, *select, "-f", "image2pipe", "-c:v", "ppm")
     header = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", pixels)  # before each frame's pixels
     width, height = map(int, header.groups())
     frames = np.frombuffer(pixels, np.uint8).reshape(-1, header.end() + 3 * height * width)
@@ -84,61 +86,45 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
     """
     path, frames, mp4 = Path(path), to_uint8(video), Path(path).suffix == ".mp4"
     if path.suffix not in (".mp4", ".gif") or not 0 < fps < float("inf"):
-        raise ValueError(f"{path}: expected a name that ends in .mp4 or .gif and a positive number "
-                         f"of frames per second, got fps={fps}")
+        raise ValueError(f"{path}: expected a name in .mp4 or .gif and fps > 0, got fps={fps}")
     frames = np.concatenate([frames] * max(1, round(seconds * fps / len(frames))))
-    # One thread and bitexact: bytes that do not depend on the machine's cores.
-    flags = "-xerror -threads 1 -fflags +bitexact -flags:v +bitexact "
     if mp4:
         frames = np.pad(frames, [(0, 0), *((0, n % 2) for n in frames.shape[1:3]), (0, 0)], "edge")
         # Converted to BT.709 and tagged so, or a player shows other colours. ffmpeg 8 and newer
         # leaves out the primaries and the transfer, which only x264 itself still writes.
-        flags += ("-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd -colorspace "
-                  "bt709 -x264-params colorprim=bt709:transfer=bt709:colormatrix=bt709 -crf 14 "
-                  "-movflags +faststart")
+        flags = ("-c:v libx264 -pix_fmt yuv420p -crf 14 -movflags +faststart "
+                 "-vf scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd -colorspace "
+                 "bt709 -x264-params colorprim=bt709:transfer=bt709:colormatrix=bt709")
     else:
-        flags += ("-vf split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4 "
-                  "-loop 0")
-
-    def write(aside: Path) -> None:
-        try:
-            imageio.imwrite(aside.resolve(), frames, plugin="FFMPEG", extension=".mp4",  # or .gif
-                            codec="libx264" if mp4 else "gif", fps=float(fps), quality=None,
-                            pixelformat="yuv420p" if mp4 else "pal8", macro_block_size=1,
-                            output_params=flags.split(), ffmpeg_log_level="error")
-        except OSError as error:  # its other lines are the command
-            raise OSError(str(error).partition("\n")[0]) from error
-        if (written := len(read_frames(aside))) != len(frames):
-            raise OSError(f"ffmpeg wrote {written} of {len(frames)} frames")
-
-    replace_file(path, write)
+        flags = ("-c:v gif -pix_fmt pal8 -loop 0 -vf "
+                 "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4")
+    size, rate = f"{frames.shape[2]}x{frames.shape[1]}", Fraction(fps).limit_denominator()
+    # One thread and bitexact: bytes that do not depend on the machine's cores.
+    replace_file(path, lambda aside: run_ffmpeg(
+        "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(rate), "-i", "-",
+        *flags.split(), "-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact",
+        f"file:{aside}", pixels=frames.tobytes()))
 
 
 def check_ffmpeg() -> None:
-    """Write a small video, so that a missing or unsuitable ffmpeg is reported before hours of
+    """Encode a small video, so that a missing or unsuitable ffmpeg is reported before hours of
     sampling. Raises ValueError."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            write_video(Path(folder) / "a.mp4", np.zeros((1, 16, 16, 3), np.uint8), 8)
-        except (ValueError, OSError, RuntimeError) as e:  # imageio-ffmpeg raises the last
-            raise ValueError(f"ffmpeg: cannot write a video ({error_summary(e.__cause__ or e)}): "
-                             "install imageio-ffmpeg again, or set IMAGEIO_FFMPEG_EXE to an ffmpeg "
-                             "that has libx264") from e
+    try:
+        run_ffmpeg(*"-f lavfi -i color=s=16x16:d=1 -c:v libx264 -f null -".split())
+    except (OSError, RuntimeError) as e:  # imageio-ffmpeg raises the last
+        raise ValueError(f"ffmpeg: cannot write a video ({error_summary(e)}): install imageio-"
+                         "ffmpeg again, or set IMAGEIO_FFMPEG_EXE to one with libx264") from e
 
 
 def read_video(path: str | Path) -> Tensor:
     """All frames of a video file, float [3, T, H, W] in [-1, 1].
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is corrupt or has no frame.
+    Raises ValueError if it is missing or corrupt, or has no frame.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no video file {path}")
     try:
-        frames = torch.from_numpy(read_frames(path))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as a video ({error}): make it again, or convert "
-                         "it to H.264 .mp4") from error
+        frames = torch.from_numpy(read_frames(Path(path)))
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read as a video ({e}): make it again") from e
     return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
@@ -194,8 +180,10 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
     """
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(12, 3.5 * ((len(panels) + 1) // 2)), layout="constrained")
-    axes = fig.subplots((len(panels) + 1) // 2, 2, squeeze=False)
+    rows = (len(panels) + 1) // 2
+    fig = Figure(figsize=(12, 3.5 * rows))  # a computed layout would draw all panels twice
+    fig.subplots_adjust(0.065, 0.143 / rows, 0.985, 1 - 0.114 / rows, wspace=0.15, hspace=0.4)
+    axes = fig.subplots(rows, 2, squeeze=False)
     for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, label, lines, style) in enumerate(curves):
             if points := [(line[x], line[name]) for line in lines if name in line]:
@@ -226,44 +214,24 @@ def decode_image(path: str | Path) -> np.ndarray:
     It is turned by its EXIF orientation; grey becomes RGB; transparent parts become white; of
     several frames the first is used. Raises FileNotFoundError, or ValueError if it is broken.
     """
-    path = Path(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such image")
     try:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such image")
         with Image.open(path, formats=FORMATS) as image:
-            return image_pixels(image)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # PIL raises many types for a broken file
-        raise ValueError(f"{str(path):.200} cannot be read as an image ({error}); expected "
-                         f"{', '.join(FORMATS)}: save it again") from error
-
-
-def image_pixels(image: Image.Image) -> np.ndarray:
-    """decode_image of an open image. Raises ValueError if it is too large or holds floats."""
-    form = image.format
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"it has {image.width}×{image.height} pixels, expected at most "
-                         f"{MAX_PIXELS}: make it smaller")
-    image.getexif()  # cached; without the raw tags exif_transpose does not trip over a broken one
-    image.info.pop("exif", None)
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("it holds floating-point numbers of unknown range")
-    if image.mode.startswith("I"):  # more than 8 bits of grey, which PIL would clip at 255
-        grey, white = np.asarray(image).astype(np.float64), 65535
-        if form == "TIFF":  # 12 bits in 16, or 32 bits: the smallest range that fits
-            white = (1 << max(8, int(grey.max()).bit_length())) - 1
-        image = Image.fromarray((grey * 255 / white).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image as a person sees it."""
-    return decode_image(path).shape[:2]
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS}")
+            if image.mode.startswith(("I", "F")):  # whose white is not known
+                raise ValueError("it has more than 8 bits of grey: convert it to 8 bits")
+            image.getexif()  # cached; without the raw tags exif_transpose accepts broken ones
+            image.info.pop("exif", None)
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except Exception as e:  # PIL raises many types for a broken file
+        raise ValueError(f"{path} cannot be read as an image ({e}): save it again as "
+                         f"{' or '.join(FORMATS)}") from e
 
 
 def read_image(path: str | Path) -> Tensor:

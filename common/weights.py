@@ -3,6 +3,7 @@
 A tensor is read when it is needed, and each rank reads only the rows that it keeps.
 """
 
+import json
 import math
 import os
 import pickle
@@ -11,15 +12,17 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.files import error_summary, parse_json, read_json, replace_file, shape_error
+from common.files import error_summary, read_json, replace_file
 from common.ranks import local_rows
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".model")
@@ -44,6 +47,11 @@ class LazyTensor:
         return replace(self, shape=(stop - start, *self.shape[1:]), read=read)
 
 
+def dtype_name(tensor: LazyTensor) -> str:
+    """The dtype without "torch."."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def lazy_tensor(tensor: Tensor, file: Path) -> LazyTensor:
     """A tensor in memory as a lazy one of a file."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, file,
@@ -52,44 +60,34 @@ def lazy_tensor(tensor: Tensor, file: Path) -> LazyTensor:
 
 # How files start that are not weights: (start in lower case, what the file is, what to do).
 OTHER_FILES = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the weights",
-     "fetch them by `git lfs pull`"),
-    ((b"<!doctype", b"<html", b"<?xml"), "is a web page, not weights",
-     "the download failed, perhaps for lack of a login: download it again"),
-    (b"gguf", "is a GGUF file, whose weights are quantised",
-     "use bf16, fp16 or fp32 weights as .safetensors"))
-ZIP, PICKLES = b"PK\x03\x04", tuple(bytes((0x80, protocol)) for protocol in (2, 3, 4, 5))
+    (b"version https://git-lfs", "is a Git LFS pointer, not the weights", "run `git lfs pull`"),
+    ((b"<!doctype", b"<html", b"<?xml"), "is a web page, not weights", "log in and download again"),
+    (b"gguf", "is a GGUF file, whose weights are quantised", "use bf16, fp16 or fp32 .safetensors"))
+TORCH_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # zip, pickles
 
 
 def file_kind(path: Path) -> str:
-    """What a weight file is by its first bytes: safetensors, torch or index.
+    """Whether a weight file is torch's or else safetensors, by its first bytes.
 
     Raises ValueError naming what it is instead if it contains no weights that can be read.
     """
     with path.open("rb") as f:
         start = f.read(256)
-    text = start.lstrip().lower()
     for begin, what, remedy in OTHER_FILES:
-        if text.startswith(begin):
+        if start.lstrip().lower().startswith(begin):
             raise ValueError(f"{path}: {what}: {remedy}")
-    if start.startswith((ZIP, *PICKLES)):
-        if path.suffix == ".safetensors":
-            raise ValueError(f"{path}: is a file of torch.save despite its name: let its name end "
-                             "in .pt")
-        return "torch"
-    if text.startswith(b"{") and path.suffix == ".json":
-        return "index"
-    if start[8:9] == b"{" or path.suffix == ".safetensors":  # opened reports a damaged one
+    # A safetensors file starts with the length of its JSON: 640 has the bytes of a pickle.
+    if not start.startswith(TORCH_STARTS) or start[8:9] == b"{":
         return "safetensors"
-    raise ValueError(f"{path}: expected weights as .safetensors or torch's .pt, .pth or .bin, got "
-                     f"a file that starts with {start[:8]!r}: name the right file")
+    if path.suffix == ".safetensors":  # torch.load would read it as one
+        raise ValueError(f"{path}: is a file of torch.save despite its name: let it end in .pt")
+    return "torch"
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
           "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int]:
@@ -99,26 +97,16 @@ def safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int
     Raises ValueError naming the file unless the tensors fill the data without gap or overlap.
     Source: the format's own description (8 bytes of header length, JSON, data).
     """
-    with path.open("rb") as f:
-        size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
-        text = f.read(length) if length <= LARGEST_HEADER else b""
     try:
-        entries = parse_json(text.decode(), "header", {str: dict})
-        metadata, end = entries.pop("__metadata__", {}), 0
-        fault = shape_error(metadata, {str: str}, "__metadata__") or shape_error(
-            entries, {str: {"dtype": str, "shape": [int], "data_offsets": [int]}})
-        if fault:
-            raise ValueError(fault)
-        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
-            if dtype is None or len(shape) > 8 or not all(0 <= n < 1 << 40 for n in shape):
-                raise ValueError(f"{name:.80} has dtype {entry['dtype']:.40} and shape {shape[:8]}")
-            start, end = end, end + dtype.itemsize * math.prod(shape)
-            if entry["data_offsets"] != [start, end]:
-                raise ValueError(f"{name:.80} is not at bytes {start} to {end}")
-        if 8 + length + end != size:
-            raise ValueError(f"its tensors have {end} bytes, the file {size - 8 - length}")
-    except ValueError as e:
+        with safe_open(path, "pt", backend="pread"):  # checks the header; nothing is mapped
+            pass
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            entries = json.loads(f.read(length))
+        metadata = entries.pop("__metadata__", {})
+        if unknown := {entry["dtype"] for entry in entries.values()} - DTYPES.keys():
+            raise ValueError(f"dtypes {unknown} are not supported")
+    except (ValueError, SafetensorError) as e:
         raise ValueError(f"{path}: not a complete safetensors file ({error_summary(e)}): copy or "
                          "make it again") from e
     return metadata, entries, 8 + length
@@ -126,26 +114,30 @@ def safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int
 
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Names and lazy tensors of one safetensors file. Raises as safetensors_header does."""
-    def lazy(entry: dict) -> LazyTensor:
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        begin, end = (data + offset for offset in entry["data_offsets"])
-
-        def read(rows: slice | None = None) -> Tensor:
-            a, b, part = begin, end, shape
-            if rows and shape:
-                first, stop, _ = rows.indices(shape[0])
-                row, part = (end - begin) // max(1, shape[0]), (max(0, stop - first), *shape[1:])
-                a, b = begin + first * row, begin + (first + part[0]) * row
-            # Read, not mapped: a map would keep all that was ever read in memory.
-            stored = np.fromfile(path, np.uint8, b - a, offset=a)
-            if len(stored) < b - a:
-                raise ValueError(f"{path}: was cut while it was read: copy or make it again")
-            return torch.from_numpy(stored).view(dtype).view(part)
-
-        return LazyTensor(shape, dtype, path, read)
-
     _, entries, data = safetensors_header(path)
-    return {name: lazy(entry) for name, entry in entries.items()}
+    tensors = {}
+    for name, entry in entries.items():
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        read = partial(read_part, path, data + entry["data_offsets"][0], dtype, shape)
+        tensors[name] = LazyTensor(shape, dtype, path, read)
+    return tensors
+
+
+def read_part(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...],
+              rows: slice | None = None) -> Tensor:
+    """Some rows, or all, of the tensor that begins at byte `start` of a file."""
+    if rows and shape:
+        first, stop, _ = rows.indices(shape[0])
+        start += first * dtype.itemsize * math.prod(shape[1:])
+        shape = (max(0, stop - first), *shape[1:])
+    size = dtype.itemsize * math.prod(shape)
+    # Read, not mapped: a map would keep all that was ever read in memory.
+    stored = np.fromfile(path, np.uint8, size, offset=start)
+    if len(stored) < size:
+        raise ValueError(f"{path}: was cut while it was read: copy or make it again")
+    if not size:  # numpy's empty arrays have no stride that torch could view
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(stored).view(dtype).view(shape)
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -167,28 +159,33 @@ def open_torch(path: Path) -> dict[str, LazyTensor]:
             state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as e:
         raise ValueError(f"{path}: cannot be read as weights ({error_summary(e)}): it is damaged, "
-                         "or contains code, which is never read, or has a pickle protocol that is "
-                         "not torch's own: copy it again, or save it as .safetensors") from e
+                         "or contains code, which is never read: save it as .safetensors") from e
     for wrapper in ("module", "ema", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(
             isinstance(name, str) and isinstance(v, Tensor) for name, v in state.items()):
-        raise ValueError(f"{path}: expected a state dict of tensors, got {type(state).__name__} of "
-                         "other things: name the right file")
+        raise ValueError(f"{path}: expected tensors by name, got something else: name another file")
     return {name: lazy_tensor(value, path) for name, value in state.items()}
 
 
-def only_weights(folder: Path) -> Path:
+def only_weights(folder: Path, stem: str = "") -> Path:
     """The index of shards, or else the one weight file, of a folder; a plain name is preferred to a
-    variant such as fp16. Raises FileNotFoundError if there is none, or more than one."""
-    files = sorted(folder.iterdir())
-    found = [p for p in files if re.fullmatch(r".*\.(safetensors|bin)\.index(\..+)?\.json", p.name)]
-    if not found:
-        found = [p for p in files if p.suffix in WEIGHT_SUFFIXES[:-1]]
-        found = [p for p in found if p.suffix == ".safetensors"] or found or [
-            p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
-        found = [p for p in found if "." not in p.stem] or found
+    variant such as fp16.
+
+    Args: stem, the start of its name; then an index and a plain file are not both accepted.
+    Raises FileNotFoundError if there is none, or more than one.
+    """
+    files = [p for p in sorted(folder.iterdir()) if p.name.startswith(stem)]
+    found = [p for p in files if p.suffix in WEIGHT_SUFFIXES[:-1]]
+    found = [p for p in found if p.suffix == ".safetensors"] or found or [
+        p for p in files if p.suffix == ".gguf"]  # which is refused by what it is
+    plain = [p for p in found if p.stem == stem]
+    found = plain or [p for p in found if "." not in p.stem] or found
+    indices = [p for p in files if p.suffix == ".json" and ".index" in p.suffixes]
+    if indices:  # of safetensors rather than .bin, of a plain name rather than a variant
+        indices.sort(key=lambda p: (".safetensors" not in p.suffixes, len(p.suffixes)))
+        found = indices[:1] + plain
     if len(found) != 1:
         got = ", ".join(p.name for p in found[:6]) or "no weight file"
         raise FileNotFoundError(f"{folder}: expected one .safetensors file, or shards with their "
@@ -223,15 +220,11 @@ def open_file(path: Path) -> dict[str, LazyTensor]:
     """Every tensor of one weight file. HunyuanVideo's fp8 release keeps the scale of each layer in
     a file of its own, …_fp8_map.pt: they are added as `<layer>.weight_scale`. Raises as
     open_tensors."""
-    if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path}: is a link to {path.readlink()}, which does not exist: "
-                                "the download is incomplete, repeat it")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weight file; point `weights` at an official or "
-                                "diffusers folder (or make the file that is missing)")
-    if (kind := file_kind(path)) == "index":
-        raise ValueError(f"{path}: expected weights, got JSON: copy index and shards again")
-    tensors = open_safetensors(path) if kind == "safetensors" else open_torch(path)
+        link = f", only a link to {path.readlink()}" if path.is_symlink() else ""
+        raise FileNotFoundError(f"{path}: no such weight file{link}: download it again, or point "
+                                "`weights` at an official or diffusers folder")
+    tensors = open_torch(path) if file_kind(path) == "torch" else open_safetensors(path)
     scales = path.with_name(f"{path.stem}_map{path.suffix}")
     if path.stem.endswith("_fp8") and scales.is_file():
         tensors |= {f"{layer}.weight_scale": t for layer, t in open_file(scales).items()}
@@ -244,17 +237,15 @@ def read_index(path: Path) -> dict[str, str]:
     remedy = 'an index of shards has a "weight_map" of tensor names and files: copy it again'
     shards = read_json(path, {"weight_map": {str: str}}, remedy)["weight_map"]
     for shard in shards.values():
-        if shard != Path(shard).name or shard == "..":
-            raise ValueError(f"{path}: expected files in its own folder only, got {shard:.80}: "
-                             "copy index and shards into one folder")
+        if shard != Path(shard).name or shard == ".." or len(shard) > 255:
+            raise ValueError(f"{path}: expected files in its folder, got {shard:.80}: copy both")
     return shards
 
 
 # ------------------------------------------------------------------------------------ identity
 
-BLOCKS = 64          # of a file or a tensor, that its identity reads
-BLOCK = 4096         # bytes of a file's block
-BLOCK_VALUES = 1024  # of a tensor's
+# The blocks of a file or tensor that its identity reads; bytes of a file's, values of a tensor's.
+BLOCKS, BLOCK, BLOCK_VALUES = 64, 4096, 1024
 
 
 def block_starts(size: int, block: int) -> list[int]:
@@ -290,33 +281,26 @@ def sample_file(path: Path) -> bytes:
 
 # Models by a tensor that they have, and the start of its shape where that distinguishes them.
 MODEL_MARKS = (
-    ("vace_patch_embedding.weight", (), "Wan 2.1 VACE"), ("img_emb.emb_pos", (), "Wan 2.1 FLF2V"),
+    ("vace_patch_embedding.weight", (), "Wan 2.1 VACE"),
     ("img_emb.proj.3.weight", (5120,), "Wan 2.1 I2V 14B"),
     ("patch_embedding.weight", (1536, 16), "Wan 2.1 T2V 1.3B"),
     ("patch_embedding.weight", (5120, 16), "Wan 2.1 T2V 14B"),
     ("patch_embedding.weight", (5120, 36), "Wan 2.2 I2V A14B"),
-    ("patch_embedding.weight", (3072, 48), "Wan 2.2 TI2V 5B"),
-    ("patch_embedding.weight", (), "a Wan DiT"),
+    ("patch_embedding.weight", (3072, 48), "Wan 2.2 TI2V-5B, which is not supported"),
+    ("patch_embedding.weight", (), "a Wan DiT of another size"),
     ("img_in.proj.weight", (3072, 16), "HunyuanVideo"),
-    ("img_in.proj.weight", (3072, 33), "HunyuanVideo I2V"),
-    ("img_in.proj.weight", (), "a HunyuanVideo DiT"),
+    ("img_in.proj.weight", (), "a HunyuanVideo DiT of another size"),
     ("encoder.conv_in.conv.weight", (), "HunyuanVideo's VAE"),
     ("encoder.conv1.weight", (), "Wan's VAE"),
     ("token_embedding.weight", (), "umT5"), ("shared.weight", (), "umT5"),
     ("model.embed_tokens.weight", (), "a LLaMA"), ("embed_tokens.weight", (), "a LLaMA"),
-    ("text_model.embeddings.token_embedding.weight", (), "CLIP's text half"),
-    ("visual.cls_embedding", (), "CLIP's image half"),
-    ("double_blocks.0.img_attn.qkv.weight", (), "Flux or another model with its names"),
-    ("input_blocks.0.0.weight", (), "Stable Diffusion"))
+    ("text_model.embeddings.token_embedding.weight", (), "CLIP's text half"))
 
 
 def describe_model(tensors: dict[str, LazyTensor]) -> str:
     """"; it looks like …": the model that some tensors are of by names and shapes; or ""."""
-    for name, shape, model in MODEL_MARKS:
-        if name in tensors and tensors[name].shape[:len(shape)] == shape:
-            width = tensors[name].shape[0]
-            return f"; it looks like {model}" + ("" if shape else f", width {width}")
-    return ""
+    return next((f"; it looks like {model}" for name, shape, model in MODEL_MARKS
+                 if name in tensors and tensors[name].shape[:len(shape)] == shape), "")
 
 
 def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
@@ -332,16 +316,14 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
                            ("has unknown", tensors.keys() - parameters.keys())):
         if names:
             some = ", ".join(f"{n:.80}" for n in sorted(names)[:4])
-            some += " …" if len(names) > 4 else ""
-            raise ValueError(f"{what}: the checkpoint {problem} {len(names)} tensor(s): {some}; "
-                             "it is of another model or size than the config's preset"
-                             f"{describe_model(tensors)}")
+            raise ValueError(f"{what}: the checkpoint {problem} {len(names)} tensor(s), as {some}: "
+                             f"it is not of the preset's model or size{describe_model(tensors)}")
     for name, p in parameters.items():
-        t, dtype_name = tensors[name], str(tensors[name].dtype).removeprefix("torch.")
+        t = tensors[name]
         if not t.dtype.is_floating_point or p.shape != t.shape:
-            raise ValueError(f"{what}: {name} in {t.file} holds {dtype_name} of shape "
-                             f"{list(t.shape)}, expected {list(p.shape)} as bf16, fp16 or fp32: it "
-                             f"is of another size or form than the preset{describe_model(tensors)}")
+            raise ValueError(f"{what}: {name} in {t.file} holds {dtype_name(t)} {list(t.shape)}, "
+                             f"expected {list(p.shape)} as bf16, fp16 or fp32"
+                             f"{describe_model(tensors)}")
     if dtype is not None:
         module.to(dtype)
     if any(p.is_meta for p in module.parameters()):

@@ -109,14 +109,15 @@ def c2st(x: Tensor, y: Tensor, steps: int, device: torch.device) -> tuple[float,
     """
     both, accuracies = torch.stack((x, y)).float(), []                  # 2 N C T H W
     for fit in range(C2ST_FITS):
-        hits = [classify(both[:, fold::2], both[:, 1 - fold::2], steps, fit, device)
+        hits = [classifier_hits(both[:, fold::2], both[:, 1 - fold::2], steps, fit, device)
                 for fold in (0, 1)]
         accuracies.append(sum(hits) / (2 * len(x)))
     mean = sum(accuracies) / C2ST_FITS
     return mean, (mean * (1 - mean) / (2 * len(x))) ** 0.5
 
 
-def classify(train: Tensor, test: Tensor, steps: int, fit: int, device: torch.device) -> int:
+def classifier_hits(train: Tensor, test: Tensor, steps: int, fit: int,
+                    device: torch.device) -> int:
     """Number of `test` videos [2,M,C,T,H,W] that a small network assigns to the right one of x and
     y after `steps` iterations on `train`; `fit` seeds its initialisation and order."""
     with torch.random.fork_rng(devices=[]):

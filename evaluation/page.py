@@ -147,15 +147,11 @@ def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, str]:
     those at EXAMPLE_QUANTILES, easy ones first; a caption is shown once, at its highest quantile.
     """
     order, examples = errors.argsort(stable=True).tolist(), {}
-    shown = [caption_attributes(text) for text in captions]
-    for colour in range(len(ATTRIBUTES["colour"])):
-        shape = colour % len(ATTRIBUTES["shape"])
-        if kind := [i for i in order if shown[i]["colour"] == colour
-                    and shown[i]["shape"] == shape]:
-            examples[kind[len(kind) // 2]] = ""
-    if len(examples) == len(ATTRIBUTES["colour"]):
-        return examples
-    examples.clear()
+    kinds = [(a["colour"], a["shape"]) for a in map(caption_attributes, captions)]
+    groups = [[i for i in order if kinds[i] == (colour, colour % len(ATTRIBUTES["shape"]))]
+              for colour in range(len(ATTRIBUTES["colour"]))]
+    if all(groups):
+        return {group[len(group) // 2]: "" for group in groups}
     for quantile in reversed(EXAMPLE_QUANTILES):
         video = order[round(quantile * (len(order) - 1))]
         if captions[video] not in [captions[i] for i in examples]:
@@ -199,13 +195,12 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
 
 def write_ladder(out: Path, examples: list[Example], labels: list[str], title: str,
                  fps: float) -> None:
-    """Write ladder.png, .gif and .mp4: a row per model, a column per caption."""
+    """Write ladder.png and ladder.gif: a row per model, a column per caption."""
     rows = [(label.replace("@", "\n") + " steps" * ("@" in label),
              [(e.videos[i], e.notes[i]) for e in examples]) for i, label in enumerate(labels)]
     comparison_sheet(out / "ladder.png", [e.caption for e in examples], rows, title)
-    table = video_table([textwrap.fill(e.caption, 16, max_lines=2) for e in examples], rows)
-    write_video(out / "ladder.gif", table, fps)
-    write_video(out / "ladder.mp4", table, fps, LOOP_SECONDS)
+    headings = [textwrap.fill(e.caption, 16, max_lines=2) for e in examples]
+    write_video(out / "ladder.gif", video_table(headings, rows), fps)
 
 
 # ------------------------------------------------------------------------------------- the page

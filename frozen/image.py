@@ -4,8 +4,10 @@ Shapes: image [3, h, w] of any size, float in [-1, 1]; B images, L tokens, D wid
 T H W latent frames, height and width.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from common.prompts import Prompt
 from common.video import centre_crop, read_image
+from common.weights import lazy_tensor, sample_blocks
 from frozen.text import HunyuanText, TextEncoder
 from frozen.vae import WanVAE
 
@@ -91,6 +94,9 @@ def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision | None, frames: int,
     return {**cond, "frames": torch.cat([mask, latents])}
 
 
+IDENTITY_TEXT = "A Red ü"
+
+
 class Conditioner:
     """Prompts to the cond of a DiT: text states and, for image-to-video, those of a first frame.
 
@@ -102,6 +108,19 @@ class Conditioner:
     def __init__(self, text: TextEncoder | HunyuanText, vae: WanVAE | None,
                  clip: CLIPVision | None, frames: int, crop: bool):
         self.text, self.vae, self.clip, self.frames, self.crop = text, vae, clip, frames, crop
+
+    def identity(self) -> str:
+        """A hash over the encoders' weights in bf16, sampled as in common.names.fingerprint, and
+        over the token ids of a text. It does not depend on the layout of the files, the device or
+        the compute dtype."""
+        digest = hashlib.sha256(self.text.token_ids(IDENTITY_TEXT).numpy().tobytes())
+        networks = [n for n in vars(self.text).values() if isinstance(n, nn.Module)]
+        for network in filter(None, (*networks, self.vae, self.clip)):
+            for name, value in sorted(network.state_dict().items()):
+                digest.update(f"{name}{list(value.shape)}".encode())
+                blocks = sample_blocks(lazy_tensor(value, Path())).cpu().bfloat16()
+                digest.update(blocks.view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     def encode_each(self, prompts: list[Prompt], height: int, width: int,
                     lap: Callable[[str], object] = lambda name: None) -> list[dict]:

@@ -11,10 +11,10 @@ from torch import nn
 
 from common.config import Shared
 from common.files import NUMBER, abbreviate, error_summary, parse_json, read_json, shape_error
-from common.names import is_list, official_names, plain_names, reshaped, role_file
+from common.names import is_list, official_names, plain_names, role_file
 from common.prompts import Prompt
 from common.ranks import Timer, compute_dtype
-from common.weights import load_module, open_tensors, safetensors_metadata
+from common.weights import lazy_tensor, load_module, open_tensors, safetensors_metadata
 from frozen.image import CLIPVision, Conditioner
 from frozen.text import CLIPText, HunyuanText, Llama, TextEncoder, Tokenizer, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
@@ -22,24 +22,13 @@ from model import sizes_of
 
 # ------------------------------------------------------------------------ files, configs and names
 
-def find(folder: Path, patterns: list[str]) -> Path | None:
-    """The file that matches the first pattern with a match, or None. ValueError for several."""
-    for pattern in patterns:
-        files = sorted(folder.glob(pattern))
-        if len(files) > 1:
-            raise ValueError(f"{folder}: {', '.join(f.name for f in files)} all match {pattern}: "
-                             "keep one")
-        if files:
-            return files[0]
-    return None
-
-
 def component(weights: str | Path, what: str, official: list[str], subfolder: str,
               role: str | None = None, family: str = "wan") -> Path:
     """The official file, or the diffusers subfolder, of one network in a weight folder.
 
     Args: what, its name in errors; official, patterns of file names; role, its name in a list of
-    files (None: that of the subfolder). Raises FileNotFoundError if there is none.
+    files (None: that of the subfolder). Raises FileNotFoundError if there is none, ValueError for
+    several.
     """
     weights = Path(weights)
     listed = role_file(weights, role or subfolder, family)
@@ -48,7 +37,12 @@ def component(weights: str | Path, what: str, official: list[str], subfolder: st
     if not weights.is_dir():
         raise FileNotFoundError(f"weights: {weights} does not exist: expected an official or "
                                 "diffusers folder")
-    path = find(weights, official) or weights / subfolder
+    matches = (sorted(weights.glob(pattern)) or [  # open_file reports a link to no file
+        path for path in [weights / pattern] if path.is_symlink()] for pattern in official)
+    path, *others = next(filter(None, matches), [weights / subfolder])
+    if others:
+        raise ValueError(f"{path}: expected one {what}, got also "
+                         f"{', '.join(other.name for other in others)}: keep one")
     if not (path.is_file() or path.is_symlink() or (path / "config.json").is_file()):
         raise FileNotFoundError(f"{weights}: contains no {what}: expected {' or '.join(official)} "
                                 f"(official) or {subfolder}/config.json (diffusers)")
@@ -75,12 +69,16 @@ def official_config(path: Path) -> dict:
     return check_counts(path, parse_json(safetensors_metadata(path).get("config", "{}"), where))
 
 
-def config_arguments(path: Path, names: dict[str, str], fixed: dict) -> dict:
-    """Constructor arguments from a diffusers or transformers config.json.
+def network_sizes(path: Path, names: dict[str, str], fixed: dict) -> dict:
+    """Constructor arguments from the metadata of a single file, or from the config.json of a
+    diffusers or transformers folder.
 
     Args: names, our argument to their key, where missing keys keep our default; fixed, their key to
     the only value that this code implements. Raises ValueError for another value.
     """
+    if path.is_file():
+        return official_config(path)
+    path /= "config.json"
     config = read_json(path, remedy="copy it again")
     config = config.get("text_config") or config  # of a multimodal model
     rope = config.get("rope_parameters") or {} if isinstance(config, dict) else {}
@@ -94,13 +92,6 @@ def config_arguments(path: Path, names: dict[str, str], fixed: dict) -> dict:
                              "this is the checkpoint of another model")
     return check_counts(path, {ours: config[theirs] for ours, theirs in names.items()
                                if theirs in config and config[theirs] is not None})
-
-
-def network_sizes(path: Path, names: dict[str, str], fixed: dict) -> dict:
-    """Constructor arguments from a folder's config.json, or from the metadata of a single file."""
-    if path.is_file():
-        return official_config(path)
-    return config_arguments(path / "config.json", names, fixed)
 
 
 def build_module(cls: type, arguments: dict, path: Path, tensors: dict, dtype, device) -> nn.Module:
@@ -117,40 +108,36 @@ def build_module(cls: type, arguments: dict, path: Path, tensors: dict, dtype, d
 
 # -------------------------------------------------------------------------------------------- VAEs
 
+# By family: the class, official files, our arguments to the keys of diffusers' config.json, and the
+# only values of other keys that are implemented. temperal is diffusers' spelling.
+VAES = {
+    "wan": (WanVAE, ["Wan2.1_VAE.safetensors", "Wan2.1_VAE.pth"],
+            {"dim": "base_dim", "temporal_down": "temperal_downsample", "z_dim": "z_dim",
+             "dim_mult": "dim_mult", "latents_mean": "latents_mean", "latents_std": "latents_std"},
+            {"decoder_base_dim": None, "attn_scales": [], "is_residual": False,
+             "num_res_blocks": 2, "in_channels": 3, "out_channels": 3, "patch_size": None}),
+    "hunyuan": (HunyuanVAE, ["hunyuan-video-t2v-720p/vae"],
+                {"dims": "block_out_channels", "z_dim": "latent_channels",
+                 "groups": "norm_num_groups", "num_res_blocks": "layers_per_block",
+                 "scaling": "scaling_factor", "sample_size": "sample_size",
+                 "sample_tsize": "sample_tsize"},
+                {"in_channels": 3, "out_channels": 3, "act_fn": "silu",
+                 "mid_block_add_attention": True, "spatial_compression_ratio": 8,
+                 "time_compression_ratio": 4, "temporal_compression_ratio": 4})}
+
+
 def load_vae(weights: str | Path, device="cpu", dtype=torch.float32,
              family: str = "wan") -> WanVAE | HunyuanVAE:
     """The frozen VAE of an official or diffusers weight folder.
 
     Raises FileNotFoundError if the folder contains none, ValueError if it does not fit.
     """
-    if family == "hunyuan":
-        return load_hunyuan_vae(weights, device, dtype)
-    if family != "wan":
-        raise ValueError(f"family: expected wan or hunyuan, got {family!r}")
-    path = component(weights, "VAE", ["Wan2.1_VAE.safetensors", "Wan2.1_VAE.pth"], "vae")
-    tensors = official_names(open_tensors(path), "vae")
-    if path.is_file():
-        return build_module(WanVAE, official_config(path), path, tensors, dtype, device)
-    names = {"dim": "base_dim", "temporal_down": "temperal_downsample"}  # diffusers' spelling
-    names |= {k: k for k in ("z_dim", "dim_mult", "latents_mean", "latents_std")}
-    fixed = {"decoder_base_dim": None, "attn_scales": [], "is_residual": False,
-             "num_res_blocks": 2, "in_channels": 3, "out_channels": 3, "patch_size": None}
-    arguments = config_arguments(path / "config.json", names, fixed)
-    return build_module(WanVAE, arguments, path, tensors, dtype, device)
-
-
-def load_hunyuan_vae(weights: str | Path, device, dtype) -> HunyuanVAE:
-    """HunyuanVideo's VAE, as load_vae; official and diffusers files have the same names."""
-    path = component(weights, "VAE", ["hunyuan-video-t2v-720p/vae"], "vae", family="hunyuan")
-    names = {"dims": "block_out_channels", "z_dim": "latent_channels", "groups": "norm_num_groups",
-             "num_res_blocks": "layers_per_block", "scaling": "scaling_factor",
-             "sample_size": "sample_size", "sample_tsize": "sample_tsize"}
-    fixed = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "mid_block_add_attention": True,
-             "spatial_compression_ratio": 8, "time_compression_ratio": 4,
-             "temporal_compression_ratio": 4}
+    cls, official, names, fixed = VAES[family]
+    path = component(weights, "VAE", official, "vae", family=family)
+    rename = official_names if family == "wan" else plain_names  # HunyuanVideo's are the same
+    tensors = rename(open_tensors(path), "vae")
     arguments = network_sizes(path, names, fixed)
-    tensors = plain_names(open_tensors(path), "vae")
-    return build_module(HunyuanVAE, arguments, path, tensors, dtype, device)
+    return build_module(cls, arguments, path, tensors, dtype, device)
 
 
 # ----------------------------------------------------------------------------------- text encoders
@@ -167,8 +154,6 @@ def load_text(weights: str | Path, device="cpu", dtype=torch.bfloat16, text_len:
     """
     if family == "hunyuan":
         return load_hunyuan_text(weights, device, dtype, text_len or 256, image, guidance)
-    if family != "wan":
-        raise ValueError(f"family: expected wan or hunyuan, got {family!r}")
     path = component(weights, "text encoder", ["models_t5*.safetensors", "models_t5*.pth"],
                      "text_encoder")
     tensors = open_tensors(path)
@@ -179,18 +164,14 @@ def load_text(weights: str | Path, device="cpu", dtype=torch.bfloat16, text_len:
     else:
         tokens = Path(weights) / ("google/umt5-xxl" if path.is_file() else "tokenizer")
     tokenizer, tensors = Tokenizer(tokens, text_len or 512), official_names(tensors, "text_encoder")
-    if path.is_file():
-        arguments = official_config(path)
-    else:
-        names = {"vocab_size": "vocab_size", "dim": "d_model", "num_heads": "num_heads",
-                 "dim_ffn": "d_ff", "num_layers": "num_layers",
-                 "num_buckets": "relative_attention_num_buckets",
-                 "max_distance": "relative_attention_max_distance", "dim_attn": "d_kv"}
-        fixed = {"model_type": "umt5", "feed_forward_proj": "gated-gelu",
-                 "layer_norm_epsilon": 1e-6}
-        arguments = config_arguments(path / "config.json", names, fixed)
-        if "dim_attn" in arguments and "num_heads" in arguments:
-            arguments["dim_attn"] *= arguments["num_heads"]  # d_kv is the width of one head
+    names = {"vocab_size": "vocab_size", "dim": "d_model", "num_heads": "num_heads",
+             "dim_ffn": "d_ff", "num_layers": "num_layers",
+             "num_buckets": "relative_attention_num_buckets",
+             "max_distance": "relative_attention_max_distance", "dim_attn": "d_kv"}
+    fixed = {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6}
+    arguments = network_sizes(path, names, fixed)
+    if path.is_dir() and {"dim_attn", "num_heads"} <= arguments.keys():
+        arguments["dim_attn"] *= arguments["num_heads"]  # d_kv is the width of one head
     encoder = build_module(UMT5Encoder, arguments, path, tensors, dtype, device)
     return TextEncoder(encoder, tokenizer)
 
@@ -236,20 +217,20 @@ def load_image_encoder(weights: str | Path, device="cpu", dtype=torch.float32) -
     path = component(weights, "image encoder", ["models_clip*.safetensors", "models_clip*.pth"],
                      "image_encoder")
     tensors = plain_names(open_tensors(path), "image_encoder")
-    arguments = official_config(path) if path.is_file() else {}
+    names = {"dim": "hidden_size", "dim_ffn": "intermediate_size", "patch": "patch_size",
+             "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+             "size": "image_size"}
+    arguments = network_sizes(path, names, {"model_type": "clip_vision_model", "hidden_act": "gelu",
+                                            "layer_norm_eps": 1e-5})
     if path.is_dir() or "visual.cls_embedding" not in tensors:
-        names = {"dim": "hidden_size", "dim_ffn": "intermediate_size", "patch": "patch_size",
-                 "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
-                 "size": "image_size"}
-        arguments = arguments or network_sizes(path, names, {
-            "model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5})
         prefixes = ("vision_model.", "visual_projection.")  # newer files omit the first
         tensors = {n if n.startswith(prefixes) else f"vision_model.{n}": t
                    for n, t in tensors.items()}
         tensors = official_names(tensors, "image_encoder")
         for name, ones in (("visual.cls_embedding", (1, 1)), ("visual.pos_embedding", (1,))):
             if name in tensors:
-                tensors[name] = reshaped(tensors[name], (*ones, *tensors[name].shape))
+                value = tensors[name].read()
+                tensors[name] = lazy_tensor(value.view(*ones, *value.shape), tensors[name].file)
     layers = arguments.pop("num_layers", 32)
     unread = re.compile(rf"head|post_norm\..*|transformer\.{layers - 1}\..*|embeddings\..*")
     tensors = {n.removeprefix("visual."): t for n, t in tensors.items() if n.startswith("visual.")}

@@ -325,6 +325,10 @@ class TextEncoder:
                              f"encoder, got {tokenizer.size}: copy both from one model")
         self.encoder, self.tokenizer = encoder, tokenizer
 
+    def token_ids(self, prompt: str) -> Tensor:
+        """The token ids of a prompt, int64 [L]."""
+        return self.tokenizer([prompt])[0][0]
+
     @torch.no_grad()
     def encode_each(self, prompts: list[str]) -> list[dict[str, Tensor]]:
         """{"text": fp32 [L_i, D]} of each prompt, with </s> and without padding.
@@ -389,6 +393,10 @@ class HunyuanText:
                           f"reads {room}: the last {lost} are dropped", stacklevel=2)
         *pooled, end = self.clip_tokenizer.encode(prompt).ids
         return torch.tensor(ids[:self.llm_len]), torch.tensor(pooled[:self.clip_len - 1] + [end])
+
+    def token_ids(self, prompt: str) -> Tensor:
+        """The token ids of both encoders in one row, int64 [L]."""
+        return torch.cat(self.ids(prompt))
 
     @torch.no_grad()
     def encode_each(self, prompts: list[str]) -> list[dict[str, Tensor]]:

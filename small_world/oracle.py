@@ -125,8 +125,10 @@ def agreement(video: Tensor, captions: list[str]) -> dict[str, float]:
     return {name: float(hits.float().mean()) for name, hits in oracle_hits(video, captions).items()}
 
 
-def gate(name: str, measured: float, least: float = -math.inf, most: float = math.inf) -> dict:
+def gate(name: str, measured: float | Tensor, least: float = -math.inf,
+         most: float = math.inf) -> dict:
     """A bound on a figure, and whether it is kept."""
+    measured = float(measured)
     required = (f"{least:g} … {most:g}" if math.inf not in (-least, most) else
                 f"≥ {least:g}" if most == math.inf else f"≤ {most:.4g}")
     return {"gate": name, "measured": measured, "required": required,

@@ -45,11 +45,8 @@ from model import (
     time_grid)
 from small_world.clips import (
     ATTRIBUTES, COMBINATIONS, WORDINGS, caption, make_captions, make_clips)
-from small_world.oracle import (
-    agreement, caption_attributes, floor_detail, gate, psnr, read_clip)
 from small_world.fit import fit, folder, log_lines, note
-
-
+from small_world.oracle import agreement, caption_attributes, floor_detail, gate, psnr, read_clip
 
 # ------------------------------------------------------------------------------------ Config
 
@@ -62,14 +59,11 @@ class Config(Shared):
     ema: float = field(0.999, "decay of the moving average of the weights, per iteration", "[0, 1)")
     save_every: float = field(120.0, "seconds between two saves of the training state", "[0, inf)")
     text_iters: int = field(600, "iterations of the text encoder, 96 captions each", "[1, inf)")
-    image_iters: int = field(600, "iterations of the image encoder, 32 first frames each",
-                             "[1, inf)")
+    image_iters: int = field(600, "iterations of the image encoder, 32 images each", "[1, inf)")
     first_frames: int = field(2048, "images for SynVid (image-to-video)", "[1, inf)")
     vae_muon_lr: float = field(2e-3, "learning rate of the VAE's kernels (Muon)", "(0, inf)")
-    vae_adam_lr: float = field(1e-3, "learning rate of the VAE's other parameters (AdamW)",
-                               "(0, inf)")
-    vae_decay_from: float = field(0.4, "fraction of the VAE's iterations before the cosine decay",
-                                  "[0, 1)")
+    vae_adam_lr: float = field(1e-3, "learning rate of the VAE's other weights", "(0, inf)")
+    vae_decay_from: float = field(0.4, "fraction of iterations before the cosine decay", "[0, 1)")
     vae_iters: int = field(5000, "iterations of the VAE", "[1, inf)")
     vae_batch: int = field(3, "clips per iteration of the VAE", "[1, inf)")
     vae_crop: int = field(32, "side of the crops that the VAE is trained on, pixels")
@@ -77,10 +71,8 @@ class Config(Shared):
     vae_sample_from: float = field(0.6, "fraction of the iterations before latents are sampled")
     dit_pool: int = field(24000, "clips encoded for the DiT", "[1, inf)")
     dit_muon_lr: float = field(8e-3, "learning rate of the DiT's blocks (Muon)", "(0, inf)")
-    dit_adam_lr: float = field(2e-3, "learning rate of the DiT's other parameters (AdamW)",
-                               "(0, inf)")
-    dit_decay_from: float = field(0.3, "fraction of the DiT's iterations before the cosine decay",
-                                  "[0, 1)")
+    dit_adam_lr: float = field(2e-3, "learning rate of the DiT's other weights", "(0, inf)")
+    dit_decay_from: float = field(0.3, "fraction of iterations before the cosine decay", "[0, 1)")
     dit_iters: int = field(12000, "iterations of the DiT", "[1, inf)")
     dit_batch: int = field(64, "latents per iteration of the DiT", "[1, inf)")
     dit_shift: float = field(3.0, "shift of the training times (sampling uses `shift`)", "(0, inf)")
@@ -438,21 +430,21 @@ def measure_gates(cfg: Config, out: Path) -> dict[str, dict]:
     found = {
         "rendered_oracle": gate("oracle right on rendered clips",
                                 readings["rendered"]["all"], 0.99),
-        "vae_psnr": gate("VAE on held-out clips, dB", float(psnr(again, clips).mean()), 34),
+        "vae_psnr": gate("VAE on held-out clips, dB", psnr(again, clips).mean(), 34),
         "vae_oracle": gate("oracle right on the VAE's clips", readings["vae"]["all"], 0.97),
         "teacher_oracle": gate("oracle right on the teacher's videos",
                                readings[f"teacher, {cfg.n} steps"]["all"], 0.95),
         "teacher_floor": gate("floor detail that nine of ten of the teacher's videos reach, over "
-                              "rendered clips'", float(floors[cfg.n].quantile(0.1)), 0.65),
+                              "rendered clips'", floors[cfg.n].quantile(0.1), 0.65),
         "teacher_solids": gate("videos whose solid keeps its shape in every frame",
-                               float((torn >= 0.8).float().mean()), 0.95),
-        "few_steps_floor": gate("floor detail of few steps over that of all", float(
-            floors["few"].mean() / floors[cfg.n].mean()), most=0.8),
-        "two_steps_floor": gate("floor detail of two steps over that of all", float(
-            floors[2].mean() / floors[cfg.n].mean()), most=0.5)}
+                               (torn >= 0.8).float().mean(), 0.95),
+        "few_steps_floor": gate("floor detail of few steps over that of all",
+                                floors["few"].mean() / floors[cfg.n].mean(), most=0.8),
+        "two_steps_floor": gate("floor detail of two steps over that of all",
+                                floors[2].mean() / floors[cfg.n].mean(), most=0.5)}
     if dit.cfg.takes_image:
-        found["first_frame_psnr"] = gate("first frame against its image, dB", float(
-            psnr(many[:, :, :1], clips[:, :, :1]).mean()), 30)
+        found["first_frame_psnr"] = gate("first frame against its image, dB",
+                                         psnr(many[:, :, :1], clips[:, :, :1]).mean(), 30)
     return found | {"readings": readings}
 
 
@@ -461,12 +453,11 @@ def draw_training(cfg: Config, path: Path) -> None:
     vae, dit = ([line for line in log_lines(cfg) if line["stage"] == stage]
                 for stage in ("vae", "dit"))
     panels = {"VAE: loss": [("loss", None, vae, "-")],
-              "VAE: PSNR of held-out clips, dB": [("psnr", None, vae, "o-")]}
-    draw_panels(path, {
-        **(panels if vae else {}),
+              "VAE: PSNR of held-out clips, dB": [("psnr", None, vae, "o-")]} if vae else {}
+    panels |= {
         "DiT: loss (Eq. 3)": [("loss", None, dit, "-")],
-        "DiT: held-out captions right": [(name, name, dit, "o-") for name in ("all", *ATTRIBUTES)]},
-        x="iteration", linear=("VAE: PSNR", "DiT: held-out"))
+        "DiT: held-out captions right": [(name, name, dit, "o-") for name in ("all", *ATTRIBUTES)]}
+    draw_panels(path, panels, x="iteration", linear=("VAE: PSNR", "DiT: held-out"))
 
 
 # -------------------------------------------------------------------------------------- main
@@ -486,24 +477,26 @@ def copy_base(cfg: Config, out: Path) -> None:
 def check(cfg: Config) -> None:
     """Raise ValueError for settings that this stage does not support."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"expected one process, got {os.environ['WORLD_SIZE']}: start this stage "
-                         "by `python -m small_world.teacher`, without torchrun")
+        raise ValueError("expected one process: start this stage by `python -m "
+                         "small_world.teacher`, without torchrun")
     if cfg.family != "wan" or cfg.preset not in ("tiny", "tiny-i2v"):
         raise ValueError(f"preset: expected tiny or tiny-i2v of family wan, got {cfg.preset} of "
                          f"{cfg.family}: use configs/tiny.yaml or configs/tiny-i2v.yaml")
-    if cfg.height != cfg.width:
-        raise ValueError(f"height, width: expected a square, as clips are square, got "
-                         f"{cfg.height}, {cfg.width}: make them equal")
-    if not 8 <= cfg.vae_crop <= cfg.height or cfg.vae_crop % 8:
-        raise ValueError(f"vae_crop: expected a multiple of 8 up to {cfg.height}, got "
-                         f"{cfg.vae_crop}: choose one")
+    if cfg.height != cfg.width or not 8 <= cfg.vae_crop <= cfg.height or cfg.vae_crop % 8:
+        raise ValueError(f"height, width, vae_crop: expected a square and a multiple of 8 up to "
+                         f"its side, got {cfg.height}, {cfg.width}, {cfg.vae_crop}")
     if cfg.compile:
         check_compiler(pick_device(cfg.device))
+    weights = [] if cfg.out is None else sorted(Path(cfg.out).glob("*.safetensors"))
+    ours = (Path(cfg.out or "") / "training.json", folder(cfg) / "log.jsonl")
+    if weights and not any(path.exists() for path in ours):
+        raise ValueError(f"out: {weights[0]} exists, and is not of this stage: choose another "
+                         "--out")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Check the settings, lock the run's folder and train."""
-    cfg = load_config(Config, "teacher", argv, __doc__)
+    cfg = load_config(Config, "teacher", argv, __doc__, "-m small_world.teacher")
     check_model(cfg)
     check(cfg)
     torch.set_num_threads(cfg.threads)
@@ -540,5 +533,7 @@ def train_all(cfg: Config, given: list[str]) -> None:
     for name, figures in found.items():
         print(f"{name}: {figures}")
     print(f"weights, training.json and curves.png are in {out}")
+
+
 if __name__ == "__main__":
     cli(main)

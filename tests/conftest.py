@@ -31,10 +31,11 @@ from frozen.text import UMT5Encoder
 from frozen.vae import WanVAE
 from model import PRESETS, WanConfig, WanDiT
 
-SLOW_FIRST = ("test_resume.py", "test_parallel.py", "test_distill.py", "test_evaluate.py",
-              "test_ranks.py", "test_lora.py", "test_export.py", "test_model.py",
-              "test_synvid.py", "test_compile.py", "test_paper.py", "test_i2v_stages.py",
-              "test_hunyuan_stages.py", "test_toy1d.py")
+SLOW_FIRST = ("test_resume.py", "test_parallel.py", "test_experts.py", "test_paper.py",
+              "test_ranks.py", "test_distill.py", "test_evaluate.py", "test_lora.py",
+              "test_export.py", "test_synvid.py", "test_teacher.py", "test_compile.py",
+              "test_toy1d.py", "test_hunyuan_stages.py", "test_i2v_stages.py", "test_model.py",
+              "test_bench.py", "test_baselines.py", "test_memory.py", "test_rehearse.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

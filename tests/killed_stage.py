@@ -1,13 +1,15 @@
 """A stage of which one rank is killed at a chosen place.
 
 python killed_stage.py MARK RANK PLACE COUNT TIMES STAGE ARGUMENTS…: at the COUNT-th call of PLACE,
-rank RANK adds a byte to the file MARK and kills itself, until MARK has TIMES bytes.
+rank RANK adds a byte to the file MARK and kills itself, until MARK has TIMES bytes. In an iteration
+it first waits until the checkpoint in progress is complete, so that every run resumes at that one.
 """
 
 import importlib
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -15,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from torch.distributed.tensor import DTensor
 
 import distill
+import processes  # noqa: F401  (its presets)
 from artifacts import student
 from common.ranks import cli
 from training.checkpoint import Saver
@@ -32,6 +35,9 @@ if __name__ == "__main__":
     def killed(*args, **kwargs):
         calls[0] += 1
         if calls[0] == int(count) and os.environ.get("RANK", "0") == rank:
+            for thread in threading.enumerate():
+                if place == "iteration" and thread.name.endswith("(write)"):  # Saver.write
+                    thread.join()
             with mark.open("a") as f:
                 f.write("x")
             if mark.stat().st_size <= int(times):

@@ -64,7 +64,6 @@ def run(tmp_path, monkeypatch, videos):
     main.out, main.videos = tmp_path / "out/prompts.jsonl", tmp_path / "videos"
     shutil.copytree(videos, main.videos)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
     monkeypatch.setattr(caption, "load_captioner", lambda *_: lambda clips: main.describe(clips))
     return main
 
@@ -78,7 +77,7 @@ def test_the_frames_are_evenly_spaced_and_those_of_the_video(tmp_path, length, i
         write_grey(tmp_path / "a.mp4", range(20, 20 + 10 * length, 10)), 8)
     np.testing.assert_allclose(grey(frames), [20 + 10 * i for i in indices], atol=2)  # of H.264
     assert metadata["frames_indices"] == indices and metadata["total_num_frames"] == length
-    assert metadata["fps"] == pytest.approx(12 if length > 1 else 1)
+    assert metadata["fps"] == 12
 
 
 def test_videos_and_captions_that_cannot_be_used_are_left_out_by_name(run, capfd):
@@ -113,7 +112,7 @@ def test_a_resumed_run_repeats_no_caption(run):
     with pytest.raises(KeyboardInterrupt):
         run()
     assert len(run.seen) == 2 and not run.out.exists()
-    log = run.out.with_suffix(".captions") / "rank000.jsonl"
+    [log] = run.out.with_suffix(".captions").glob("*/rank000.jsonl")
     log.write_bytes(log.read_bytes()[:-9])  # killed while it wrote the second line
     run.describe = whole
     texts = run()
@@ -136,7 +135,6 @@ def test_wrong_input_is_one_line(run, tmp_path, monkeypatch):
     Path("empty").mkdir()
     for videos, option, message in (
             (run.videos, "--out=notes.jsonl", "notes.jsonl: exists, and is not of this tool"),
-            (run.videos, "--model=nowhere", "nowhere: no config.json there"),
             ("empty", "--batch=1", "empty: expected a video, or a folder with some"),
             ("nowhere.mp4", "--batch=1", "nowhere.mp4: expected a video")):
         run.videos = videos
@@ -147,7 +145,7 @@ def test_wrong_input_is_one_line(run, tmp_path, monkeypatch):
 
 def test_without_transformers_the_tool_asks_for_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    args = types.SimpleNamespace(model=tmp_path, instruction="")
+    args = types.SimpleNamespace(model=tmp_path)
     with pytest.raises(ValueError, match="pip install transformers torchvision"):
         caption.load_captioner(args, torch.device("cpu"))
 

@@ -204,7 +204,7 @@ def test_a_streamed_file_is_the_one_that_safetensors_reads_and_its_checksum_the_
         assert f.get_tensor("b").dtype == torch.bfloat16
 
 
-def test_a_disk_that_is_full_does_not_keep_a_collective_from_being_read_to_its_end(small_disk):
+def test_on_a_full_disk_every_tensor_is_still_gathered(small_disk):
     reads = []
 
     def part(i: int) -> LazyTensor:

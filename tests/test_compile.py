@@ -22,12 +22,13 @@ LENGTHS = (3, 4, 5, 8, 9)  # of prompts
 
 def count_graphs(ranks: Ranks, folder: Path) -> None:
     """How many graphs Dynamo has made on rank 0, by family, after each length: as in training, with
-    gradients of the weights, with none, and with those of the latents only."""
+    gradients of the weights, with none, and with those of the latents only. Two ranks share the
+    tokens of HunyuanVideo alone, whose blocks pad and gather both images and text."""
     ranks = setup_distributed("cpu", ranks.world, 4)
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # Dynamo alone
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     graphs = {}
-    for family, sizes in SIZES.items():
+    for family, sizes in list(SIZES.items())[ranks.world - 1:]:
         before = counters["stats"]["unique_graphs"]
         dit = model.build_dit(sizes)
         dit.sp, graphs[family] = ranks.sp_group, []

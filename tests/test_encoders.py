@@ -11,7 +11,6 @@ import warnings
 from pathlib import Path
 
 import diffusers
-import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -522,6 +521,10 @@ def test_missing_files_of_a_weight_folder_are_named(folders, tmp_path):
         load_vae(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="no VAE: expected Wan2.1_VAE.safetensors or "):
         load_vae(tmp_path)
+    (tmp_path / "Wan2.1_VAE.safetensors").symlink_to("blobs/0a")
+    with pytest.raises(FileNotFoundError, match="VAE.safetensors: .*only a link to blobs/0a"):
+        load_vae(tmp_path)
+    (tmp_path / "Wan2.1_VAE.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="contains no text encoder: expected models_t5"):
         load_text(tmp_path)
     save_tensors(tmp_path / "models_t5_a.safetensors", {"token_embedding.weight": torch.ones(2, 2)},
@@ -594,7 +597,7 @@ def test_a_single_frame_is_a_video(tmp_path):
 
 
 @pytest.mark.parametrize("video,name,fps,words", [
-    (torch.zeros(3, 0, 8, 8), "a.mp4", 8, ["[3, 0, 8, 8]", "nothing empty"]),
+    (torch.zeros(3, 0, 8, 8), "a.mp4", 8, ["[3, 0, 8, 8]", "not empty"]),
     (torch.zeros(5, 3, 8, 8), "a.mp4", 8, ["[5, 3, 8, 8]"]),
     (torch.full((3, 1, 8, 8), float("nan")), "a.mp4", 8, ["NaN", "weights file"]),
     (torch.zeros(3, 1, 8, 8), "a.avi", 8, ["a.avi", ".mp4 or .gif"]),
@@ -614,21 +617,15 @@ def test_a_video_that_cannot_be_written_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
-def test_a_video_cut_short_by_a_full_disk_is_not_kept(tmp_path, monkeypatch, name):
-    whole = imageio.imwrite
-
-    def cut(path, *args, **kwargs):
-        whole(path, *args, **kwargs)
-        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-
-    monkeypatch.setattr(imageio, "imwrite", cut)
-    with pytest.raises(ValueError, match=f"{name}: cannot be written"):
-        write_video(tmp_path / name, moving_square(), fps=8)
-    assert not list(tmp_path.iterdir())
+def test_a_video_cut_short_by_a_full_disk_is_not_kept(small_disk, name):
+    noise = torch.rand(3, 9, 256, 256, generator=generator("noise")) * 2 - 1
+    with pytest.raises(ValueError, match=f"{name}: cannot be written .*No space left on device"):
+        write_video(small_disk / name, noise, fps=8)
+    assert not list(small_disk.iterdir())
 
 
 def test_corrupt_and_missing_video_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no video file .*none.mp4"):
+    with pytest.raises(ValueError, match="none.mp4 cannot be read as a video .*No such file"):
         read_video(tmp_path / "none.mp4")
     write_video(tmp_path / "whole.mp4", moving_square(), fps=8)
     whole = (tmp_path / "whole.mp4").read_bytes()
@@ -647,8 +644,6 @@ def test_a_contact_sheet_is_a_png_with_a_row_a_video_and_the_same_bytes(tmp_path
     red = ((picture - [255, 0, 0]) == 0).all(-1)  # the square, once a frame shown
     columns = np.flatnonzero(np.diff(red.any(0).astype(int)) == 1)
     assert len(columns) >= 5
-    with pytest.raises(ValueError, match="0 videos"):
-        contact_sheet(tmp_path / "c.png", [])
 
 
 def test_a_comparison_sheet_is_a_png_with_three_frames_of_each_video_and_the_same_bytes(tmp_path):

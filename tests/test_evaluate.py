@@ -106,7 +106,7 @@ def test_jackknife_of_the_energy_distance_estimates_its_spread():
     assert 0.7 < float(errors.mean() / values.std()) < 1.5
 
 
-def test_edges_correlate_where_they_are_and_not_by_their_strength():
+def test_edge_correlation_depends_on_the_place_of_edges_not_on_their_strength():
     video = make_clips(0, 0, 2)[0]
     assert edge_correlation(0.5 * video[0] + 0.1, video[0]) == pytest.approx(1, abs=1e-4)
     assert edge_correlation(-video[0], video[0]) == pytest.approx(-1, abs=1e-4)
@@ -141,7 +141,7 @@ def test_c2st_is_half_for_one_distribution_and_near_one_for_a_pattern():
 
 # ------------------------------------------------------------------------- the oracle and gates
 
-def test_the_oracle_is_asked_for_small_world_captions_only():
+def test_the_oracle_is_used_for_small_world_captions_only():
     cfg = evaluate.Config()
     captions = make_captions(0, 0, 5, held_out=True)
     assert is_small_world(captions, cfg)

@@ -4,12 +4,16 @@ small world of two experts."""
 import json
 import re
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 from safetensors.torch import load_file
+from test_export import LIGHTX2V
+from test_forms import fp8_of
 from test_model import FIXTURES, fixture_file, fixture_weights, near, wan_config
 from torch import Tensor
 
@@ -18,19 +22,21 @@ import model
 import sample
 from artifacts import student as student_file
 from artifacts.instructions import comfyui_workflow, student_page
-from artifacts.trajectories import trajectory_path
+from artifacts.trajectories import SynVid, trajectory_path
 from common.config import load_config
-from common.names import EXPERTS, by_expert, dit_tensors, fingerprint, official_names
+from common.files import ROOT
+from common.names import EXPERTS, dit_tensors, fingerprint, official_names
 from common.prompts import Prompt
-from common.ranks import generator
+from common.ranks import Ranks, generator
 from common.weights import load_module, save_tensors
-from experts import crossing_note, steps_of
+from experts import by_expert, crossing_note, steps_of
 from frozen.image import fit_size, image_cond
 from frozen.load import load_conditioner
 from frozen.unipc import sample_unipc, unipc_grid
 from frozen.vae import WanVAE
 from model import PRESETS, WanConfig, build_dit, load_dit
 from training.data import Loader
+from training.monitor import held_out_errors
 
 # --------------------------------------------------------------------- the official numbers
 
@@ -200,44 +206,101 @@ def test_an_image_needs_no_image_encoder_in_wan_2_2(make_weights, monkeypatch, t
             model.velocity(dit, x, 0.7, model.collate([{"text": cond["text"]}]))
 
 
-class FakeSynVid:
-    """Random trajectories in memory, of few steps."""
-    manifest = {"shape": [16, 2, 2, 4]}
+# ------------------------------------------- the shipped small world, its grid split between two
 
-    def __init__(self, key: list[int]):
-        self.t_key = model.key_times("wan", N, 1.0, key)[::-1]
-
-    def __len__(self):
-        return 6
-
-    def read(self, i, ks):
-        draw = generator("fake", i)
-        x = torch.randn(len(self.t_key), *self.manifest["shape"], generator=draw)
-        return x[ks], {"text": torch.randn(4, 64, generator=draw)}, f"prompt {i}"
+SHIPPED, FILE = ROOT / "assets/tiny", "diffusion_pytorch_model.safetensors"
+COUNT = 12                                  # trajectories
+KEY_OF_2, KEY_OF_3 = [0, 7, 10], [0, 4, 7, 10]  # only the last step is for low noise, at .366
 
 
-def test_down_to_the_boundary_two_equal_experts_learn_as_one_dit_does(ranks, tmp_path):
-    one = two_experts().high_noise_model.state_dict()
-    for name in ("one", "two_high_noise", "two_low_noise"):
-        save_tensors(tmp_path / f"{name}.safetensors", one, {})
-    found = {}
-    for preset, file in (("tiny", "one"), ("tiny-experts", "two_high_noise")):
-        cfg = distill.Config(preset=preset, n=N, shift=1.0, key=ALIGNED, device="cpu", batch=2,
-                             weights=str(tmp_path / f"{file}.safetensors"), iterations=2, lr=1e-3,
-                             head_dim=8, held_out=2, lr_heads=1e-2, run=str(tmp_path / preset))
-        loader = Loader(cfg, FakeSynVid(ALIGNED), ranks)
-        state = distill.build(cfg, loader.data.t_key, ranks)
-        lines = [log.gather() for _, _, log in distill.algorithm_1(cfg, state, loader)]
-        losses = [[value for name, value in line.items() if not name.startswith("s_")]
-                  for line in lines]
-        found[preset] = losses, {name: p.full_tensor() for name, p in
-                                 state.student.named_parameters()}
-    (losses, alone), (losses_of_two, both) = found.values()
-    assert losses == losses_of_two
-    for name, p in alone.items():
-        assert torch.equal(both[f"high_noise_model.{name}"], p)
-        assert torch.equal(both[f"low_noise_model.{name}"], one[name])
-    assert not torch.equal(alone["head.head.weight"], one["head.head.weight"])
+def split_shipped(folder: Path, change: float) -> Path:
+    """A weight folder whose two experts are the shipped DiT.
+
+    Args: change, of the expert for low noise: the deviation of the noise on its matrices, in units
+    of theirs.
+    """
+    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns(FILE, "config.json", "*.png"))
+    state = load_file(SHIPPED / FILE)
+    changed = {name: p if p.ndim != 2 else p + change * p.float().std() * torch.randn(
+        p.shape, generator=generator("perturb", name)) for name, p in state.items()}
+    for expert, tensors in zip(EXPERTS, (state, changed), strict=True):
+        tensors = {name: p.to(state[name].dtype) for name, p in tensors.items()}
+        save_tensors(folder / expert / FILE, tensors, {})
+        shutil.copy(SHIPPED / "config.json", folder / expert)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory, run_stage):
+    """The stage-2 settings of three teachers with their trajectories: the shipped DiT, that DiT as
+    both experts, and with another expert for low noise."""
+    root, settings = tmp_path_factory.mktemp("worlds"), {}
+    for name, change in (("one", None), ("equal", 0.0), ("changed", 0.1)):
+        weights = SHIPPED if change is None else split_shipped(root / f"{name}_weights", change)
+        values = {"preset": "tiny" if change is None else "tiny-experts", "weights": str(weights),
+                  "run": str(root / name), "n": 10, "device": "cpu"}
+        run_stage("synvid", ROOT / "configs/tiny.yaml", "key=0,7,10", f"count={COUNT}",
+                  f"batch={COUNT}", "videos=0", *(f"{key}={v}" for key, v in values.items()))
+        settings[name] = values | {
+            "height": 64, "width": 64, "frames": 9, "shift": 2.0, "batch": 3, "micro_batch": 3,
+            "held_out": 4, "lr": 5e-4, "head_dim": 8, "checkpointing": False, "iterations": 16}
+    return settings
+
+
+def start_training(cfg: distill.Config, data: SynVid, ranks: Ranks):
+    """The state of a run, and functions that train it for an iteration and measure its student."""
+    loader = Loader(cfg, data, ranks)
+    state = distill.build(cfg, data.t_key, ranks)
+    steps = distill.algorithm_1(cfg, state, loader)
+
+    def losses() -> dict[str, float]:
+        line = next(steps)[2].gather()
+        return {name: value for name, value in line.items() if not name.startswith("s_")}
+
+    return state, losses, lambda: held_out_errors(cfg, state.student, loader, ranks)
+
+
+def test_two_equal_experts_are_one_dit_until_a_step_for_low_noise_is_trained(worlds, ranks):
+    """Then the one DiT has learned the steps for high noise, and the expert for low noise nothing
+    yet; from there on the two students differ, as each expert has its own part of the steps."""
+    runs = {}
+    for name in ("one", "equal"):
+        cfg = distill.Config(**worlds[name], key=KEY_OF_3)
+        data = SynVid(Path(cfg.run) / "synvid", cfg)
+        state, losses, errors = start_training(cfg, data, ranks)
+        runs[name] = [data.read(i)[:2] for i in range(COUNT)], state.student, losses, errors
+    (ours, one, *of_one), (theirs, two, *of_two) = runs.values()
+    for (x, cond), (x_one, cond_one) in zip(theirs, ours, strict=True):
+        assert torch.equal(x, x_one) and torch.equal(cond["text"], cond_one["text"])
+    start = of_two[1]()
+    assert start == of_one[1]()
+    assert [of_two[0]() for _ in range(2)] == [of_one[0]() for _ in range(2)]
+    for name, p in one.named_parameters():
+        high, low = (two.get_parameter(f"{expert}.{name}").full_tensor() for expert in EXPERTS)
+        assert torch.equal(high, p.full_tensor())
+        assert torch.equal(low, load_file(SHIPPED / FILE)[name].float())
+    now, of_one_now = of_two[1](), of_one[1]()
+    assert now["velocity"][1:] == of_one_now["velocity"][1:] != start["velocity"][1:]
+    assert now["velocity"][0] == start["velocity"][0] != of_one_now["velocity"][0]
+    assert of_two[0]()["loss_traj"] != of_one[0]()["loss_traj"]
+
+
+def test_each_expert_s_student_follows_its_own_teacher(worlds, ranks):
+    """A single DiT, which learns the same trajectories for as many iterations, is farther from what
+    the other expert does for low noise."""
+    one, two = (distill.Config(**worlds[name], key=KEY_OF_2, adv=False)
+                for name in ("one", "changed"))
+    data, found = SynVid(Path(two.run) / "synvid", two), {}
+    for name, cfg in (("two", two), ("one", one)):
+        _, losses, errors = start_training(cfg, data, ranks)
+        found[name] = [errors()]
+        for _ in range(cfg.iterations):
+            losses()
+        found[name].append(errors())
+    (before, after), (_, single) = found["two"], found["one"]
+    assert after["endpoint"] < 0.9 * before["endpoint"]
+    assert after["velocity"][1] < 0.9 * before["velocity"][1]
+    assert after["velocity"][0] < 0.7 * single["velocity"][0]
 
 
 # ------------------------------------------------------- a student of two experts and its files
@@ -420,11 +483,13 @@ def test_the_low_noise_run_starts_where_the_frozen_student_for_high_noise_ends(m
 def test_the_page_says_where_every_program_switches(kind, lora):
     cfg = load_config(sample.Config, "sample", [f"configs/wan22-{kind}-a14b-480p.yaml",
                                                 "weights=assets/tiny"])
-    facts = {**vars(cfg), "t_key": model.key_times("wan", cfg.n, cfg.shift, cfg.key)}
+    facts = {**vars(cfg), "dtype": "bf16",
+             "t_key": model.key_times("wan", cfg.n, cfg.shift, cfg.key)}
     switch = 6 if kind == "t2v" else 3
     text = student_page(facts, "student_lora.safetensors" if lora else "student.safetensors", lora)
     settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
     assert settings["boundary_step_index"] == switch and len(settings["denoising_step_list"]) == 10
+    assert LIGHTX2V <= settings.keys() and settings["use_image_encoder"] is False
     assert ("lora_configs" in settings) == lora == ("load_into_transformer_2=True" in text)
     assert '"guidance_scale_2": 1.0' in text and f"(step {switch} of 10)" in text
     assert "$" not in text and " \n" not in text and "\n\n\n" not in text
@@ -449,6 +514,9 @@ def test_the_page_says_where_every_program_switches(kind, lora):
 
 # ------------------------------------------------------------- all stages, on two random experts
 
+OTHERS = ("vae: Wan2.1_VAE.safetensors\ntext_encoder: models_t5_umt5-random.safetensors\n"
+          "tokenizer: google/umt5-xxl\n")  # in a list of files
+KILLED = Path(__file__).parent / "killed_stage.py"
 QUICK = {"iterations": 5, "batch": 2, "micro_batch": 1, "held_out": 2, "eval_every": 5, "lr": 1e-3,
          "save_every": 1, "head_dim": 8, "checkpointing": False, "export_dtype": "fp32", "keep": 9}
 
@@ -484,13 +552,11 @@ def test_trajectories_are_the_same_bytes_from_every_layout_and_follow_both_scale
         folder = tmp_path / name
         shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(*EXPERTS))
         for expert, place in zip(EXPERTS, places, strict=True):
-            state = load_file(weights / expert / "diffusion_pytorch_model.safetensors")
+            state = load_file(weights / expert / FILE)
             if name == "diffusers":
                 state = official_names(state, "transformer", reverse=True)
-            save_tensors(folder / place / "diffusion_pytorch_model.safetensors", state, {})
-        (folder / "files.yaml").write_text(
-            "dit_high: high\ndit_low: low\nvae: Wan2.1_VAE.safetensors\n"
-            "text_encoder: models_t5_umt5-random.safetensors\ntokenizer: google/umt5-xxl\n")
+            save_tensors(folder / place / FILE, state, {})
+        (folder / "files.yaml").write_text("dit_high: high\ndit_low: low\n" + OTHERS)
         run_stage("synvid", finished / "config.yaml", "--run", tmp_path / f"run_{name}",
                   "--weights", folder / "files.yaml" if name == "files" else folder)
         for i in range(6):
@@ -501,17 +567,52 @@ def test_trajectories_are_the_same_bytes_from_every_layout_and_follow_both_scale
     assert manifest["cfg_scale"] == [3.0, 2.0] and manifest["boundary"] == 0.5
 
 
-def test_resumed_between_two_experts_it_ends_with_the_same_bits(finished, run_stage, tmp_path):
+def test_two_scaled_fp8_files_make_the_trajectories_of_their_values(finished, run_stage, tmp_path):
+    folder, marker = tmp_path / "weights", torch.zeros(0, dtype=torch.float8_e4m3fn)
+    shutil.copytree(finished / "weights", folder, ignore=shutil.ignore_patterns(*EXPERTS))
+    forms = {"fp8": "wan2.2_t2v_{}_14B_fp8_scaled.safetensors", "values": "{}.safetensors"}
+    values = {}
+    for expert in EXPERTS:
+        state = load_file(finished / "weights" / expert / FILE)
+        stored, scales = fp8_of(state, ".scale_weight", ())
+        own = {name: p.float() * scales.get(name.replace(".weight", ".scale_weight"), 1)
+               for name, p in stored.items()}
+        values |= {f"{expert}.{name}": p for name, p in own.items()}
+        level = expert.removesuffix("_model")
+        save_tensors(folder / forms["fp8"].format(level),
+                     {**stored, **scales, "scaled_fp8": marker}, {})
+        save_tensors(folder / forms["values"].format(level), own, {})
+    for form, name in forms.items():
+        high, low = (name.format(f"{level}_noise") for level in ("high", "low"))
+        found = dit_tensors(folder / high)
+        assert found.keys() == values.keys()
+        assert all(torch.equal(t.read(), values[name]) for name, t in found.items())
+        (folder / f"{form}.yaml").write_text(f"dit_high: {high}\ndit_low: {low}\n" + OTHERS)
+        run_stage("synvid", finished / "config.yaml", "--run", tmp_path / form,
+                  "--weights", folder / f"{form}.yaml", "--count", 2)
+    for i in range(2):
+        ours, theirs = (trajectory_path(tmp_path / form / "synvid", i).read_bytes()
+                        for form in forms)
+        assert ours == theirs
+
+
+def test_killed_and_resumed_between_two_experts_it_ends_with_the_same_bits(finished, run_stage,
+                                                                           tmp_path):
     want, lines = students(finished / "run"), (finished / "run/distill/log.jsonl").read_text()
     lines = [json.loads(line) for line in lines.splitlines()]
     assert [line["k"] for line in lines] == [3, 2, 1, 0, 3] and len(want) == 2 * len(
         build_dit("tiny").state_dict())
     run = tmp_path / "run"
-    shutil.copytree(finished / "run", run, ignore=shutil.ignore_patterns("student*", "*.jsonl"))
-    for later in (3, 4, 5):  # Q_2 holds what the expert for high noise hands to the other
-        shutil.rmtree(run / f"distill/step_{later:06d}")
+    run.mkdir()
+    (run / "synvid").symlink_to(finished / "run/synvid")
+    killed = run_script(KILLED, tmp_path / "mark", 0, "iteration", 4, 1, "distill",
+                        finished / "config.yaml", "--run", run)
+    assert killed.returncode == -signal.SIGKILL and (tmp_path / "mark").exists(), killed.stderr
+    # Q_2 of step 2 holds what the expert for high noise hands to the other.
+    shutil.rmtree(run / "distill/step_000003", ignore_errors=True)  # maybe written in time
+    assert (run / "distill/step_000002").exists() and not list(run.glob("student*"))
     done = run_stage("distill", finished / "config.yaml", "--run", run)
-    assert "resuming from" in done.stdout
+    assert "resuming from" in done.stdout and "step_000002" in done.stdout
     got = students(run)
     assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
 

@@ -219,7 +219,7 @@ def store(config, tmp_path, monkeypatch):
     for i in range(2):
         x = synvid.draw_noise((len(manifest["stored"]), *manifest["shape"]), [("x", i)])[0].half()
         trajectories.write_trajectory(folder, manifest, i, f"prompt {i}", x,
-                                      {"text": torch.ones(3, 4)})
+                                      {"text": torch.ones(3, 4)}, "")
 
     def read(_: Any) -> list:
         data = trajectories.SynVid(folder, cfg)

@@ -142,7 +142,7 @@ def test_a_batch_of_unequal_prompts_equals_the_prompts_one_by_one():
         near(v[i:i + 1], dit(x[i:i + 1], t[i:i + 1], alone), 1e-5)
 
 
-def test_a_token_after_padding_is_an_error_that_says_what_to_do():
+def test_a_token_after_padding_is_an_error_with_a_remedy():
     x, t, cond = micro_batch(lengths=(5, 3))
     cond["mask"][1] = torch.tensor([1, 0, 1, 1, 0])
     with pytest.raises(ValueError, match="padding at the end, got a token after it: reorder"):

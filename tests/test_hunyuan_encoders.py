@@ -993,9 +993,3 @@ def test_tokenizers_of_other_models_are_named(peers, tokenizer_folders, tmp_path
         HunyuanText(llm, CLIPText(30, 24, 40, 1, 3), root / "llm", root / "clip")
     with pytest.raises(ValueError, match="llm: .*splits ''.* into 2, got .*and 1:"):
         HunyuanText(llm, CLIPText(5000, 24, 40, 1, 3), root / "llm", root / "llm")
-
-
-def test_a_family_that_there_is_not_is_named():
-    for load_one in (load_vae, load_text):
-        with pytest.raises(ValueError, match="family: expected wan or hunyuan, got 'flux'"):
-            load_one("anywhere", family="flux")

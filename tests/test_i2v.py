@@ -84,7 +84,7 @@ def test_every_part_of_the_conditioning_changes_the_velocity(official, name):
 
 
 @pytest.mark.parametrize("name", ["image", "frames"])
-def test_a_conditioning_without_its_image_is_an_error_that_says_so(official, name):
+def test_a_conditioning_without_its_image_is_an_error(official, name):
     cond = model.collate([fixture_cond("a", 0)])
     del cond[name]
     x, t = FIXTURE.get_tensor("in.a.x.0")[None], FIXTURE.get_tensor("in.a.t").double() / 1000

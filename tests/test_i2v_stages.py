@@ -25,7 +25,7 @@ from common.names import fingerprint
 from common.names import official_names
 from common.prompts import read_prompts
 from common.ranks import generator
-from common.video import centre_crop, image_size, read_image, read_video, write_image
+from common.video import centre_crop, read_image, read_video, write_image
 from common.weights import save_tensors
 from frozen.load import load_conditioner
 from frozen.vae import WanVAE
@@ -61,7 +61,8 @@ def world(tmp_path_factory, make_weights):
                          "videos": 1},
               "distill": {"iterations": 4, "batch": 2, "micro_batch": 2, "held_out": 2,
                           "lr": 1e-3, "head_dim": 8, "eval_every": 4, "export_dtype": "fp32"},
-              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3}}
+              "evaluate": {"prompts": str(root / "prompts.jsonl"), "count": 3, "directions": 8,
+                           "c2st_steps": 2}}
     path = root / "i2v.yaml"
     path.write_text(json.dumps(values))  # YAML holds JSON
     return path, root
@@ -274,13 +275,12 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path, orientation, turn):
     assert got.shape == want.shape and (got - want).abs().max() < 0.2
 
 
-def test_grey_16_bit_palette_and_transparent_images_look_as_a_viewer_shows_them(tmp_path):
+def test_grey_palette_and_transparent_images_look_as_a_viewer_shows_them(tmp_path):
     ramp = np.linspace(0, 255, 16, dtype=np.uint8).reshape(1, 16).repeat(4, 0)
     want = (torch.from_numpy(ramp) / 127.5 - 1).expand(3, 4, 16)
     Image.fromarray(ramp).save(tmp_path / "grey.png")
-    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     Image.fromarray(ramp).convert("P").save(tmp_path / "palette.png")
-    for name in ("grey", "deep", "palette"):
+    for name in ("grey", "palette"):
         assert torch.allclose(read_image(tmp_path / f"{name}.png"), want, atol=0.01), name
     clear = np.zeros((4, 4, 4), np.uint8)
     clear[:2] = (255, 0, 0, 255)
@@ -310,15 +310,16 @@ def test_a_broken_exif_tag_is_no_reason_to_refuse_a_photograph(tmp_path):
     with Image.open(tmp_path / "a.jpg") as image, pytest.raises(struct.error):
         ImageOps.exif_transpose(image)
     assert read_image(tmp_path / "a.jpg").shape == (3, 32, 16)
-    assert image_size(tmp_path / "a.jpg") == (32, 16)
 
 
 def test_paths_and_pixels_that_no_image_has_are_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read as an image"):
+    with pytest.raises(OSError, match="name too long"):
         read_image(tmp_path / ("x" * 300))
-    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(ValueError, match="a.tiff cannot be read .*floating-point"):
-        read_image(tmp_path / "a.tiff")
+    for name, grey in (("a.tiff", np.float32(0.5)), ("b.png", np.uint16(9000)),
+                       ("c.tiff", np.int32(9))):
+        Image.fromarray(np.full((4, 4), grey)).save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} cannot be read .*convert it to 8 bits"):
+            read_image(tmp_path / name)
 
 
 def test_a_crop_keeps_the_middle_in_the_wanted_shape():
@@ -336,7 +337,7 @@ def test_stages_refuse_a_bad_image_before_they_touch_the_disk(world, tmp_path, r
     table.write_text('{"prompt": "a", "image": "gone.png"}\n')
     done = run_stage("synvid", path, f"prompts={table}", f"run={tmp_path}/run", check=False)
     assert done.returncode == 1 and not (tmp_path / "run").exists()
-    assert done.stderr.startswith(f"error: {table}: line 1: ")
+    assert done.stderr.startswith(f"error: {table}: {tmp_path}/gone.png: no such image")
     assert len(done.stderr.splitlines()) == 1
     done = run_stage("synvid", path, f"prompts={table}", f"run={tmp_path}/run", check=False,
                      ranks=2)

@@ -137,7 +137,7 @@ def settings(**own):
     return distill.Config(**values | own)
 
 
-def test_a_plan_that_does_not_fit_says_what_would(many_ranks):
+def test_a_plan_that_does_not_fit_suggests_settings_that_do(many_ranks):
     cfg, shape = settings(), model.latent_shape(129, 720, 1280)
     assert "fits in 80 GiB" in memory_plan(cfg, model.latent_shape(93, 544, 960), many_ranks(64),
                                            PEAK)

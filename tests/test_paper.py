@@ -216,7 +216,7 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
             base = parts.get(arm.name, 0.8 - 0.1 * arm.name.endswith("-samples")
                              + 0.2 * arm.name.endswith("-mismatched"))
             write_measured(plan, arm.name, [base + x for x in noise[:arm.seeds]])
-        section = tables.arms_table(table, plan, SETTINGS)
+        section = tables.arms_table(plan, SETTINGS, table)
         claims = {entry["claim"]: entry for entry in section.numbers["claims"]}
         assert len(claims) == {"table3": 6, "methods": 10 + 6}[table]
         for entry in claims.values():
@@ -254,7 +254,8 @@ def test_controls_and_other_methods_take_the_settings_that_the_search_chose(tmp_
 
 
 def test_every_method_is_searched_alike_on_other_captions_noise_and_seeds(tmp_path):
-    plan = replace(plan_of(tmp_path), evaluate=("prompts=a",), search=("prompts=b",))
+    plan = replace(plan_of(tmp_path), evaluation=("prompts=a",),
+                   search_evaluation=("prompts=b",))
     arms = tables.arms_of("search", SETTINGS)
     by_method = {}
     for arm in arms[3:]:
@@ -267,8 +268,8 @@ def test_every_method_is_searched_alike_on_other_captions_noise_and_seeds(tmp_pa
     assert by_method.keys() == {"traj", "full", *tables.METHODS}
     assert [option for arm in arms[:3] for option in arm.options if "lambda" in option] == [
         "lambda_adv=0.1", "lambda_adv=0.15", "lambda_adv=0.2"]
-    [(name, rest)] = tables.evaluations_of("search", SETTINGS, plan).items()
-    command = plan.measure(name, *rest).command
+    [evaluation] = tables.evaluations_of("search", SETTINGS, plan)
+    command = evaluation.command
     assert "prompts=b" in command and "prompts=a" not in command
     assert "seed100/student.safetensors" in " ".join(command)
 
@@ -279,7 +280,7 @@ def test_every_method_is_searched_alike_on_other_captions_noise_and_seeds(tmp_pa
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps({"step": i, "grad_adv": i}) + "\n" for i in (1, 2))
                         if "shared" in arm.name else "")
-    section = tables.search(plan, SETTINGS)
+    section = tables.search_table(plan, SETTINGS)
     assert len(section.numbers["rows"]) == len(arms) == 33 and folder.exists()
     assert set(section.numbers["doses"].values()) == {1.5} and len(section.numbers["doses"]) == 3
 
@@ -429,17 +430,17 @@ def test_the_first_component_is_the_pattern_that_was_planted():
 def test_what_blocks_tell_is_one_command(study, ranks, tmp_path, capsys):
     config, _ = study
     synvid.main([str(config)])
-    taps.main([str(config), "videos=8", "--blocks", "1,5", "updates=2"])
+    taps.main([str(config), "videos=8", "--blocks", "1,2", "updates=2"])
     found = json.loads((tmp_path / "run/taps/taps.json").read_text())
-    assert found["D7"] == [3, 5]
+    assert found["D7"] == [1, 2]
     assert [(entry["k"], entry["block"]) for entry in found["found"]] == [
-        (0, 1), (0, 5), (1, 1), (1, 5)]
+        (0, 1), (0, 2), (1, 1), (1, 2)]
     for entry in found["found"]:
         assert 0 <= entry["probe"] <= 1 and torch.tensor(entry["picture"]).shape == (1, 1)
     assert (tmp_path / "run/taps/taps.png").exists()
     assert "t'_1 = 0.781: a head is best at block" in capsys.readouterr().out
     for option, message in (("videos=13", "videos: expected 8 … 12.*got 13"),
-                            ("blocks=6", "blocks: expected some of 0 … 5, got .6.")):
+                            ("blocks=3", "blocks: expected some of 0 … 2, got .3.")):
         with pytest.raises(ValueError, match=message):
             taps.main([str(config), "videos=8", option])
 

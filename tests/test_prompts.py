@@ -63,13 +63,13 @@ def test_prompts_keep_what_their_form_can_hold(tmp_path):
     # JSON of another shape
     ("a.json", '"a dog"', "the file: expected a list, got 'a dog': give a list of"),
     ("a.json", '{"prompts": ["a"]}', "the file: expected a list, got {"),
-    ("a.json", '[["a", "b"]]', r"entry 1: expected one prompt .*, got \['a', 'b'\]"),
-    ("a.json", '["a",\n 3]', "entry 2: expected one prompt .*, got 3"),
+    ("a.json", '[["a", "b"]]', r"the file: \[0\]: expected text or .*\['a', 'b'\]"),
+    ("a.json", '["a",\n 3]', r"the file: \[1\]: expected text or a JSON object, got 3"),
     ("a.json", '["a", ""]', "entry 2: expected one prompt .*, got ''"),
     ("a.json", "[]", "got an empty prompt file"),
     ("a.json", '[{"prompt": NaN}]', "entry 1: expected .*got .*nan"),
     ("a.json", '["\\ud800 a"]', "entry 1 is not UTF-8 text"),
-    ("a.jsonl", '{"prompt": "a\\u0000"}', "line 1 is not UTF-8 text: .* a NUL"),
+    ("a.jsonl", '{"prompt": "a\\u0000"}', "line 1 is not UTF-8 text: remove NUL"),
     ("a.jsonl", '{"prompt": "a", "caption": "b"}', "line 1: expected one prompt and at most one"),
     ("a.jsonl", '{"prompt": " "}', "line 1: expected one prompt"),
     ("a.jsonl", '{"prompt_cn": "a"}', "line 1: expected one prompt"),
@@ -93,7 +93,7 @@ def test_prompts_keep_what_their_form_can_hold(tmp_path):
     ("a.txt", '{"prompt": "a"}\n', "got JSON"), ("a.txt", '[{"prompt": "a"},', "got JSON"),
     ("a.txt", "[" * 100_000, "got JSON"),
     # other files
-    ("a.yaml", "prompts:\n- a dog", "expected prompts as .txt, .* got a .yaml file"),
+    ("a.yaml", "prompts:\n- a dog", "expected .txt, .* or .tsv: convert"),
     ("a.txt", " \n\n", "got an empty prompt file"),
     ("a.txt", b"good\ncaf\xe9 noir\n", "line 2 is not UTF-8: save"),
     ("a.txt", "a dog\nb".encode("utf-16"), "line 1 is not UTF-8"),
@@ -120,15 +120,16 @@ def test_images_are_relative_to_the_file_in_every_form(tmp_path, monkeypatch, na
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.csv", "prompt,image\na,b.png\n", "a.csv: line 2: .*b.png: no such image"),
-    ("a.json", '[{"prompt": "a", "image": "b.png"}]', "a.json: entry 1: .*b.png: no such image"),
+    ("a.csv", "prompt,image\na,b.png\n", "a.csv: .*b.png: no such image"),
+    ("a.json", '[{"prompt": "a", "image": "b.png"}]', "a.json: .*b.png: no such image"),
     ("a.csv", "prompt,image\na,\n", 'line 2 has no "image"; the preset'),
     ("a.jsonl", '{"prompt": "a", "image": "good.png"}\n\n{"prompt": "a"}',
      'line 3 has no "image"; the preset\'s model starts from one'),
     ("a.jsonl", '{"prompt": "a", "image": "good.png"}\n\n{"prompt": "a", "image": "bad.png"}',
-     "line 3: .*bad.png cannot be read as an image"),
+     "a.jsonl: .*bad.png cannot be read as an image"),
     ("a.txt", "a dog", 'line 1 has no "image"; .* starts from one: give lines {"prompt"')])
-def test_a_missing_or_broken_image_is_reported_with_its_place(tmp_path, name, content, message):
+def test_a_missing_or_broken_image_is_reported_with_the_prompt_file(tmp_path, name, content,
+                                                                    message):
     Image.new("RGB", (16, 16)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
     with pytest.raises(ValueError, match=message):

@@ -39,7 +39,8 @@ def finished(tmp_path_factory, tiny_weights, run_stage):
               "evaluate": {"prompts": str(tiny_weights / "prompts.txt"), "count": 4}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
-    run_stage("distill", path)
+    for stage in ("synvid", "distill"):
+        run_stage(stage, path)
     return folder, path
 
 

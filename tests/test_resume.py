@@ -14,7 +14,6 @@ from processes import PATIENCE, run_script, script_command
 from safetensors.torch import load_file
 
 from artifacts.trajectories import trajectory_path
-from common.files import ROOT
 from training import data as loading
 
 KILLED = Path(__file__).parent / "killed_stage.py"
@@ -31,7 +30,8 @@ def undisturbed(tmp_path_factory, tiny_weights, run_stage):
               "synvid": {"prompts": str(tiny_weights / "prompts.txt"), "count": 10, "videos": 0}}
     path = folder / "config.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
-    run_stage("distill", path, f"run={folder / 'full'}", ranks=2)
+    for stage, ranks in (("synvid", 1), ("distill", 2)):
+        run_stage(stage, path, f"run={folder / 'full'}", ranks=ranks)
     return folder, path
 
 
@@ -55,10 +55,10 @@ def assert_same_bits(run: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def killed(undisturbed, tmp_path_factory):
-    """The folder of a run that was killed in its last iteration."""
+    """The folder of a run that was killed in iteration 5, after the checkpoint of iteration 4."""
     (folder, config), parent = undisturbed, tmp_path_factory.mktemp("killed")
     run = begun(folder, parent / "run")
-    done = run_script(KILLED, parent / "mark", 1, "iteration", 6, 1, "distill", config,
+    done = run_script(KILLED, parent / "mark", 1, "iteration", 5, 1, "distill", config,
                       f"run={run}", ranks=2)
     assert done.returncode == -signal.SIGKILL and (parent / "mark").exists()
     return run
@@ -77,38 +77,25 @@ def test_wherever_a_rank_is_killed_the_same_command_ends_with_the_same_bits(
     assert_same_bits(run, folder / "full")
 
 
-def test_torchrun_restarts_a_run_and_names_the_rank_that_was_killed_again(undisturbed, run_stage,
-                                                                          tmp_path):
+def test_torchrun_restarts_a_run_that_lost_a_rank_and_a_signal_to_it_saves_on_all_ranks(
+        undisturbed, run_stage, tmp_path):
     folder, config = undisturbed
     run, mark = begun(folder, tmp_path / "run"), tmp_path / "mark"
-    command = script_command(KILLED, mark, 1, "iteration", 3, 2, "distill", config, f"run={run}",
-                             ranks=2, torchrun="--max-restarts=1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE,
-                          check=False)
-    assert done.returncode == 1 and mark.read_text() == "xx", done.stderr
-    assert "resuming from" in done.stdout
-    # torchrun lists every rank that it had to stop; the root cause is the one that died by itself
-    root = done.stderr.rpartition("Root Cause")[2]
-    assert "rank      : 1 " in root and "exitcode  : -9" in root
-    run_stage("distill", config, f"run={run}", ranks=2)
-    assert_same_bits(run, folder / "full")
-
-
-def test_a_signal_to_torchrun_ends_the_iteration_and_saves_on_all_ranks(undisturbed, run_stage,
-                                                                        tmp_path):
-    folder, config = undisturbed
-    run = begun(folder, tmp_path / "run")
-    command = script_command(ROOT / "distill.py", config, f"run={run}", "save_every=1000",
-                             "iterations=1000", ranks=2, torchrun=f"--shutdown-timeout={PATIENCE}")
+    command = script_command(KILLED, mark, 1, "iteration", 3, 1, "distill", config, f"run={run}",
+                             "iterations=1000", ranks=2,
+                             torchrun=f"--max-restarts=1 --shutdown-timeout={PATIENCE}")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = run / "distill/log.jsonl"
-    while not (log.exists() and log.read_text()):
+    while not (log.exists() and log.read_text().count("\n") > 2):  # restarted
         time.sleep(0.02)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)  # SIGTERM is sent to one process in test_distill.py
     out, _ = process.communicate(timeout=PATIENCE)  # torchrun's own status is 1 after any signal
+    # torchrun reports the rank that ended first, by itself: the other only lost its connection
+    assert mark.exists() and "failed (exitcode: -9) local_rank: 1 " in out, out
+    assert "resuming from" in out and "rerun the same command to resume" in out
     saved, done = [p.name for p in (run / "distill").glob("step_*")], len(lines_of(run))
-    assert saved == [f"step_{done:06d}"] and "rerun the same command to resume" in out
+    assert max(saved) == f"step_{done:06d}"
     run_stage("distill", config, f"run={run}", f"iterations={max(done + 1, 6)}", ranks=2)
     lines, full = lines_of(run), lines_of(folder / "full")
     assert [line["step"] for line in lines] == list(range(1, max(done + 1, 6) + 1))
@@ -152,24 +139,24 @@ def test_a_run_whose_synvid_has_grown_keeps_the_trajectories_it_began_with(
     assert [line.get("endpoint") for line in ours] == [line.get("endpoint") for line in theirs]
 
 
-@pytest.mark.parametrize("victim", ["trained on", "held out"])
 def test_a_damaged_trajectory_loses_nothing_and_the_rerun_after_repair_gives_the_same_bits(
-        victim, undisturbed, killed, run_stage, tmp_path):
+        undisturbed, killed, run_stage, tmp_path):
     (folder, config), run = undisturbed, tmp_path / "run"
     shutil.copytree(killed, run)  # after step 4, with the teacher's figures in the log
     epoch, position = divmod(5 * 4 + 3, 8)  # what the last iteration, 5, reads last
-    index = 9 if victim == "held out" else loading.epoch_order(0, epoch, 8)[position]
-    path = trajectory_path(run / "synvid", index)
-    data = path.read_bytes()
-    path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
-    failed = run_stage("distill", config, f"run={run}", "eval_every=5", "save_every=100", ranks=2,
-                       check=False)
-    assert failed.returncode == 1 and failed.stderr.count("error: ") == 1, failed.stderr
-    assert f"{path}: cannot be used" in failed.stderr
-    assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5]
-    assert max(p.name for p in (run / "distill").glob("step_*")) == "step_000005"
-    assert not list((run / "distill").glob(".owner*-*"))
-    path.write_bytes(data)
+    for index in (9, loading.epoch_order(0, epoch, 8)[position]):  # 9 is held out
+        path = trajectory_path(run / "synvid", index)
+        data = path.read_bytes()
+        path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])
+        shutil.rmtree(run / "distill/step_000005", ignore_errors=True)
+        failed = run_stage("distill", config, f"run={run}", "eval_every=5", "save_every=100",
+                           ranks=2, check=False)
+        assert failed.returncode == 1 and failed.stderr.count("error: ") == 1, failed.stderr
+        assert f"{path}: cannot be used" in failed.stderr
+        assert [line["step"] for line in lines_of(run)] == [1, 2, 3, 4, 5]
+        assert max(p.name for p in (run / "distill").glob("step_*")) == "step_000005"
+        assert not list((run / "distill").glob(".owner*-*"))
+        path.write_bytes(data)
     again = run_stage("distill", config, f"run={run}", ranks=2)
     assert "step_000005" in again.stdout
     assert_same_bits(run, folder / "full")

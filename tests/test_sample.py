@@ -324,9 +324,12 @@ def test_a_run_reports_its_speed(run, student, who, capsys):
 
 # --------------------------------------------------------------------------- what is refused
 
-def test_a_missing_student_names_the_command_that_makes_it(run):
+def test_a_missing_student_names_the_command_that_makes_it(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="student.safetensors: .*`python distill.py CONF"):
         run("--prompt", "a red disc")
+    (tmp_path / "student.safetensors").symlink_to("blobs/0a")
+    with pytest.raises(FileNotFoundError, match="only a link to blobs/0a"):
+        run("--prompt", "a red disc", "--student", str(tmp_path / "student.safetensors"))
 
 
 def test_a_student_is_sampled_without_its_teacher_s_dit(run, student, tmp_path, capsys):
@@ -340,7 +343,7 @@ def test_a_student_is_sampled_without_its_teacher_s_dit(run, student, tmp_path, 
     save_tensors(own / "diffusion_pytorch_model.safetensors", tensors, {})  # the same, in 16 bits
     run("--prompt", "a red disc", "--weights", str(own))
     assert "another model" not in capsys.readouterr().out
-    del tensors["blocks.5.norm3.weight"]
+    del tensors["blocks.2.norm3.weight"]
     save_tensors(own / "diffusion_pytorch_model.safetensors", tensors, {})
     run("--prompt", "a red disc", "--weights", str(own))
     assert "is of another model than the DiT in" in capsys.readouterr().out
@@ -382,7 +385,7 @@ def test_a_student_of_another_teacher_is_refused_naming_both(run, facts, message
         run("--prompt", "a red disc")
 
 
-def test_files_that_are_no_student_are_refused(run, student):
+def test_files_that_are_not_a_student_are_refused(run, student):
     shutil.copy(run.weights / "diffusion_pytorch_model.safetensors", student)  # says nothing
     with pytest.raises(ValueError, match="'accvideo' metadata lacks family"):
         run("--prompt", "x")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from processes import in_processes, start_each
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import common.files
 import common.ranks
@@ -130,7 +131,7 @@ def test_the_reader_gives_prompts_conditions_and_times_in_order(made, tiny_weigh
         assert torch.equal(x_key[2], initial_noise(0, i, prompt, (16, 2, 2, 2)))
         assert cond["text"].dtype == torch.float32 and not (cond["text"] == 0).all(1).any()
     assert torch.equal(data.read(3, [1, 0])[0], data.read(3)[0][[1, 0]])
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="000007.safetensors: cannot be used"):
         data.read(7)
 
 
@@ -206,7 +207,7 @@ def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
     x = torch.zeros(2, 16, 2, 2, 2, dtype=torch.float16)
     x[1, 3] = torch.inf
     with pytest.raises(ValueError, match=r"000000.safetensors: .* after step 4 contains NaN"):
-        trajectories.write_trajectory(tmp_path, manifest, 0, "a red disc", x, {})
+        trajectories.write_trajectory(tmp_path, manifest, 0, "a red disc", x, {}, "")
     assert contents(tmp_path) == {}
 
 
@@ -222,6 +223,30 @@ def test_neither_ranks_nor_jobs_nor_their_order_change_a_byte(make_config, run_s
     done = run_stage("synvid", config, "--run", tmp_path / "ranks", ranks=2)
     assert "with 2 rank(s)" in done.stdout
     assert contents(tmp_path / "ranks/synvid") == reference
+
+
+def test_a_job_with_other_encoders_is_refused_and_verify_finds_its_trajectories(
+        make_config, tiny_weights, tmp_path, capsys):
+    config = make_config(synvid={"count": 2, "batch": 2})
+    folder, other = generate(config), tmp_path / "other"
+    shutil.copytree(tiny_weights, other)
+    path = other / "models_t5_umt5-random.safetensors"
+    tensors = {name: value * 1.01 for name, value in load_file(path).items()}
+    save_file(tensors, path, safe_open(path, "pt").metadata())
+    job = config, "--weights", other, "--start", 2
+    with pytest.raises(ValueError, match=r"000000.safetensors: expected a trajectory made with"):
+        generate(*job)
+    assert len(trajectories.find_trajectories(folder)) == 2
+    mixed = generate(*job, "--run", tmp_path / "mixed") / "000/000002.safetensors"
+    shutil.copy(mixed, folder / "000")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        generate(config, "--count", 4, "--verify", "true")
+    out = capsys.readouterr().out
+    assert "000003.safetensors: missing" in out
+    assert "000002.safetensors: it was made with other text or image encoders than" in out
+    with pytest.raises(ValueError, match="000002.safetensors: .* other text or image encoders"):
+        SynVid(folder, config_of(config)).read(2)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -253,7 +278,7 @@ def test_guidance_on_two_groups_of_ranks_changes_no_byte_and_sp_no_more_than_rou
                         for name in ("both", "one"))
         assert torch.equal(ours[1]["text"], theirs[1]["text"])
         assert (ours[0] - theirs[0]).abs().max() < 1e-5 * theirs[0].abs().max()  # products' shapes
-    with pytest.raises(ValueError, match="cfg_parallel: expected a multiple of 2 ranks, got 1"):
+    with pytest.raises(ValueError, match="cfg_parallel: expected replicas of 2 rank"):
         generate(config, "--run", tmp_path / "few", "--cfg_parallel", "true")
 
 
@@ -370,7 +395,7 @@ def test_dying_while_a_file_is_written_leaves_no_final_name(made, tmp_path):
         child = os.fork()
         if child == 0:
             setattr(owner, name, death)
-            trajectories.write_trajectory(copy, manifest, 2, "a red disc moves up", x, cond)
+            trajectories.write_trajectory(copy, manifest, 2, "a red disc moves up", x, cond, "")
             os._exit(0)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
     left = contents(copy).keys() - contents(folder).keys()

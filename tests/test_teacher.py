@@ -1,6 +1,8 @@
 """Stage 0: clips, oracle, optimiser, tokenizer, and a training that survives interruption."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,10 +154,17 @@ def run(folder, **changes):
     return {f"{f.name}:{name}": value for f in written for name, value in load_file(f).items()}
 
 
-def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "NOTE_EVERY", 1)
-    whole = run(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of an undisturbed training and its tensors; tests must not change them."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, run(folder)
 
+
+def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(trained, tmp_path,
+                                                                          monkeypatch):
+    folder, expected = trained
+    monkeypatch.setattr(fit, "NOTE_EVERY", 1)
     for stage, iteration in (("text", 2), ("vae", 2), ("vae", 3), ("dit", 2)):
         def stop(cfg, at=(stage, iteration), **entry):
             if (entry["stage"], entry["iteration"]) == at:
@@ -165,10 +174,10 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_pa
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "parts")
     parts = run(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert expected.keys() == parts.keys()
+    assert all(torch.equal(expected[name], parts[name]) for name in parts)
     # What was written is the official layout, and other stages can read it.
-    out = tmp_path / "whole/out"
+    out = folder / "out"
     assert {"vae_psnr", "vae_oracle", "teacher_oracle", "teacher_floor"} < set(
         json.loads((out / "training.json").read_text())["gates"])
     assert (out / "curves.png").stat().st_size > 0
@@ -191,18 +200,19 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(tmp_pa
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"width": 48}, "clips are square"), ({"vae_crop": 40}, "multiple of 8 up to 32"),
+    ({"width": 48}, "expected a square"), ({"vae_crop": 40}, "multiple of 8 up to its side"),
     ({"dit_iter": 3}, "dit_iters"), ({"vae_iters": "many"}, "vae_iters"),
-    ({"preset": "wan-t2v-1.3b"}, "tiny.yaml")])
+    ({"preset": "wan-t2v-1.3b"}, "tiny.yaml"),
+    ({"out": Path(__file__).parent / "fixtures"}, "hunyuan_clip.safetensors exists, and is not")])
 def test_settings_that_cannot_be_served_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **changes)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its_prompts(tmp_path):
-    run(tmp_path / "base")
-    base = tmp_path / "base/out"
+def test_an_image_to_video_teacher_starts_as_its_base_and_writes_images_with_its_prompts(
+        trained, tmp_path):
+    base = trained[0] / "out"
     cfg = config.load_config(teacher.Config, "teacher", ["preset=tiny-i2v", f"base={base}"])
     dit, known = teacher.start_dit(cfg), load_file(base / "diffusion_pytorch_model.safetensors")
     x, t = torch.randn(1, 16, 2, 4, 4, generator=generator("x")), torch.full((1,), 0.4)
@@ -247,16 +257,18 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tmp_path, monkey
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "out").exists()
 
 
-def test_a_cut_line_of_the_log_does_not_keep_a_training_from_its_end(tmp_path):
-    first, log = run(tmp_path), tmp_path / "teacher/log.jsonl"
+def test_a_training_whose_log_has_a_cut_line_reaches_its_end(trained, tmp_path):
+    folder, expected = trained
+    run_folder = tmp_path / "run"
+    shutil.copytree(folder, run_folder)
+    log, result = run_folder / "teacher/log.jsonl", run_folder / "out/training.json"
     log.write_bytes(log.read_bytes()[:-7])
-    (tmp_path / "out/training.json").unlink()
-    again = run(tmp_path)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert {"vae", "dit", "text"} <= json.loads(
-        (tmp_path / "out/training.json").read_text())["seconds"].keys()
+    result.unlink()
+    again = run(run_folder)
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
+    assert {"vae", "dit", "text"} <= json.loads(result.read_text())["seconds"].keys()
 
 
-def test_a_full_disk_is_one_line_and_the_training_goes_on_where_it_was(small_disk):
+def test_a_full_disk_is_a_one_line_error_and_the_training_resumes(small_disk):
     with pytest.raises(ValueError, match="cannot be written .*No space left on device"):
         run(small_disk)

@@ -239,13 +239,13 @@ def test_a_missing_dimension_is_named_and_gives_no_total(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, results, message", [
     ("a_eval_results.json", [1], r"expected a JSON object, got \[1\]: .*{dimension: \[sc"),
-    ("a_eval_results.json", {"colour": [0.5]}, "got the dimension colour; expected one of subj"),
-    ("a_eval_results.json", {"color": 0.5}, r"color: expected \[score.* got 0.5"),
+    ("a_eval_results.json", {"colour": [0.5]}, "expected dimensions of VBench.*, got colour: rem"),
+    ("a_eval_results.json", {"color": 0.5}, r"color: expected a list, got 0.5: evaluate again"),
     ("a_eval_results.json", {"color": []}, r"color: expected \[score.* got \[\]"),
     ("a_eval_results.json", {"color": [float("nan"), []]}, r"color: .* got \[nan.*evaluate this"),
     ("a_eval_results.json", {"color": [64.2]}, r"color: .*from 0 to 1, got \[64.2\]"),
     ("a_eval_results.json", {"color": [True]}, r"color: .*got \[True\]"),
-    ("a_eval_results.json", {"scene": [0.5]}, "scene: got it in .*a_eval_.* and in .*z_eval_resul"),
+    ("a_eval_results.json", {"scene": [0.5]}, "z_eval_results.json: .*each in one file only.*sce"),
     ("a.json", {"color": [0.5]}, "no …_eval_results.json there")])
 def test_results_that_vbench_did_not_write_are_refused_by_name(tmp_path, name, results, message):
     (tmp_path / name).write_text(json.dumps(results))

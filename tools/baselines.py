@@ -179,26 +179,19 @@ SMALLER = (0.30, 0.40)  # radii of the mismatched clips' objects, below all of t
 
 
 @torch.no_grad()
-def encode_clips(cfg: Shared, radius: tuple[float, float], seed: int, count: int,
-                 device: torch.device) -> tuple[Tensor, list[str]]:
-    """Latents [count,C,T,H,W] and captions of the small world's clips."""
-    vae, latents, captions = load_vae(cfg.weights, device, family=cfg.family), [], []
-    for start in tqdm(range(0, count, 32), "encode", mininterval=1, disable=None):
-        clips, texts, _ = make_clips(seed, start, min(32, count - start), cfg.height, cfg.frames,
-                                     radius=radius)
-        latents += [vae.encode(part.to(device)).cpu() for part in clips.split(4)]
-        captions += texts
-    return torch.cat(latents), captions
-
-
 def keep_clips(cfg: Shared, path: Path, radius: tuple[float, float], seed: int, count: int,
                device: torch.device) -> None:
     """Encode the small world's clips of a seed and a range of radii, unless `path` holds them."""
     facts = {"weights": str(fingerprint(cfg.weights)), "clips": f"{count} of {seed}, {radius}"}
     if path.exists() and facts.items() <= safetensors_metadata(path).items():
         return
-    latents, captions = encode_clips(cfg, radius, seed, count, device)
-    save_tensors(path, {"latents": latents}, {**facts, "captions": "\n".join(captions)})
+    vae, latents, captions = load_vae(cfg.weights, device, family=cfg.family), [], []
+    for start in tqdm(range(0, count, 32), "encode", mininterval=1, disable=None):
+        clips, texts, _ = make_clips(seed, start, min(32, count - start), cfg.height, cfg.frames,
+                                     radius=radius)
+        latents += [vae.encode(part.to(device)).cpu() for part in clips.split(4)]
+        captions += texts
+    save_tensors(path, {"latents": torch.cat(latents)}, {**facts, "captions": "\n".join(captions)})
 
 
 def load_data(cfg: Config, device: torch.device) -> Data:

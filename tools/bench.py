@@ -41,18 +41,18 @@ import synvid
 from common.config import Shared, field, load_config
 from common.files import error_summary, read_json, write_json
 from common.linear import linear
-from common.names import by_expert, with_level
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     prefer_attention, processor, setup_distributed)
 from common.video import write_video
 from common.weights import save_tensors
-from evaluation.page import commit
+from evaluation.page import commit, markdown_table
+from experts import by_expert, with_level
 from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     sizes_of, time_grid)
 from tools.networks import (
-    VIDEO_SIZE, Run, diffusers_version, is_small, make_vae, peer_dits, peer_sizes, peer_vaes,
+    VIDEO_SIZE, Call, diffusers_version, is_small, make_vae, peer_dits, peer_sizes, peer_vaes,
     random_dit, random_encoders, random_network, random_states, vae_shape)
 from training.data import Batch, Latents, pinned
 from training.memory import gpu_bytes, memory_parts, shortage
@@ -66,8 +66,6 @@ class Config(Shared):
                                   "[0, 10000]")
     only: str = field("", "measure only rows whose name contains this text")
     out: str | None = field(None, "JSON file for the results; defaults to <run>/bench.json")
-    peak_tflops: float | None = field(None, "device's dense peak, e.g. 989; defaults to distill's",
-                                      "(0, inf)")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses)", "[1, inf)")
 
 
@@ -76,7 +74,7 @@ class Config(Shared):
 class Row(NamedTuple):
     """One line of the table: what is timed, and how much work it is."""
     name: str
-    prepare: Callable[[], list[Run]]   # builds networks; returns our run, and diffusers' if any
+    prepare: Callable[[], list[Call]]   # builds networks; returns ours, and diffusers' if any
     flop: float = 0.0
     tokens: int | None = None
     plan: float | None = None          # bytes, from training/memory.py
@@ -87,7 +85,7 @@ class Row(NamedTuple):
 ENOUGH_SECONDS, MOST_RUNS = 1.0, 20  # a row is repeated for so long, or for so many runs
 
 
-def clock(run: Run, device: torch.device) -> float:
+def clock(run: Call, device: torch.device) -> float:
     """Seconds of one run, including the device's work."""
     started = time.perf_counter()
     run()
@@ -114,8 +112,8 @@ def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
 def run_row(row: Row, device: torch.device) -> tuple[list[list[float]], list[int]]:
     """The seconds of each run, and the peak bytes (none on a CPU if the row runs once), of ours and
     of diffusers' if it takes part. Collective."""
-    on_gpu, warm_up = device.type == "cuda", row.runs > 1
-    if on_gpu:
+    warm_up = row.runs > 1
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         work = row.prepare()
@@ -127,16 +125,11 @@ def run_row(row: Row, device: torch.device) -> tuple[list[list[float]], list[int
             held, _ = 0, [run() for run in work]
         peaks = [held + allocated(run)[2] for run in work if warm_up]
     started, seconds = time.perf_counter(), [[] for _ in work]
-
-    def unfinished() -> bool:
-        done = len(seconds[0])
-        return done < row.runs or (done < MOST_RUNS
-                                   and time.perf_counter() - started < ENOUGH_SECONDS)
-
-    while on_first_rank(unfinished):
+    while on_first_rank(lambda: len(seconds[0]) < row.runs or (
+            len(seconds[0]) < MOST_RUNS and time.perf_counter() - started < ENOUGH_SECONDS)):
         for run, times in zip(work, seconds, strict=True):
             times.append(clock(run, device))
-    if on_gpu:
+    if device.type == "cuda":
         peaks = [torch.cuda.max_memory_allocated(device)]
     return seconds, peaks
 
@@ -193,7 +186,7 @@ def vae_flops(family: str, small: bool, way: str, *size: int) -> float:
 class Bench:
     """What the rows of a config share: settings of the stages, sizes, inputs, a temporary folder.
 
-    Each method that returns a list of one Run is a row's `prepare`.
+    Each method that returns a list of one Call is a row's `prepare`.
     """
 
     def __init__(self, cfg: Config, ranks: Ranks, folder: Path):
@@ -222,7 +215,7 @@ class Bench:
         return x.to(self.device), t.to(self.device), cond
 
     def evaluation(self, backend: SDPBackend | None = None, compiled: bool = False,
-                   batch: int = 1, backward: bool = False) -> list[Run]:
+                   batch: int = 1, backward: bool = False) -> list[Call]:
         """One evaluation, with the attention kernels of `backend` or with the preferred ones; or
         also its `backward` to all weights, with distill.py's activation checkpointing."""
         dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs(batch)
@@ -242,7 +235,7 @@ class Bench:
                     dit.zero_grad()
         return [run]
 
-    def attention(self, new_lengths: bool) -> list[Run]:
+    def attention(self, new_lengths: bool) -> list[Call]:
         """Attention of one layer, forward and backward; with `new_lengths` each run has a length
         of prompt that is new, for which cuDNN first makes a plan (docs/scaling.md)."""
         sizes, lengths = self.dit.cfg, itertools.count(1) if new_lengths else itertools.repeat(1)
@@ -263,13 +256,13 @@ class Bench:
             for level, part in by_expert(
                 random_dit(self.cfg, self.device, None).state_dict()).items()])
 
-    def loading(self) -> list[Run]:
+    def loading(self) -> list[Call]:
         """Load the DiT from a file that is still in the system's cache."""
         self.write_weights()
         return [lambda: load_dit(self.distill.weights, self.cfg.preset, compute_dtype(self.device),
                                  self.device, self.ranks.sp_ranks)]
 
-    def k_step(self) -> list[Run]:
+    def k_step(self) -> list[Call]:
         """An iteration of Algorithm 1 with one micro-batch per rank, as distill.py runs it."""
         cfg, m = self.distill, len(self.cfg.key) - 1
         lacks = shortage(cfg, self.shape, self.ranks, gpu_bytes(self.ranks))
@@ -294,7 +287,7 @@ class Bench:
         return statistics.mean(step_flops(cfg, state, k, self.tokens)
                                for k in range(len(cfg.key) - 1)) / self.ranks.world
 
-    def prompt_to_video(self, times: list[float], guided: bool) -> list[Run]:
+    def prompt_to_video(self, times: list[float], guided: bool) -> list[Call]:
         """Text encoders, Euler steps, VAE and video file, with all networks in memory."""
         cfg, dit = self.cfg, random_dit(self.cfg, self.device, self.ranks.sp_ranks)
         encoders = [run for _, *encoder in random_encoders(cfg)
@@ -319,14 +312,13 @@ class Bench:
             vae.group = self.ranks.sp_group
         return vae
 
-    def run_vae(self, way: str) -> list[Run]:
+    def run_vae(self, way: str) -> list[Call]:
         """Encode or decode one video."""
-        vae = self.vae()
-        x = torch.randn(vae_shape(way, self.cfg.frames, self.cfg.height, self.cfg.width))
-        x = x.to(self.device)
+        vae, size = self.vae(), (self.cfg.frames, self.cfg.height, self.cfg.width)
+        x = torch.randn(vae_shape(way, *size), device=self.device)
         return [torch.no_grad()(lambda: getattr(vae, way)(x))]
 
-    def encode_prompt(self, make: Callable[[], nn.Module], run: Callable) -> list[Run]:
+    def encode_prompt(self, make: Callable[[], nn.Module], run: Callable) -> list[Call]:
         """Run one of the prompt's encoders."""
         network = random_network(make, self.device)
 
@@ -446,10 +438,9 @@ def table(result: dict) -> str:
     """A device's result as Markdown."""
     rows = result["rows"]
     columns = [name for name in COLUMNS if any(cell(found, name) for found in rows)]
-    lines = [[COLUMNS[name] for name in columns], ["---"] * len(columns),
-             *([cell(found, name) for name in columns] for found in rows)]
     return "\n".join([
-        *(f"| {' | '.join(line)} |" for line in lines), "",
+        *markdown_table([COLUMNS[name] for name in columns],
+                        [[cell(found, name) for name in columns] for found in rows]), "",
         f"{result['device']}, {result['dtype']}, torch {result['torch']}; measured peak "
         f"{result['peak_tflops']:.3g} TFLOP/s; diffusers: {result['diffusers']}; "
         f"{result['seconds']:.0f} s in all",
@@ -476,9 +467,8 @@ def main(argv: list[str] | None = None) -> None:
     ranks = setup_distributed(cfg.device, cfg.sp, check_model(cfg).num_heads)
     prefer_attention(cfg.attention, ranks.device)
     on_gpu, out = ranks.device.type == "cuda", Path(cfg.out or Path(cfg.run) / "bench.json")
-    device = device_name(ranks.device)
-    if not on_gpu:
-        device = f"{processor()}, {device.removeprefix('CPU, ')}"
+    device = device_name(ranks.device) if on_gpu else (
+        f"{processor()}, {device_name(ranks.device).removeprefix('CPU, ')}")
     minutes = cfg.minutes if cfg.minutes is not None else 8 if on_gpu else 2
     peak = measure_peak(ranks.device)
     arguments = sys.argv[1:] if argv is None else argv
@@ -489,8 +479,8 @@ def main(argv: list[str] | None = None) -> None:
               "peak_tflops": peak / 1e12, "seconds": 0.0, "rows": [], "left_out": {}}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         bench = Bench(cfg, ranks, Path(on_first_rank(lambda: folder)))
-        if on_gpu or cfg.peak_tflops:
-            result["datasheet_tflops"] = cfg.peak_tflops or bench.distill.peak_tflops
+        if on_gpu:
+            result["datasheet_tflops"] = bench.distill.peak_tflops
         for row in config_rows(bench):
             if cfg.only not in row.name:
                 continue

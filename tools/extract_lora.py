@@ -23,13 +23,15 @@ from tqdm import tqdm
 
 from artifacts.lora import lora_form, lora_names
 from artifacts.student import (
-    exported_path, facts_in, file_metadata, open_student, stream_safetensors, student_facts)
+    exported_path, facts_in, file_metadata, official_tensors, open_student, stream_safetensors,
+    student_facts)
 from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json, write_text
-from common.names import by_expert, dit_tensors, fingerprint, with_level
+from common.names import dit_tensors, fingerprint
 from common.ranks import cli, generator, pick_device
 from common.video import draw_panels
-from common.weights import LazyTensor, describe_model
+from common.weights import LazyTensor, describe_model, lazy_tensor
+from experts import by_expert, with_level
 from model import check_model
 
 
@@ -43,93 +45,61 @@ class Config(Shared):
 
 # ------------------------------------------------------------------------------ decomposition
 
-EXACT = 1024       # matrices with no more rows or columns are decomposed exactly
-OVERSAMPLE = 16    # columns of the randomised decomposition in addition to twice the rank
-ITERATIONS = 16    # its power iterations
+EXACT = 1024        # matrices with no more rows or columns are decomposed exactly
+EXTRA_COLUMNS = 16  # of the randomised decomposition in addition to twice the rank
+ITERATIONS = 16     # its power iterations
 
 
-def svd(delta: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The first `rank` singular values of a matrix [out, in] and their vectors: U, S, Vᵀ.
+def low_rank_factors(delta: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] of a matrix [out, in] in fp32, √S in each; r is `rank` at most.
 
     Exact for small matrices; for large ones randomised, seeded by the name. Source: Halko et al.,
     Finding structure with randomness, 2011, algorithms 4.4 and 5.1.
     """
     if min(delta.shape) <= EXACT:
         U, S, Vt = torch.linalg.svd(delta, full_matrices=False)
-        return U[:, :rank], S[:rank], Vt[:rank]
-    columns = min(2 * rank + OVERSAMPLE, *delta.shape)
-    draw = torch.randn(delta.shape[1], columns, generator=generator("lora", name))
-    Q = torch.linalg.qr(delta @ draw.to(delta.device)).Q                  # out columns
-    for _ in range(ITERATIONS):
-        Q = torch.linalg.qr(delta.mT @ Q).Q                               # in columns
-        Q = torch.linalg.qr(delta @ Q).Q                                  # out columns
-    U, S, Vt = torch.linalg.svd(Q.mT @ delta, full_matrices=False)
-    return Q @ U[:, :rank], S[:rank], Vt[:rank]
-
-
-def low_rank_factors(delta: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] of a matrix [out, in] in fp32, √S in each."""
-    U, S, Vt = svd(delta, rank, name)
-    return S.sqrt()[:, None] * Vt, U * S.sqrt()
+    else:
+        columns = min(2 * rank + EXTRA_COLUMNS, *delta.shape)
+        draw = torch.randn(delta.shape[1], columns, generator=generator("lora", name))
+        Q = torch.linalg.qr(delta @ draw.to(delta.device)).Q              # out columns
+        for _ in range(ITERATIONS):
+            Q = torch.linalg.qr(delta.mT @ Q).Q                           # in columns
+            Q = torch.linalg.qr(delta @ Q).Q                              # out columns
+        U, S, Vt = torch.linalg.svd(Q.mT @ delta, full_matrices=False)
+        U = Q @ U[:, :rank]
+    root = S[:rank].sqrt()
+    return root[:, None] * Vt[:rank], U[:, :rank] * root
 
 
 # ---------------------------------------------------------------------------------- extraction
 
-def parameter_change(student: LazyTensor, teacher: LazyTensor, device: torch.device) -> Tensor:
-    """What distillation changed in a parameter, fp32."""
-    return student.read().to(device).float() - teacher.read().to(device).float()
+def lora_tensors(cfg: Config, student: dict[str, LazyTensor],
+                 teacher: dict[str, LazyTensor]) -> tuple[dict[str, Tensor], list[dict]]:
+    """The LoRA's tensors under our names, fp16 on the CPU, and a table of the parameters: the size
+    of each change, and the part of it that the LoRA keeps.
 
-
-def table_row(name: str, teacher: LazyTensor, delta: Tensor, stored: Tensor | None,
-              form: str | None, rank: int | None = None) -> dict:
-    """A row of the table: the size of a change, and the part of it that the file keeps.
-
-    Args: stored, the change as the file has it (None: it is left out); form, as lora_form.
+    Args: student and teacher, the same parameters under official names.
     """
-    square = delta.square().sum().item()
-    lost = square if stored is None else (delta - stored).square().sum().item()
-    weight = teacher.read().float().norm().item()
-    return {"name": name, "shape": list(delta.shape), "form": form or "none",
-            **({} if rank is None else {"rank": rank}), "square": square,
-            "relative": square ** 0.5 / weight if weight else 0.0,
-            "energy": 1 - lost / square if square else 1.0}
-
-
-def lora_tensors(student: dict[str, LazyTensor], teacher: dict[str, LazyTensor], family: str,
-                 rank: int, device: torch.device, rows: list[dict],
-                 bar: tqdm) -> dict[str, LazyTensor]:
-    """The LoRA's tensors under our names, fp16, each computed when it is read, in this order.
-
-    Args: student and teacher, the same parameters under official names; rows, the table, filled
-    as they are read; bar, of parameters.
-    """
-    def compute(name: str, form: str, r: int) -> list[Tensor]:
-        delta = parameter_change(student[name], teacher[name], device)
-        bar.update()
+    tensors, rows, device = {}, [], pick_device(cfg.device)
+    for name, old in tqdm(teacher.items(), "lora", unit="parameter", mininterval=1):
+        before = old.read().to(device).float()
+        delta = student[name].read().to(device).float() - before
+        form, kept = lora_form(cfg.family, name, old.shape), torch.zeros_like(delta)
+        row = {"name": name, "shape": list(delta.shape), "form": form or "none"}
         if form == "matrix":
-            A, B = (factor.half() for factor in low_rank_factors(delta, r, name))
-            rows.append(table_row(name, teacher[name], delta, B.float() @ A.float(), form, r))
-            return [A, B]
-        rows.append(table_row(name, teacher[name], delta, delta.half().float(), form))
-        return [delta.half()]
-
-    tensors = {}
-    for name, old in teacher.items():
-        form, r = lora_form(family, name, old.shape), min(rank, *old.shape)
-        if form is None:
-            continue
-        shapes = [(r, old.shape[1]), (old.shape[0], r)] if form == "matrix" else [old.shape]
-        parts: list[Tensor] = []  # A and B come from one decomposition
-
-        def read(rows: slice | None = None, name: str = name, form: str = form, r: int = r,
-                 parts: list[Tensor] = parts) -> Tensor:
-            if not parts:
-                parts.extend(compute(name, form, r))
-            return parts.pop(0)
-
-        for key, shape in zip(lora_names(name, form), shapes, strict=True):
-            tensors[key] = LazyTensor(shape, torch.float16, old.file, read)
-    return tensors
+            A, B = parts = [x.half() for x in low_rank_factors(delta, cfg.rank, name)]
+            row["rank"], kept = len(A), B.float() @ A.float()
+        elif form is not None:
+            parts = [delta.half()]
+            kept = parts[0].float()
+        if form is not None:
+            for key, part in zip(lora_names(name, form), parts, strict=True):
+                tensors[key] = part.cpu()
+        square, lost = (x.square().sum().item() for x in (delta, delta - kept))
+        weight = before.norm().item()
+        rows.append(row | {"square": square, "relative": square ** 0.5 / weight if weight else 0.0,
+                           "energy": 1 - lost / square if square else 1.0})
+    return tensors, sorted(rows, key=lambda row: row["form"] == "none")
 
 
 def check_same_parameters(path: Path, student: dict[str, LazyTensor], weights: str,
@@ -148,22 +118,16 @@ def extract(cfg: Config, path: Path, out: Path) -> list[dict]:
     Raises ValueError naming what does not fit, for example a student of another teacher.
     """
     facts = student_facts(path, cfg, foreign=cfg.student is not None, same_teacher=True)
-    student = open_student(path, official=True)
-    teacher, rows = dit_tensors(cfg.weights), []
+    student = official_tensors(open_student(path))
+    teacher = dit_tensors(cfg.weights)
     check_same_parameters(path, student, cfg.weights, teacher)
-    device = pick_device(cfg.device)
     facts |= {"teacher": facts["teacher"] or fingerprint(cfg.weights), "lora_rank": cfg.rank}
-    with tqdm(total=len(teacher), desc="lora", unit="parameter", mininterval=1) as bar:
-        tensors = lora_tensors(student, teacher, cfg.family, cfg.rank, device, rows, bar)
-        for level, part in by_expert(tensors).items():
-            metadata = file_metadata(facts, level)
-            replace_file(out.with_name(with_level(out.name, level)), functools.partial(
-                stream_safetensors, tensors=part, metadata=metadata))
-        for name, t in teacher.items():
-            if lora_form(cfg.family, name, t.shape) is None:
-                delta = parameter_change(student[name], t, device)
-                rows.append(table_row(name, t, delta, None, None))
-                bar.update()
+    tensors, rows = lora_tensors(cfg, student, teacher)
+    for level, part in by_expert(tensors).items():
+        file = out.with_name(with_level(out.name, level))
+        replace_file(file, functools.partial(
+            stream_safetensors, metadata=file_metadata(facts, level),
+            tensors={name: lazy_tensor(tensor, file) for name, tensor in part.items()}))
     return rows
 
 

@@ -19,7 +19,7 @@ from frozen.text import CLIPText, Llama, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
 from model import HunyuanConfig, WanConfig, build_dit, empty_dit, latent_shape, sizes_of
 
-Run = Callable[[], object]
+Call = Callable[[], object]
 
 
 # ------------------------------------------------------------------ networks of a config's sizes
@@ -69,48 +69,50 @@ def random_states(cfg: Shared) -> dict[str, Tensor]:
         _, T, H, W = latent_shape(cfg.frames, cfg.height, cfg.width)
         shapes |= {"image": (sizes.image_len, sizes.image_dim)} if sizes.has_clip else {}
         shapes["frames"] = 20, T, H, W
+    numbers = {}
     if cfg.family == "hunyuan":
         shapes["pooled"] = (sizes.pooled_dim,)
-    cond = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    if cfg.family == "hunyuan":
-        cond["guidance"] = torch.tensor(cfg.embedded_guidance)
-    return cond
+        numbers["guidance"] = torch.tensor(cfg.embedded_guidance)
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} | numbers
 
 
 def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module], Callable]]:
     """The encoders of a prompt of full length, as (name, make, run): make() builds a network, and
     run(network) encodes a prompt or an image of zeros, made on torch's current device."""
-    sizes, small, attn, heads, pooled, tower = sizes_of(cfg.preset), {}, {}, {}, {}, {}
-    if is_small(cfg):
-        small = {"vocab_size": 256, "dim": sizes.text_dim, "dim_ffn": 64, "num_heads": 2,
-                 "num_layers": 2}
-        attn, heads = {"dim_attn": sizes.text_dim}, {"num_kv_heads": 2}
-        pooled = {"dim": sizes.pooled_dim} if cfg.family == "hunyuan" else {}
-    if small and sizes.takes_image and sizes.has_clip:
-        tower = {"dim": sizes.image_dim, "dim_ffn": 64, "num_layers": 2, "num_heads": 2,
-                 "size": 48, "patch": 48 // math.isqrt(sizes.image_len - 1)}
+    sizes = sizes_of(cfg.preset)
+
+    def build(cls: type, dim: int, **small: int) -> nn.Module:
+        """An encoder of the released sizes or, next to a small DiT, of small ones."""
+        if not is_small(cfg):
+            return cls()
+        return cls(dim=dim, dim_ffn=64, num_heads=2, num_layers=2, **small)
 
     def ids(length: int) -> Tensor:
         return torch.zeros(1, length, dtype=torch.long)
 
-    if cfg.family == "wan":
-        yield ("umT5", lambda: UMT5Encoder(**small, **attn),
-               lambda t5: t5(ids(sizes.text_len), ids(sizes.text_len) + 1))
-        if sizes.takes_image:
-            def networks() -> nn.ModuleDict:
-                clip = {"clip": CLIPVision(**tower)} if sizes.has_clip else {}
-                return nn.ModuleDict({**clip, "vae": make_vae("wan", bool(small))})
+    def image_networks() -> nn.ModuleDict:
+        networks = {"vae": make_vae("wan", is_small(cfg))}
+        if sizes.has_clip:
+            networks["clip"] = build(CLIPVision, sizes.image_dim, size=48,
+                                     patch=48 // math.isqrt(sizes.image_len - 1))
+        return nn.ModuleDict(networks)
 
-            def first_frame(both: nn.ModuleDict) -> dict:
-                clip = both["clip"] if sizes.has_clip else None
-                return image_cond(torch.zeros(3, cfg.height, cfg.width), both["vae"], clip,
-                                  cfg.frames, cfg.height, cfg.width)
+    def first_frame(networks: nn.ModuleDict) -> dict:
+        clip = networks["clip"] if sizes.has_clip else None
+        return image_cond(torch.zeros(3, cfg.height, cfg.width), networks["vae"], clip, cfg.frames,
+                          cfg.height, cfg.width)
 
-            yield "first frame", networks, first_frame
-    else:
-        yield ("LLaMA", lambda: Llama(**small, **heads),
+    if cfg.family == "hunyuan":
+        yield ("LLaMA", lambda: build(Llama, sizes.text_dim, vocab_size=256, num_kv_heads=2),
                lambda llama: llama(ids(95 + sizes.text_len)))  # 95 tokens of the template
-        yield "CLIP text", lambda: CLIPText(**small | pooled), lambda clip: clip(ids(77))
+        yield ("CLIP text", lambda: build(CLIPText, sizes.pooled_dim, vocab_size=256),
+               lambda clip: clip(ids(77)))
+        return
+    yield ("umT5", lambda: build(UMT5Encoder, sizes.text_dim, vocab_size=256,
+                                 dim_attn=sizes.text_dim),
+           lambda t5: t5(ids(sizes.text_len), ids(sizes.text_len) + 1))
+    if sizes.takes_image:
+        yield "first frame", image_networks, first_frame
 
 
 # ------------------------------------------------------------- small networks and diffusers' peers
@@ -136,7 +138,7 @@ def peer_sizes(family: str, dim: int, heads: int, layers: int) -> WanConfig | Hu
 
 
 def peer_dits(sizes: WanConfig | HunyuanConfig, batch: int, latents: tuple[int, int, int],
-              backward: bool) -> list[Run]:
+              backward: bool) -> list[Call]:
     """Runs of our DiT and of diffusers' with the same weights and inputs: a forward without
     gradient or, with `backward`, a forward and a backward to all weights."""
     draw = generator("peer")
@@ -163,7 +165,7 @@ def peer_dits(sizes: WanConfig | HunyuanConfig, batch: int, latents: tuple[int, 
             for net, call in calls]
 
 
-def peer_vaes(family: str, way: str, frames: int) -> list[Run]:
+def peer_vaes(family: str, way: str, frames: int) -> list[Call]:
     """Runs of our VAE and of diffusers' with the same weights that encode or decode noise."""
     ours = make_vae(family, small=True).eval()
     x = torch.randn(vae_shape(way, frames, *VIDEO_SIZE), generator=generator("peer"))

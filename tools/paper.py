@@ -66,12 +66,9 @@ class Config(Shared):
                          "only on the command line")
     prompts: str | None = field(None, "held-out captions, as in evaluate.py; default: the config's")
     count: int | None = field(None, "videos per model, as in evaluate.py; default: the config's")
-    batch: int | None = field(None, "videos denoised at once; default: the config's")
-    directions: int | None = field(None, "of sliced W; default: the config's")
-    c2st_steps: int | None = field(None, "of C2ST's classifier; default: the config's")
 
 
-EVALUATION = ("prompts", "count", "batch", "directions", "c2st_steps")  # settings of every one
+EVALUATION = ("seed", "prompts", "count", "batch", "directions", "c2st_steps")  # in every command
 COMMAND_LINE_ONLY = ("launch", "options")
 
 
@@ -94,7 +91,7 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
                          if f.name not in ("run", "seed", "key")
                          and getattr(cfg, f.name) != stored[f.name]})
     evaluation = load_config(evaluate.Config, "evaluate", [str(cfg.path), *shared, *as_options(
-        {name: getattr(cfg, name) for name in ("seed", *EVALUATION)})])
+        {"seed": cfg.seed, "prompts": cfg.prompts, "count": cfg.count})])
     m_config = len(cfg.key) - 1
     for m in (cfg.m or m_config, *cfg.steps):
         if not 1 <= m <= cfg.n:
@@ -110,11 +107,13 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
         if len(values) != 2 or values[1] != int(values[1]):
             raise ValueError(f"{name}: expected a learning rate and a number of iterations, got "
                              f"{values}: correct --{name}")
+    shared_lambda = training.lambda_adv if cfg.shared_lambda is None else cfg.shared_lambda
     return shared, evaluation, tables.Settings(
-        cfg.n, time_grid(cfg.family, cfg.n, cfg.shift).tolist(), cfg.m or m_config, m_config,
-        cfg.steps, cfg.seeds, cfg.other_seeds, training.iterations, training.lr,
-        training.lambda_adv, cfg.preset == "tiny", cfg.traj_lr or training.lr,
-        training.lambda_adv if cfg.shared_lambda is None else cfg.shared_lambda, methods)
+        n=cfg.n, times=time_grid(cfg.family, cfg.n, cfg.shift).tolist(), m=cfg.m or m_config,
+        m_config=m_config, ladder=cfg.steps, seeds=cfg.seeds, other_seeds=cfg.other_seeds,
+        iterations=training.iterations, lr=training.lr, lambda_adv=training.lambda_adv,
+        clips=cfg.preset == "tiny", traj_lr=cfg.traj_lr or training.lr,
+        shared_lambda=shared_lambda, methods=methods)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     shared, evaluation, s = read_settings(cfg)
     out = Path(cfg.run) / "paper"
     trajectories = Path(cfg.synvid or out / "synvid")
-    measured = {name: getattr(evaluation, name) for name in ("seed", *EVALUATION)}
+    measured = {name: getattr(evaluation, name) for name in EVALUATION}
     training_prompts = load_config(synvid.Config, "synvid", [str(cfg.path), *shared]).prompts
     others = measured | {"prompts": training_prompts, "seed": cfg.seed + 1}
     plan = Plan(os.path.relpath(cfg.path), out,
@@ -145,17 +144,15 @@ def main(argv: list[str] | None = None) -> None:
                                                 launch=launch), trajectories,
                          "manifest.json")],
                     plan, "SynVid")
-        arms = {(arm.name, seed): arm for table in chosen for arm in tables.arms_of(table, s)
-                for seed in arm.seed_range}  # tables share arms
-        run_all([plan.train(arm, seed) for (_, seed), arm in arms.items()], plan, "training runs")
-        evaluations = {name: arguments for table in chosen for name, arguments
-                       in tables.evaluations_of(table, s, plan).items()}
-        evaluations = [plan.measure(name, *rest) for name, rest in evaluations.items()]
+        training = [plan.train(arm, seed) for table in chosen for arm in tables.arms_of(table, s)
+                    for seed in arm.seed_range]
+        run_all(dict.fromkeys(training), plan, "training runs")  # once: tables share arms
+        evaluations = list(dict.fromkeys(run for table in chosen
+                                         for run in tables.evaluations_of(table, s, plan)))
         run_all(evaluations[:1], plan, "first evaluation")  # keeps the teacher's samples
         run_all(evaluations[1:], plan, "evaluations")
         if "fig6" in chosen:
-            key = tables.key_option(tables.even_key(s.n, s.m))
-            command = plan.command("tools.taps", out / "fig6", *plan.options, key)
+            command = plan.command("tools.taps", out / "fig6", *plan.options, s.key)
             run_all([Run("features", command, out / "fig6", "taps/taps.json")], plan, "fig6")
         sections = {name: make_section(cfg, name, plan, s, trajectories, evaluation.prompts)
                     for name in chosen}
@@ -170,24 +167,22 @@ def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, traject
                  prompts: str | None) -> tables.Section:
     """One table or figure, from what was measured; prompts, a file that fig5 may read instead of
     trajectories."""
+    if name == "fig5" and prompts is not None and not (trajectories / "manifest.json").exists():
+        images = sizes_of(cfg.preset).takes_image
+        return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts, images)])
     if name == "fig5":
-        if prompts is not None and not (trajectories / "manifest.json").exists():
-            images = sizes_of(cfg.preset).takes_image
-            return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts, images)])
         return tables.fig5(plan, [stored_prompt(path)
                                   for path in sorted(trajectories.glob("*/*.safetensors"))])
-    if name == "fig6":
-        return tables.fig6(plan, s)
-    if name in ("table3", "table4", "methods"):
-        section = tables.arms_table(name, plan, s)
-        if name == "methods" and s.clips:
-            section.numbers["mismatch"] = mismatches(cfg, plan, trajectories)
-            section.numbers["shares"] = shares = tables.data_shares(
-                section.numbers["arms"], s)
-            section.lines += ["", *mismatch_lines(section.numbers["mismatch"]), "",
-                              *tables.share_lines(shares)]
-        return section
-    return getattr(tables, name)(plan, s)
+    if name not in ("table3", "table4", "methods"):
+        return {"search": tables.search_table, "fig6": tables.fig6, "fig8": tables.fig8,
+                "fig9": tables.fig9, "ladder": tables.ladder}[name](plan, s)
+    section = tables.arms_table(plan, s, name)
+    if name == "methods" and s.clips:
+        found, shares = mismatches(cfg, plan, trajectories), tables.data_shares(
+            section.numbers["arms"], s)
+        section.numbers |= {"mismatch": found, "shares": shares}
+        section.lines += ["", *mismatch_lines(found), "", *tables.share_lines(shares)]
+    return section
 
 
 def stored_prompt(path: Path) -> str:

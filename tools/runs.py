@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from common.config import load_yaml
-from common.files import ROOT, abbreviate, read_json, write_json
+from common.files import ROOT, abbreviate, open_own, read_json, write_json
 from evaluation.page import ALL_TITLES, COLUMN_TITLES, markdown_table, plus_minus
 from evaluation.statistics import difference, holm
 
@@ -59,8 +59,8 @@ class Plan:
     config: str
     folder: Path
     options: tuple[str, ...]                      # of every training run
-    evaluate: tuple[str, ...]                     # options of every evaluation
-    search: tuple[str, ...]                       # those of the search: other captions and noise
+    evaluation: tuple[str, ...]                   # options of every evaluation
+    search_evaluation: tuple[str, ...]            # of the search's: other captions and noise
     launch: tuple[str, ...]                       # python, or torchrun with its options
     at_once: int
     threads: int | None                           # per process; None: torch's default
@@ -88,8 +88,8 @@ class Plan:
                 names: list[str] | None = None) -> Run:
         """The evaluation of some students in <paper>/<name>, with pictures if they have names."""
         folder = self.folder / name
-        options = self.search if name == "search" else (
-            f"teacher_samples={self.folder / 'teacher.safetensors'}", *self.evaluate)
+        options = self.search_evaluation if name == "search" else (
+            f"teacher_samples={self.folder / 'teacher.safetensors'}", *self.evaluation)
         pictures = f"names={','.join(names)}" if names else "pictures=false"
         return Run(f"{label}, evaluation", self.command(
             "evaluate.py", folder, f"students={','.join(map(str, students))}", *options, pictures),
@@ -139,7 +139,7 @@ def start(command: tuple[str, ...], log: Path, threads: int | None) -> subproces
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
+    with open_own(log, "a") as file:
         return subprocess.Popen([*first.get(command[0], command[:1]), *command[1:]], stdout=file,
                                 stderr=file, stdin=subprocess.DEVNULL, env=environment)
 
@@ -200,6 +200,10 @@ class Measured:
     @property
     def m(self) -> int:
         return self.teacher_m["m"]
+
+    @property
+    def all_rows(self) -> list[dict]:
+        return [self.teacher_n, self.teacher_m, *self.rows]
 
     @property
     def mean(self) -> dict:

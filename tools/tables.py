@@ -4,17 +4,18 @@ A section is a function of what was measured, so that the page is redrawn in sec
 the numbers of steps of teacher and student, `s` the Settings.
 """
 
+import itertools
+import re
 import statistics
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.files import NUMBER, ROOT, read_json, read_log, write_json, write_text
-from evaluation.page import (
-    BLUE, ORANGE, draw_table, drawing, html_of, markdown_table)
+from evaluation.page import BLUE, ORANGE, draw_table, drawing, html_of, markdown_table
 from evaluation.sheets import data_uri
 from tools.runs import (
-    HOW_TO_READ, Arm, Measured, Plan, claim_lines, make_claims, read_measured, table_lines,
+    HOW_TO_READ, Arm, Measured, Plan, Run, claim_lines, make_claims, read_measured, table_lines,
     without_errors)
 
 TABLES = ("ladder", "table3", "table4", "methods", "fig5", "fig6", "fig8", "fig9")
@@ -42,6 +43,11 @@ class Settings:
     traj_lr: float                                # L_traj's own best learning rate
     shared_lambda: float                          # λ_adv of one shared head at equal dose
     methods: dict[str, list[float]]               # learning rate and iterations of other methods
+
+    @property
+    def key(self) -> str:
+        """The option that sets m evenly spaced key timesteps."""
+        return key_option(even_key(self.n, self.m))
 
     @property
     def fig9_every(self) -> int:
@@ -87,8 +93,7 @@ def parts_arms(s: Settings) -> list[Arm]:
     """L_traj alone, one shared head and the complete method; each also with a control's setting:
     L_traj's own best learning rate, and a shared head that pulls as strongly as separate ones."""
     def arm(name: str, label: str, *options: str) -> Arm:
-        key = key_option(even_key(s.n, s.m))
-        return Arm(f"{name}-m{s.m}", label, s.m, (key, *options), s.seeds)
+        return Arm(f"{name}-m{s.m}", label, s.m, (s.key, *options), s.seeds)
 
     rate, dose = f"lr={s.traj_lr:g}", f"lambda_adv={s.shared_lambda:g}"
     shared, full = "L_traj + L_adv, one shared head", "L_traj + L_adv, a head per timestep"
@@ -102,17 +107,16 @@ def parts_arms(s: Settings) -> list[Arm]:
 def method_options(s: Settings, method: str, data: str) -> tuple[str, ...]:
     """The options of tools.baselines for one method that learns from one set of data."""
     simulate = ("simulate=false",) if method == "dmd" and data != "captions" else ()
-    return (key_option(even_key(s.n, s.m)), f"method={method}",
-            f"data={'samples' if data == 'captions' else data}", *simulate)
+    return (s.key, f"method={method}", f"data={'samples' if data == 'captions' else data}",
+            *simulate)
 
 
 def method_arms(s: Settings) -> list[Arm]:
     """Other families of methods on data: on clips in the small world, on samples everywhere."""
-    arms = []
+    arms, data = [], DATA if s.clips else {"samples": DATA["samples"]}
     for method, label in METHODS.items():
         lr, iterations = s.methods[method]
         captions = {"captions": "captions alone"} if method == "dmd" else {}
-        data = DATA if s.clips else {"samples": DATA["samples"]}
         arms += [Arm(f"{method}-{name}", f"{label} on {title}", s.m,
                      (*method_options(s, method, name), f"lr={lr:g}", f"iterations={iterations:g}"),
                      s.other_seeds, "tools.baselines")
@@ -127,61 +131,56 @@ SEARCH_SEED = 100  # which no table has
 
 def search_arms(s: Settings) -> list[Arm]:
     """The same search for every method, on other captions and noise: rates and lengths, λ."""
-    key = key_option(even_key(s.n, s.m))
-    kinds = {"traj": ("L_traj alone", "distill.py", (key, "adv=false")),
-             "full": ("L_traj + L_adv", "distill.py", (key,))} | {
+    kinds = {"traj": ("L_traj alone", "distill.py", (s.key, "adv=false")),
+             "full": ("L_traj + L_adv", "distill.py", (s.key,))} | {
         method: (label, "tools.baselines",
                  method_options(s, method, "captions" if method == "dmd" else "samples"))
         for method, label in METHODS.items()}
-    doses = [Arm(f"search/shared-{dose}", f"one shared head, λ = {dose * s.lambda_adv:g}", s.m,
-                 (key, "heads=shared", f"lambda_adv={dose * s.lambda_adv:g}"), 1,
-                 first_seed=SEARCH_SEED) for dose in DOSES]
-    return doses + [
-        Arm(f"search/{name}-{rate}-{length}",
-            f"{label}, lr={rate * s.lr:g}, {length * s.iterations} iterations", s.m,
-            (*options, f"lr={rate * s.lr:g}", f"iterations={length * s.iterations}"), 1, script,
-            SEARCH_SEED)
-        for name, (label, script, options) in kinds.items()
-        for length in (1, 2) for rate in SEARCHED]
+    arms = [Arm(f"search/shared-{dose}", f"one shared head, λ = {dose * s.lambda_adv:g}", s.m,
+                (s.key, "heads=shared", f"lambda_adv={dose * s.lambda_adv:g}"), 1,
+                first_seed=SEARCH_SEED) for dose in DOSES]
+    for name, (label, script, options) in kinds.items():
+        for length, rate in itertools.product((1, 2), SEARCHED):
+            lr, iterations = f"lr={rate * s.lr:g}", length * s.iterations
+            arms.append(Arm(f"search/{name}-{rate}-{length}",
+                            f"{label}, {lr}, {iterations} iterations", s.m,
+                            (*options, lr, f"iterations={iterations}"), 1, script, SEARCH_SEED))
+    return arms
 
 
 def arms_of(table: str, s: Settings) -> list[Arm]:
     """The training runs that a table or figure needs."""
-    key, parts = key_option(even_key(s.n, s.m)), {arm.name: arm for arm in parts_arms(s)}
-    traj, full = parts[f"traj-m{s.m}"], parts[f"full-m{s.m}"]
-    if table == "table3":
-        return list(parts.values())
-    if table == "methods":
-        return [full, *method_arms(s)]
     if table == "search":
         return search_arms(s)
-    if table == "table4":
-        return [arm for m in dict.fromkeys((s.m_config, s.m)) for arm in (
-            full if m == s.m else full_arm(s, m, s.other_seeds),
-            Arm(f"uniform-m{m}", "uniform key timesteps", m,
-                (key_option(uniform_key(s.times, m)),), s.other_seeds))]
     if table == "ladder":
         return [full_arm(s, m, 1) for m in s.ladder]
+    if table == "table4":
+        return [arm for m in dict.fromkeys((s.m_config, s.m)) for arm in (
+            full_arm(s, m, s.seeds if m == s.m else s.other_seeds),
+            Arm(f"uniform-m{m}", "uniform key timesteps", m,
+                (key_option(uniform_key(s.times, m)),), s.other_seeds))]
+    parts, full = parts_arms(s), full_arm(s, s.m, s.seeds)
     adv = Arm(f"adv-m{s.m}", "L_adv alone", s.m,
-              (key, "traj=false", f"export_every={s.fig9_every}"), s.other_seeds)
-    return {"fig8": [traj, full], "fig9": [adv, full]}.get(table, [])
+              (s.key, "traj=false", f"export_every={s.fig9_every}"), s.other_seeds)
+    return {"table3": parts, "methods": [full, *method_arms(s)], "fig8": [parts[0], full],
+            "fig9": [adv, full]}.get(table, [])
 
 
-def evaluations_of(table: str, s: Settings, plan: Plan) -> dict[str, tuple]:
-    """The evaluations that a table or figure needs: {folder: (label, students' files, names)}."""
+def evaluations_of(table: str, s: Settings, plan: Plan) -> list[Run]:
+    """The evaluations that a table or figure needs."""
     arms = arms_of(table, s)
     if table in ("ladder", "fig8"):
         names = ["student"] * len(arms) if table == "ladder" else ["L_traj alone", "full"]
-        return {table: (table, [plan.student(arm, 0) for arm in arms], names)}
-    if table == "fig9":
-        return {f"{arm.name}-at-{i or s.iterations}": (
-            f"{arm.label}, iteration {i or s.iterations}",
-            [plan.student(arm, seed, i) for seed in range(s.other_seeds)], None)
-            for arm in arms for i in s.fig9_iterations}
+        return [plan.measure(table, table, [plan.student(arm, 0) for arm in arms], names)]
     if table == "search":
-        return {table: (table, [plan.student(arm, SEARCH_SEED) for arm in arms], None)}
-    return {arm.name: (arm.label, [plan.student(arm, seed) for seed in arm.seed_range], None)
-            for arm in arms}
+        return [plan.measure(table, table, [plan.student(arm, SEARCH_SEED) for arm in arms])]
+    if table == "fig9":
+        return [plan.measure(f"{arm.name}-at-{i or s.iterations}",
+                             f"{arm.label}, iteration {i or s.iterations}",
+                             [plan.student(arm, seed, i) for seed in range(s.other_seeds)])
+                for arm in arms for i in s.fig9_iterations]
+    return [plan.measure(arm.name, arm.label, [plan.student(arm, seed) for seed in arm.seed_range])
+            for arm in arms]
 
 
 # ------------------------------------------------------------------------------------- sections
@@ -247,7 +246,7 @@ def claims_of(table: str, s: Settings) -> list[tuple[str, str, str]]:
     return claims
 
 
-def arms_table(table: str, plan: Plan, s: Settings) -> Section:
+def arms_table(plan: Plan, s: Settings, table: str) -> Section:
     """Table 3, its parts of the method or its other methods, or Table 4, the key timesteps."""
     title = {"table3": f"Table 3: the parts of the method, m = {s.m}",
              "methods": f"Table 3: other methods on data, m = {s.m}",
@@ -270,25 +269,22 @@ def arms_table(table: str, plan: Plan, s: Settings) -> Section:
     return Section(title, [*lines, *claim_lines(claims)], all_numbers(arms, claims), pictures)
 
 
-def search(plan: Plan, s: Settings) -> Section:
+def search_table(plan: Plan, s: Settings) -> Section:
     """How rates, lengths and λ_adv were chosen: one run each, on other captions and noise.
 
     The dose is the mean norm of λ_adv · g_adv, L_adv's gradient at the student, over a run.
     """
     measured, arms = read_measured(plan, "search", f"seed {SEARCH_SEED}"), search_arms(s)
+    teachers, doses = [measured.teacher_n, measured.teacher_m], {}
     rows = [row | {"label": arm.label} for arm, row in zip(arms, measured.rows, strict=True)]
-    doses = {}
     for arm in arms:
-        log = plan.student(arm, SEARCH_SEED).parent / "distill/log.jsonl"
-        norms = [line["grad_adv"] for line in read_log(log, "step") if "grad_adv" in line]
-        if norms:
+        log = read_log(plan.student(arm, SEARCH_SEED).parent / "distill/log.jsonl", "step")
+        if norms := [line["grad_adv"] for line in log if "grad_adv" in line]:
             doses[arm.label] = statistics.fmean(norms)
-    lines = table_lines(map(without_errors, (measured.teacher_n, measured.teacher_m, *rows)))
-    lines += ["", *markdown_table(["run", "dose"], [[label, f"{dose:.4f}"]
-                                                    for label, dose in doses.items()])]
+    lines = [*table_lines(map(without_errors, (*teachers, *rows))), "",
+             *markdown_table(["run", "dose"], [[label, f"{x:.4f}"] for label, x in doses.items()])]
     return Section(f"How rates, lengths and λ_adv were chosen, m = {s.m}, one seed", lines,
-                   {"rows": rows, "teacher": [measured.teacher_n, measured.teacher_m],
-                    "doses": doses})
+                   {"rows": rows, "teacher": teachers, "doses": doses})
 
 
 def data_shares(arms: dict[str, dict], s: Settings) -> dict[str, dict[str, float]]:
@@ -303,12 +299,10 @@ def data_shares(arms: dict[str, dict], s: Settings) -> dict[str, dict[str, float
 
     shares, ours = {}, error_of(f"full-m{s.m}")
     for method, label in METHODS.items():
-        error = {data: error_of(f"{method}-{data}") for data in DATA}
-        whole = error["mismatched"]
-        shares[label] = {
-            "ours": ours / whole, "method": (error["samples"] - ours) / whole,
-            "data": (error["matched"] - error["samples"]) / whole,
-            "mismatch": (error["mismatched"] - error["matched"]) / whole}
+        matched, mismatched, samples = (error_of(f"{method}-{data}") for data in DATA)
+        parts = {"ours": ours, "method": samples - ours, "data": matched - samples,
+                 "mismatch": mismatched - matched}
+        shares[label] = {name: part / mismatched for name, part in parts.items()}
     return shares
 
 
@@ -323,8 +317,7 @@ def share_lines(shares: dict[str, dict[str, float]]) -> list[str]:
 
 def fig8(plan: Plan, s: Settings) -> Section:
     """Pictures of teacher@m, L_traj alone and the complete method."""
-    measured = read_measured(plan, "fig8", "seed 0")
-    rows = [measured.teacher_n, measured.teacher_m, *measured.rows]
+    rows = read_measured(plan, "fig8", "seed 0").all_rows
     return Section(f"Figure 8: what one sees, m = {s.m}, seed 0",
                    table_lines(map(without_errors, rows)), {"rows": rows},
                    [plan.folder / "fig8/evaluate/ladder.png"])
@@ -332,19 +325,17 @@ def fig8(plan: Plan, s: Settings) -> Section:
 
 def fig9(plan: Plan, s: Settings) -> Section:
     """L_adv alone against the complete method, over iterations."""
-    points = [i or s.iterations for i in s.fig9_iterations]
-    curves = {arm.label: {f"{arm.name}-at-{i}": read_measured(
-        plan, f"{arm.name}-at-{i}", f"{arm.label}, iteration {i}") for i in points}
-        for arm in arms_of("fig9", s)}
-    arms = {name: arm for curve in curves.values() for name, arm in curve.items()}
-    adv, full = (list(curve.values())[-1] for curve in curves.values())
+    points, arms, curves = [i or s.iterations for i in s.fig9_iterations], {}, {}
+    for arm, colour in zip(arms_of("fig9", s), ("#b3402f", BLUE), strict=True):
+        curve = {f"{arm.name}-at-{i}": read_measured(
+            plan, f"{arm.name}-at-{i}", f"{arm.label}, iteration {i}") for i in points}
+        curves[arm.label] = colour, points, [measured.mean for measured in curve.values()]
+        arms |= curve
+    adv, full = (arms[f"{name}-m{s.m}-at-{s.iterations}"] for name in ("adv", "full"))
     claims = make_claims([("with L_traj nearer than L_adv alone, at the end", full, adv)])
     panels = {"endpoint": "endpoint error", "hf": "HF", "spread": "spread", "c2st": "C2ST"}
     path = plan.folder / "fig9.png"
-    draw_arms(path, panels, {
-        label: (colour, points, [arm.mean for arm in curve.values()])
-        for (label, curve), colour in zip(curves.items(), ("#b3402f", BLUE), strict=True)},
-        "iteration", (adv.teacher_m,))
+    draw_arms(path, panels, curves, "iteration", (adv.teacher_m,))
     lines = table_lines([*map(without_errors, (adv.teacher_n, adv.teacher_m)),
                          *(arm.mean for arm in arms.values())])
     return Section(f"Figure 9: L_adv alone, m = {s.m}", [*lines, "", *claim_lines(claims)],
@@ -353,13 +344,12 @@ def fig9(plan: Plan, s: Settings) -> Section:
 
 def ladder(plan: Plan, s: Settings) -> Section:
     """Teacher and student with fewer and fewer steps: pictures and the curve."""
-    measured, path = read_measured(plan, "ladder", "seed 0"), plan.folder / "ladder.png"
-    rows, curves = [measured.teacher_n, measured.teacher_m, *measured.rows], {}
+    rows, path = read_measured(plan, "ladder", "seed 0").all_rows, plan.folder / "ladder.png"
+    curves = {}
     for kind, label, colour in (("teacher_m", "teacher", ORANGE), ("student", "student", BLUE)):
         curve = [row for row in rows if row["kind"] == kind]
         curves[label] = colour, [row["m"] for row in curve], curve
-    panels = {"endpoint": "endpoint error", "hf": "HF, 1 = slow teacher's"}
-    draw_arms(path, panels, curves, "steps")
+    draw_arms(path, {"endpoint": "endpoint error", "hf": "HF, 1 = slow teacher's"}, curves, "steps")
     return Section("The ladder: fewer and fewer steps, seed 0",
                    table_lines(map(without_errors, rows)), {"rows": rows},
                    [plan.folder / "ladder/evaluate/ladder.gif", path])
@@ -408,19 +398,18 @@ def write_paper(plan: Plan, sections: dict[str, Section], facts: dict) -> Path:
     title, out = "The paper's tables and figures on this teacher", plan.folder
     write_json(out / "paper.json", {**facts, **{name: section.numbers for name, section
                                                 in sections.items()}})
-    made_by = f"`{facts['command']}`; {facts['device']}, {facts['seconds']} s in this call."
-    text = [f"# {title}", "", made_by, "", HOW_TO_READ]
-    body = [html_of(f"{made_by}\n\n{HOW_TO_READ}")]
+    lines = [f"`{facts['command']}`; {facts['device']}, {facts['seconds']} s in this call.", "",
+             HOW_TO_READ]
     for section in sections.values():
-        text += ["", f"## {section.title}", ""]
-        body.append(f"<h2>{section.title}</h2>")
+        lines += ["", f"## {section.title}", ""]
         for picture in section.pictures:
-            text += [f"![{section.title}]({picture.relative_to(out)})", ""]
-            body.append(f'<div class="wide"><img alt="{section.title}" src="{data_uri(picture)}">'
-                        "</div>")
-        text += section.lines
-        body.append(html_of("\n".join(section.lines)))
-    write_text(out / "paper.md", "\n".join(text) + "\n")
+            lines += [f"![{section.title}]({picture.relative_to(out)})", ""]
+        lines += section.lines
+    text = "\n".join(lines)
+    write_text(out / "paper.md", f"# {title}\n\n{text}\n")
+    body = re.sub(r"<p>## (.+)</p>", r"<h2>\1</h2>", html_of(text))
+    body = re.sub(r"<p>!\[(.+)\]\((.+)\)</p>", lambda match: (
+        f'<div class="wide"><img alt="{match[1]}" src="{data_uri(out / match[2])}"></div>'), body)
     template = string.Template((ROOT / "assets/paper_template.html").read_text(encoding="utf-8"))
-    write_text(out / "report.html", template.substitute(title=title, body="\n".join(body)))
+    write_text(out / "report.html", template.substitute(title=title, body=body))
     return out / "report.html"

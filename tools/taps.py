@@ -11,6 +11,7 @@ accuracies are high, a head can learn what to repair: use that block as `tap` (t
 `tap_data` (t'_0). Half of the videos train, the others test.
 """
 
+import itertools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,12 +26,13 @@ import distill
 from artifacts.student import load_student, student_facts
 from artifacts.trajectories import SynVid, open_trajectories
 from common.config import announce, field, load_config, settings_to_compare
-from common.files import replace_file, write_json
+from common.files import write_json
 from common.names import fingerprint
 from common.ranks import (
     Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, prefer_attention,
     setup_distributed)
 from distill import features, head_loss, make_heads, tap_blocks
+from evaluation.page import drawing
 from model import check_model, collate, load_dit, sample_euler
 
 # N videos, F frames kept of each, D channels, h w the grid of features. Cost: two forwards of the
@@ -51,17 +53,13 @@ class Config(distill.Config):
 
 # ------------------------------------------------------------------------------- classifiers
 
-def standardised(x: Tensor, reference: Tensor) -> Tensor:
-    """x [N,D] in units of the mean and standard deviation of `reference`."""
-    return (x - reference.mean(0)) / reference.std(0).clamp(min=1e-6)
-
-
 def probe_accuracy(real: Tensor, fake: Tensor) -> float:
     """Accuracy of a logistic regression on mean features [N,D], fake against real, on the second
     half of each; it is trained on the first."""
     half = len(real) // 2
     train, test = torch.cat((real[:half], fake[:half])), torch.cat((real[half:], fake[half:]))
-    train, test = standardised(train, train), standardised(test, train)
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
     signs = torch.cat((torch.ones(half), -torch.ones(half))).to(real)
     weights = torch.zeros(train.shape[1] + 1, device=real.device, requires_grad=True)
     opt = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
@@ -121,15 +119,15 @@ def frame_features(cfg: Config, teacher: nn.Module, x: Tensor, t: float, cond: d
 
 
 def load_videos(cfg: Config, data: SynVid, device: torch.device) -> list[tuple]:
-    """The videos in batches of micro_batch: (x_key in host memory, cond, fresh noise)."""
+    """The videos in batches of micro_batch: (x_key in host memory, fresh noise, cond)."""
     first, out = len(data) - cfg.videos, []
     for start in range(first, len(data), cfg.micro_batch):
         rows = range(start, min(start + cfg.micro_batch, len(data)))
         items = [data.read(i) for i in rows]
-        cond = {name: c.to(device) for name, c in collate([c for _, c, _ in items]).items()}
         x_key = torch.stack([x for x, _, _ in items], 1)                     # m+1 B C T H W
-        out.append((x_key, cond, draw_noise(x_key.shape[2:], [("taps", cfg.seed, i)
-                                                              for i in rows])))
+        noise = draw_noise(x_key.shape[2:], [("taps", cfg.seed, i) for i in rows])
+        cond = {name: c.to(device) for name, c in collate([c for _, c, _ in items]).items()}
+        out.append((x_key, noise, cond))
     return out
 
 
@@ -139,18 +137,18 @@ def examine(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[
     teacher = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks)
     teacher.requires_grad_(False)
     dit = teacher if cfg.student is None else load_student(cfg, Path(cfg.student), device, ranks)
-    t_key, m, found = data.t_key, len(data.t_key) - 1, []
-    videos = load_videos(cfg, data, device)
-    x_gen = [[z, *(x.cpu() for x in sample_euler(dit, z.to(device), t_key[::-1], cond))][::-1]
-             for _, cond, z in tqdm(videos, "generate", disable=ranks.rank > 0 or None)]
-    bar = tqdm([(k, block) for k in range(m) for block in blocks], "blocks",
-               disable=ranks.rank > 0 or None)
-    for k, block in bar:
-        real, fake = (torch.cat([frame_features(cfg, teacher, x.to(device), t_key[k], cond, block)
-                                 for x, cond in kind])
-                      for kind in ([(x_key[k], cond) for x_key, cond, _ in videos],
-                                   [(x[k], cond) for x, (_, cond, _) in zip(x_gen, videos,
-                                                                            strict=True)]))
+    t_key, stored, generated, conds, found = data.t_key, [], [], [], []
+    for x_key, noise, cond in tqdm(load_videos(cfg, data, device), "generate",
+                                   disable=ranks.rank > 0 or None):
+        states = sample_euler(dit, noise.to(device), t_key[::-1], cond)
+        generated.append([noise, *(x.cpu() for x in states)][::-1])
+        stored.append(x_key)
+        conds.append(cond)
+    pairs = list(itertools.product(range(len(t_key) - 1), blocks))
+    for k, block in tqdm(pairs, "blocks", disable=ranks.rank > 0 or None):
+        real, fake = (torch.cat([
+            frame_features(cfg, teacher, x[k].to(device), t_key[k], cond, block)
+            for x, cond in zip(latents, conds, strict=True)]) for latents in (stored, generated))
         means = [x.float().mean((1, 3, 4)).to(device) for x in (real, fake)]
         found.append({"k": k, "t": t_key[k], "block": block, "probe": probe_accuracy(*means),
                       "head": head_accuracy(cfg, real.to(device), fake.to(device), (k, block)),
@@ -160,45 +158,34 @@ def examine(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[
 
 def draw(path: Path, found: list[dict], taps: list[int], title: str) -> None:
     """Plot the accuracies by block and k, with D7's blocks framed, and the pictures."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     ks = sorted({entry["k"] for entry in found}, reverse=True)
     blocks = sorted({entry["block"] for entry in found})
     entries = {(entry["k"], entry["block"]): entry for entry in found}
-    figure = Figure((3 + 1.1 * len(ks) * 3, 1.6 + 0.62 * len(blocks)), dpi=120,
-                    layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[2, 1.2])
-    for axes, name in zip(left.subplots(1, 2, sharey=True), ("probe", "head"), strict=True):
-        values = [[entries[k, block][name] for k in ks] for block in blocks]
-        axes.imshow(values, vmin=0.5, vmax=1.0, cmap="viridis", aspect="auto")
-        for i, line in enumerate(values):
-            for j, value in enumerate(line):
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center",
-                          color="white" if value < 0.8 else "black", fontsize=9)
-        for j, k in enumerate(ks):
-            if taps[k] in blocks:
-                axes.add_patch(Rectangle((j - 0.48, blocks.index(taps[k]) - 0.48), 0.96, 0.96,
-                                         fill=False, ec="#d0342c", lw=2))
-        axes.set_xticks(range(len(ks)), [f"t'{k}" for k in ks])
-        axes.set_yticks(range(len(blocks)), [f"block {block}" for block in blocks])
-        axes.set_title({"probe": "linear probe", "head": "head"}[name])
-    grid = right.subplots(len(blocks), len(ks), squeeze=False)
-    for line, block in zip(grid, blocks, strict=True):
-        for axes, k in zip(line, ks, strict=True):
-            axes.imshow(entries[k, block]["picture"], cmap="magma")
-            axes.set(xticks=[], yticks=[])
-    right.suptitle("first principal component", fontsize=10)
-    figure.suptitle(f"{title}: fraction of videos classified correctly; red: D7", fontsize=10)
-    replace_file(path, lambda aside: figure.savefig(aside, format="png"))
-
-
-def check_choice(cfg: Config, count: int, depth: int) -> None:
-    """Raise ValueError for videos that SynVid, or blocks that the teacher, does not have."""
-    if (cfg.videos or 8) > count:
-        raise ValueError(f"videos: expected 8 … {count}, as many as SynVid has, got {cfg.videos}")
-    if cfg.blocks is not None and not (cfg.blocks and set(cfg.blocks) <= set(range(depth))):
-        raise ValueError(f"blocks: expected some of 0 … {depth - 1}, got {cfg.blocks}")
+    with drawing(path, 3 + 3.3 * len(ks), 1.6 + 0.62 * len(blocks)) as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=[2, 1.2])
+        for axes, name in zip(left.subplots(1, 2, sharey=True), ("probe", "head"), strict=True):
+            values = [[entries[k, block][name] for k in ks] for block in blocks]
+            axes.imshow(values, vmin=0.5, vmax=1.0, cmap="viridis", aspect="auto")
+            for i, line in enumerate(values):
+                for j, value in enumerate(line):
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center",
+                              color="white" if value < 0.8 else "black", fontsize=9)
+            for j, k in enumerate(ks):
+                if taps[k] in blocks:
+                    axes.add_patch(Rectangle((j - 0.48, blocks.index(taps[k]) - 0.48), 0.96, 0.96,
+                                             fill=False, ec="#d0342c", lw=2))
+            axes.set_xticks(range(len(ks)), [f"t'{k}" for k in ks])
+            axes.set_yticks(range(len(blocks)), [f"block {block}" for block in blocks])
+            axes.set_title({"probe": "linear probe", "head": "head"}[name])
+        grid = right.subplots(len(blocks), len(ks), squeeze=False)
+        for line, block in zip(grid, blocks, strict=True):
+            for axes, k in zip(line, ks, strict=True):
+                axes.imshow(entries[k, block]["picture"], cmap="magma")
+                axes.set(xticks=[], yticks=[])
+        right.suptitle("first principal component", fontsize=10)
+        figure.suptitle(f"{title}: fraction of videos classified correctly; red: D7", fontsize=10)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,13 +198,18 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.student is not None:
         student_facts(Path(cfg.student), cfg, same_teacher=True)
     data = open_trajectories(Path(cfg.synvid or f"{cfg.run}/synvid"), cfg)
-    check_choice(cfg, len(data), sizes.num_layers)
+    depth, count = sizes.num_layers, min(8, sizes.num_layers)
+    if (cfg.videos or 8) > len(data):
+        raise ValueError(f"videos: expected 8 … {len(data)}, as many as SynVid has, got "
+                         f"{cfg.videos}: correct --videos")
+    if not set(cfg.blocks or ()) <= set(range(depth)):
+        raise ValueError(f"blocks: expected some of 0 … {depth - 1}, got {cfg.blocks}: correct "
+                         "--blocks")
     cfg.videos = cfg.videos or min(128, len(data))
-    count = min(8, sizes.num_layers)
-    blocks = cfg.blocks or [round((i + 1) * sizes.num_layers / count) - 1 for i in range(count)]
+    blocks = cfg.blocks or [round((i + 1) * depth / count) - 1 for i in range(count)]
     with lock_run_folder(Path(cfg.run) / "taps"):
         out = announce(cfg, "taps", ranks.rank)
-        found, taps = examine(cfg, data, ranks, blocks), tap_blocks(cfg, sizes.num_layers)
+        found, taps = examine(cfg, data, ranks, blocks), tap_blocks(cfg, depth)
         if ranks.rank == 0:
             generator_name = "teacher" if cfg.student is None else "student"
             write_json(out / "taps.json", {"config": asdict(cfg), "D7": taps, "found": found})

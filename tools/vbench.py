@@ -12,12 +12,11 @@ Out: vbench.jsonl, one line per video with prompt, seed and file name: 5 videos 
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from artifacts.videos import name_error, read_named_videos, write_named_videos
-from common.files import abbreviate, read_json, write_json, write_text
+from common.files import NUMBER, abbreviate, read_json, shape_error, write_json, write_text
 from common.prompts import read_prompts
 from common.ranks import cli, seed_of
 
@@ -65,6 +64,10 @@ class Dimension(NamedTuple):
     paper: float                                  # AccVideo, 544 × 960 × 93, percent (Table 1)
     weight: float = 1.0
 
+    def normalise(self, score: float) -> float:
+        """The score as VBench adds it up."""
+        return (score - self.least) / (self.most - self.least)
+
 
 QUALITY = {
     "subject_consistency": Dimension(0.1462, 1, 94.46),
@@ -92,48 +95,35 @@ def read_scores(folder: Path) -> tuple[dict[str, float], list[Path]]:
     """The score of each dimension found in a folder and those below it, from 0 to 1; the files.
 
     Raises FileNotFoundError if there is no result file, ValueError naming one that is not as
-    VBench writes it, has an unknown dimension, or one that another file has too.
+    VBench writes it, or has a dimension that is unknown or that another file has too.
     """
     files = sorted(folder.rglob("*_eval_results.json"))
     if not files:
         raise FileNotFoundError(f"{folder}: no …_eval_results.json there: give the folder that "
                                 "`vbench evaluate` wrote, its --output_path")
     scores: dict[str, float] = {}
-    sources: dict[str, Path] = {}
     for file in files:
-        for name, entry in read_json(file, remedy="expected {dimension: [score, …]}, as VBench "
-                                     "writes it").items():
-            score = entry[0] if isinstance(entry, list) and entry else None
-            if name not in DIMENSIONS:
-                raise ValueError(f"{file}: got the dimension {name:.80}; expected one of "
-                                 f"{', '.join(DIMENSIONS)}")
-            if name in sources:
-                raise ValueError(f"{name}: got it in {sources[name]} and in {file}, expected it "
-                                 "once: move the file that is not meant")
-            if isinstance(score, bool) or not isinstance(score, int | float) or not (
-                    math.isfinite(score) and 0 <= score <= 1):
+        results = read_json(file, {str: list}, "evaluate again: VBench writes {dimension: [score, "
+                            "…]}")
+        for name, entry in results.items():
+            if name not in DIMENSIONS or name in scores:
+                raise ValueError(f"{file}: expected dimensions of VBench, each in one file only, "
+                                 f"got {name:.80}: remove the file that is not meant")
+            score = entry[0] if entry else None
+            if shape_error(score, NUMBER) or not 0 <= score <= 1:
                 raise ValueError(f"{file}: {name}: expected [score, …] with a score from 0 to 1, "
                                  f"got {abbreviate(entry)}: evaluate this dimension again")
-            scores[name], sources[name] = float(score), file
+            scores[name] = float(score)
     return scores, files
-
-
-def normalise(scores: dict[str, float]) -> dict[str, float]:
-    """Scores as VBench adds them up."""
-    return {name: (score - DIMENSIONS[name].least) / (DIMENSIONS[name].most
-                                                      - DIMENSIONS[name].least)
-            for name, score in scores.items()}
 
 
 def score_totals(scores: dict[str, float]) -> dict[str, float | None]:
     """Total, quality and semantic score from 0 to 1; None for one that lacks a dimension."""
-    normalised = normalise(scores)
-
     def mean(group: dict[str, Dimension]) -> float | None:
-        if not group.keys() <= normalised.keys():
+        if not group.keys() <= scores.keys():
             return None
-        return (sum(normalised[name] * dimension.weight for name, dimension in group.items())
-                / sum(dimension.weight for dimension in group.values()))
+        return (sum(d.normalise(scores[name]) * d.weight for name, d in group.items())
+                / sum(d.weight for d in group.values()))
 
     quality, semantic = mean(QUALITY), mean(SEMANTIC)
     total = None if quality is None or semantic is None else (4 * quality + semantic) / 5
@@ -145,13 +135,14 @@ def vbench_table(scores: dict[str, float]) -> str:
     def percent(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.2f}"
 
-    normalised = normalise(scores)
     lines = ["| VBench, % | score | normalised | AccVideo 544p (Table 1) |", "|---|---|---|---|"]
     for name, value in score_totals(scores).items():
         lines.append(f"| **{name} score** | **{percent(value)}** | | {PAPER_TOTALS[name]:.2f} |")
     for name, dimension in DIMENSIONS.items():
-        lines.append(f"| {name.replace('_', ' ')} | {percent(scores.get(name))} | "
-                     f"{percent(normalised.get(name))} | {dimension.paper:.2f} |")
+        score = scores.get(name)
+        normalised = None if score is None else dimension.normalise(score)
+        lines.append(f"| {name.replace('_', ' ')} | {percent(score)} | {percent(normalised)} | "
+                     f"{dimension.paper:.2f} |")
     if missing := [name for name in DIMENSIONS if name not in scores]:
         lines += ["", f"Missing, so that there is no total: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
@@ -160,11 +151,11 @@ def vbench_table(scores: dict[str, float]) -> str:
 def report_scores(folder: Path) -> None:
     """Print Table 1's columns for VBench's results; write them there as vbench.md and .json."""
     scores, files = read_scores(folder)
-    normalised, table = normalise(scores), vbench_table(scores)
+    table = vbench_table(scores)
     write_text(folder / "vbench.md", table)
     write_json(folder / "vbench.json", {
         **score_totals(scores),
-        "dimensions": {name: {"score": score, "normalised": normalised[name]}
+        "dimensions": {name: {"score": score, "normalised": DIMENSIONS[name].normalise(score)}
                        for name, score in scores.items()},
         "missing": [name for name in DIMENSIONS if name not in scores],
         "files": [str(file) for file in files]})

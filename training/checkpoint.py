@@ -176,8 +176,8 @@ def check_disk(folder: Path, parameters: int, moments: int, keep: int, export: i
     need, free = size * (keep + 1) + export - used, shutil.disk_usage(folder).free
     if need > free:
         raise ValueError(f"{folder}: {keep + 1} checkpoints of {size / 1e9:.3g} GB and the student "
-                         f"need {need / 1e9:.3g} GB more, but {free / 1e9:.3g} GB are free: free "
-                         "some space, lower `keep`, or choose another run folder")
+                         f"need {need / 1e9:.3g} GB more, got {free / 1e9:.3g} GB: lower `keep`, "
+                         "free space, or choose another --run")
 
 
 # ----------------------------------------------------------------------------------- loading
@@ -199,8 +199,8 @@ def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
             return path, meta
         faults.append(f"{path}: {fault}")
     if faults:
-        raise ValueError(f"no intact checkpoint to resume from: {'; '.join(faults)}. Remove the "
-                         "folder to start from step 0, or choose another run folder")
+        raise ValueError(f"no intact checkpoint: {'; '.join(faults)}: remove the folder to start "
+                         "from step 0, or choose another --run")
     return None
 
 
@@ -210,10 +210,8 @@ def read_meta(path: Path) -> dict | str:
         return "has the format of an earlier version, which holds a pickle and is not read"
     try:
         meta = read_json(path / "meta.json", {"crc32": str, "format": int, "step": int})
-        if meta.pop("crc32") != crc32_of_json(meta):
-            return "meta.json does not match its checksum"
-        if meta["format"] != FORMAT:
-            return f"expected format {FORMAT}, got {meta['format']}"
+        if meta.pop("crc32") != crc32_of_json(meta) or meta["format"] != FORMAT:
+            return f"meta.json has another checksum than its own, or another format than {FORMAT}"
         if fault := shape_error(meta, {"files": {str: list}}):
             return f"meta.json: {fault}"
     except (OSError, ValueError) as e:
@@ -254,20 +252,19 @@ def load_checkpoint(path: Path, state: dict) -> None:
     """
     error = None
     try:
-        shards: dict[str, list[tuple[int, LazyTensor]]] = {}
-        sizes: dict[str, int] = {}
+        shards: dict[str, list[tuple[int, int, LazyTensor]]] = {}
         meta = read_meta(path)
         if isinstance(meta, str):
             raise ValueError(meta)
         for file in meta["files"]:
             rows = parse_json(safetensors_metadata(path / file)["rows"], file, {str: [int]})
             for name, lazy in open_safetensors(path / file).items():
-                start, sizes[name] = rows[name]
-                shards.setdefault(name, []).append((start, lazy))
+                start, size = rows[name]
+                shards.setdefault(name, []).append((start, size, lazy))
         for name, t in flatten(state):
             if name not in shards:
                 raise ValueError(f"it does not contain {name}")
-            read_rows(name, t.detach(), shards[name], sizes[name])
+            read_rows(name, t.detach(), shards[name])
     except (OSError, ValueError, LookupError, RuntimeError) as e:
         error = ValueError(f"{path}: the checkpoint cannot be read ({error_summary(e)}): it is "
                            "damaged or of another config; remove it to resume from the one before")
@@ -275,10 +272,10 @@ def load_checkpoint(path: Path, state: dict) -> None:
     raise_together(error)
 
 
-def read_rows(name: str, target: Tensor, shards: list[tuple[int, LazyTensor]], size: int) -> None:
-    """Fill this rank's rows of a tensor, of `size` rows in all, from the shards that hold them."""
+def read_rows(name: str, target: Tensor, shards: list[tuple[int, int, LazyTensor]]) -> None:
+    """Fill this rank's rows of a tensor from its shards: (first row, rows of all, rows)."""
     local, rows = local_rows(target)
-    first = shards[0][1]
+    _, size, first = shards[0]
     shape = (size, *first.shape[1:]) if target.ndim else ()
     if shape != tuple(target.shape) or first.dtype != target.dtype:
         raise ValueError(f"{name}: expected {target.dtype} {list(target.shape)}, got "
@@ -287,7 +284,7 @@ def read_rows(name: str, target: Tensor, shards: list[tuple[int, LazyTensor]], s
         local.copy_(first.read())
         return
     begin, filled = rows.start if rows else 0, 0
-    for start, lazy in shards:
+    for start, _, lazy in shards:
         a, b = max(begin, start), min(begin + len(local), start + lazy.shape[0])
         if a < b:
             local[a - begin:b - begin] = lazy.read(slice(a - start, b - start))

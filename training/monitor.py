@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.files import append_log, error_summary, read_log, write_text
-from common.ranks import Ranks, Timer, on_first_rank, print_line, raise_together
+from common.ranks import Ranks, Timer, end_all, on_first_rank, print_line, raise_together
 from common.video import draw_panels
 from model import sample_euler, sizes_of, velocity
 from training.memory import meta_student
@@ -95,58 +95,48 @@ def check_finite(line: dict, folder: Path) -> None:
     """Raise ValueError if a figure is not finite; all ranks have the same line and stop."""
     bad = [name for name, value in line.items() if not math.isfinite(value)]
     if bad:
-        error = ValueError(f"iteration {line['step']}, k={line['k']}: {bad[0]} is {line[bad[0]]}: "
-                           f"stopping; the last good checkpoint is kept in {folder}. Lower lr, or "
-                           "set clip")
-        raise error if dist.get_rank() == 0 else SystemExit(1)
+        end_all(ValueError(f"iteration {line['step']}, k={line['k']}: {bad[0]} is {line[bad[0]]}: "
+                           f"lower lr or set clip; the last good checkpoint is in {folder}"))
 
 
 class Journal:
     """log.jsonl, one line per iteration, and curves.png; the first rank writes both.
 
-    Neither is worth a run: if one cannot be written, that is printed, and training continues.
+    Neither is worth a run: if one cannot be written, that is printed, and training continues. A
+    line that the file lacks is written with the next held-out errors.
     Args: folder that holds them; step, the last iteration to keep: later ones will be repeated.
     """
 
     def __init__(self, folder: Path, step: int, ranks: Ranks):
         self.path, self.writes, self.lines = folder / "log.jsonl", ranks.rank == 0, []
-        self.incomplete = True  # whether the file lacks lines
         if self.writes:
             self.lines = [x for x in read_log(self.path, "step", "k") if x["step"] <= step]
-            self.attempt(self.rewrite)
+            self.rewrite()
 
-    def attempt(self, write: Callable[[], None]) -> None:
-        """Write, or print why that failed."""
+    def attempt(self, write: Callable[..., None], *args: Any) -> None:
+        """write(*args), or print why that failed."""
         try:
-            write()
+            write(*args)
         except Exception as e:  # matplotlib raises many kinds
             print_line(f"warning: {error_summary(e)}; training continues")
 
     def rewrite(self) -> None:
         """Replace the file by the lines."""
-        self.incomplete = True
-        write_text(self.path, "".join(json.dumps(x) + "\n" for x in self.lines))
-        self.incomplete = False
+        self.attempt(write_text, self.path, "".join(json.dumps(x) + "\n" for x in self.lines))
 
     def append(self, line: dict) -> None:
         """Log an iteration with the time of day."""
         if self.writes:
             self.lines.append({"time": datetime.now().astimezone().isoformat(timespec="seconds"),
                                **line})
-            self.attempt(self.rewrite if self.incomplete else self.append_last)
-
-    def append_last(self) -> None:
-        """Append the last line to the file."""
-        self.incomplete = True
-        append_log(self.path, self.lines[-1])
-        self.incomplete = False
+            self.attempt(append_log, self.path, self.lines[-1])
 
     def extend(self, errors: dict) -> None:
         """Add held-out errors to the last iteration's line, and redraw the curves."""
         if self.writes:
             self.lines[-1] |= errors
-            self.attempt(self.rewrite)
-            self.attempt(lambda: draw_curves(self.path.with_name("curves.png"), self.lines))
+            self.rewrite()
+            self.attempt(draw_curves, self.path.with_name("curves.png"), self.lines)
 
 
 def print_result(cfg: Any, lines: list[dict]) -> None:

@@ -1,5 +1,6 @@
 """What test_rehearse.py runs in processes of its own, since a rehearsal adds a device to torch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 
 import distill
 import model
+import sample
+import synvid
 from common.files import write_json
 from common.ranks import Ranks, local_rows
-from model import HunyuanConfig, WanConfig
+from model import I2V, HunyuanConfig, WanConfig
 from tools import rehearse
 from tools.bench import allocated
 from training.data import Loader
@@ -76,7 +79,7 @@ def measure(ranks: Ranks, folder: Path) -> None:
 def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
     """What a rehearsal of a small run finds without and with each of some bugs."""
     dist.destroy_process_group()
-    sizes = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=16, text_len=8)
+    sizes = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=1, text_dim=16, text_len=8)
     model.PRESETS["small"] = sizes
     velocity, adamw, frequencies = model.velocity, distill.optimizer.adamw, model.frequencies
 
@@ -117,3 +120,19 @@ def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
                 before = found[name].get(f"finding {key[1]}", "")
                 found[name][f"finding {key[1]}"] = f"{before} {key[2]}"
     write_json(folder / "found", found)
+
+
+def sample_small(ranks: Ranks, folder: Path) -> None:
+    """Figures of synvid.py, with each evaluation of guidance on two ranks that share tokens, and of
+    sample.py: a small DiT with the released encoders and VAE."""
+    dist.destroy_process_group()
+    small = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=1)
+    model.PRESETS |= {"t2v": small, "i2v": replace(small, **I2V)}
+    shared = {"height": 64, "width": 64, "frames": 1, "cfg_scale": 3.0}
+    for name, cfg in (
+            ("synvid", synvid.Config(**shared, preset="i2v", batch=2, sp=2, cfg_parallel=True)),
+            ("sample", sample.Config(**shared, preset="t2v", teacher=True))):
+        figures = rehearse.run_at(cfg, 4, model.PRESETS[cfg.preset])
+        write_json(folder / name, {
+            "peak": rehearse.peak_of(figures), **{" ".join(key): n for key, n in figures.items()
+                                                  if key[0] != "peak"}})

@@ -18,8 +18,9 @@ OPTIONS = {f.name for cls in (Shared, *(importlib.import_module(name).Config for
 OTHERS = {  # options of torchrun, pip, toy1d.py, the tools, of the authors' code
     "help", "nproc_per_node", "shutdown_timeout", "max_restarts", "extra_index_url", "quick",
     "seeds", "data", "mismatch", "M", "epsilon", "info", "scores", "sample_solver", "sample_steps",
-    "model", "images", "instruction", "max_tokens", "gpus", "plans", "nnodes", "node_rank",
-    "master_addr", "master_port", "rdzv_id", "rdzv_backend", "rdzv_endpoint"}
+    "model", "images", "instruction", "max_tokens", "gpus", "stage", "table", "kill_on_bad_exit",
+    "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
+    "rdzv_endpoint"}
 
 
 @pytest.fixture(params=PAGES, ids=lambda path: path.name)

@@ -58,15 +58,17 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
     at = max(range(depth), key=lambda i: (i + 1) * each + gathered[i])  # the block of the peak
     backward = saved + cfg.checkpointing * EXTRA_PER_TOKEN[dit.cfg.family] * L * D * wide
     features = cfg.adv * tokens * (3 * D + 6 * cfg.head_dim) * 4
-    if cfg.checkpointing:  # the teacher's backward starts from them, the student's comes after it
-        features = max(0, saved_frozen + features - backward)
+    phases = [(gathered[at], (at + 1) * each + backward, features * (not cfg.checkpointing))]
+    if cfg.checkpointing and cfg.adv:  # the teacher's backward, before the student's
+        layers = wide * (2 * blocks[-1] + rest) if world > 1 else 0
+        phases.append((layers, depth * each + saved_frozen, features))
+    layers, activations, features = max(phases, key=sum)
     aside = 2 if cfg.updates == "combined" and cfg.traj and cfg.adv else 1
     adam = 8 * (1 + (cfg.updates == "separate")) * trainable / world
     return {"student": 4 * count / world, "gradients": 4 * aside * trainable / held / world,
             "AdamW": 8 * max(trainable_sizes(dit)) / world if cfg.offload else adam,
             "teacher": wide * count * frozen / world,
-            "gathered layers": gathered[at],
-            "activations": (at + 1) * each + backward, "features, heads": features,
+            "gathered layers": layers, "activations": activations, "features, heads": features,
             "latents": 4 * (cfg.batch // replicas + 4 * batch) * math.prod(shape)
             + (device.type == "cpu") * waiting_latents(cfg, shape, replicas)}
 

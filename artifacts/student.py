@@ -39,7 +39,7 @@ from common.files import (
     sync_to_disk, write_json, write_text)
 from common.names import (
     EXPERTS, dit_tensors, expert_paths, fingerprint, official_names)
-from common.ranks import AgreedError, Ranks, compute_dtype, raise_together
+from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
 from common.weights import (
     DTYPES, LazyTensor, load_module, open_tensors, safetensors_header, safetensors_metadata)
 from experts import by_expert, with_level
@@ -266,6 +266,8 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
               "dtype": cfg.export_dtype}
     if sizes.boundary is not None:
         facts |= {"boundary": sizes.boundary, "cfg_scale_low": cfg.cfg_scale_low}
+    if dtype == torch.float16:
+        check_export_range(state.student, dtype)
     parts = by_expert(student_tensors(state.student, path, dtype))
     if cfg.experts != "both":  # the frozen one is of another run
         parts = {cfg.experts: parts[cfg.experts]}
@@ -300,6 +302,19 @@ def file_metadata(facts: dict, level: str) -> dict[str, str]:
 def bytes_a_parameter(cfg: Any) -> int:
     """Bytes that a student's files take for each of its parameters."""
     return EXPORT_DTYPES[cfg.export_dtype].itemsize * (2 if cfg.export == "diffusers" else 1)
+
+
+def check_export_range(student: nn.Module, dtype: torch.dtype) -> None:
+    """Raise AgreedError on all ranks if a weight would be infinite in dtype; each rank checks its
+    own rows."""
+    error = None
+    for name, p in student.named_parameters():
+        local = local_rows(p)[0].detach()
+        if error is None and local.numel() and local.to(dtype).isinf().any():
+            error = ValueError(f"export_dtype: got fp16; {name} holds {local.abs().max():.4g}, and "
+                               f"fp16 ends at {torch.finfo(dtype).max:.0f}: export by the same "
+                               "command with --export_dtype bf16")
+    raise_together(error)
 
 
 def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],

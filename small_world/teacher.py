@@ -488,7 +488,7 @@ def check(cfg: Config) -> None:
     if cfg.compile:
         check_compiler(pick_device(cfg.device))
     weights = [] if cfg.out is None else sorted(Path(cfg.out).glob("*.safetensors"))
-    ours = (Path(cfg.out or "") / "training.json", folder(cfg) / "log.jsonl")
+    ours = (Path(cfg.out or "") / "training.json", folder(cfg) / "config.yaml")
     if weights and not any(path.exists() for path in ours):
         raise ValueError(f"out: {weights[0]} exists, and is not of this stage: choose another "
                          "--out")

@@ -463,7 +463,7 @@ def test_official_and_diffusers_folders_load_and_give_equal_outputs(folders):
 
 def test_a_full_size_pth_without_config_is_read_as_the_official_size(tmp_path):
     torch.save(WanVAE(dim=4).state_dict(), tmp_path / "Wan2.1_VAE.pth")
-    with pytest.raises(ValueError, match=r"shape \[.*4.*\], expected \[.*96.*\]"):
+    with pytest.raises(ValueError, match=r"\[.*4.*\], expected \[.*96.*\]"):
         load_vae(tmp_path)
 
 
@@ -532,7 +532,7 @@ def test_missing_files_of_a_weight_folder_are_named(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="google/umt5-xxl: contains no tokenizer.json or"):
         load_text(tmp_path)
     (tmp_path / "models_t5_b.safetensors").touch()
-    with pytest.raises(ValueError, match="models_t5_a.safetensors, models_t5_b.safetensors"):
+    with pytest.raises(ValueError, match="a.safetensors: expected one .*models_t5_b.* too"):
         load_text(tmp_path)
     (tmp_path / "Wan2.1_VAE.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="Wan2.1_VAE.safetensors"):

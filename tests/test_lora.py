@@ -141,7 +141,8 @@ def test_a_large_matrix_s_randomised_decomposition_is_near_the_exact_one():
 def test_the_command_writes_file_table_and_plot_and_sample_uses_it(tiny_weights, make_config,
                                                                    tmp_path, capsys):
     config = make_config(n=4, key=[0, 1, 4], lora={"rank": 8})
-    write_student(tmp_path / "run/student.safetensors", tiny_weights, moved=0.002)
+    write_student(tmp_path / "run/student.safetensors", tiny_weights, moved=0.002, height=16,
+                  width=16, frames=5, fps=8, dtype="fp32")
     extract_lora.main([str(config), "--rank", "128"])
     assert "energy kept: 1.0000 of all" in capsys.readouterr().out
     out = tmp_path / "run/student_lora_rank128.safetensors"
@@ -470,9 +471,9 @@ def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_w
         sample.main([config, *prompt, "--lora", str(foreign), "--teacher"])
     with pytest.raises(FileNotFoundError, match="no such file; extract .* tools.extract_lora"):
         sample.main([config, *prompt, "--lora", "nowhere.safetensors"])
-    with pytest.raises(ValueError, match="give this file as --lora"):
+    with pytest.raises(ValueError, match="give it as --lora"):
         sample.main([config, *prompt, "--student", str(foreign)])
-    with pytest.raises(ValueError, match="give this file as --lora"):
+    with pytest.raises(ValueError, match="give it as --lora"):
         dit_tensors(foreign)
 
 

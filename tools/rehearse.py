@@ -42,6 +42,7 @@ from common.config import Shared, load_config
 from common.files import ROOT, append_log, read_log
 from common.prompts import Prompt
 from common.ranks import Ranks, cli, compute_dtype
+from frozen.image import Conditioner
 from model import check_model, key_times, latent_shape, load_dit, sizes_of, time_grid
 from tools.networks import random_states
 from tools.pretend import Figures, Meter, nothing, pretended_ranks, total_bytes
@@ -121,7 +122,7 @@ def rehearse_synvid(cfg: synvid.Config, ranks: Ranks, meter: Meter) -> None:
     shape = latent_shape(cfg.frames, cfg.height, cfg.width)
     manifest, cfg.n, cfg.videos = {"shape": shape, "stored": [1, 2], "n": 2}, 2, 1
     meter.begin("synvid")
-    with patch.multiple(
+    with patch.object(Conditioner, "identity", nothing), patch.multiple(
             synvid, load_dit=lambda *args: meter.watch(load_dit(*args), "DiT"),
             read_manifest=lambda _: manifest, write_trajectory=nothing, write_video=nothing,
             read_trajectory=lambda *_: (torch.zeros(1, *shape), {}, ""), print_cost=nothing,

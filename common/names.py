@@ -81,7 +81,8 @@ def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     out, scales = {}, {}
     for name, t in tensors.items():
         scale = SCALE.fullmatch(name)
-        if f"{scale[1]}.weight" in scales if scale else is_quantised(name, t):
+        twice = scale is not None and f"{scale[1]}.weight" in scales
+        if twice or scale is None and is_quantised(name, t):
             raise ValueError(f"{t.file}: {name:.80}, {dtype_name(t)}, shows that the weights are "
                              f"quantised in a form that is not supported: {REMEDY}")
         if scale:
@@ -388,10 +389,14 @@ def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
 
 def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:
     """The DiT tensors of an official or diffusers folder, or of one file, under official names; of
-    Wan 2.2 A14B with the folder's name before them."""
+    Wan 2.2 A14B with the folder's name before them. Raises ValueError for Wan 2.2 TI2V-5B."""
     found = {}
     for prefix, file in dit_files(weights).items():
         tensors = official_names(open_tensors(file), "transformer")
+        if "patch_embedding.weight" in tensors and (
+                tensors["patch_embedding.weight"].shape[1:2] == (48,)):
+            raise ValueError(f"{file}: is Wan 2.2 TI2V-5B, whose VAE and times of each token are "
+                             "not supported: use Wan 2.2 A14B or Wan 2.1")
         found |= {prefix + name: t for name, t in tensors.items()}
     return found
 

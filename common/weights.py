@@ -286,7 +286,6 @@ MODEL_MARKS = (
     ("patch_embedding.weight", (1536, 16), "Wan 2.1 T2V 1.3B"),
     ("patch_embedding.weight", (5120, 16), "Wan 2.1 T2V 14B"),
     ("patch_embedding.weight", (5120, 36), "Wan 2.2 I2V A14B"),
-    ("patch_embedding.weight", (3072, 48), "Wan 2.2 TI2V-5B, which is not supported"),
     ("patch_embedding.weight", (), "a Wan DiT of another size"),
     ("img_in.proj.weight", (3072, 16), "HunyuanVideo"),
     ("img_in.proj.weight", (), "a HunyuanVideo DiT of another size"),

@@ -131,9 +131,11 @@ def open_manifest(folder: Path, expected: dict, write: bool = True) -> dict[str,
 
 def first_header(folder: Path) -> dict[str, Any]:
     """The header of a folder's first readable trajectory; {} if there is none."""
-    for i in sorted(find_trajectories(folder)):
-        with contextlib.suppress(*READ_ERRORS), safe_open(trajectory_path(folder, i), "pt") as f:
-            return read_header(f)
+    for part in sorted(folder.glob("[0-9]*")):  # not all of a large folder is listed
+        for i in sorted(find_trajectories(folder, part.name)):
+            with contextlib.suppress(*READ_ERRORS), safe_open(
+                    trajectory_path(folder, i), "pt") as f:
+                return read_header(f)
     return {}
 
 
@@ -154,9 +156,10 @@ def trajectory_path(folder: Path, i: int) -> Path:
     return folder / f"{i // 1000:03d}" / f"{i:06d}.safetensors"
 
 
-def find_trajectories(folder: Path) -> set[int]:
-    """Indices of the complete trajectories in a folder: those whose files have their final name."""
-    return {int(path.stem) for path in folder.glob("[0-9]*/[0-9]*.safetensors")
+def find_trajectories(folder: Path, part: str = "[0-9]*") -> set[int]:
+    """Indices of the complete trajectories in a folder, or in a part of it, such as 000: those
+    whose files have their final name."""
+    return {int(path.stem) for path in folder.glob(f"{part}/[0-9]*.safetensors")
             if path.stem.isdecimal() and path == trajectory_path(folder, int(path.stem))}
 
 

@@ -406,7 +406,8 @@ def cli(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as e:
-        if text := str(e):
+        of_file = isinstance(e, OSError) and e.filename and e.strerror
+        if text := f"{e.filename}: {e.strerror}" if of_file else str(e):
             print_error(text)  # only one rank has the message of an AgreedError
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)

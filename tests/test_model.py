@@ -857,7 +857,7 @@ def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
 
 
 @pytest.mark.parametrize("raised, code, error", [
-    (PermissionError(13, "denied", "runs/x"), 1, "error: [Errno 13] denied: 'runs/x'\n"),
+    (PermissionError(13, "denied", "runs/x"), 1, "error: runs/x: denied\n"),
     (OSError("no space"), 1, "error: no space\n"),
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n")])
 def test_what_the_system_refuses_and_ctrl_c_end_in_one_line(raised, code, error, capsys):

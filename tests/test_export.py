@@ -208,10 +208,12 @@ def test_the_exported_scheduler_has_the_key_timesteps_of_every_shipped_config(co
 def test_lightx2v_s_step_list_is_the_known_one(config, steps):
     text = page_of(config)
     settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
-    expected = {"infer_steps": 10, "denoising_step_list": steps, "sample_shift": 1,
-                "enable_cfg": False, "model_cls": "wan2.1_distill",
-                "dit_original_ckpt": "student.safetensors"}
-    assert expected.items() <= settings.items()
+    assert settings == {
+        "infer_steps": 10, "denoising_step_list": steps, "sample_shift": 1, "enable_cfg": False,
+        "sample_guide_scale": 1, "model_cls": "wan2.1_distill", "text_len": 512,
+        "dit_original_ckpt": "student.safetensors", "target_video_length": 81,
+        "target_height": 480, "target_width": 832, "self_attn_1_type": "torch_sdpa",
+        "cross_attn_1_type": "torch_sdpa", "cross_attn_2_type": "torch_sdpa"}
 
 
 def facts_of(config: str, key: list[int] | None = None) -> dict:

@@ -46,7 +46,7 @@ Figures = Counter[tuple[str, ...]]  # (kind, …) -> number; all are linear in a
 
 
 def register_device() -> None:
-    """Give this process a device type that is no CPU and has no memory, and a process group that
+    """Give this process a device type that is not a CPU and has no memory, and a process group that
     moves nothing. torch's private device type: errors about mixed devices then are real ones."""
     if hasattr(torch, DEVICE):
         return

@@ -389,6 +389,13 @@ def print_error(error: str) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
+def wait_for_message() -> None:
+    """Wait until the rank that prints the error of all has ended: torchrun ends all ranks with the
+    first that fails, even one that has not printed yet."""
+    with contextlib.suppress(RuntimeError):  # its connection is closed
+        dist.all_reduce(torch.zeros(1))
+
+
 def cli(main: Callable[[], None]) -> None:
     """Run a stage's main. An error that a user can cause is one line on stderr and exit status 1.
 
@@ -408,7 +415,9 @@ def cli(main: Callable[[], None]) -> None:
     except (OSError, ValueError) as e:
         of_file = isinstance(e, OSError) and e.filename and e.strerror
         if text := f"{e.filename}: {e.strerror}" if of_file else str(e):
-            print_error(text)  # only one rank has the message of an AgreedError
+            print_error(text)
+        elif dist.is_initialized():
+            wait_for_message()
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         status = 130
@@ -416,6 +425,8 @@ def cli(main: Callable[[], None]) -> None:
         if not dist.is_initialized():
             raise
         status = e.code if isinstance(e.code, int) else 1
+        if status:
+            wait_for_message()
     except BaseException:
         if not dist.is_initialized():
             raise

@@ -2,7 +2,7 @@
 
     python distill.py [CONFIG]        torchrun --nproc-per-node 8 distill.py CONFIG
 
-In:  <run>/synvid (the small default makes a missing one first) and the teacher's weights.
+In:  the teacher's weights and <run>/synvid (for the small world, made by stage 1 if missing).
 Out: <run>/student.safetensors (of two experts student_high_noise and student_low_noise), with
      student.md on how to run it in other programs; <run>/distill/ with log.jsonl, curves.png and
      checkpoints. The same command resumes.
@@ -241,7 +241,7 @@ class Config(Shared):
     tap_data: int | None = field(None, "feature block for t'_0; default at 2/3 of the depth (D7)",
                                  "[0, inf)")
     experts: Literal["both", "high", "low"] = field(
-        "both", "what a run on Wan 2.2 A14B trains; one after the other: high, then low")
+        "both", "Wan 2.2 A14B's experts that this run trains; of two runs the first takes high")
     high_student: str | None = field(None, "for experts low: the file that experts high wrote; "
                                      "default <run>/student_high_noise.safetensors")
     held_out: int = field(32, "last trajectories kept from training, for evaluation",

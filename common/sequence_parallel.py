@@ -24,7 +24,7 @@ class SequenceShard(NamedTuple):
 
 def shard_sequence(h: Tensor, rope: Tensor,
                    group: dist.ProcessGroup | None) -> tuple[Tensor, SequenceShard]:
-    """This rank's tokens of h [B,L,D], whose first len(rope) tokens are the image's.
+    """This rank's tokens of h [B,L,D]: len(rope) patches of the video, then (HunyuanVideo) text.
 
     The sequence is padded with zeros to equal parts; attention never sees the padding. The part is
     a copy: a view would keep the full sequence in memory until the end of backward.

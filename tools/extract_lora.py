@@ -8,8 +8,9 @@ Out: <run>/student_lora_rank32.safetensors (or --out), fp16, for ComfyUI, diffus
      sample.py; next to it a table of the energy that each layer keeps (.md, .json) and its plot.
 
 A matrix's difference Δ = W_student - W_teacher is cut to its first r singular values: Δ ≈ B·A with
-B = U√S, A = √S Vᵀ, the nearest of that rank (Eckart and Young). Other parameters are stored as full
-differences. Energy kept: 1 - ‖Δ - B·A‖² / ‖Δ‖², B and A as stored.
+B = U√S, A = √S Vᵀ, the nearest of that rank (Eckart and Young). Of Wan, other parameters are stored
+as full differences; of HunyuanVideo, the file has only the matrices of the blocks. Energy kept:
+1 - ‖Δ - B·A‖² / ‖Δ‖², B and A as stored.
 """
 
 import functools
@@ -40,7 +41,7 @@ class Config(Shared):
     """Settings of an extraction."""
     student: str | None = field(None, "the student's file; none: <run>/student.safetensors")
     rank: int = field(32, "singular values kept of each matrix", "[1, inf)")
-    out: str | None = field(None, "the LoRA's file; none: <run>/student_lora_rank32.safetensors")
+    out: str | None = field(None, "the file; defaults to <run>/student_lora_rank<rank>.safetensors")
 
 
 # ------------------------------------------------------------------------------ decomposition

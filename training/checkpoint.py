@@ -66,9 +66,10 @@ class Saver:
     def save(self, step: int, state: dict, meta: dict) -> None:
         """Copy `state` to host memory and start writing it, once the previous save has ended.
 
-        Args: state, nested dicts of tensors: each rank writes its rows of a sharded one, and the
-        first rank that has it any other; meta, JSON values to store with it. If the previous save
-        failed, this one is the second try; after two failures in a row it raises as wait().
+        Args: state, nested dicts of tensors: each rank writes its own rows of a sharded tensor; any
+        other tensor is written by the first rank that has it; meta, JSON values to store with it.
+        If the previous save failed, this one is the second try; after two failures in a row it
+        raises as wait().
         """
         self.wait(retries=1)
         if self.failures and self.ranks.rank == 0:

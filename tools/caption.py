@@ -16,10 +16,8 @@ import json
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import torch
 
@@ -35,8 +33,7 @@ INSTRUCTION = """Describe this video in one paragraph of 100 to 150 words, from 
 filmed again: the people and objects in detail, their motion and the order of events, the \
 atmosphere, the background, the camera and the style. Write only what can be seen, without an \
 introduction."""
-REFUSAL = re.compile(r"(i['’]m|i am) (very |so )?(sorry|unable|not able)\b|i (cannot|can['’]t)\b|"
-                     r"sorry\b|as an ai\b|unfortunately,? i\b", re.IGNORECASE)
+REFUSAL = re.compile(r"(?i)(i['’]m|i am|i can(not|['’]t)|sorry|as an ai|unfortunately)\b")
 Clip = tuple[np.ndarray, dict]  # frames uint8 [T, H, W, 3], transformers' video_metadata
 
 
@@ -44,27 +41,25 @@ def find_videos(paths: list[Path]) -> list[Path]:
     """The videos given, and those in folders and below, in order, each once."""
     found = []
     for path in paths:
-        videos = [path] if path.is_file() else sorted(
-            p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
-        if not videos:
+        inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
+        if not path.is_file() and not inside:
             raise FileNotFoundError(f"{path}: expected a video, or a folder with some "
                                     f"({', '.join(SUFFIXES)}), got none: correct the path")
-        found += videos
+        found += inside or [path]
     return list(dict.fromkeys(path.resolve() for path in found))
 
 
-def sample_frames(path: Path, count: int) -> Clip | OSError:
+def sample_frames(path: Path, count: int) -> Clip:
     """`count` frames of a video, evenly spaced from the first to the last, where a shorter video
-    repeats some; or the error if it cannot be decoded to its end."""
-    try:
-        total = decode_video(path, "-f", "framecrc").decode().count("\n0,")  # a line per frame
-        indices = np.linspace(0, total - 1, count).round().astype(int)
-        chosen, places = np.unique(indices, return_inverse=True)
-        return read_frames(path, chosen)[places], {
-            "total_num_frames": total, "frames_indices": indices.tolist(),
-            "fps": next(imageio_ffmpeg.read_frames(path))["fps"] or 1.0}
-    except OSError as e:
-        return e
+    repeats some. Raises OSError if it cannot be decoded to its end."""
+    text = decode_video(path, "-f", "framecrc").decode()  # a line per frame, "0, …"
+    total = text.count("\n0,")
+    seconds, frames = re.search(r"#tb 0: (\d+)/(\d+)", text).groups()  # 1/12, 1001/30000
+    indices = np.linspace(0, total - 1, count).round().astype(int)
+    chosen, places = np.unique(indices, return_inverse=True)
+    return read_frames(path, chosen)[places], {
+        "total_num_frames": total, "frames_indices": indices.tolist(),
+        "fps": int(frames) / int(seconds)}
 
 
 def load_captioner(args: argparse.Namespace,
@@ -76,18 +71,15 @@ def load_captioner(args: argparse.Namespace,
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         import transformers
-        if not (args.model / "config.json").is_file():
-            raise ValueError("it has no config.json")
         processor = transformers.AutoProcessor.from_pretrained(args.model, **options)
-        if not hasattr(processor, "video_processor"):
-            raise ValueError("its processor takes no videos")
+        processor.tokenizer.padding_side = "left"  # a caption continues the end of its request
+        processor.video_processor.do_sample_frames = False  # sample_frames has
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             args.model, dtype=compute_dtype(device), use_safetensors=True, **options).to(device)
-    except (ImportError, KeyError, OSError, RuntimeError, ValueError) as e:
+    except (AttributeError, ImportError, KeyError, OSError, RuntimeError, ValueError) as e:
         raise ValueError(f"{args.model}: cannot be loaded ({error_summary(e)}): pip install "
                          "transformers torchvision, of versions that fit torch, and give a model "
                          "that docs/captions.md lists") from e
-    processor.tokenizer.padding_side = "left"  # a caption continues the end of its request
     ends = torch.tensor(model.generation_config.eos_token_id, device=device)
 
     @torch.no_grad()
@@ -95,10 +87,10 @@ def load_captioner(args: argparse.Namespace,
         chats = [[{"role": "user", "content": [{"type": "video", "video": frames},
                                                {"type": "text", "text": args.instruction}]}]
                  for frames, _ in clips]
-        sampled = {"video_metadata": [metadata for _, metadata in clips], "do_sample_frames": False}
         inputs = processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True,
-            return_tensors="pt", processor_kwargs=sampled).to(device, model.dtype)
+            return_tensors="pt", processor_kwargs={"video_metadata": [facts for _, facts in clips]})
+        inputs = inputs.to(device, model.dtype)
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_tokens)
         ids = ids[:, inputs["input_ids"].shape[1]:]
         return list(zip(processor.batch_decode(ids, skip_special_tokens=True),
@@ -117,9 +109,12 @@ def caption_error(text: str, complete: bool) -> str:
 
 
 def write_captions(out: Path, lines: list[dict]) -> None:
-    """Write the lines that have no "error", and print how many there are."""
+    """Write the lines that have no "error"; print the others, and how many there are."""
     prompts = [line for line in lines if "error" not in line]
     write_text(out, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts))
+    for line in lines:
+        if "error" in line:
+            print_line(f"{line['video']}: left out: {line['error']}", error=True)
     repeated = len(prompts) - len({prompt["prompt"] for prompt in prompts})
     print(f"{out} has {len(prompts)} prompts of {len(lines)} videos, {len(lines) - len(prompts)} "
           f"were left out; {repeated} prompts repeat another")
@@ -150,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = crc32_of_json([fingerprint_files(args.model), args.instruction, args.frames,
                               args.max_tokens, images and str(images)])
     ranks = setup_distributed(args.device, same={"settings": settings, "videos": videos})
-    with lock_run_folder(folder), ThreadPoolExecutor(args.batch) as pool:
+    with lock_run_folder(folder):
         record = on_first_rank(lambda: {
             line["video"]: line for log in folder.glob(f"{settings}/rank*.jsonl")
             for line in read_log(log)})
@@ -158,28 +153,23 @@ def main(argv: list[str] | None = None) -> None:
         describe = load_captioner(args, ranks.device) if todo else None
         bar = progress_bar(len(todo), "caption", ranks.rank, unit="video")
         for start in range(0, len(todo), args.batch):
-            batch = todo[start:start + args.batch]
-            paths = [out.parent / video for video in batch]
-            clips = list(pool.map(sample_frames, paths, [args.frames] * len(batch)))
-            readable = [clip for clip in clips if not isinstance(clip, OSError)]
-            captions = iter(describe(readable) if readable else [])
-            for video, clip in zip(batch, clips, strict=True):
-                record[video] = line = {"video": video}
-                if isinstance(clip, OSError):  # not in the record: it is tried again
-                    line["error"] = error_summary(clip)
-                else:
-                    text, complete = next(captions)
-                    line["prompt"] = " ".join(text.split())
-                    if error := caption_error(line["prompt"], complete):
-                        line["error"] = error
-                    elif images:
-                        image = images / f"{Path(video).stem[:80]}_{crc32_of_json(video)}.png"
-                        write_image(image, torch.tensor(clip[0][0]).permute(2, 0, 1) / 127.5 - 1)
-                        line["image"] = os.path.relpath(image, out.parent)
-                    append_log(folder / f"{settings}/rank{ranks.rank:03d}.jsonl", line)
-                if "error" in line:
-                    print_line(f"{video}: left out: {line['error']}", error=True)
-            bar.update(len(batch))
+            clips = {}
+            for video in todo[start:start + args.batch]:
+                try:
+                    clips[video] = sample_frames(out.parent / video, args.frames)
+                except OSError as e:  # not in the record's files: it is tried again
+                    record[video] = {"video": video, "error": error_summary(e)}
+            captions = describe(list(clips.values())) if clips else []
+            for (video, (frames, _)), (text, complete) in zip(clips.items(), captions, strict=True):
+                record[video] = line = {"video": video, "prompt": " ".join(text.split())}
+                if error := caption_error(line["prompt"], complete):
+                    line["error"] = error
+                elif images:
+                    image = images / f"{Path(video).stem[:80]}_{crc32_of_json(video)}.png"
+                    write_image(image, torch.tensor(frames[0]).permute(2, 0, 1) / 127.5 - 1)
+                    line["image"] = os.path.relpath(image, out.parent)
+                append_log(folder / f"{settings}/rank{ranks.rank:03d}.jsonl", line)
+            bar.update(min(args.batch, len(todo) - start))
         bar.close()
         for lines in gather_values(record):
             record |= lines

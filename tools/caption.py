@@ -16,11 +16,13 @@ import json
 import os
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from common.config import Shared
 from common.files import append_log, crc32_of_json, error_summary, read_log, write_text
 from common.names import fingerprint_files
 from common.ranks import (
@@ -52,14 +54,14 @@ def find_videos(paths: list[Path]) -> list[Path]:
 def sample_frames(path: Path, count: int) -> Clip:
     """`count` frames of a video, evenly spaced from the first to the last, where a shorter video
     repeats some. Raises OSError if it cannot be decoded to its end."""
-    text = decode_video(path, "-f", "framecrc").decode()  # a line per frame, "0, …"
-    total = text.count("\n0,")
-    seconds, frames = re.search(r"#tb 0: (\d+)/(\d+)", text).groups()  # 1/12, 1001/30000
-    indices = np.linspace(0, total - 1, count).round().astype(int)
+    text = decode_video(path, "-f", "framecrc").decode()
+    unit = Fraction(re.search(r"#tb 0: (\d+/\d+)", text)[1])  # seconds
+    times = [unit * int(time) for time in re.findall(r"^0, *-?\d+, *(-?\d+),", text, re.M)]
+    indices = np.linspace(0, len(times) - 1, count).round().astype(int)
     chosen, places = np.unique(indices, return_inverse=True)
     return read_frames(path, chosen)[places], {
-        "total_num_frames": total, "frames_indices": indices.tolist(),
-        "fps": int(frames) / int(seconds)}
+        "total_num_frames": len(times), "frames_indices": indices.tolist(),
+        "fps": float(max(1, len(times) - 1) / (times[-1] - times[0] or unit))}
 
 
 def load_captioner(args: argparse.Namespace,
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     videos = [os.path.relpath(path, out.parent) for path in find_videos(args.videos)]
     settings = crc32_of_json([fingerprint_files(args.model), args.instruction, args.frames,
                               args.max_tokens, images and str(images)])
-    ranks = setup_distributed(args.device, same={"settings": settings, "videos": videos})
+    ranks = setup_distributed(Shared(device=args.device), captions=settings, videos=videos)
     with lock_run_folder(folder):
         record = on_first_rank(lambda: {
             line["video"]: line for log in folder.glob(f"{settings}/rank*.jsonl")

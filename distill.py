@@ -36,11 +36,11 @@ from artifacts.lora import load_lora_student
 from artifacts.student import (
     check_replaceable, export_student, exported_path, high_checksum, load_high_student)
 from artifacts.trajectories import manifest_checksum
-from common.config import Shared, announce, field, load_config, settings_to_compare
+from common.config import Shared, announce, field, load_config
 from common.names import fingerprint
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, generator, local_rows, lock_run_folder,
-    on_first_rank, prefer_attention, print_line, progress_bar, setup_distributed)
+    on_first_rank, print_line, progress_bar, setup_distributed)
 from experts import crossing_note, expert_at, expert_name
 from model import (
     check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, time_grid, velocity)
@@ -424,9 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the config, make a missing small SynVid, train or resume, export."""
     cfg = load_config(Config, "distill", argv, __doc__)
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, COLLECTIVE_TIMEOUT,
-                              same=settings_to_compare(cfg, teacher=teacher))
-    prefer_attention(cfg.attention, ranks.device)
+    ranks = setup_distributed(cfg, cfg.sp, sizes.num_heads, COLLECTIVE_TIMEOUT, teacher=teacher)
     check_config(cfg, ranks.dp_size)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
     with lock_run_folder(checkpoint.run_folder(cfg)):

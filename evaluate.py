@@ -28,12 +28,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts.student import exported_path, facts_in, load_student, student_facts
-from common.config import Shared, announce, field, load_config, settings_to_compare
+from common.config import Shared, announce, field, load_config
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compute_dtype, device_name, draw_noise, gather_values, on_first_rank,
-    prefer_attention, setup_distributed)
+    setup_distributed)
 from common.video import check_ffmpeg
 from common.weights import open_safetensors, save_tensors
 from evaluation import measures, page
@@ -299,9 +299,8 @@ def main(argv: list[str] | None = None) -> None:
         check_ffmpeg()
     identity = {"teacher": fingerprint(cfg.weights), "encoders": fingerprint_files(cfg.weights),
                 "prompts": digest_texts(prompts)}
-    ranks = setup_distributed(cfg.device, same=settings_to_compare(
-        cfg, **identity, students=[fingerprint_files(student["file"]) for student in students]))
-    prefer_attention(cfg.attention, ranks.device)
+    ranks = setup_distributed(
+        cfg, **identity, students=[fingerprint_files(student["file"]) for student in students])
     if cfg.count < ranks.world:
         raise ValueError(f"count: expected at least one video for each of {ranks.world} ranks, got "
                          f"{cfg.count}: start fewer ranks or raise --count")

@@ -5,13 +5,15 @@ samples share a time, needs one. Source: Wan 2.2's release, text2video.py and im
 """
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from common.names import EXPERTS
-from common.ranks import Ranks, shard
+from common.ranks import Ranks
 
 
 class Experts(nn.Module):
@@ -59,11 +61,21 @@ def expert_at(dit: nn.Module, t: float) -> nn.Module:
 
 
 def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) -> nn.Module:
-    """Shard a DiT over all ranks as common.ranks.shard does, each expert for itself: while one
-    computes, nothing of the other is gathered."""
+    """Shard a DiT's parameters over all ranks (FSDP2): each block separately, then the rest; and
+    each expert for itself: while one computes, nothing of the other is gathered.
+
+    dtype: what a block's weights are cast to when gathered (None: as stored). The embeddings and
+    the head around the blocks stay as stored. Gradients are reduced in fp32.
+    """
+    # The root reshards too: else a forward without backward would leave it unsharded, and a
+    # checkpoint taken then would miss the optimizer's state of its sharded parameters.
+    options = {"mesh": ranks.mesh, "reshard_after_forward": True}
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in dit.children() if isinstance(dit, Experts) else (dit,):
         part.sp = ranks.sp_group
-        shard(part, ranks, dtype)
+        for block in part.blocks:
+            fully_shard(block, mp_policy=replace(policy, param_dtype=dtype), **options)
+        fully_shard(part, mp_policy=policy, **options)
     return dit
 
 

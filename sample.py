@@ -29,13 +29,13 @@ from tqdm import tqdm
 from artifacts.student import exported_path, how_to_use, load_student, student_facts
 from artifacts.videos import (
     Video, finished_videos, read_named_videos, timing_table, video_name, write_report)
-from common.config import Shared, announce, field, load_config, settings_to_compare
+from common.config import Shared, announce, field, load_config
 from common.files import append_log, crc32_of_json
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, gather_values,
-    lock_run_folder, on_first_rank, prefer_attention, setup_distributed)
+    lock_run_folder, on_first_rank, setup_distributed)
 from common.video import check_ffmpeg, decode_image, write_video
 from frozen.image import fit_size
 from frozen.load import encode_prompts, load_vae
@@ -141,7 +141,7 @@ class Config(Shared):
                     "tiles of HunyuanVideo's VAE", "[1, inf)")
 
 
-def check_config(cfg: Config) -> None:
+def check_options(cfg: Config) -> None:
     """Raise ValueError for settings that cannot be sampled."""
     if cfg.teacher and cfg.student is not None:
         raise ValueError(f"got both --teacher and --student {cfg.student}: give one of them")
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.how is not None:
         return print(how_to_use(Path(cfg.how)))
     sizes = check_model(cfg)
-    check_config(cfg)
+    check_options(cfg)
     drop_guidance(cfg)
     times = sampling_times(cfg)
     who = f"{'teacher' if cfg.teacher else 'lora' if cfg.lora else 'student'}{len(times) - 1}"
@@ -310,9 +310,9 @@ def main(argv: list[str] | None = None) -> None:
     checksum = crc32_of_json(settings)
     videos = list_videos(cfg, who, checksum)
     check_ffmpeg()
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, same=settings_to_compare(
-        cfg, **settings, videos=crc32_of_json([(v.file, v.seed, v.prompt.text) for v in videos])))
-    prefer_attention(cfg.attention, ranks.device)
+    ranks = setup_distributed(
+        cfg, cfg.sp, sizes.num_heads, **settings,
+        videos=crc32_of_json([(v.file, v.seed, v.prompt.text) for v in videos]))
     announce(cfg, "samples", ranks.rank)
     out = Path(cfg.out or Path(cfg.run) / "samples")
     record = out / f"{who}.jsonl"

@@ -33,12 +33,12 @@ from tqdm import tqdm
 from artifacts.trajectories import (
     LATENT_DTYPES, check_encoders, find_trajectories, first_gap, make_manifest, open_manifest,
     read_manifest, read_trajectory, trajectory_path, verify, write_trajectory)
-from common.config import Shared, announce, field, load_config, settings_to_compare
+from common.config import Shared, announce, field, load_config
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, read_prompts
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, draw_noise, lock_run_folder, on_first_rank,
-    prefer_attention, progress_bar, setup_distributed)
+    progress_bar, setup_distributed)
 from common.video import check_ffmpeg, write_video
 from experts import crossing_note
 from frozen.load import load_conditioner, load_vae
@@ -244,11 +244,10 @@ def main(argv: list[str] | None = None) -> None:
     indices = job_indices(cfg, prompts)
     if cfg.videos > cfg.start and (cfg.repair or not cfg.verify):
         check_ffmpeg()
-    same = settings_to_compare(cfg, teacher=fingerprint(cfg.weights), prompts=digest_texts(prompts),
-                               encoders=fingerprint_files(cfg.weights))
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, same=same,
-                              cfg_parallel=cfg.cfg_parallel and cfg.guidance != 1)
-    prefer_attention(cfg.attention, ranks.device)
+    ranks = setup_distributed(
+        cfg, cfg.sp, sizes.num_heads, cfg_parallel=cfg.cfg_parallel and cfg.guidance != 1,
+        teacher=fingerprint(cfg.weights), encoders=fingerprint_files(cfg.weights),
+        prompts=digest_texts(prompts))
     folder = Path(cfg.run) / "synvid"
     writes = cfg.repair or not cfg.verify
     with lock_run_folder(folder, indices.start, indices.stop) if writes else nullcontext():

@@ -272,8 +272,7 @@ def paths_of(cls: type) -> set[str]:
             if name in PATHS and kind in (str, str | None)}
 
 
-def settings_to_compare(cfg: Any, **contents: Any) -> dict[str, Any]:
-    """What all ranks must agree on: every setting but paths and the device, and `contents`, which
-    identify the files at the paths."""
+def settings_to_compare(cfg: Any) -> dict[str, Any]:
+    """The settings that all ranks must agree on: all but paths and the device."""
     values, paths = dataclasses.asdict(cfg), paths_of(type(cfg))
-    return {name: values[name] for name in values if name not in paths | {"device"}} | contents
+    return {name: values[name] for name in values if name not in paths | {"device"}}

@@ -10,7 +10,6 @@ import os
 import re
 import reprlib
 import secrets
-import shutil
 import socket
 import time
 import zlib
@@ -53,25 +52,6 @@ def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink()
-
-
-def replace_folder(path: Path, aside: Path) -> None:
-    """Rename the finished folder `aside` to `path`; a folder of that name is removed.
-
-    Raises ValueError naming the path if that cannot be done.
-    """
-    old = path.with_name(f".{path.name}.old")
-    try:
-        shutil.rmtree(old, ignore_errors=True)
-        for part in [*aside.rglob("*"), aside]:
-            sync_to_disk(part)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(aside, path)
-        sync_to_disk(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
-        raise ValueError(f"{path}: cannot be replaced by {aside} ({e}): {WRITE_REMEDY}") from e
 
 
 def sync_to_disk(path: Path) -> None:

@@ -93,7 +93,7 @@ def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         if t.dtype in FLOAT8:
             warn_of_fp8(t.file, bool(scales))
         if name in scales:
-            out[name] = scaled(t, *scales[name])
+            out[name] = scale_weight(t, *scales[name])
         elif t.dtype in FLOAT8:
             check_range(name, t)
     return out
@@ -112,7 +112,7 @@ def is_quantised(name: str, t: LazyTensor) -> bool:
     return integers or bool(QUANTISED.fullmatch(name))
 
 
-def scaled(t: LazyTensor, name: str, scale: LazyTensor) -> LazyTensor:
+def scale_weight(t: LazyTensor, name: str, scale: LazyTensor) -> LazyTensor:
     """A weight times its scale, one for all of it or one per row. Raises ValueError for others."""
     count, rows = math.prod(scale.shape), (*t.shape, 1)[0]
     if scale.dtype not in FLOATS or count not in (1, rows) or (*scale.shape, 1)[0] != count:

@@ -1,4 +1,4 @@
-"""Processes: how they find each other, agree, shard weights (FSDP2) and end; seeds."""
+"""Processes: how they find each other, agree and end; seeds."""
 
 import contextlib
 import hashlib
@@ -24,12 +24,12 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from common.config import Shared, settings_to_compare
 from common.files import TOKEN, lock_folder, write_text
 
 # ----------------------------------------------------------------------- processes and devices
@@ -89,18 +89,20 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
+def setup_distributed(cfg: Shared, sp: int = 1, heads: int = 1,
                       timeout: timedelta = timedelta(hours=12), cfg_parallel: bool = False,
-                      same: dict[str, Any] | None = None) -> Ranks:
+                      **contents: Any) -> Ranks:
     """Join the processes that torchrun started, or be the only one: one code path for both.
 
-    Args: sp, number of ranks that share each sample's tokens; heads, attention heads of the DiT,
-    which these ranks divide; timeout, how long a rank waits for the others in a collective;
-    cfg_parallel, whether two groups share the two evaluations of guidance; same, what all ranks
-    must agree on (see require_same).
+    Args: cfg, whose settings all ranks must share, except paths and the device; sp, number of ranks
+    that share each sample's tokens; heads, attention heads of the DiT, which these ranks divide;
+    timeout, how long a rank waits for the others in a collective; cfg_parallel, whether two groups
+    share the two evaluations of guidance; contents, JSON values that all ranks must share as well,
+    which identify the files at the paths.
     Raises ValueError if they do not, or if sp does not divide both the ranks and the heads.
     """
-    where = pick_device(device)
+    where = pick_device(cfg.device)
+    prefer_attention(cfg.attention, where)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     elif "OMP_NUM_THREADS" not in os.environ:  # the number of threads changes last bits; and
@@ -108,7 +110,7 @@ def setup_distributed(device: str = "auto", sp: int = 1, heads: int = 1,
     if not dist.is_initialized():
         join_processes("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
-    require_same(same or {})
+    require_same(settings_to_compare(cfg) | contents)
     replica = sp * (1 + cfg_parallel)
     if world % replica or heads % sp:
         raise ValueError(f"sp, cfg_parallel: expected replicas of {replica} rank(s) to divide the "
@@ -193,19 +195,15 @@ class Timer:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as reports call it."""
+    """The device as reports call it: a GPU's name, or the processor's (where the system has none,
+    its architecture) and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def processor() -> str:
-    """Name of the processor; where the system has none, its architecture."""
-    info = Path("/proc/cpuinfo")
+    info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
     text = info.read_text(encoding="utf-8") if info.exists() else ""
     found = re.search(r"model name\s*: *(.*\S)", text)
-    return found[1] if found else platform.machine()
+    name = found[1] if found else platform.machine()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def check_compiler(device: torch.device) -> None:
@@ -224,23 +222,6 @@ def compile_blocks(dit: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in dit.blocks:
         block.compile()
-
-
-def shard(module: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) -> nn.Module:
-    """Shard parameters over all ranks (FSDP2): each block separately, then the rest.
-
-    dtype: what a block's weights are cast to when gathered (None: as stored). The embeddings and
-    the head around the blocks stay as stored. Gradients are reduced in fp32.
-    """
-    # The root reshards too: else a forward without backward would leave it unsharded, and a
-    # checkpoint taken then would miss the optimizer's state of its sharded parameters.
-    options = {"mesh": ranks.mesh, "reshard_after_forward": True}
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)
-    for block in getattr(module, "blocks", []):
-        fully_shard(block, mp_policy=policy, **options)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    return fully_shard(module, mp_policy=policy, **options)
 
 
 def local_rows(p: Tensor) -> tuple[Tensor, slice | None]:
@@ -273,7 +254,7 @@ def end_all(error: Exception) -> NoReturn:
 def require_same(facts: dict[str, Any]) -> None:
     """Raise ValueError on every rank if one has other settings or files than the first.
 
-    Args: facts, JSON values by name, as config.settings_to_compare returns them.
+    Args: facts, JSON values by name.
     """
     first, *others = gather_values(facts)
     for rank, other in enumerate(others, 1):

@@ -272,11 +272,8 @@ def sample_blocks(tensor: LazyTensor) -> Tensor:
 def sample_file(path: Path) -> bytes:
     """The bytes of a file's spread blocks; all of a small file."""
     with path.open("rb") as f:
-        def block(start: int) -> bytes:
-            f.seek(start)
-            return f.read(BLOCK)
-
-        return b"".join(map(block, block_starts(os.fstat(f.fileno()).st_size, BLOCK)))
+        starts = block_starts(path.stat().st_size, BLOCK)
+        return b"".join(os.pread(f.fileno(), BLOCK, start) for start in starts)
 
 
 # Models by a tensor that they have, and the start of its shape where that distinguishes them.

@@ -23,15 +23,14 @@ from model import sizes_of
 # ------------------------------------------------------------------------ files, configs and names
 
 def component(weights: str | Path, what: str, official: list[str], subfolder: str,
-              role: str | None = None, family: str = "wan") -> Path:
+              family: str = "wan") -> Path:
     """The official file, or the diffusers subfolder, of one network in a weight folder.
 
-    Args: what, its name in errors; official, patterns of file names; role, its name in a list of
-    files (None: that of the subfolder). Raises FileNotFoundError if there is none, ValueError for
-    several.
+    Args: what, its name in errors; official, patterns of file names; subfolder, also its name in a
+    list of files. Raises FileNotFoundError if there is none, ValueError for several.
     """
     weights = Path(weights)
-    if (listed := role_file(weights, role or subfolder, family)) is not None:
+    if (listed := role_file(weights, subfolder, family)) is not None:
         return listed
     if not weights.is_dir():
         raise FileNotFoundError(f"weights: {weights} does not exist: expected an official or "

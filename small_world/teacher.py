@@ -33,7 +33,7 @@ from common.files import lock_folder, replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
-    check_compiler, cli, draw_noise, generator, pick_device, prefer_attention, processor, seed_of)
+    check_compiler, cli, device_name, draw_noise, generator, pick_device, prefer_attention, seed_of)
 from common.video import draw_panels, write_image
 from common.weights import save_tensors
 from frozen.image import CLIPVision
@@ -527,8 +527,8 @@ def train_all(cfg: Config, given: list[str]) -> None:
         seconds[line["stage"]] = round(done + line["seconds"], 1)
     write_json(out / "training.json", {
         "command": " ".join(["python -m small_world.teacher", *given]), "config": asdict(cfg),
-        "seconds": seconds, "hardware": f"{cfg.threads} of {os.cpu_count()} cores, {processor()}",
-        "torch": torch.__version__, "gates": found})
+        "hardware": f"{device_name(pick_device(cfg.device))}, {os.cpu_count()} cores",
+        "seconds": seconds, "torch": torch.__version__, "gates": found})
     draw_training(cfg, out / "curves.png")
     for name, figures in found.items():
         print(f"{name}: {figures}")

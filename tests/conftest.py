@@ -22,6 +22,7 @@ from processes import run_script
 from torch import nn
 
 import common.linear
+from common.config import Shared
 from common.files import ROOT, write_json
 from common.names import EXPERTS
 from common.ranks import generator, setup_distributed
@@ -161,7 +162,7 @@ def run_stage() -> Callable[..., subprocess.CompletedProcess]:
 @pytest.fixture
 def ranks():
     """This process alone, set up as in every stage."""
-    yield setup_distributed("cpu")
+    yield setup_distributed(Shared(device="cpu"))
     dist.destroy_process_group()
 
 

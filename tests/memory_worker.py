@@ -9,6 +9,7 @@ import distill
 import model
 import sample
 from artifacts.student import load_student
+from common.config import Shared
 from common.files import write_json
 from common.ranks import Ranks, generator, local_rows, setup_distributed
 from model import WanConfig
@@ -43,7 +44,7 @@ def load(ranks: Ranks, folder: Path) -> None:
 
 def share(_: Ranks, folder: Path) -> None:
     """What each rank holds of a DiT that two ranks sample with, and how far their result is."""
-    ranks = setup_distributed("cpu", 2, FEW.num_heads)
+    ranks = setup_distributed(Shared(device="cpu"), 2, FEW.num_heads)
     model.PRESETS["few"] = FEW
     cfg = sample.Config(preset="few", weights=str(folder / "few.safetensors"))
     dits = {"teacher": model.load_dit(cfg.weights, "few", ranks=ranks.sp_ranks),

@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
 
+from common.config import Shared
 from common.ranks import cli, setup_distributed
 from model import PRESETS
 
@@ -64,7 +65,7 @@ def start_each(world: int, target: Callable, *args: Any) -> list[Process]:
 def as_function(variables: Mapping[str, str], work: Callable, folder: Path) -> None:
     """The target of in_processes; it ends as a stage does."""
     os.environ.update(variables)
-    cli(lambda: work(setup_distributed("cpu"), folder))
+    cli(lambda: work(setup_distributed(Shared(device="cpu")), folder))
 
 
 def as_script(variables: Mapping[str, str], argv: list[str], where: str,

@@ -21,8 +21,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from artifacts.student import CHECKSUM, check_data, stream_safetensors
 from common.files import crc32_of_file, crc32_of_json, write_json
-from common.ranks import Ranks, shard
+from common.ranks import Ranks
 from common.weights import LazyTensor, safetensors_metadata
+from experts import shard_dit
 from model import WanConfig, build_dit
 from training import checkpoint
 from training.checkpoint import Saver, check_disk, latest_checkpoint, load_checkpoint
@@ -47,6 +48,17 @@ def save_steps(folder: Path, ranks, steps: list[int], keep: int = 3) -> None:
         save_checkpoint(folder, step, state, {"lr": 1e-5}, ranks, keep)
 
 
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    aside, done, replace = tmp_path / ".new.part", [], os.replace
+    (aside / "sub").mkdir(parents=True)
+    (aside / "sub/file").write_text("new")
+    monkeypatch.setattr(checkpoint, "sync_to_disk", lambda path: done.append(path.name))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("renamed") or replace(a, b))
+    checkpoint.replace_folder(tmp_path / "new", aside)
+    assert done == ["sub", "file", ".new.part", "renamed", tmp_path.name]
+    assert (tmp_path / "new/sub/file").read_text() == "new"
+
+
 def test_the_last_checkpoints_are_kept_and_the_newest_is_resumed(ranks, tmp_path):
     assert latest_checkpoint(tmp_path, ranks) is None
     (tmp_path / ".step_000007.part").mkdir()  # left by a process that was killed
@@ -61,7 +73,7 @@ def test_the_last_checkpoints_are_kept_and_the_newest_is_resumed(ranks, tmp_path
 
 def test_a_checkpoint_holds_the_state_at_save_though_training_continues(ranks, tmp_path):
     dit = build_dit(SMALL)
-    shard(dit, ranks)
+    shard_dit(dit, ranks)
     weights = {"dit": {name: p.detach() for name, p in dit.named_parameters()},
                "plain": {"w": torch.ones(1000)}}
     expected = {name: p.full_tensor().clone() for name, p in weights["dit"].items()}

@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import model
+from common.config import Shared
 from common.files import read_json, write_json
 from common.ranks import Ranks, compile_blocks, generator, setup_distributed
 from model import HunyuanConfig, WanConfig
@@ -23,7 +24,7 @@ LENGTHS = (3, 4, 5, 8, 9)  # of prompts
 def count_graphs(ranks: Ranks, folder: Path) -> None:
     """How many graphs Dynamo has made on rank 0, by family, after each length: as in training, with
     gradients of the weights, with none, and with those of the latents only."""
-    ranks = setup_distributed("cpu", ranks.world, 4)
+    ranks = setup_distributed(Shared(device="cpu"), ranks.world, 4)
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # Dynamo alone
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     graphs = {}

@@ -15,7 +15,7 @@ import pytest
 from common import files
 from common.config import Shared, announce
 from common.files import (
-    NUMBER, ROOT, append_log, lock_folder, read_json, read_log, replace_file, replace_folder)
+    NUMBER, ROOT, append_log, lock_folder, read_json, read_log, replace_file)
 from tools import runs
 
 
@@ -233,14 +233,3 @@ def test_a_stage_without_an_owner_removes_only_old_leftovers(tmp_path):
     os.utime(old, (time.time() - 4000,) * 2)
     announce(Shared(run=str(tmp_path)), "samples")
     assert not old.exists() and new.exists()
-
-
-def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    aside, done, replace = tmp_path / ".new.part", [], os.replace
-    (aside / "sub").mkdir(parents=True)
-    (aside / "sub/file").write_text("new")
-    monkeypatch.setattr(files, "sync_to_disk", lambda path: done.append(path.name))
-    monkeypatch.setattr(os, "replace", lambda a, b: done.append("renamed") or replace(a, b))
-    replace_folder(tmp_path / "new", aside)
-    assert done == ["sub", "file", ".new.part", "renamed", tmp_path.name]
-    assert (tmp_path / "new/sub/file").read_text() == "new"

@@ -31,8 +31,9 @@ from common.files import ROOT, read_json, replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint
 from common.names import official_names
 from common.ranks import (
-    SDPA_ORDER, Ranks, cli, generator, local_rows, pick_device, prefer_attention, seed_of, shard)
+    SDPA_ORDER, Ranks, cli, generator, local_rows, pick_device, prefer_attention, seed_of)
 from common.weights import load_module, open_tensors, save_tensors
+from experts import shard_dit
 from model import WanConfig, build_dit, load_dit
 from training.checkpoint import Saver, latest_checkpoint, load_checkpoint
 
@@ -558,7 +559,7 @@ def sharded_process(ranks: Ranks, folder: Path) -> None:
     x, t, cond = micro_batch()
     plain, rows = load_dit(folder, MICRO), {}
     with torch.device("meta"):
-        dit = shard(build_dit(MICRO), ranks)
+        dit = shard_dit(build_dit(MICRO), ranks)
     tensors = {}
     for name, lazy in dit_tensors(folder).items():
         def read(part=None, name=name, lazy=lazy):
@@ -909,7 +910,8 @@ def test_pyproject_holds_settings_of_tools_and_nothing_that_cannot_be_installed(
 
 
 ARROWS = {"common": {"common"}, "toy1d": set(),
-          "model": {"model", "experts", "common"},
+          "model": {"model", "experts", "sequence_parallel", "common"},
+          "sequence_parallel": set(),
           "experts": {"experts", "common"},
           "artifacts": {"artifacts", "model", "experts", "common"},
           "frozen": {"frozen", "model", "common"},

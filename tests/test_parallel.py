@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import distill
 import model
+from common.config import Shared
 from common.ranks import Ranks, generator, setup_distributed
 from common.weights import save_tensors
 from experts import by_expert, with_level
@@ -102,7 +103,7 @@ def distill_case(family: str, out: Path, lively: int = 0, **settings: int) -> No
     cfg = distill.Config(family=SIZES[family].family, preset="small", run=f"{out}.run", n=6,
                          key=KEY, shift=5.0, batch=4, iterations=3, held_out=2, lr=1e-3,
                          lr_heads=1e-2, clip=1.0, head_dim=8, lambda_adv=1.0, **settings)
-    ranks = setup_distributed("cpu", cfg.sp, SIZES[family].num_heads)
+    ranks = setup_distributed(Shared(device="cpu"), cfg.sp, SIZES[family].num_heads)
     distill.check_config(cfg, ranks.dp_size)
     for level, tensors in by_expert(dit.state_dict()).items():
         cfg.weights = str(out.with_name(with_level(f"{family}{ranks.rank}.safetensors", level)))
@@ -199,5 +200,5 @@ def test_moments_in_host_memory_change_no_bit(distilled):
 def test_sp_that_does_not_divide_ranks_and_heads_is_an_error_that_names_both(sp):
     message = rf"replicas of {sp} rank\(s\) to divide the 1 rank\(s\), and sp={sp} the 12 attention"
     with pytest.raises(ValueError, match=message):
-        setup_distributed("cpu", sp, 12)
+        setup_distributed(Shared(device="cpu"), sp, 12)
     dist.destroy_process_group()

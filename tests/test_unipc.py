@@ -205,7 +205,7 @@ def test_a_released_student_samples_as_its_authors_command_does(run, tiny_weight
 def sampling_times(config: str, *options: str) -> list[float]:
     """The times of sample.py with a shipped config."""
     cfg = load_config(sample.Config, "sample", [str(ROOT / f"configs/{config}.yaml"), *options])
-    sample.check_config(cfg)
+    sample.check_options(cfg)
     return sample.sampling_times(cfg)
 
 

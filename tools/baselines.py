@@ -27,12 +27,12 @@ from tqdm import tqdm
 import distill
 from artifacts.student import export_student
 from artifacts.trajectories import open_trajectories
-from common.config import Shared, announce, field, load_config, settings_to_compare
+from common.config import Shared, announce, field, load_config
 from common.names import fingerprint
 from common.prompts import Prompt
 from common.ranks import (
-    Ranks, Timer, cli, compute_dtype, generator, lock_run_folder, on_first_rank, prefer_attention,
-    progress_bar, setup_distributed)
+    Ranks, Timer, cli, compute_dtype, generator, lock_run_folder, on_first_rank, progress_bar,
+    setup_distributed)
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from distill import COLLECTIVE_TIMEOUT, build, learning_rate
 from frozen.load import encode_prompts, load_conditioner, load_vae
@@ -307,9 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg.synvid, cfg.clips = cfg.synvid or f"{cfg.run}/synvid", cfg.clips or f"{cfg.run}/clips"
         cfg.run = f"{cfg.run}/baselines/{cfg.method}-{cfg.data}-seed{cfg.seed}"
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
-    ranks = setup_distributed(cfg.device, cfg.sp, sizes.num_heads, COLLECTIVE_TIMEOUT,
-                              same=settings_to_compare(cfg, teacher=teacher))
-    prefer_attention(cfg.attention, ranks.device)
+    ranks = setup_distributed(cfg, cfg.sp, sizes.num_heads, COLLECTIVE_TIMEOUT, teacher=teacher)
     distill.check_config(cfg, ranks.dp_size)
     if cfg.data != "samples" and cfg.preset != "tiny":
         raise ValueError(f"data: expected samples for preset {cfg.preset}, got {cfg.data}: only "

@@ -43,7 +43,7 @@ from common.files import error_summary, read_json, write_json
 from common.linear import linear
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
-    prefer_attention, processor, setup_distributed)
+    setup_distributed)
 from common.video import write_video
 from common.weights import save_tensors
 from evaluation.page import commit, markdown_table
@@ -464,11 +464,9 @@ def main(argv: list[str] | None = None) -> None:
     """Measure row by row until the time is over; print and store the results."""
     started = time.perf_counter()
     cfg = load_config(Config, "bench", argv, __doc__)
-    ranks = setup_distributed(cfg.device, cfg.sp, check_model(cfg).num_heads)
-    prefer_attention(cfg.attention, ranks.device)
+    ranks = setup_distributed(cfg, cfg.sp, check_model(cfg).num_heads)
     on_gpu, out = ranks.device.type == "cuda", Path(cfg.out or Path(cfg.run) / "bench.json")
-    device = device_name(ranks.device) if on_gpu else (
-        f"{processor()}, {device_name(ranks.device).removeprefix('CPU, ')}")
+    device = device_name(ranks.device)
     minutes = cfg.minutes if cfg.minutes is not None else 8 if on_gpu else 2
     peak = measure_peak(ranks.device)
     arguments = sys.argv[1:] if argv is None else argv

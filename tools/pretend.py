@@ -153,7 +153,7 @@ def pretended_ranks(cfg: Shared, gpus: int, heads: int, meter: "Meter") -> Itera
         clear_caches()
         stack.enter_context(meter)
         try:
-            yield setup_distributed("auto", cfg.sp, heads, cfg_parallel=pairs)
+            yield setup_distributed(cfg, cfg.sp, heads, cfg_parallel=pairs)
         finally:
             clear_caches()
             dist.destroy_process_group()

@@ -25,12 +25,11 @@ from tqdm import tqdm
 import distill
 from artifacts.student import load_student, student_facts
 from artifacts.trajectories import SynVid, open_trajectories
-from common.config import announce, field, load_config, settings_to_compare
+from common.config import announce, field, load_config
 from common.files import write_json
 from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, prefer_attention,
-    setup_distributed)
+    Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, setup_distributed)
 from distill import features, head_loss, make_heads, tap_blocks
 from evaluation.page import drawing
 from model import check_model, collate, load_dit, sample_euler
@@ -192,8 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the config, examine the features, write the table and the figure."""
     cfg = load_config(Config, "distill", argv, __doc__, "-m tools.taps")
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
-    ranks = setup_distributed(cfg.device, same=settings_to_compare(cfg, teacher=teacher))
-    prefer_attention(cfg.attention, ranks.device)
+    ranks = setup_distributed(cfg, teacher=teacher)
     distill.check_config(cfg, 1)
     if cfg.student is not None:
         student_facts(Path(cfg.student), cfg, same_teacher=True)

@@ -9,6 +9,7 @@ reported and skipped. It loads on any number of ranks, and holds no pickle.
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import time
@@ -27,7 +28,7 @@ from artifacts.student import stream_safetensors
 from common.config import load_yaml
 from common.files import (
     WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
-    replace_folder, shape_error, write_json)
+    shape_error, sync_to_disk, write_json)
 from common.ranks import (
     SIGHT, AgreedError, Ranks, gather_values, local_rows, on_first_rank, print_line,
     raise_together)
@@ -156,6 +157,19 @@ class Saver:
         return ValueError(f"{self.path}: the checkpoint cannot be written "
                           f"({error_summary(self.error)}): {WRITE_REMEDY}; older ones "
                           "are untouched")
+
+
+def replace_folder(path: Path, aside: Path) -> None:
+    """Rename the finished folder `aside` to `path`; a folder of that name is removed."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    for part in [*aside.rglob("*"), aside]:
+        sync_to_disk(part)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(aside, path)
+    sync_to_disk(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

@@ -409,7 +409,7 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
     if state.step < cfg.iterations:
         if ranks.rank == 0:
             print_line(f"stopped by a signal after iteration {state.step}: rerun the same command "
-                       "to resume")
+                       f"to resume, or with iterations={state.step} to export the student")
         return
     path = export_student(cfg, state, ranks, meta)
     if ranks.rank == 0:

@@ -166,6 +166,13 @@ def ranks():
 
 
 @pytest.fixture
+def no_ranks():
+    """Leave the process group of an earlier test: with one, ranks.cli ends this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own, of 256 KiB."""
     folder = tmp_path / "disk"

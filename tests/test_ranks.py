@@ -234,7 +234,7 @@ worker = subprocess.Popen(sys.argv[1:], env={**os.environ, "RANK": "0", "WORLD_S
     "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
     "TORCHELASTIC_RUN_ID": "here"})
 print(worker.pid, flush=True)
-time.sleep(100)
+time.sleep(1800)
 """
 
 

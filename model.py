@@ -25,10 +25,10 @@ from common.config import Shared, nearest
 from common.linear import GELU, Linear, gelu
 from common.names import EXPERTS, check_sizes, dit_tensors
 from common.ranks import Ranks, compute_dtype
+from common.sequence_parallel import (
+    SequenceShard, gather_sequence, heads_to_tokens, shard_sequence, tokens_to_heads)
 from common.weights import load_module
 from experts import Experts, check_guidance, expert_at, shard_dit
-from sequence_parallel import (
-    SequenceShard, gather_sequence, heads_to_tokens, shard_sequence, tokens_to_heads)
 
 
 # ------------------------------------------------------------------ schedule and Euler step

@@ -910,8 +910,7 @@ def test_pyproject_holds_settings_of_tools_and_nothing_that_cannot_be_installed(
 
 
 ARROWS = {"common": {"common"}, "toy1d": set(),
-          "model": {"model", "experts", "sequence_parallel", "common"},
-          "sequence_parallel": set(),
+          "model": {"model", "experts", "common"},
           "experts": {"experts", "common"},
           "artifacts": {"artifacts", "model", "experts", "common"},
           "frozen": {"frozen", "model", "common"},

@@ -407,9 +407,10 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
             if stop:
                 break
     if state.step < cfg.iterations:
-        if ranks.rank == 0:
+        if ranks.rank == 0:  # with lr_final the number of iterations is fixed
+            export = f", or with iterations={state.step} to export the student"
             print_line(f"stopped by a signal after iteration {state.step}: rerun the same command "
-                       "to resume")
+                       f"to resume{export if cfg.lr_final == 1 else ''}")
         return
     path = export_student(cfg, state, ranks, meta)
     if ranks.rank == 0:

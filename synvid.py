@@ -6,8 +6,8 @@
 In:  the teacher's folder `weights` and a file of prompts (with images for image-to-video).
 Out: <run>/synvid: a manifest and one file per trajectory (artifacts/trajectories.py), a few videos.
 
-With one config, trajectory i follows from (seed, i, its prompt): ranks, order, restarts and jobs do
-not change a byte, another batch size or machine may change the last bits. The same command resumes;
+Trajectory i depends only on the config, i and its prompt: ranks, order, restarts and jobs give
+identical bytes; another batch size or machine may change last bits. The same command resumes;
 --verify lists damaged and missing files, --repair makes these again. Jobs with their own --start
 and --count may fill one folder at the same time, and prompts may be appended to the file.
 """

@@ -9,7 +9,7 @@
 <name>_lora.md           the same of its LoRA
 <name>_comfyui.json      ComfyUI's workflow of it, to drag into its window
 
-A student of Wan 2.2 A14B has two of each of the first two, <name>_high_noise.safetensors and
+A student of Wan 2.2 A14B has two files of weights and two LoRAs, <name>_high_noise.safetensors and
 <name>_low_noise.safetensors with the same metadata, and transformer_2/ in its folder. Either of the
 two files stands for both.
 """
@@ -194,8 +194,8 @@ def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: s
             note = (f"was made on the DiT {teacher}; {cfg.weights} has {found}: the same model in "
                     "another dtype is fine, another model is not")
     elif teacher and {n: t.shape for n, t in official_tensors(tensors).items()} != shapes:
-        note = (f"is of another model than the DiT in {cfg.weights}: are its text encoder and VAE "
-                "the right ones?")
+        note = (f"is of another model than the DiT in {cfg.weights}: check that the text encoder "
+                "and VAE in that folder belong to the student")
     if note and os.environ.get("RANK", "0") == "0":
         print(f"{path} {note}", flush=True)
 

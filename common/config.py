@@ -44,7 +44,7 @@ class Shared:
     """The settings that all stages of a run share: the top level of a YAML file."""
     family: Literal["wan", "hunyuan"] = field("wan", "network family")
     preset: str = field("tiny", "sizes of the DiT, a name of model.PRESETS")
-    weights: str = field("assets/tiny", "teacher: an official or a diffusers folder")
+    weights: str = field("assets/tiny", "teacher: its folder, or a YAML file that names its files")
     run: str = field("runs/tiny", "folder for everything this run makes")
     height: int = field(48, "pixels, a multiple of 16", "[16, 16384]")
     width: int = field(48, "pixels, a multiple of 16", "[16, 16384]")

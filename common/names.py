@@ -58,8 +58,9 @@ def plain_names(tensors: dict, component: str) -> dict:
         return tensors
     for name, t in tensors.items():
         if LORA.fullmatch(name):
-            raise ValueError(f"{t.file}: is a LoRA ({name:.80}): give it as --lora, and point "
-                             "`weights` at its model")
+            raise ValueError(f"{t.file}: is a LoRA ({name:.80}), where a complete network is "
+                             "expected: merge it into its model first (docs/own_teacher.md); "
+                             "only sample.py takes it, as --lora FILE")
     file = next(iter(tensors.values())).file
     tensors = {WRAPPERS.sub("", name): t for name, t in tensors.items()}
     prefixes = {name.removesuffix(anchor) for name in tensors for anchor in ANCHORS[component]

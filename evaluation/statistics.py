@@ -86,7 +86,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float],
     degrees = min(variance ** 2 / uncertainty if uncertainty else math.inf, 1e6)  # the normal
     error = variance ** 0.5
     return {"difference": mean, "half": error * t_quantile(degrees), "pairs": pairs,
-            "p": 1 - t_probability(mean / error, degrees)}
+            "p": max(0.0, 1 - t_probability(mean / error, degrees))}  # the integral has errors
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

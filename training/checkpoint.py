@@ -367,7 +367,7 @@ def check_same_run(path: Path, saved: dict, meta: dict) -> None:
         if old != new:
             why = ", which its learning rate depends on (lr_final)" if key in fixed else ""
             raise ValueError(f"{path}: that run began with {key}={old}{why}, the config has {new}: "
-                             "go back to it, choose another --run, or remove that run's "
+                             f"set {key} back, choose another --run, or remove that run's "
                              "checkpoints")
 
 

@@ -295,7 +295,7 @@ def make_table(path: Path) -> str:
                 append_log(path, cells[row, sp, gpus])
             cell = cells[row, sp, gpus]
             difference = sum(plan_of(cfg, gpus).values()) / cell["peak"] - 1
-            found.append(f"{cell['peak'] / GiB:.1f} ({difference:+.1%})")
+            found.append(f"{cell['peak'] / GiB:.1f} ({difference:+.1%})".replace("-", "−"))
         if found[-1] == "–":
             continue
         by_kind, micro = Counter(cell["traffic"]), 1e9 * min(cfg.batch * sp // gpus, 2)

@@ -399,6 +399,7 @@ def wait_for_message() -> None:
 def cli(main: Callable[[], None]) -> None:
     """Run a stage's main. An error that a user can cause is one line on stderr and exit status 1.
 
+    Output is written line by line, since torchrun may end a rank at any time.
     With a process group, the process always ends without Python's shutdown. A rank that fails then
     does not wait for the others, so that torchrun sees it and stops them; and a gloo thread may
     still release the tensors of the last collective, which aborts the process during shutdown.
@@ -406,7 +407,7 @@ def cli(main: Callable[[], None]) -> None:
     status = 1
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows what it can
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
         status = 0
@@ -432,7 +433,9 @@ def cli(main: Callable[[], None]) -> None:
             raise
         traceback.print_exc()
         if dist.get_world_size() > 1:
-            time.sleep(1)  # if it only lost another rank, torchrun sees that one end first
+            # If it only lost another rank, torchrun sees that one end first, and ends this one.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
     if dist.is_initialized():
         if status == 0:
             dist.destroy_process_group()

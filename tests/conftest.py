@@ -166,6 +166,13 @@ def ranks():
 
 
 @pytest.fixture
+def no_ranks():
+    """Leave the process group of an earlier test: with one, ranks.cli ends this process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A folder on a disk of its own, of 256 KiB."""
     folder = tmp_path / "disk"
@@ -174,7 +181,7 @@ def small_disk(tmp_path):
     if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 class Evil:

@@ -1,8 +1,9 @@
-"""A stage of which one rank is killed at a chosen place.
+"""A stage of which one rank is killed, or terminated by a signal, at a chosen place.
 
 python killed_stage.py MARK RANK PLACE COUNT TIMES STAGE ARGUMENTS…: at the COUNT-th call of PLACE,
-rank RANK adds a byte to the file MARK and kills itself, until MARK has TIMES bytes. In an iteration
-it first waits until the checkpoint in progress is complete, so that every run resumes at that one.
+rank RANK adds a byte to the file MARK and sends itself SIGKILL, or SIGTERM if PLACE is
+"terminated", until MARK has TIMES bytes. In an iteration it first waits until the checkpoint in
+progress is complete, so that every run resumes at that one.
 """
 
 import importlib
@@ -22,7 +23,9 @@ from artifacts import student
 from common.ranks import cli
 from training.checkpoint import Saver
 
-PLACES = {"iteration": (distill, "update_heads"),
+PLACES = {"start": (distill, "build"),
+          "iteration": (distill, "update_heads"),
+          "terminated": (distill, "update_heads"),
           "checkpoint": (student, "bytes_of"),          # a part of a rank's file is written
           "publish": (Saver, "publish"),                # all files are written, none has its name
           "export": (DTensor, "full_tensor")}           # a part of the student is written
@@ -41,7 +44,7 @@ if __name__ == "__main__":
             with mark.open("a") as f:
                 f.write("x")
             if mark.stat().st_size <= int(times):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGTERM if place == "terminated" else signal.SIGKILL)
         return real(*args, **kwargs)
 
     setattr(module, name, killed)

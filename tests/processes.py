@@ -3,11 +3,12 @@ need: importing torch takes longer than most of them. Except on Linux, where a f
 starts from nothing. A test that patches a module before others import from it needs a command line
 (script_command)."""
 
+import functools
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,8 @@ from dataclasses import replace
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from common.ranks import cli, setup_distributed
 from model import PRESETS
@@ -40,16 +43,24 @@ def script_command(script: Path, *args: Any, ranks: int = 1, torchrun: str = "")
     return [sys.executable, *(launch if ranks > 1 else []), str(script), *map(str, args)]
 
 
+@functools.cache
+def group_store() -> TCPStore:
+    """Where groups of processes find each other. This process keeps it, as torchrun does: a port
+    that the first rank opens itself could be taken by another process before it starts."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+GROUPS = itertools.count()  # each is as another restart of one job: its keys have a prefix
+
+
 def rank_variables(world: int) -> list[dict[str, str]]:
     """The environment by which the processes of a group find each other; one alone needs none."""
     if world == 1:
         return [{}]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-             "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            for rank in range(world)]
+    group = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(group_store().port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+             "TORCHELASTIC_RESTART_COUNT": str(next(GROUPS))}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group} for rank in range(world)]
 
 
 def start_each(world: int, target: Callable, *args: Any) -> list[Process]:
@@ -81,20 +92,23 @@ def as_script(variables: Mapping[str, str], argv: list[str], where: str,
 
 
 def wait_for(processes: list[Process]) -> int:
-    """The exit status of the first process that fails, after which the others are stopped, or 0."""
+    """The exit status of the first process that fails, after which the others are stopped, or 0.
+    Of several that ended meanwhile, the first is one that a signal ended: the others lost it."""
     until, status = time.monotonic() + PATIENCE, 0
     running = {process.sentinel: process for process in processes}
     while running and not status:
         ended = multiprocessing.connection.wait(running, max(0.0, until - time.monotonic()))
-        status = next((running[s].exitcode for s in ended if running[s].exitcode), 0)
+        status = next(filter(None, sorted(running[s].exitcode for s in ended)), 0)
         running = {s: process for s, process in running.items() if s not in ended}
         if not ended:
             break
-    for stop in (Process.terminate, Process.kill):
+    while any(process.is_alive() for process in running.values()) and time.monotonic() < until:
         for process in running.values():
-            stop(process)
-        for process in running.values():
-            process.join(PATIENCE)
+            process.terminate()  # again, since it may have collected the signal before it failed
+        time.sleep(0.05)
+    for process in running.values():
+        process.kill()
+        process.join(PATIENCE)
     assert status or not running, f"no end after {PATIENCE} s"
     return status
 

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from collections import deque
 from dataclasses import asdict
 from datetime import datetime
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import PATIENCE, start_script
+from processes import run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -35,6 +34,7 @@ from training.monitor import Journal, Log, held_out_errors, step_flops, teacher_
 SMALL = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=3, text_dim=8, text_len=4,
                   freq_dim=16)
 M3 = key_times("wan", 6, 5.0, [0, 2, 4, 6])[::-1]
+KILLED = Path(__file__).parent / "killed_stage.py"
 
 
 class FakeSynVid:
@@ -509,38 +509,22 @@ def test_the_command_trains_and_exports_a_student(undisturbed):
     assert kept == ["step_000007", "step_000008"]
 
 
-def test_killed_and_terminated_at_any_moment_it_ends_with_the_same_weights(undisturbed, tmp_path):
+def test_killed_and_terminated_it_ends_with_the_same_weights(undisturbed, run_stage, tmp_path):
     folder, config = undisturbed
-    run, out = tmp_path / "b", tmp_path / "b.out"
-    log = run / "distill/log.jsonl"
+    run = tmp_path / "b"
     os.symlink(folder / "a/synvid", _made(run) / "synvid")
-
-    def start(*more):
-        return start_script(distill.__file__, config, "--run", run, *more, outputs=(out, out))[0]
-
-    for lines in (-1, 1):  # -1: killed while it starts; else in the iteration after so many
-        process = start()
-        while lines < 0 or not (log.exists() and log.read_text().count("\n") > lines):
-            time.sleep(0.3 if lines < 0 else 0.01)
-            assert process.is_alive()
-            if lines < 0:
-                break
-        process.kill()
-        process.join(PATIENCE)
-        assert process.exitcode == -signal.SIGKILL
-    done = log.read_text().count("\n")
-    process = start("--save_every", "100")
-    while log.read_text().count("\n") <= done or "resuming" not in out.read_text():
-        time.sleep(0.01)
-        assert process.is_alive()
-    process.terminate()
-    process.join(PATIENCE)
-    assert process.exitcode == 0 and "rerun the same command to resume" in out.read_text()
-    done = log.read_text().count("\n")
-    assert max(p.name for p in (run / "distill").glob("step_*")) == f"step_{done:06d}"
-    process = start()
-    process.join(PATIENCE)
-    assert process.exitcode == 0, out.read_text()
+    for place, count, status, more in (("start", 1, -signal.SIGKILL, []),
+                                       ("iteration", 3, -signal.SIGKILL, []),
+                                       ("terminated", 3, 0, ["--save_every", "100"])):
+        done = run_script(KILLED, tmp_path / place, 0, place, count, 1, "distill", config, "--run",
+                          run, *more)
+        assert done.returncode == status and (tmp_path / place).exists(), done.stderr
+    assert "resuming from" in done.stdout and "rerun the same command to resume" in done.stdout
+    log = run / "distill/log.jsonl"
+    count = log.read_text().count("\n")
+    assert max(p.name for p in (run / "distill").glob("step_*")) == f"step_{count:06d}"
+    assert 2 < count < 8
+    run_stage("distill", config, "--run", run)
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 9))
     ours, theirs = (load_file(p / "student.safetensors") for p in (run, folder / "a"))

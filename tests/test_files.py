@@ -30,7 +30,7 @@ from pathlib import Path
 from common.files import lock_folder
 with lock_folder(Path(sys.argv[1]), *map(int, sys.argv[2:])):
     print("held", flush=True)
-    time.sleep(100)
+    time.sleep(1800)
 """
 
 

@@ -389,7 +389,7 @@ def test_the_default_config_finds_shipped_files_from_every_directory(tmp_path, m
     assert not Path(cfg.run).is_absolute()  # results are relative to the working directory
 
 
-def test_an_error_has_a_line_of_its_own_after_a_progress_bar(capsys):
+def test_an_error_has_a_line_of_its_own_after_a_progress_bar(no_ranks, capsys):
     def work() -> None:
         bar = tqdm(total=3, mininterval=0)
         bar.update()

@@ -848,7 +848,7 @@ def test_the_resolved_config_is_printed_and_saved_with_the_run(tmp_path, capsys)
     assert config(tmp_path, "distill:\n" + again) == cfg
 
 
-def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
+def test_what_a_user_can_cause_ends_in_one_line_and_status_1(no_ranks, capsys):
     def main():
         raise ValueError("runs/x: wrong")
     with pytest.raises(SystemExit) as e:
@@ -860,7 +860,7 @@ def test_what_a_user_can_cause_ends_in_one_line_and_status_1(capsys):
     (PermissionError(13, "denied", "runs/x"), 1, "error: runs/x: denied\n"),
     (OSError("no space"), 1, "error: no space\n"),
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n")])
-def test_what_the_system_refuses_and_ctrl_c_end_in_one_line(raised, code, error, capsys):
+def test_what_the_system_refuses_and_ctrl_c_end_in_one_line(raised, code, error, no_ranks, capsys):
     def main():
         raise raised
     with pytest.raises(SystemExit) as e:

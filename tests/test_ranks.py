@@ -1,5 +1,6 @@
 """Ranks that have other settings or files than the first, that fail, or whose launcher ended."""
 
+import contextlib
 import errno
 import json
 import os
@@ -171,7 +172,7 @@ def test_the_last_checkpoint_and_the_export_get_a_second_try(place, failures, fi
 
 def test_a_second_start_in_one_folder_is_refused_and_nothing_is_lost(finished, run_stage, tmp_path):
     folder, config = finished
-    run, more = tmp_path / "run", ["iterations=100", "eval_every=200"]
+    run, more = tmp_path / "run", ["iterations=10000", "eval_every=20000"]  # it does not end
     shutil.copytree(folder / "run/synvid", run / "synvid")
     [process] = start_script(ROOT / "distill.py", config, f"run={run}", *more)
     log = run / "distill/log.jsonl"
@@ -216,20 +217,34 @@ def test_two_jobs_of_the_same_trajectories_are_not_run_at_once(finished, run_sta
     assert trajectory_path(run / "synvid", 30001).exists()
 
 
+def test_what_a_rank_has_printed_is_not_lost_when_torchrun_ends_it(tmp_path):
+    script = tmp_path / "ended.py"
+    script.write_text("""
+import os, signal
+from common.ranks import cli
+cli(lambda: print("a result") or os.kill(os.getpid(), signal.SIGTERM))
+""")
+    done = run_script(script)
+    assert done.returncode == -signal.SIGTERM and done.stdout == "a result\n"
+
+
 LAUNCHER = """
 import os, subprocess, sys, time
 worker = subprocess.Popen(sys.argv[1:], env={**os.environ, "RANK": "0", "WORLD_SIZE": "2",
     "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
     "TORCHELASTIC_RUN_ID": "here"})
 print(worker.pid, flush=True)
-time.sleep(100)
+time.sleep(1800)
 """
 
 
 def has_socket(pid: int) -> bool:
     """Whether a process has opened a socket, by which it waits for other ranks."""
-    return any(int(fd.name) > 2 and os.readlink(fd).startswith("socket:")
-               for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            if int(fd.name) > 2 and os.readlink(fd).startswith("socket:"):
+                return True
+    return False
 
 
 def imports_torch(pid: int) -> bool:

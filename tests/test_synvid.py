@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import in_processes, start_each
+from processes import PATIENCE, in_processes, start_each
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -364,7 +364,7 @@ def test_killed_at_random_calls_the_same_command_ends_with_the_same_bytes(make_c
     for _ in range(5):
         last = first + batch // 2 + rng.randrange(batch)  # a batch or two
         [victim] = start_each(1, run_until_call, [str(config)], last)
-        victim.join(300)
+        victim.join(PATIENCE)
         assert victim.exitcode == -signal.SIGKILL
         left = {name: data for name, data in contents(folder).items() if "/." not in name}
         assert left.items() <= reference.items()  # no half-written file has its final name

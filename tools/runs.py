@@ -162,11 +162,9 @@ def run_all(runs: Iterable[Run], plan: Plan, label: str) -> None:
     """
     waiting, running = [run for run in runs if not is_done(run, plan.config)], {}
     bar = tqdm(total=len(waiting), desc=label, unit="run", disable=not waiting or None)
-
-    def stop(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    caught: list[int] = []  # an exception in a handler could lose a process that is being started
+    handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
+                for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         while waiting or running:
             while waiting and len(running) < plan.at_once:
@@ -176,6 +174,8 @@ def run_all(runs: Iterable[Run], plan: Plan, label: str) -> None:
                 finish(run, running.pop(run), plan.config)
                 bar.update()
             time.sleep(0.1)
+            if caught:
+                raise SystemExit(128 + caught[0])
     finally:
         bar.close()
         for process in running.values():

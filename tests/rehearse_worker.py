@@ -124,14 +124,15 @@ def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
 
 def sample_small(ranks: Ranks, folder: Path) -> None:
     """Figures of synvid.py, with each evaluation of guidance on two ranks that share tokens, and of
-    sample.py: a small DiT with the released encoders and VAE."""
+    sample.py: a small DiT with the released encoders and VAE, then one with small ones."""
     dist.destroy_process_group()
     small = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=1)
     model.PRESETS |= {"t2v": small, "i2v": replace(small, **I2V)}
     shared = {"height": 64, "width": 64, "frames": 1, "cfg_scale": 3.0}
     for name, cfg in (
             ("synvid", synvid.Config(**shared, preset="i2v", batch=2, sp=2, cfg_parallel=True)),
-            ("sample", sample.Config(**shared, preset="t2v", teacher=True))):
+            ("sample", sample.Config(**shared, preset="t2v", teacher=True)),
+            ("small", synvid.Config(**shared, preset="hunyuan-tiny", family="hunyuan", batch=1))):
         figures = rehearse.run_at(cfg, 4, model.PRESETS[cfg.preset])
         write_json(folder / name, {
             "peak": rehearse.peak_of(figures), **{" ".join(key): n for key, n in figures.items()

@@ -32,11 +32,13 @@ def test_a_rehearsal_finds_a_planted_bug_of_each_kind(tmp_path):
 
 def test_a_rehearsal_of_sampling_counts_the_formula_s_flops_and_all_networks(tmp_path):
     in_processes(1, sample_small, tmp_path)
-    made, sampled = (read_json(tmp_path / stage) for stage in ("synvid", "sample"))
+    made, sampled, small = (read_json(tmp_path / run) for run in ("synvid", "sample", "small"))
     assert {"UMT5Encoder", "CLIPVision", "WanVAE", "WanDiT"} <= made["peak"].keys()
     assert made["traffic all-to-all synvid"] > 0
     assert "UMT5Encoder" in sampled["peak"] and "WanDiT" not in sampled["peak"]  # freed before
     assert sampled["FLOP counted sample"] == pytest.approx(sampled["FLOP formula sample"], 0.01)
+    assert {"Llama", "CLIPText", "HunyuanVAE", "HunyuanDiT"} <= small["peak"].keys()
+    assert sum(small["peak"].values()) < 2 ** 27 < made["peak"]["UMT5Encoder"]
 
 
 def test_the_memory_plan_is_within_5_percent_of_each_peak_in_the_docs():

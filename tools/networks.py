@@ -4,7 +4,9 @@
 import importlib.metadata
 import importlib.util
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -48,11 +50,30 @@ def is_small(cfg: Shared) -> bool:
     return sizes_of(cfg.preset).text_dim < 1024
 
 
+# Constructor arguments of small VAEs; without arguments they have the released sizes.
+SMALL_VAES = {WanVAE: {"dim": 16}, HunyuanVAE: {"dims": (16, 32, 64, 64), "groups": 8}}
+
+
 def make_vae(family: str, small: bool) -> WanVAE | HunyuanVAE:
     """The VAE of a family, in the released sizes or small."""
-    if family == "wan":
-        return WanVAE(**{"dim": 16} if small else {})
-    return HunyuanVAE(**{"dims": (16, 32, 64, 64), "groups": 8} if small else {})
+    cls = WanVAE if family == "wan" else HunyuanVAE
+    return cls(**SMALL_VAES[cls] if small else {})
+
+
+def frozen_arguments(cfg: Shared) -> dict[type, dict[str, Any]]:
+    """Constructor arguments of the VAEs and encoders that fit a config's DiT, by class: none for
+    the released sizes and, next to a small DiT, those of small networks."""
+    sizes = sizes_of(cfg.preset)
+    if not is_small(cfg):
+        return defaultdict(dict)
+    layers = {"dim_ffn": 64, "num_heads": 2, "num_layers": 2}
+    text = {**layers, "dim": sizes.text_dim, "vocab_size": 256}
+    if sizes.family == "hunyuan":
+        return SMALL_VAES | {Llama: text | {"num_kv_heads": 2},
+                             CLIPText: text | {"dim": sizes.pooled_dim}}
+    patch = 48 // math.isqrt(sizes.image_len - 1) if sizes.has_clip else 1
+    return SMALL_VAES | {UMT5Encoder: text | {"dim_attn": sizes.text_dim},
+                         CLIPVision: {**layers, "dim": sizes.image_dim, "size": 48, "patch": patch}}
 
 
 def vae_shape(way: str, frames: int, height: int, width: int) -> tuple[int, ...]:
@@ -79,22 +100,18 @@ def random_states(cfg: Shared) -> dict[str, Tensor]:
 def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module], Callable]]:
     """The encoders of a prompt of full length, as (name, make, run): make() builds a network, and
     run(network) encodes a prompt or an image of zeros, made on torch's current device."""
-    sizes = sizes_of(cfg.preset)
+    sizes, arguments = sizes_of(cfg.preset), frozen_arguments(cfg)
 
-    def build(cls: type, dim: int, **small: int) -> nn.Module:
-        """An encoder of the released sizes or, next to a small DiT, of small ones."""
-        if not is_small(cfg):
-            return cls()
-        return cls(dim=dim, dim_ffn=64, num_heads=2, num_layers=2, **small)
+    def build(cls: type) -> nn.Module:
+        return cls(**arguments[cls])
 
     def ids(length: int) -> Tensor:
         return torch.zeros(1, length, dtype=torch.long)
 
     def image_networks() -> nn.ModuleDict:
-        networks = {"vae": make_vae("wan", is_small(cfg))}
+        networks = {"vae": build(WanVAE)}
         if sizes.has_clip:
-            networks["clip"] = build(CLIPVision, sizes.image_dim, size=48,
-                                     patch=48 // math.isqrt(sizes.image_len - 1))
+            networks["clip"] = build(CLIPVision)
         return nn.ModuleDict(networks)
 
     def first_frame(networks: nn.ModuleDict) -> dict:
@@ -103,13 +120,11 @@ def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module],
                           cfg.height, cfg.width)
 
     if cfg.family == "hunyuan":
-        yield ("LLaMA", lambda: build(Llama, sizes.text_dim, vocab_size=256, num_kv_heads=2),
+        yield ("LLaMA", lambda: build(Llama),
                lambda llama: llama(ids(95 + sizes.text_len)))  # 95 tokens of the template
-        yield ("CLIP text", lambda: build(CLIPText, sizes.pooled_dim, vocab_size=256),
-               lambda clip: clip(ids(77)))
+        yield "CLIP text", lambda: build(CLIPText), lambda clip: clip(ids(77))
         return
-    yield ("umT5", lambda: build(UMT5Encoder, sizes.text_dim, vocab_size=256,
-                                 dim_attn=sizes.text_dim),
+    yield ("umT5", lambda: build(UMT5Encoder),
            lambda t5: t5(ids(sizes.text_len), ids(sizes.text_len) + 1))
     if sizes.takes_image:
         yield "first frame", image_networks, first_frame

@@ -38,6 +38,7 @@ from common.files import ROOT
 from common.names import EXPERTS
 from common.ranks import Ranks, local_rows, setup_distributed
 from experts import Experts
+from tools.networks import frozen_arguments
 
 DEVICE = "pretended"  # a device type that exists after register_device()
 Figures = Counter[tuple[str, ...]]  # (kind, …) -> number; all are linear in a DiT's depth
@@ -136,17 +137,23 @@ def pretended_ranks(cfg: Shared, gpus: int, heads: int, meter: "Meter") -> Itera
         meter.count(storage)
 
     def pin(x: Tensor) -> Tensor:
-        meter.pinned.add(x.untyped_storage()._cdata)
+        x.untyped_storage().pinned = True
         return x
 
+    def build(cls: type, found: dict, *others: Any) -> nn.Module:
+        return build_module(cls, found | arguments[cls], *others)
+
     register_device()
-    resize = torch.UntypedStorage.resize_
+    resize, build_module = torch.UntypedStorage.resize_, frozen.load.build_module
+    arguments = frozen_arguments(cfg)
     dist.init_process_group("pretended", store=fake_pg.FakeStore(), rank=0, world_size=gpus)
     pairs = getattr(cfg, "cfg_parallel", False) and cfg.guidance != 1
     with contextlib.ExitStack() as stack:
-        for place, others in (*REPLACED.items(), (torch.UntypedStorage, {"resize_": resized}),
-                              (Tensor, {"pin_memory": pin})):
+        for place, others in REPLACED.items():
             stack.enter_context(patch.multiple(place, **others))
+        stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resized))
+        stack.enter_context(patch.object(Tensor, "pin_memory", pin))
+        stack.enter_context(patch.object(frozen.load, "build_module", build))
         # Backward runs in this thread, and no exception of Python passes through its C++ code.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(set_checkpoint_early_stop(False))
@@ -195,7 +202,6 @@ class Meter(TorchDispatchMode):
         self.sizes: dict[int, tuple[str, int]] = {}   # by storage, its purpose and bytes
         self.now, self.total = Counter(), 0
         self.peaks: dict[tuple[str, ...], tuple[int, dict[str, int]]] = {}
-        self.pinned: set[int] = set()
         self.run, self.passes, self.block, self.segment = ("", False, 0), 0, 0, ("build",)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (),
@@ -256,9 +262,8 @@ class Meter(TorchDispatchMode):
         if key not in self.sizes:
             if purpose is None:
                 return
-            self.sizes[key] = purpose, 0
             weakref.finalize(storage, self.free, key)
-        purpose, before = self.sizes[key]
+        purpose, before = self.sizes.get(key, (purpose, 0))
         self.sizes[key] = purpose, size
         self.add(purpose, size - before)
 
@@ -270,7 +275,6 @@ class Meter(TorchDispatchMode):
 
     def free(self, key: int) -> None:
         purpose, size = self.sizes.pop(key)
-        self.pinned.discard(key)
         self.add(purpose, -size)
 
     def label(self, purpose: str, tensors: Any) -> None:
@@ -310,10 +314,10 @@ class Meter(TorchDispatchMode):
         elif name == "copy_" or name == "_to_copy" and target is not None:
             source = inputs[-1]
             to = inputs[0].device if name == "copy_" else torch.device(target)
-            if to.type == "cpu" and source.device.type == DEVICE:
+            ends = source.device.type, to.type
+            if ends == (DEVICE, "cpu"):
                 found = ["the host waits for a copy"]
-            elif source.device.type == "cpu" and to.type == DEVICE and (
-                    source.untyped_storage()._cdata not in self.pinned):
+            elif ends == ("cpu", DEVICE) and not hasattr(source.untyped_storage(), "pinned"):
                 found = ["a copy from pageable memory"]
         dtypes = {x.dtype for x in inputs if x.is_floating_point() and x.ndim}
         if torch.float64 in dtypes:

@@ -84,9 +84,8 @@ def rehearse_distill(cfg: distill.Config, ranks: Ranks, meter: Meter) -> None:
     data = NoTrajectories({"shape": latent_shape(cfg.frames, cfg.height, cfg.width)}, t_key,
                           random_states(cfg))
     state = distill.build(cfg, t_key, ranks)
-    weights = [*state.student.parameters(), *state.teacher.parameters()]
-    meter.label("student", [p for p in weights if p.dtype == torch.float32])
-    meter.label("teacher", [p for p in weights if p.dtype != torch.float32])
+    for p in (*state.student.parameters(), *state.teacher.parameters()):  # as in the memory plan,
+        meter.label("student" if p.dtype == torch.float32 else "teacher", [p])  # also with a LoRA
     meter.label("heads", state.heads.parameters())
     meter.label("AdamW", [x for opt in state.opts.values() for s in opt.state.values()
                           for x in s.values()])
@@ -156,7 +155,7 @@ def count_evaluations(cfg: Any, ranks: Ranks, meter: Meter) -> None:
     meter.figures["FLOP", "formula", meter.segment[0]] = flop
 
 
-STAGES: dict[str, tuple[type, Callable]] = {
+STAGES: dict[str, tuple[type, Callable]] = {  # by the module that defines the stage's Config
     "distill": (distill.Config, rehearse_distill), "synvid": (synvid.Config, rehearse_synvid),
     "sample": (sample.Config, rehearse_sample)}
 
@@ -175,11 +174,9 @@ def run_at(cfg: Any, gpus: int, sizes: model.Sizes) -> Figures:
     """The figures with a DiT of these sizes."""
     cfg, full = dataclasses.replace(cfg), sizes_of(cfg.preset).num_layers
     for name in ("tap", "tap_data"):
-        if getattr(cfg, name, None) is not None:
-            at = (getattr(cfg, name) + 1) * sizes.num_layers / full
-            setattr(cfg, name, math.ceil(at) - 1)
-    stage = next(stage for of, stage in STAGES.values() if isinstance(cfg, of))
-    meter = Meter()
+        if (tap := getattr(cfg, name, None)) is not None:
+            setattr(cfg, name, math.ceil((tap + 1) * sizes.num_layers / full) - 1)
+    (_, stage), meter = STAGES[type(cfg).__module__], Meter()
     with patch.dict(model.PRESETS, {cfg.preset: sizes}), pretended_ranks(
             cfg, gpus, sizes.num_heads, meter) as ranks:
         stage(cfg, ranks, meter)
@@ -246,11 +243,11 @@ def format_figures(figures: Figures, plan: dict[str, float], gib: float) -> str:
                  f"{USABLE_MEMORY:.0%} are usable")
     lines.append("most of the activations, GiB, by the line that allocates them")
     of_lines = Counter({name: size for name, size in parts.items() if ":" in name})
-    lines += [f"  {name:<38}{size / GiB:10.2f}" for name, size in of_lines.most_common(8)]
+    lines += [f"  {name:<38}{size / GiB:10.3f}" for name, size in of_lines.most_common(8)]
     rest = {key: n for key, n in figures.items() if key[0] not in ("peak", "finding")}
     for key, number in sorted(rest.items()):
         unit, by = ("TFLOP", 1e12) if key[0] == "FLOP" else ("GB", 1e9)
-        lines.append(f"{' '.join(key):<40}{number / by:10.2f} {unit}")
+        lines.append(f"{' '.join(key):<40}{number / by:10.3f} {unit}")
     found = sorted((names, number) for (kind, *names), number in figures.items()
                    if kind == "finding")
     lines += [f"{what}: {where} ({number:.0f} times)" for (what, where), number in found]
@@ -298,7 +295,7 @@ def make_table(path: Path) -> str:
                 append_log(path, cells[row, sp, gpus])
             cell = cells[row, sp, gpus]
             difference = sum(plan_of(cfg, gpus).values()) / cell["peak"] - 1
-            found.append(f"{cell['peak'] / GiB:.1f} ({difference:+.1%})")
+            found.append(f"{cell['peak'] / GiB:.1f} ({difference:+.1%})".replace("-", "−"))
         if found[-1] == "–":
             continue
         by_kind, micro = Counter(cell["traffic"]), 1e9 * min(cfg.batch * sp // gpus, 2)

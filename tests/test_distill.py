@@ -405,7 +405,7 @@ def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_p
     resume(cfg, nets, loader, ranks, {**meta, "config": longer})
     falling = {**meta, "config": {**meta["config"], "lr_final": 0.1}}
     with pytest.raises(ValueError, match=r"iterations=6, which its learning rate depends on "
-                                         r"\(lr_final\), the config has 9: go back"):
+                                         r"\(lr_final\), the config has 9: set iterations back"):
         check_same_run(Path("step"), falling, {**meta, "config": {**longer, "lr_final": 0.1}})
     check_same_run(Path("step"), falling, falling)
     for key in ("teacher", "synvid"):

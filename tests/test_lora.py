@@ -471,9 +471,9 @@ def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_w
         sample.main([config, *prompt, "--lora", str(foreign), "--teacher"])
     with pytest.raises(FileNotFoundError, match="no such file; extract .* tools.extract_lora"):
         sample.main([config, *prompt, "--lora", "nowhere.safetensors"])
-    with pytest.raises(ValueError, match="give it as --lora"):
+    with pytest.raises(ValueError, match="takes it, as --lora FILE"):
         sample.main([config, *prompt, "--student", str(foreign)])
-    with pytest.raises(ValueError, match="give it as --lora"):
+    with pytest.raises(ValueError, match="takes it, as --lora FILE"):
         dit_tensors(foreign)
 
 

@@ -108,7 +108,7 @@ def read_scores(folder: Path) -> tuple[dict[str, float], list[Path]]:
         for name, entry in results.items():
             if name not in DIMENSIONS or name in scores:
                 raise ValueError(f"{file}: expected dimensions of VBench, each in one file only, "
-                                 f"got {name:.80}: keep one file per dimension")
+                                 f"got {name:.80}: remove other files; keep one per dimension")
             score = entry[0] if entry else None
             if shape_error(score, NUMBER) or not 0 <= score <= 1:
                 raise ValueError(f"{file}: {name}: expected [score, …] with a score from 0 to 1, "

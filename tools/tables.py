@@ -233,10 +233,10 @@ def claims_of(table: str, s: Settings) -> list[tuple[str, str, str]]:
                 ("a head per timestep nearer than L_traj alone", full, traj),
                 ("a head per timestep nearer than one shared head", full, shared),
                 ("a head per timestep nearer than one shared head of equal dose", full, dose),
-                ("a head per timestep nearer than L_traj alone at its own best rate", full,
+                (f"a head per timestep nearer than L_traj alone at lr {s.traj_lr:g}", full,
                  traj_rate),
-                ("a head per timestep nearer than L_traj alone, both at that rate", full_rate,
-                 traj_rate)]
+                (f"a head per timestep nearer than L_traj alone, both at lr {s.traj_lr:g}",
+                 full_rate, traj_rate)]
     claims = [(f"full nearer than {arm.label}", full, arm.name) for arm in method_arms(s)]
     for method, label in METHODS.items() if s.clips else ():
         claims += [(f"{label}: matched clips nearer than mismatched", f"{method}-matched",

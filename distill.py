@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
         if ranks.rank == 0:
             grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
             if note := crossing_note(grid, cfg.key, sizes.boundary):
-                print(f"distill: {note}", flush=True)
+                print(f"distill: {note}")
             monitor.print_bill(cfg, tap_blocks(cfg, sizes.num_layers), loader.shape)
         check_resources(cfg, loader.shape, ranks)
         state = build(cfg, data.t_key, ranks)

@@ -168,7 +168,7 @@ def drop_guidance(cfg: Config) -> None:
     vars(cfg).update(none)
     why = "at cfg_scale 1" if cfg.teacher else "for a student, which has guidance built in"
     if os.environ.get("RANK", "0") == "0":
-        print(f"no effect {why}: {', '.join(given)}", flush=True)
+        print(f"no effect {why}: {', '.join(given)}")
 
 
 # --------------------------------------------------------------------------- times and networks
@@ -194,7 +194,7 @@ def sampling_times(cfg: Config) -> list[float]:
              if facts.get(name) not in (None, getattr(cfg, name))]
     if other and os.environ.get("RANK", "0") == "0":
         print(f"{student_path(cfg)} is sampled at its own times, not by the config's "
-              f"{', '.join(other)}", flush=True)
+              f"{', '.join(other)}")
     if cfg.steps not in (None, len(times) - 1):
         raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
                          f"{len(times) - 1} steps: leave --steps out, or distill with another "

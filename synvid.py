@@ -130,14 +130,14 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
     print(f"synvid: {len(todo)} trajectories to make, {len(indices) - len(todo)} of {len(indices)} "
           f"exist; at most {need / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free at {folder}\n"
           f"synvid: {evaluations} evaluations each, {flop:.3g} FLOP in all: {flop / 1.44e18:.3g} "
-          "GPU-hours at 400 TFLOP/s (40% of an H100's peak)", flush=True)
+          "GPU-hours at 400 TFLOP/s (40% of an H100's peak)")
     if gap := first_gap(existing.union(indices)):
         print(f"synvid: trajectories {gap[0]} to {gap[-1]} do not exist and are not of this job: "
               f"distill.py needs them too: make them with --start {gap[0]} --count {len(gap)}, "
-              "unless another job does", flush=True)
+              "unless another job does")
     times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     if note := crossing_note(times, cfg.key, sizes.boundary):
-        print(f"synvid: {note}", flush=True)
+        print(f"synvid: {note}")
     if need > free:
         raise ValueError(f"{folder}: {len(todo)} trajectories need up to {need / 1e9:.3g} GB, got "
                          f"{free / 1e9:.3g} GB: free some space, choose another --run, or make "
@@ -233,7 +233,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     if ranks.rank == 0:
         size = trajectory_path(folder, todo[0]).stat().st_size
         print(f"synvid: rank 0 made {bar.n} trajectories of {size / 1e6:.3g} MB in "
-              f"{tqdm.format_interval(time.perf_counter() - start)}: {folder}", flush=True)
+              f"{tqdm.format_interval(time.perf_counter() - start)}: {folder}")
 
 
 def main(argv: list[str] | None = None) -> None:

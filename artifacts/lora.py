@@ -204,7 +204,7 @@ def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], f
 def warn_of_alpha(config: Path) -> None:
     """Print once that a LoRA's strength is not known."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{config}: there is none: the LoRA's alpha is taken to be its rank", flush=True)
+        print(f"{config}: there is none: the LoRA's alpha is taken to be its rank")
 
 
 def with_lora(dit: dict[str, LazyTensor], path: Path, scale: float = 1.0) -> dict[str, LazyTensor]:
@@ -214,7 +214,7 @@ def with_lora(dit: dict[str, LazyTensor], path: Path, scale: float = 1.0) -> dic
     if unused and os.environ.get("RANK", "0") == "0":
         names = ", ".join(unused[:4]) + (" …" if len(unused) > 4 else "")
         print(f"{path}: {len(unused)} tensor(s) are not applied, for this DiT has none of that "
-              f"name and shape: {names}", flush=True)
+              f"name and shape: {names}")
     return {name: summed(t, *changes[name]) if name in changes else t for name, t in dit.items()}
 
 

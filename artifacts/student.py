@@ -92,7 +92,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
                              f"the weights in {cfg.weights} are {teacher}: point `weights` at its "
                              "teacher, or distill again with `python distill.py CONFIG`")
     else:
-        print(f"{path} does not say what it is: the config's key timesteps are used", flush=True)
+        print(f"{path} does not say what it is: the config's key timesteps are used")
         facts = {**{name: getattr(cfg, name, None) for name in FACTS},
                  "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
     warn_of_another_model(path, tensors, facts["teacher"], cfg)
@@ -197,7 +197,7 @@ def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: s
         note = (f"is of another model than the DiT in {cfg.weights}: check that the text encoder "
                 "and VAE in that folder belong to the student")
     if note and os.environ.get("RANK", "0") == "0":
-        print(f"{path} {note}", flush=True)
+        print(f"{path} {note}")
 
 
 # ----------------------------------------------------------------------------- loading, export
@@ -334,7 +334,7 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[st
             if not retry:
                 raise
             if e.args[0]:
-                print(f"{e}; trying once more", flush=True)
+                print(f"{e}; trying once more")
 
 
 def on_rank_0(work: Callable, ranks: Ranks, elsewhere: Callable = lambda: None) -> None:

@@ -125,7 +125,7 @@ def open_manifest(folder: Path, expected: dict, write: bool = True) -> dict[str,
                              f"with other settings: {remedy}") from None
     write_json(path, expected)
     if recorded is not None:
-        print(f"{path}: was missing or damaged; written again from the config", flush=True)
+        print(f"{path}: was missing or damaged; written again from the config")
     return read_manifest(folder)
 
 
@@ -340,5 +340,5 @@ def verify(folder: Path, indices: range, manifest: dict, ranks: Ranks) -> dict[i
         for i in sorted(faults):
             print(f"{trajectory_path(folder, i)}: {faults[i]}")
         print(f"synvid: {len(indices) - len(faults)} of {len(indices)} trajectories are complete, "
-              f"{len(faults)} are damaged or missing", flush=True)
+              f"{len(faults)} are damaged or missing")
     return faults

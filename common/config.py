@@ -253,7 +253,7 @@ def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
     rank; returns that folder."""
     folder = Path(cfg.run) / stage
     if rank == 0:
-        print(f"{stage}: {cfg.origin}; all settings: {folder / 'config.yaml'}", flush=True)
+        print(f"{stage}: {cfg.origin}; all settings: {folder / 'config.yaml'}")
         text = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False, allow_unicode=True)
         write_text(folder / "config.yaml", text)
         remove_leftovers(folder, 3600.0)  # an hour without a write: its process was killed

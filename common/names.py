@@ -146,7 +146,7 @@ def warn_of_fp8(file: Path, scaled: bool) -> None:
     if os.environ.get("RANK", "0") == "0":
         cost = "a quarter more" if scaled else "twice the"
         print(f"{file}: {'scaled ' if scaled else ''}fp8 weights: on the small world they cost "
-              f"{cost} endpoint error; 16-bit weights cost nothing", flush=True)
+              f"{cost} endpoint error; 16-bit weights cost nothing")
 
 
 # ------------------------------------------------------------------------ ComfyUI's HunyuanVideo

@@ -102,11 +102,11 @@ def setup_distributed(cfg: Shared, sp: int = 1, heads: int = 1,
     Raises ValueError if they do not, or if sp does not divide both the ranks and the heads.
     """
     where = pick_device(cfg.device)
-    prefer_attention(cfg.attention, where)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     elif "OMP_NUM_THREADS" not in os.environ:  # the number of threads changes last bits; and
         torch.set_num_threads(1)               # processes use cores better than threads do
+    prefer_attention(cfg.attention, where)  # after set_device: it must not open another GPU
     if not dist.is_initialized():
         join_processes("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo", timeout)
     rank, world = dist.get_rank(), dist.get_world_size()

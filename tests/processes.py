@@ -103,7 +103,9 @@ def wait_for(processes: list[Process]) -> int:
         running = {s: process for s, process in running.items() if s not in ended}
         if not ended:
             break
-    while any(process.is_alive() for process in running.values()) and time.monotonic() < until:
+    for _ in range(20 * PATIENCE):
+        if not any(process.is_alive() for process in running.values()):
+            break
         for process in running.values():
             process.terminate()  # again, since it may have collected the signal before it failed
         time.sleep(0.05)

@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         train_baseline(cfg, state, data, ranks)
         path = export_student(cfg, state, ranks, {"teacher": teacher})
     if ranks.rank == 0:
-        print(f"student: {path}", flush=True)
+        print(f"student: {path}")
     dist.barrier()
 
 

@@ -210,7 +210,7 @@ def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
         fault = meta if isinstance(meta, str) else check_files(path, meta["files"], ranks)
         if fault is None:
             for skipped in faults if ranks.rank == 0 else ():
-                print(f"skipping {skipped}; resuming from {path.name}", flush=True)
+                print(f"skipping {skipped}; resuming from {path.name}")
             return path, meta
         faults.append(f"{path}: {fault}")
     if faults:
@@ -425,4 +425,4 @@ def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
         x_gen = torch.stack([slots[str(slot)] for slot in b.slots])
         state.queues[loader.ks[done - 1]].append((x_gen, b.x_key, b.cond))
     if ranks.rank == 0:
-        print(f"resuming from {path}", flush=True)
+        print(f"resuming from {path}")

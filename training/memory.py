@@ -153,10 +153,10 @@ def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
     moments = 4 if cfg.updates == "separate" else 2
     need = sum(memory_parts(cfg, shape, ranks.device, ranks.world, ranks.sp).values())
     if need < 2 ** 30:
-        print(f"memory plan: {need / 2 ** 20:.0f} MiB a rank", flush=True)
+        print(f"memory plan: {need / 2 ** 20:.0f} MiB a rank")
     else:
-        print(memory_plan(cfg, shape, ranks, have), flush=True)
-        print(host_plan(cfg, count, moments, shape, ranks), flush=True)
+        print(memory_plan(cfg, shape, ranks, have))
+        print(host_plan(cfg, count, moments, shape, ranks))
         lacks = shortage(cfg, shape, ranks, have or gpu_bytes(ranks))
         if lacks and not cfg.force_plan:
             raise ValueError(f"memory plan: the run does not fit {lacks}: choose settings that "

@@ -88,7 +88,7 @@ def print_bill(cfg: Any, taps: list[int], shape: tuple[int, ...]) -> None:
         dit.token_grid(*shape[1:]))
     flop = sum(step_flops(cfg, state, k, tokens, True) for k in range(m)) / m * cfg.iterations
     print(f"distill: {cfg.iterations} iterations of {cfg.batch} samples, {flop:.3g} FLOP in all: "
-          f"{flop / 1.44e18:.3g} GPU-hours at 400 TFLOP/s (40% of an H100's peak)", flush=True)
+          f"{flop / 1.44e18:.3g} GPU-hours at 400 TFLOP/s (40% of an H100's peak)")
 
 
 def check_finite(line: dict, folder: Path) -> None:
@@ -145,7 +145,7 @@ def print_result(cfg: Any, lines: list[dict]) -> None:
         how = "at the same steps" + (", without guidance" if cfg.guidance != 1 else "")
         print(f"held-out endpoint error: student {last['endpoint']:.4f}, teacher {how} "
               f"{last['endpoint_teacher']:.4f} (ratio "
-              f"{last['endpoint'] / last['endpoint_teacher']:.2f})", flush=True)
+              f"{last['endpoint'] / last['endpoint_teacher']:.2f})")
 
 
 def relative_error(x: Tensor, y: Tensor) -> Tensor:

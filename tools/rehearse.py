@@ -32,6 +32,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import distill
 import model
@@ -272,6 +273,14 @@ def table_config(row: str, sp: int) -> distill.Config:
         *settings])
 
 
+def rehearse_cell(row: str, sp: int, gpus: int) -> dict:
+    """A cell of the table: bytes at the peak, CPU seconds, received bytes by kind of collective."""
+    started, figures = time.process_time(), rehearse(table_config(row, sp), gpus)
+    return {"row": row, "sp": sp, "gpus": gpus, "peak": sum(peak_of(figures).values()),
+            "seconds": time.process_time() - started,
+            "traffic": {key[1]: n for key, n in figures.items() if key[0] == "traffic"}}
+
+
 def make_table(path: Path) -> str:
     """GiB of a GPU and how far the plan is from it; GB that a rank of the last column receives for
     a micro-batch at k = m - 1, and the formulas of docs/scaling.md; CPU seconds of a rehearsal.
@@ -279,30 +288,27 @@ def make_table(path: Path) -> str:
     path: a file of JSON lines with the cells so far; missing ones are rehearsed and appended.
     """
     cells = {(x["row"], x["sp"], x["gpus"]): x for x in read_log(path, "gpus", "sp", "peak")}
+    possible = [(row, sp, gpus) for row, sp in ROWS for gpus in GPUS if sp <= gpus
+                and sizes_of(table_config(row, sp).preset).num_heads % sp == 0]
+    missing = [cell for cell in possible if cell not in cells]
+    for cell in tqdm(missing, "rehearse", unit="cell"):
+        cells[cell] = rehearse_cell(*cell)
+        append_log(path, cells[cell])
     lines = ["| | `sp` | 1 GPU | 4 GPUs | 8 GPUs | FSDP2 | all-to-all | s |", "|---" * 8 + "|"]
     for row, sp in ROWS:
+        if (row, sp, GPUS[-1]) not in cells:
+            continue
         cfg, found = table_config(row, sp), []
         for gpus in GPUS:
-            if sp > gpus or sizes_of(cfg.preset).num_heads % sp:
-                found.append("–")
-                continue
-            if (row, sp, gpus) not in cells:
-                started, figures = time.process_time(), rehearse(cfg, gpus)
-                cells[row, sp, gpus] = {
-                    "row": row, "sp": sp, "gpus": gpus, "peak": sum(peak_of(figures).values()),
-                    "seconds": time.process_time() - started, "traffic": {
-                        key[1]: n for key, n in figures.items() if key[0] == "traffic"}}
-                append_log(path, cells[row, sp, gpus])
-            cell = cells[row, sp, gpus]
-            difference = sum(plan_of(cfg, gpus).values()) / cell["peak"] - 1
-            found.append(f"{cell['peak'] / GiB:.1f} ({difference:+.1%})".replace("-", "−"))
-        if found[-1] == "–":
-            continue
+            cell = cells.get((row, sp, gpus))
+            difference = cell and sum(plan_of(cfg, gpus).values()) / cell["peak"] - 1
+            found.append("–" if cell is None else f"{cell['peak'] / GiB:.1f} ({difference:+.1%})")
         by_kind, micro = Counter(cell["traffic"]), 1e9 * min(cfg.batch * sp // gpus, 2)
         for rehearsed, formula in zip((by_kind["all-gather"] + by_kind["reduce-scatter"],
                                        by_kind["all-to-all"]), traffic(cfg, gpus), strict=True):
             found.append(f"{rehearsed / micro:.0f} / {formula / 1e9:.0f}")
-        lines.append(f"| {row} | {sp} | {' | '.join(found)} | {cell['seconds']:.0f} |")
+        lines.append(f"| {row} | {sp} | {' | '.join(found).replace('-', '−')} | "
+                     f"{cell['seconds']:.0f} |")
     return "\n".join(lines)
 
 

@@ -223,7 +223,7 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     samples = [sample_model(cfg, label, "teacher_n", dit, grid, noise, conds, unconds,
                             ranks.device)
                for label, noise in zip(labels, noises, strict=True)]
-    gathered = [gather(part, ranks) for part in samples]
+    gathered = [gather(part) for part in samples]
     if ranks.rank == 0:
         facts = {"about": made_from, "seconds": [part.seconds for part in gathered]}
         save_tensors(path, {part.label: part.latents for part in gathered},
@@ -238,12 +238,9 @@ def interleave(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)[order.argsort()]
 
 
-def gather(samples: measures.Samples, ranks: Ranks) -> measures.Samples | None:
-    """All ranks' samples in the order of the videos, on the first rank; None on the others."""
-    parts = [samples] * ranks.world if ranks.rank == 0 else None
-    dist.gather_object(samples, parts)
-    if parts is None:
-        return None
+def gather(samples: measures.Samples) -> measures.Samples:
+    """All ranks' samples in the order of the videos."""
+    parts = gather_values(samples)
     count = sum(len(part.latents) for part in parts)
     means = {name: sum(getattr(part, name) * len(part.latents) for part in parts) / count
              for name in ("seconds", "decode_seconds")}
@@ -257,23 +254,27 @@ def gather(samples: measures.Samples, ranks: Ranks) -> measures.Samples | None:
 # ------------------------------------------------------------------------------------- measuring
 
 def table_rows(cfg: Config, models: list[measures.Samples], reference: Tensor,
-               device: torch.device) -> list[dict]:
-    """The table: a row for each model, and after several unnamed students the row of their mean."""
-    rows = []
-    for kind, group in itertools.groupby(models, key=lambda model: model.kind):
-        block = [measures.table_row(model, models[0], reference, cfg.directions, cfg.c2st_steps,
-                                    device) for model in group]
+               ranks: Ranks) -> list[dict]:
+    """The table: a row for each model, and after several unnamed students the row of their mean.
+
+    Each rank measures some models; the first rank has the fewest, since it draws the pictures.
+    """
+    own = models[ranks.world - 1 - ranks.rank::ranks.world]
+    parts = gather_values([measures.table_row(model, models[0], reference, cfg.directions,
+                                              cfg.c2st_steps, ranks.device) for model in own])
+    measured, rows = [parts[-1 - i % ranks.world][i // ranks.world] for i in range(len(models))], []
+    for kind, group in itertools.groupby(measured, key=lambda row: row["kind"]):
+        block = list(group)
         rows += block
         if kind == "student" and len(block) > 1 and cfg.names is None:
             rows.append(measures.mean_row(block))
     return rows
 
 
-def report(cfg: Config, out: Path, models: list[measures.Samples], reference: Tensor,
-           captions: list[str], examples: dict[int, float], students: list[dict], facts: dict,
-           device: torch.device) -> None:
-    """Measure the models; write table, pictures and page."""
-    rows = table_rows(cfg, models, reference, device)
+def report(cfg: Config, out: Path, models: list[measures.Samples], rows: list[dict],
+           captions: list[str], examples: dict[int, str], students: list[dict],
+           facts: dict) -> None:
+    """Write table, pictures and page."""
     first_students = itertools.takewhile(lambda row: row["kind"] in ("student", "mean"), rows[2:])
     compared = [*rows[:2], list(first_students)[-1]]  # teacher@n, teacher@m, the (mean) student
     gates = measures.gates(*compared) if "all" in rows[0] else []
@@ -318,12 +319,13 @@ def main(argv: list[str] | None = None) -> None:
     measures.measure_videos(models, vae, indices, [captions[i] for i in indices], images, oracle,
                             examples, device)
 
-    *models, reference = [gather(samples, ranks) for samples in (*models, reference)]
+    *models, reference = [gather(samples) for samples in (*models, reference)]
+    rows = table_rows(cfg, models, reference.latents, ranks)
     if ranks.rank == 0:
         launch = ["torchrun", f"--nproc-per-node={ranks.world}"] if ranks.world > 1 else ["python"]
-        report(cfg, out, models, reference.latents, captions, examples, students, {
+        report(cfg, out, models, rows, captions, examples, students, {
             "command": shlex.join([*launch, "evaluate.py", *argv]), "device": device_name(device),
-            "seconds": round(time.perf_counter() - started, 1)}, device)
+            "seconds": round(time.perf_counter() - started, 1)})
     dist.barrier()
 
 

@@ -79,13 +79,6 @@ def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) ->
     return dit
 
 
-def check_guidance(cfg_scale_low: float | None, boundary: float | None) -> None:
-    """Raise ValueError if the low-noise expert's guidance is given for a model without one."""
-    if boundary is None and cfg_scale_low is not None:
-        raise ValueError(f"cfg_scale_low: got {cfg_scale_low}; the preset has one DiT: leave it "
-                         "out")
-
-
 def crossing_note(grid: list[float], key: list[int], boundary: float | None) -> str:
     """A line if a step of the student crosses the boundary: there its high-noise expert has to
     learn what the teacher's low-noise one does. "" if none does.

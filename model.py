@@ -27,9 +27,8 @@ from common.names import EXPERTS, check_sizes, dit_tensors
 from common.ranks import Ranks, compute_dtype
 from common.sequence_parallel import (
     SequenceShard, gather_sequence, heads_to_tokens, shard_sequence, tokens_to_heads)
-from common.weights import load_module
-from experts import Experts, check_guidance, expert_at, shard_dit
-
+from common.weights import LazyTensor, load_module
+from experts import Experts, expert_at, shard_dit
 
 # ------------------------------------------------------------------ schedule and Euler step
 
@@ -42,10 +41,8 @@ def time_grid(family: str, n: int, shift: float) -> Tensor:
     """The teacher's times 1 = t_n > … > t_0 = 0, in the order in which sampling visits them.
 
     HunyuanVideo shifts an even grid. Wan shifts twice: the end points, then the complete grid.
-    Returns float64 [n + 1]; raises ValueError for other values. Source: the releases.
+    Returns float64 [n + 1]; raises ValueError for another family. Source: the releases.
     """
-    if n < 1 or shift <= 0:
-        raise ValueError(f"time grid: expected n >= 1 and shift > 0, got n={n}, shift={shift}")
     if family == "wan":
         last = shift_time(torch.tensor(0.001, dtype=torch.float64), shift).item()
         u = torch.linspace(1, last, n, dtype=torch.float64)
@@ -653,8 +650,8 @@ class HunyuanDiT(nn.Module):
                 features_only: bool = False) -> Tensor | tuple[Tensor | None, list[Tensor]]:
         """Velocity of noisy latents, and with taps the features that the discriminator reads.
 
-        Args: cond["text"] [B,S,text_dim]; cond["mask"] [B,S], nonzero on valid text tokens, with
-        padding last, absent if all are valid; cond["pooled"] [B,pooled_dim]; cond["guidance"] [B],
+        Args: cond["text"] [B,S,text_dim]; cond["mask"] [B,S], nonzero on valid text tokens, which
+        come first, absent if all are valid; cond["pooled"] [B,pooled_dim]; cond["guidance"] [B],
         the embedded guidance scale; the rest as in WanDiT.forward. Source: HunyuanVideo release.
         """
         B, _, T, H, W = x.shape
@@ -672,9 +669,6 @@ class HunyuanDiT(nn.Module):
         rope = rope_table(grid, c.rope_pairs, 256.0, str(x.device))
         *h, seq = shard_sequence(h, rope, self.sp)  # popped below, so that no reference keeps h
         if mask is not None:
-            if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-                raise ValueError("cond['mask']: expected padding at the end, got a token after it: "
-                                 "reorder the tokens")
             seq = seq._replace(keys=tuple(L + n for n in mask.sum(1).tolist()))
         h, features = run_blocks(self.blocks, h.pop(), seq, L, taps, features_only, vec)
         if h is None:
@@ -732,8 +726,7 @@ PRESETS = {
     "hunyuan-tiny": HunyuanConfig(dim=48, ffn_dim=192, num_heads=2, num_double=2, num_single=4,
                                   text_dim=32, text_len=24, pooled_dim=24, rope_dims=(4, 10, 10)),
     "hunyuan-t2v": HunyuanConfig(dim=3072, ffn_dim=12288, num_heads=24, num_double=20,
-                                 num_single=40),
-}
+                                 num_single=40)}
 Sizes = WanConfig | HunyuanConfig
 
 
@@ -764,7 +757,9 @@ def check_model(cfg: Shared) -> Sizes:
     if sizes.family != cfg.family:
         raise ValueError(f"preset: '{cfg.preset}' is of family {sizes.family}, got family "
                          f"'{cfg.family}': change one of them")
-    check_guidance(cfg.cfg_scale_low, sizes.boundary)
+    if sizes.boundary is None and cfg.cfg_scale_low is not None:
+        raise ValueError(f"cfg_scale_low: got {cfg.cfg_scale_low}; preset '{cfg.preset}' has one "
+                         "DiT: leave it out")
     return sizes
 
 
@@ -787,14 +782,19 @@ def empty_dit(preset: str, dtype: torch.dtype, ranks: Ranks | None,
     return dit if ranks is None else shard_dit(dit, ranks, forward_dtype)
 
 
+def preset_tensors(weights: str | Path, preset: str, only: str | None) -> dict[str, LazyTensor]:
+    """The DiT tensors of `weights`, `only` of this one of EXPERTS. Raises as check_sizes."""
+    check_sizes(weights, sizes_of(preset), f"preset '{preset}'")
+    return {name: t for name, t in dit_tensors(weights).items() if name.startswith(only or "")}
+
+
 def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
              device: str | torch.device = "cpu", ranks: Ranks | None = None,
              forward_dtype: torch.dtype | None = None, only: str | None = None) -> nn.Module:
     """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
 
-    Args: weights, a folder or a weight file; dtype of the parameters; forward_dtype of the sharded
-    blocks' gathered weights (None: dtype). Raises as common.names and load_module."""
+    Args: weights, a folder or a file; forward_dtype of the sharded blocks' gathered weights (None:
+    dtype); only, as in build_dit. Raises as common.names and load_module."""
     dit = empty_dit(preset, dtype, ranks, forward_dtype, only)
-    check_sizes(weights, dit.cfg, f"preset '{preset}'")
-    tensors = {name: t for name, t in dit_tensors(weights).items() if name.startswith(only or "")}
-    return load_module(dit, tensors, f"DiT from {weights}", device=device)
+    return load_module(dit, preset_tensors(weights, preset, only), f"DiT from {weights}",
+                       device=device)

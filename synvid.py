@@ -18,8 +18,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,32 +72,26 @@ def sample_trajectories(cfg: "Config", teacher: nn.Module, noise: Tensor, stored
 @dataclass
 class Config(Shared):
     """Settings of one job of stage 1."""
-    prompts: str = field("assets/tiny/prompts.txt",
-                         "UTF-8 text, one prompt per line; .jsonl of prompt and image for I2V")
+    prompts: str = field("assets/tiny/prompts.txt", "one per line; .jsonl with images for I2V")
     start: int = field(0, "first trajectory of this job", "[0, 1000000000]")
     count: int | None = field(None, "trajectories of this job; none: up to one per prompt",
                               "[1, 10000000]")
     keep: Literal["key", "all"] = field("key", "latents to store")
-    dtype: Literal["fp16", "fp32"] = field("fp16", "of stored latents; bf16 would put 5% noise on "
-                                           "Eq. 6")
-    batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)",
-                       "[1, 10000]")
-    sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights",
-                    "[1, inf)")
+    dtype: Literal["fp16", "fp32"] = field("fp16", "of stored latents (bf16 is too coarse)")
+    batch: int = field(16, "trajectories denoised at once, b·batch to (b+1)·batch", "[1, 10000]")
+    sp: int = field(1, "ranks that share each sample's tokens and the DiT's weights", "[1, inf)")
     cfg_parallel: bool = field(False, "the two evaluations of guidance on two groups of ranks")
     compile: bool = field(False, "torch.compile every block")
     verify: bool = field(False, "only read this job's trajectories and list the faulty ones")
     repair: bool = field(False, "verify, then make only missing and damaged trajectories again")
-    videos: int = field(8, "number of the first trajectories that are also decoded to .mp4",
-                        "[0, inf)")
+    videos: int = field(8, "first trajectories that are also decoded to .mp4", "[0, inf)")
 
 
 def job_indices(cfg: Config, prompts: list[Prompt]) -> range:
     """The indices of this job's trajectories. Raises ValueError if there are none."""
     if cfg.count is None and cfg.start >= len(prompts):
-        raise ValueError(f"start: expected less than the {len(prompts)} prompts of {cfg.prompts} "
-                         f"with no count, got {cfg.start}: give the number of trajectories by "
-                         "--count")
+        raise ValueError(f"start: expected less than the {len(prompts)} prompts of {cfg.prompts}, "
+                         f"got {cfg.start}: give the number of trajectories by --count")
     return range(cfg.start, cfg.start + cfg.count if cfg.count else len(prompts))
 
 
@@ -107,13 +101,8 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
          damaged: Iterable[int]) -> list[int]:
     """The indices of trajectories to make; prints their bytes and FLOPs, and a gap before them.
 
-    Removes what killed runs of this job left half-written; other jobs may be writing theirs.
     Raises ValueError if the disk is too small.
     """
-    for part in folder.glob("*/.*.part*"):
-        index = part.name[1:].partition(".")[0]
-        if index.isdecimal() and int(index) in indices:
-            part.unlink(missing_ok=True)
     existing = find_trajectories(folder).difference(damaged)
     todo = [i for i in indices if i not in existing]
     sizes, shape = sizes_of(cfg.preset), manifest["shape"]
@@ -155,21 +144,7 @@ def print_cost(seconds: float, batch: int, rounds: int, batches: int, ranks: Ran
 
 # -------------------------------------------------------------------------------- generation
 
-@contextmanager
-def one_cpu_thread() -> Iterator[None]:
-    """Compute with one CPU thread per rank, because matrix products round differently with more.
-
-    To use more cores, start more ranks.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def decode_video(cfg: Config, folder: Path, manifest: dict, vae: nn.Module, i: int) -> None:
+def decode_trajectory(cfg: Config, folder: Path, manifest: dict, vae: nn.Module, i: int) -> None:
     """Decode the stored latents of trajectory i to videos/NNNNNN.mp4."""
     x, _, _ = read_trajectory(folder, manifest, i, [manifest["n"]])
     with torch.no_grad():
@@ -190,7 +165,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     if with_video:
         vae = load_vae(cfg.weights, ranks.device, dtype, cfg.family)
         for i in sorted(with_video.difference(todo))[ranks.dp_rank::ranks.dp_size]:
-            decode_video(cfg, folder, manifest, vae, i)
+            decode_trajectory(cfg, folder, manifest, vae, i)
     if not todo:
         return
     conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
@@ -227,7 +202,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
         if b == own[0] and ranks.rank == 0:
             print_cost(time.perf_counter() - start, cfg.batch, len(own), len(missing), ranks)
         for i in with_video.intersection(missing[b]):
-            decode_video(cfg, folder, manifest, vae, i)
+            decode_trajectory(cfg, folder, manifest, vae, i)
         bar.update(len(missing[b]))
     bar.close()
     if ranks.rank == 0:
@@ -242,14 +217,14 @@ def main(argv: list[str] | None = None) -> None:
     sizes = check_model(cfg)
     prompts = read_prompts(cfg.prompts, sizes.takes_image)
     indices = job_indices(cfg, prompts)
-    if cfg.videos > cfg.start and (cfg.repair or not cfg.verify):
+    writes = cfg.repair or not cfg.verify
+    if cfg.videos > cfg.start and writes:
         check_ffmpeg()
     ranks = setup_distributed(
         cfg, cfg.sp, sizes.num_heads, cfg_parallel=cfg.cfg_parallel and cfg.guidance != 1,
         teacher=fingerprint(cfg.weights), encoders=fingerprint_files(cfg.weights),
         prompts=digest_texts(prompts))
     folder = Path(cfg.run) / "synvid"
-    writes = cfg.repair or not cfg.verify
     with lock_run_folder(folder, indices.start, indices.stop) if writes else nullcontext():
         manifest = on_first_rank(lambda: open_manifest(folder, make_manifest(cfg), writes))
         damaged = verify(folder, indices, manifest, ranks) if cfg.verify or cfg.repair else {}
@@ -259,8 +234,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         announce(cfg, "synvid", ranks.rank)
         todo = on_first_rank(lambda: plan(cfg, folder, indices, manifest, ranks.device, damaged))
-        with one_cpu_thread():
-            generate(cfg, prompts, folder, manifest, indices, todo, ranks)
+        torch.set_num_threads(1)  # with more, matrix products round differently: use more ranks
+        generate(cfg, prompts, folder, manifest, indices, todo, ranks)
         # All ranks leave together: torchrun's store may end with the node that hosts it.
         dist.barrier()
 

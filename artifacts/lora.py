@@ -16,13 +16,12 @@ from torch.distributed.tensor import DTensor
 from common.files import NUMBER, abbreviate, parse_json, read_json, shape_error
 from common.linear import Linear, linear
 from common.names import (
-    EXPERTS, PEFT_SETTINGS, check_sizes, comfy_to_official, dit_tensors, expert_files,
-    official_names)
+    EXPERTS, PEFT_SETTINGS, comfy_to_official, expert_files, official_names)
 from common.ranks import Ranks, generator
 from common.weights import (
     LazyTensor, describe_model, load_module, open_tensors, safetensors_metadata)
 from experts import by_expert, shard_dit
-from model import build_dit
+from model import build_dit, preset_tensors
 
 # --------------------------------------------------------------------------- reading and merging
 
@@ -288,8 +287,7 @@ def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype,
     A is uniform within 1/√in, by the seed and its name; B is 0. Raises as model.load_dit.
     """
     dit = shard_dit(build_student(cfg.preset, cfg.lora, only), ranks, compute_dtype)
-    check_sizes(cfg.weights, dit.cfg, f"preset '{cfg.preset}'")
-    tensors = {n: t for n, t in dit_tensors(cfg.weights).items() if n.startswith(only or "")}
+    tensors = preset_tensors(cfg.weights, cfg.preset, only)
     file = next(iter(tensors.values())).file
     for name, p in dit.named_parameters():
         if name.endswith(FACTORS):

@@ -15,7 +15,6 @@ two files stands for both.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -23,6 +22,7 @@ import os
 import shutil
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -326,7 +326,10 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[st
             part.unlink(missing_ok=True)
         replace_file(path, lambda aside: stream_safetensors(aside, tensors, metadata))
 
-    gather = functools.partial(stream_safetensors, path, tensors, metadata, write=False)
+    def gather() -> None:
+        for t in tensors.values():
+            bytes_of(t.read().flatten()[:1])  # waits for a GPU's part in the collective
+
     for retry in (True, False):
         try:
             return on_rank_0(write, ranks, gather)
@@ -474,10 +477,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
-                       metadata: dict[str, str], write: bool = True) -> list | None:
+                       metadata: dict[str, str]) -> list:
     """Write a safetensors file one tensor at a time; returns [bytes, CRC-32] once it is on disk.
 
-    Each read() is called once, in order, even after an error or without `write`, since it may be a
+    Each read() is called once, in order, even if the file cannot be written, since it may be a
     collective of all ranks. If metadata["crc32"] is CHECKSUM, it and the CRC-32 that is returned
     become that of the data alone, for check_data. Raises OSError if it cannot be written.
     """
@@ -490,33 +493,23 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     of_data = metadata.get("crc32") == CHECKSUM
-    size, crc, error = len(head), 0 if of_data else zlib.crc32(head), None
-    with contextlib.ExitStack() as stack:
-        try:
-            if write:
-                file = stack.enter_context(path.open("wb"))
-                file.write(head)
-        except OSError as e:
-            error = e
-        for t in tensors.values():
-            if not write or error is not None:
-                bytes_of(t.read().flatten()[:1])  # [:1] waits for a GPU's part in the collective
-                continue
-            chunk = bytes_of(t.read())
-            try:
+    size, crc = len(head), 0 if of_data else zlib.crc32(head)
+    chunks = (bytes_of(t.read()) for t in tensors.values())
+    try:
+        with path.open("wb") as file:
+            file.write(head)
+            for chunk in chunks:
                 file.write(chunk)
-            except OSError as e:
-                error = e
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-        if error is not None:
-            raise error
-        if write:
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
             if of_data:
                 file.seek(8 + text.index(b'"crc32": "') + 10)
                 file.write(f"{crc:08x}".encode())
             file.flush()
             os.fsync(file.fileno())
-    return [size, f"{crc:08x}"] if write else None
+    except OSError:
+        deque(chunks, maxlen=0)  # read the others, in which the other ranks take part
+        raise
+    return [size, f"{crc:08x}"]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

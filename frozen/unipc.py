@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
@@ -30,32 +29,26 @@ def unipc_grid(n: int, shift: float, twice: bool = False) -> Tensor:
 
     Args: twice, whether 0.999, where the even grid starts, is shifted before the whole grid is:
     AccVideo's text-to-video script does that, its image-to-video script and Wan's do not.
-    Returns float64 [n + 1]. ValueError for n < 1, shift <= 0. Source: the releases.
+    Returns float64 [n + 1]. Source: the releases.
     """
-    if n < 1 or shift <= 0:
-        raise ValueError(f"UniPC grid: got n={n}, shift={shift}; n must be >= 1 and shift > 0")
     first = torch.tensor(0.999, dtype=torch.float64)
     first = shift_time(first, shift) if twice else first
     return shift_time(torch.linspace(first.item(), 0, n + 1, dtype=torch.float64), shift)
 
 
 def sample_unipc(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
-                 uncond: dict | None = None, cfg_scale: float = 1.0,
-                 cfg_group: dist.ProcessGroup | None = None) -> Iterator[Tensor]:
+                 uncond: dict | None = None, cfg_scale: float = 1.0) -> Iterator[Tensor]:
     """Denoise x along `times`, yielding the latent after each UniPC step, without gradient.
 
     Args: x [B,C,T,H,W] fp32 at times[0]; times falling, below 1, as from unipc_grid; the rest as in
-    `velocity`. The state stays fp32; its factors are computed in float64.
-    ValueError for a time of 1, where λ is infinite. Source: arXiv 2302.04867; Wan 2.1's release.
+    `velocity`. The state stays fp32; its factors are computed in float64. Source: arXiv 2302.04867;
+    Wan 2.1's release.
     """
-    if max(times) >= 1:
-        raise ValueError(f"times: UniPC expects times below 1 (noise), as from unipc_grid, got "
-                         f"{max(times)}: sample along these by sample_euler")
     lam = [math.log((1 - t) / t) if t > 0 else math.inf for t in times]
     m, before = [], x
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         with torch.no_grad():
-            v = velocity(dit, x, math.floor(1000 * t) / 1000, cond, uncond, cfg_scale, cfg_group)
+            v = velocity(dit, x, math.floor(1000 * t) / 1000, cond, uncond, cfg_scale)
             m = [*m[-2:], x - t * v.float()]
             if i > 0:
                 x = data_step(before, corrected(m, lam[:i + 1]), times[i - 1], t)

@@ -142,13 +142,6 @@ def test_a_batch_of_unequal_prompts_equals_the_prompts_one_by_one():
         near(v[i:i + 1], dit(x[i:i + 1], t[i:i + 1], alone), 1e-5)
 
 
-def test_a_token_after_padding_is_an_error_with_a_remedy():
-    x, t, cond = micro_batch(lengths=(5, 3))
-    cond["mask"][1] = torch.tensor([1, 0, 1, 1, 0])
-    with pytest.raises(ValueError, match="padding at the end, got a token after it: reorder"):
-        micro_dit()(x, t, cond)
-
-
 def test_prompts_of_one_length_need_no_mask_and_a_mask_of_ones_changes_nothing():
     dit, (x, t, cond) = micro_dit(), micro_batch(lengths=(5, 5))
     assert "mask" not in cond

@@ -117,10 +117,10 @@ REPLACED: dict[Any, dict[str, Any]] = {
     distill: {"fingerprint": nothing, "load_high_student": lambda cfg, _, dtype, ranks:
               without_reading(model.empty_dit(cfg.preset, dtype, ranks, only=EXPERTS[0])
                               ).requires_grad_(False).high_noise_model},
+    artifacts.lora: {"load_module": without_reading},
     common.ranks: {"pick_device": lambda _: torch.device(DEVICE, 0)},
     torch: {"tensor": copied_tensor},
     F: {"scaled_dot_product_attention": gpu_attention}}
-REPLACED[artifacts.lora] = REPLACED[model]
 
 
 def clear_caches() -> None:

@@ -53,8 +53,7 @@ class Shared:
     n: int = field(50, "steps of the teacher's grid", "[1, 10000]")
     shift: float = field(7.0, "time shift of the teacher's grid", "(0, 1000]")
     cfg_scale: float = field(1.0, "teacher's guidance; 1: one evaluation per step", "[0, 1000]")
-    cfg_scale_low: float | None = field(None, "of Wan 2.2's low-noise expert; none: cfg_scale",
-                                        "[0, 1000]")
+    cfg_scale_low: float | None = field(None, "low-noise expert's; none: cfg_scale", "[0, 1000]")
     embedded_guidance: float = field(6.016, "HunyuanVideo's; its 6 acts as 6.016", "[0, 1000]")
     negative_prompt: str = field("", "text of the teacher's unconditional branch")
     key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
@@ -63,9 +62,8 @@ class Shared:
     attention: Literal["auto", "flash", "cudnn"] = field(
         "auto", "kernels a GPU tries first; auto: cudnn on Hopper, else flash")
 
-    def __post_init__(self) -> None:
-        # Not settings: where the values come from, for messages and for another stage.
-        self.origin, self.path = "the defaults", ROOT / "configs/tiny.yaml"
+    # Without types, hence not fields: where the values come from, for messages and other stages.
+    origin, path = "the defaults", ROOT / "configs/tiny.yaml"
 
     @property
     def guidance(self) -> float | list[float]:
@@ -159,8 +157,8 @@ def check_keys(keys: Iterable[Any], known: Iterable[str], where: str, prefix: st
     """Raise ValueError naming a key that is not known, and the nearest one."""
     for key in keys:
         if key not in known:
-            near = nearest(str(key), known) or "; remove it; --help lists all"
-            raise ValueError(f"{where}: unknown key '{prefix}{key!s:.80}'{near}")
+            raise ValueError(f"{where}: unknown key '{prefix}{key!s:.80}'"
+                             f"{nearest(str(key), known) or '; remove it; --help lists all'}")
 
 
 def read_yaml(path: Path, stage: str, fields: dict) -> dict:

@@ -58,9 +58,8 @@ def plain_names(tensors: dict, component: str) -> dict:
         return tensors
     for name, t in tensors.items():
         if LORA.fullmatch(name):
-            raise ValueError(f"{t.file}: is a LoRA ({name:.80}), where a complete network is "
-                             "expected: merge it into its model first (docs/own_teacher.md); "
-                             "only sample.py takes it, as --lora FILE")
+            raise ValueError(f"{t.file}: is a LoRA ({name:.80}), not a network: merge it into its "
+                             "model (docs/own_teacher.md), or give it to sample.py as --lora")
     file = next(iter(tensors.values())).file
     tensors = {WRAPPERS.sub("", name): t for name, t in tensors.items()}
     prefixes = {name.removesuffix(anchor) for name in tensors for anchor in ANCHORS[component]
@@ -91,8 +90,6 @@ def with_scales(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
         elif not UNUSED_SCALE.fullmatch(name):
             out[name] = t
     for name, t in out.items():
-        if t.dtype in FLOAT8:
-            warn_of_fp8(t.file, bool(scales))
         if name in scales:
             out[name] = scale_weight(t, *scales[name])
         elif t.dtype in FLOAT8:
@@ -104,8 +101,7 @@ def is_quantised(name: str, t: LazyTensor) -> bool:
     """Whether a tensor belongs to weights that are integers, or quantised in another form than fp8
     with a scale per tensor or row."""
     if name.endswith(".comfy_quant"):  # ComfyUI's description of a layer, JSON as bytes
-        is_text = t.dtype == torch.uint8 and math.prod(t.shape) <= 4096
-        text = bytes(t.read().flatten().tolist()).decode(errors="replace") if is_text else "{}"
+        text = t.read().flatten().byte().numpy().tobytes().decode(errors="replace")
         facts = parse_json(text, f"{t.file}: {name}", remedy="copy the file again")
         return (facts.get("format") not in ("float8_e4m3fn", "float8_e5m2")
                 or bool(facts.keys() - {"format", "full_precision_matrix_mult"}))
@@ -138,15 +134,6 @@ def check_range(name: str, t: LazyTensor) -> None:
     if top > torch.finfo(torch.float8_e4m3fn).max / 4:
         raise ValueError(f"{t.file}: {name} is fp8 with values up to {top:.0f} and without its "
                          f"scale (HunyuanVideo's …_fp8.pt needs its …_fp8_map.pt): {REMEDY}")
-
-
-@functools.lru_cache
-def warn_of_fp8(file: Path, scaled: bool) -> None:
-    """Print once per file what fp8 weights cost, as measured on the small world's student."""
-    if os.environ.get("RANK", "0") == "0":
-        cost = "a quarter more" if scaled else "twice the"
-        print(f"{file}: {'scaled ' if scaled else ''}fp8 weights: on the small world they cost "
-              f"{cost} endpoint error; 16-bit weights cost nothing")
 
 
 # ------------------------------------------------------------------------ ComfyUI's HunyuanVideo
@@ -296,9 +283,8 @@ def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | Non
     found = [p for p in files.get(role, ()) if p.exists() or p.is_symlink()]
     if len(found) != 1:
         got = ", ".join(map(str, files.get(role, ())[:6])) or "none"
-        raise FileNotFoundError(
-            f"{weights}: {role}: expected one existing file, got {got}: give its name as "
-            f"`{role}: FILE` in a file.yaml, and point `weights` at that")
+        raise FileNotFoundError(f"{weights}: {role}: expected one existing file, got {got}: point "
+                                f"`weights` at a file.yaml with its name, `{role}: FILE`")
     return found[0]
 
 
@@ -349,20 +335,13 @@ def expert_paths(weights: Path) -> list[Path] | None:
 def dit_files(weights: str | Path) -> dict[str, Path]:
     """The weight file (or index of shards) of each DiT, by what its parameters' names begin with:
     "" for the only one. Raises as expert_paths."""
-    pair = expert_paths(Path(weights))
-    if pair is None:
-        return {"": find_dit(weights)}
-    return {f"{name}.": weight_file(path) for name, path in zip(EXPERTS, pair, strict=True)}
-
-
-def find_dit(weights: str | Path) -> Path:
-    """The weight file (or index of shards) of the one DiT in an official or diffusers folder."""
     weights = Path(weights)
-    for name in OFFICIAL_DITS:
-        if (weights / name).is_file():
-            return weights / name
-    weights = role_file(weights, "dit") or weights
-    return weight_file(weights / "transformer" if (weights / "transformer").is_dir() else weights)
+    if pair := expert_paths(weights):
+        return {f"{name}.": weight_file(path) for name, path in zip(EXPERTS, pair, strict=True)}
+    folder = weights / "transformer"
+    official = (weights / name for name in OFFICIAL_DITS if (weights / name).is_file())
+    return {"": next(official, None) or role_file(weights, "dit")
+            or weight_file(folder if folder.is_dir() else weights)}
 
 
 def weight_file(path: Path) -> Path:

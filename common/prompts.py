@@ -40,9 +40,9 @@ class Prompt(NamedTuple):
 
 def digest_texts(prompts: list[Prompt]) -> str:
     """SHA-256 over the texts of prompts and the bytes of their images, each read once."""
-    images = {image for _, image in prompts if image is not None and image.is_file()}
-    digests = {image: hashlib.sha256(image.read_bytes()).hexdigest() for image in images}
-    lines = [[text, digests.get(image)] for text, image in prompts]
+    digests = {image: image and hashlib.sha256(image.read_bytes()).hexdigest()
+               for image in {image for _, image in prompts}}
+    lines = [[text, digests[image]] for text, image in prompts]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 

@@ -170,11 +170,9 @@ class Timer:
 
     def lap(self, name: str) -> None:
         """Count the time since the last lap as `name`."""
+        mark: Any = time.perf_counter()
         if self.device.type == "cuda":
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        else:
-            mark = time.perf_counter()
+            mark = torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
         self.marks.append((name, mark))
 
     def laps(self) -> list[float]:
@@ -200,8 +198,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
-    text = info.read_text(encoding="utf-8") if info.exists() else ""
-    found = re.search(r"model name\s*: *(.*\S)", text)
+    found = re.search(r"model name\s*: *(.*\S)", info.read_text() if info.exists() else "")
     name = found[1] if found else platform.machine()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -130,14 +129,12 @@ def read_part(path: Path, start: int, dtype: torch.dtype, shape: tuple[int, ...]
         first, stop, _ = rows.indices(shape[0])
         start += first * dtype.itemsize * math.prod(shape[1:])
         shape = (max(0, stop - first), *shape[1:])
-    size = dtype.itemsize * math.prod(shape)
-    # Read, not mapped: a map would keep all that was ever read in memory.
-    stored = np.fromfile(path, np.uint8, size, offset=start)
-    if len(stored) < size:
-        raise ValueError(f"{path}: was cut while it was read: copy or make it again")
-    if not size:  # numpy's empty arrays have no stride that torch could view
-        return torch.empty(shape, dtype=dtype)
-    return torch.from_numpy(stored).view(dtype).view(shape)
+    tensor = torch.empty(shape, dtype=dtype)
+    with path.open("rb") as file:  # not mapped: a map would keep all that was ever read in memory
+        file.seek(start)
+        if file.readinto(tensor.flatten().view(torch.uint8).numpy()) < tensor.nbytes:
+            raise ValueError(f"{path}: was cut while it was read: copy or make it again")
+    return tensor
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
@@ -318,8 +315,7 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
         t = tensors[name]
         if not t.dtype.is_floating_point or p.shape != t.shape:
             raise ValueError(f"{what}: {name} in {t.file} holds {dtype_name(t)} {list(t.shape)}, "
-                             f"expected {list(p.shape)} as bf16, fp16 or fp32"
-                             f"{describe_model(tensors)}")
+                             f"expected floating-point {list(p.shape)}{describe_model(tensors)}")
     if dtype is not None:
         module.to(dtype)
     if any(p.is_meta for p in module.parameters()):

@@ -596,16 +596,9 @@ def test_a_single_frame_is_a_video(tmp_path):
     assert read_video(tmp_path / "one.mp4").shape == (3, 1, 48, 48)
 
 
-@pytest.mark.parametrize("video,name,fps,words", [
-    (torch.zeros(3, 0, 8, 8), "a.mp4", 8, ["[3, 0, 8, 8]", "not empty"]),
-    (torch.zeros(5, 3, 8, 8), "a.mp4", 8, ["[5, 3, 8, 8]"]),
-    (torch.full((3, 1, 8, 8), float("nan")), "a.mp4", 8, ["NaN", "weights file"]),
-    (torch.zeros(3, 1, 8, 8), "a.avi", 8, ["a.avi", ".mp4 or .gif"]),
-    (torch.zeros(3, 1, 8, 8), "a.mp4", 0, ["fps=0"])])
-def test_write_video_names_what_is_wrong_and_writes_nothing(tmp_path, video, name, fps, words):
-    with pytest.raises(ValueError) as caught:
-        write_video(tmp_path / name, video, fps)
-    assert all(word in str(caught.value) for word in words), caught.value
+def test_a_video_of_nan_is_refused_and_not_written(tmp_path):
+    with pytest.raises(ValueError, match="NaN or infinity: check the weights file"):
+        write_video(tmp_path / "a.mp4", torch.full((3, 1, 8, 8), float("nan")), 8)
     assert not list(tmp_path.iterdir())
 
 

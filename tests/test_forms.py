@@ -17,7 +17,7 @@ from torch import Tensor
 from artifacts.student import how_to_use, open_student
 from common.files import write_json
 from common.names import (
-    EXPERTS, dit_tensors, find_dit, fingerprint, fingerprint_files, role_file)
+    EXPERTS, dit_files, dit_tensors, fingerprint, fingerprint_files, role_file)
 from common.names import COMFY, comfy_to_official, official_names, plain_names
 from common.ranks import generator
 from common.weights import (
@@ -164,7 +164,7 @@ def test_comfyui_s_folder_of_models_is_a_weight_folder(comfy):
     (models / "diffusion_models/sub").mkdir()
     shutil.copy(official / FULL, models / "diffusion_models/sub/wan2.1_i2v.safetensors")
     with pytest.raises(FileNotFoundError, match=r"dit: expected one .*sub/wan2.1_i2v.safet.*name"):
-        find_dit(models)
+        dit_files(models)
     (models / "vae/wan_2.1_vae.safetensors").rename(models / "vae/wan_2.1_vae.gguf")
     (models / "vae/wan_2.1_vae.gguf").write_bytes(b"GGUF\3\0\0\0")
     with pytest.raises(ValueError, match="wan_2.1_vae.gguf: is a GGUF file"):
@@ -203,12 +203,10 @@ def test_a_list_of_files_is_a_weight_folder(comfy, tmp_path):
 @pytest.mark.parametrize("dtype, atol", [
     (torch.float16, 1e-3), (torch.bfloat16, 8e-3), (torch.float64, 1e-7),
     (torch.float8_e4m3fn, 0.07), (torch.float8_e5m2, 0.13)])
-def test_floats_of_every_width_are_read(dtype, atol, tmp_path, capsys):
+def test_floats_of_every_width_are_read(dtype, atol, tmp_path):
     state = {name: t.clamp(-0.5, 0.5) for name, t in state_of().items()}
     save_file({name: t.to(dtype) for name, t in state.items()}, tmp_path / "a.safetensors")
     assert_same(loaded(tmp_path / "a.safetensors"), state, atol)
-    said = capsys.readouterr().out
-    assert ("fp8 weights: on the small world" in said) == (dtype.itemsize == 1)
 
 
 def json_tensor(**facts: object) -> Tensor:
@@ -238,7 +236,7 @@ SMALL = {name: 1e-3 * t for name, t in state_of().items()}  # beneath fp8's own 
     (".scale_weight", (), "input"), (".scale_weight", (-1,), "input"),
     (".weight_scale", (), "comfy"), (".weight_scale", (-1, 1), "comfy"),
     (".weight_scale", (-1, 1, 1), "input")])
-def test_scaled_fp8_is_read_by_its_scales(end, shape, more, tmp_path, capsys):
+def test_scaled_fp8_is_read_by_its_scales(end, shape, more, tmp_path):
     stored, scales = fp8_of(SMALL, end, shape)
     stored |= scales
     for layer in (name.removesuffix(end) for name in scales):
@@ -251,7 +249,6 @@ def test_scaled_fp8_is_read_by_its_scales(end, shape, more, tmp_path, capsys):
     got = loaded(tmp_path / "a.safetensors")
     for name, t in SMALL.items():
         assert (got[name] - t).abs().max() <= 0.07 * t.abs().max() + 1e-9, name
-    assert "scaled fp8 weights" in capsys.readouterr().out
     one = dit_tensors(tmp_path / "a.safetensors")["blocks.1.ffn.0.weight"]
     assert torch.equal(one.read(slice(3, 7)), one.read()[3:7])  # each rank its rows
 
@@ -282,7 +279,6 @@ LAYER = "blocks.1.ffn.0"  # a matrix of [256, 128]
     ({"weight_scale": torch.ones(()), "comfy_quant": json_tensor(format="nvfp4")}, OTHER_FORM),
     ({"weight_scale": torch.ones(()), "comfy_quant": json_tensor(format="float8_e4m3fn", rot=1)},
      OTHER_FORM),
-    ({"comfy_quant": torch.ones(5000, dtype=torch.uint8)}, OTHER_FORM),
     ({"comfy_quant": torch.ones(50, dtype=torch.uint8)}, "comfy_quant: is not valid JSON"),
     ({"weight.scale": torch.ones(2, 1)}, OTHER_FORM),
     ({"weight_scale_2": torch.ones(())}, OTHER_FORM),
@@ -591,7 +587,7 @@ def test_a_student_next_to_its_teacher_s_shards_is_refused_as_ambiguous(tmp_path
     save_file(state_of(), tmp_path / FULL)
     write_json(tmp_path / f"{FULL}.index.json", {"weight_map": {"a": FULL}})
     with pytest.raises(FileNotFoundError, match=rf"got {FULL}.index.json, {FULL}: name the file"):
-        find_dit(tmp_path)
+        dit_files(tmp_path)
 
 
 @pytest.mark.parametrize("keys, model", [

@@ -5,15 +5,18 @@ samples share a time, needs one. Source: Wan 2.2's release, text2video.py and im
 """
 
 import itertools
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from common.names import EXPERTS
+from common.files import abbreviate, read_json
+from common.names import EXPERTS, dit_files, dit_tensors
 from common.ranks import Ranks
+from common.weights import LazyTensor
 
 
 class Experts(nn.Module):
@@ -111,6 +114,31 @@ def steps_of(t_key: list[float], boundary: float | None, experts: str) -> list[i
         raise ValueError(f"key: no step starts in the range of the expert for {experts} noise, "
                          f"whose boundary is {boundary}: choose other key timesteps")
     return ks
+
+
+def check_sizes(weights: str | Path, sizes: Any, preset: str) -> None:
+    """Raise ValueError if `weights` has another number of DiTs than a preset, or if a folder's JSON
+    files contain other sizes than the preset's `sizes`, or another boundary."""
+    files, expected = dit_files(weights), asdict(sizes)
+    if (len(files) == 2) != (sizes.boundary is not None):
+        raise ValueError(f"{weights}: expected {3 - len(files)} DiT(s) by preset '{preset}', got "
+                         f"{len(files)} (Wan 2.2 A14B has two): choose the preset of these weights")
+    if not Path(weights).is_dir():
+        return
+    for path in [*(file.with_name("config.json") for file in files.values()),
+                 Path(weights) / "model_index.json"]:
+        for key, got in read_json(path).items() if path.exists() else ():
+            name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
+            if name in expected and got is not None and got != expected[name]:
+                raise ValueError(f"{path}: {key} is {abbreviate(got)}, preset '{preset}' has "
+                                 f"{expected[name]}: choose the preset of these weights")
+
+
+def preset_tensors(weights: str | Path, sizes: Any, preset: str,
+                   only: str | None = None) -> dict[str, LazyTensor]:
+    """The DiT tensors of `weights`, `only` of this one of EXPERTS. Raises as check_sizes."""
+    check_sizes(weights, sizes, preset)
+    return {name: t for name, t in dit_tensors(weights).items() if name.startswith(only or "")}
 
 
 def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:

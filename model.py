@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from common.config import Shared, nearest
 from common.linear import GELU, Linear, gelu
-from common.names import EXPERTS, check_sizes, dit_tensors
+from common.names import EXPERTS
 from common.ranks import Ranks, compute_dtype
 from common.sequence_parallel import (
     SequenceShard, gather_sequence, heads_to_tokens, shard_sequence, tokens_to_heads)
-from common.weights import LazyTensor, load_module
-from experts import Experts, expert_at, shard_dit
+from common.weights import load_module
+from experts import Experts, expert_at, preset_tensors, shard_dit
 
 # ------------------------------------------------------------------ schedule and Euler step
 
@@ -782,12 +782,6 @@ def empty_dit(preset: str, dtype: torch.dtype, ranks: Ranks | None,
     return dit if ranks is None else shard_dit(dit, ranks, forward_dtype)
 
 
-def preset_tensors(weights: str | Path, preset: str, only: str | None) -> dict[str, LazyTensor]:
-    """The DiT tensors of `weights`, `only` of this one of EXPERTS. Raises as check_sizes."""
-    check_sizes(weights, sizes_of(preset), f"preset '{preset}'")
-    return {name: t for name, t in dit_tensors(weights).items() if name.startswith(only or "")}
-
-
 def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
              device: str | torch.device = "cpu", ranks: Ranks | None = None,
              forward_dtype: torch.dtype | None = None, only: str | None = None) -> nn.Module:
@@ -796,5 +790,5 @@ def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float3
     Args: weights, a folder or a file; forward_dtype of the sharded blocks' gathered weights (None:
     dtype); only, as in build_dit. Raises as common.names and load_module."""
     dit = empty_dit(preset, dtype, ranks, forward_dtype, only)
-    return load_module(dit, preset_tensors(weights, preset, only), f"DiT from {weights}",
-                       device=device)
+    tensors = preset_tensors(weights, dit.cfg, preset, only)
+    return load_module(dit, tensors, f"DiT from {weights}", device=device)

@@ -192,8 +192,7 @@ def sampling_times(cfg: Config) -> list[float]:
               f"{', '.join(other)}")
     if cfg.steps not in (None, len(times) - 1):
         raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
-                         f"{len(times) - 1} steps: leave --steps out, or distill with another "
-                         "`key`")
+                         f"{len(times) - 1} steps: leave --steps out, or distill with other `key`")
     if not unipc:
         return times
     text_to_video = not sizes_of(cfg.preset).takes_image

@@ -129,8 +129,7 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
         print(f"synvid: {note}")
     if need > free:
         raise ValueError(f"{folder}: {len(todo)} trajectories need up to {need / 1e9:.3g} GB, got "
-                         f"{free / 1e9:.3g} GB: free some space, choose another --run, or make "
-                         "fewer by --count")
+                         f"{free / 1e9:.3g} GB: free some space, or choose another --run")
     return todo
 
 

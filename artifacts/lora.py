@@ -20,8 +20,8 @@ from common.names import (
 from common.ranks import Ranks, generator
 from common.weights import (
     LazyTensor, describe_model, load_module, open_tensors, safetensors_metadata)
-from experts import by_expert, shard_dit
-from model import build_dit, preset_tensors
+from experts import by_expert, preset_tensors, shard_dit
+from model import build_dit
 
 # --------------------------------------------------------------------------- reading and merging
 
@@ -144,8 +144,7 @@ def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
             if got != expected or math.prod(up.shape[1:]) != rank:
                 raise ValueError(f"{path}: {name} and its other half, {list(up.shape)} times "
                                  f"{list(down.shape)}, change a matrix of {got}; this DiT's is "
-                                 f"{expected}: it is a LoRA for another size of the model than "
-                                 "`preset`")
+                                 f"{expected}: it is a LoRA for another size than `preset`")
             times = (float(found.pop("alpha")[1].read()) / rank if "alpha" in found else
                      factor(rank))
             changes.setdefault(weight, []).append(
@@ -159,9 +158,8 @@ def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
                 unused.append(name)
     if not changes:
         what = "" if is_lora(tensors) else f"{describe_model(tensors)}; it is not a LoRA"
-        raise ValueError(f"{path}: none of its {len(tensors)} tensors (such as "
-                         f"{next(iter(tensors), 'none')}) changes one of this DiT's{what}: give a "
-                         "LoRA for the DiT of `weights`")
+        raise ValueError(f"{path}: none of its {len(tensors)} tensors (such as {[*tensors][:1]}) "
+                         f"changes one of this DiT's{what}: give a LoRA for the DiT of `weights`")
     return changes, unused
 
 
@@ -188,15 +186,15 @@ def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], f
     extras += ["bias"] * (settings.get("bias") not in (None, "none"))
     extras += ["init_lora_weights"] * (settings.get("init_lora_weights") not in PEFT_STARTS)
     if extras:
-        raise ValueError(f"{where}: {extras[0]}: expected none, got "
-                         f"{abbreviate(settings[extras[0]])}, which is not supported: merge the "
-                         "LoRA in peft, and give the result as `weights`")
-    if settings.get("lora_alpha") is None:
+        name, value = extras[0], abbreviate(settings[extras[0]])
+        raise ValueError(f"{where}: {name}: expected none, got {value}: merge the LoRA in peft "
+                         "and give the result as `weights`")
+    alpha = settings.get("lora_alpha")
+    if alpha is None:
         return lambda rank: 1.0
-    if error := shape_error(settings, {"lora_alpha": NUMBER}):
+    if error := shape_error(alpha, NUMBER, "lora_alpha"):
         raise ValueError(f"{where}: {error}: save the LoRA again")
-    alpha, root = settings["lora_alpha"], bool(settings.get("use_rslora"))
-    return lambda rank: alpha / (math.sqrt(rank) if root else rank)
+    return lambda rank: alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 @functools.lru_cache
@@ -287,7 +285,7 @@ def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype,
     A is uniform within 1/√in, by the seed and its name; B is 0. Raises as model.load_dit.
     """
     dit = shard_dit(build_student(cfg.preset, cfg.lora, only), ranks, compute_dtype)
-    tensors = preset_tensors(cfg.weights, cfg.preset, only)
+    tensors = preset_tensors(cfg.weights, dit.cfg, cfg.preset, only)
     file = next(iter(tensors.values())).file
     for name, p in dit.named_parameters():
         if name.endswith(FACTORS):
@@ -310,10 +308,10 @@ def fresh_factor(name: str, shape: tuple[int, ...], seed: int, file: Path) -> La
 
 def factor_pairs(tensors: dict[str, LazyTensor]) -> Iterator[tuple[str, LazyTensor, LazyTensor]]:
     """The weight's name, A and B of each layer with a LoRA."""
-    for name in tensors:
-        if name.endswith("lora_A"):
-            module = name.removesuffix(".lora_A")
-            yield f"{module}.weight", tensors[name], tensors[f"{module}.lora_B"]
+    for name, A in tensors.items():
+        module, _, factor = name.rpartition(".")
+        if factor == "lora_A":
+            yield f"{module}.weight", A, tensors[f"{module}.lora_B"]
 
 
 def full_tensor(p: DTensor, path: Path, dtype: torch.dtype) -> LazyTensor:

@@ -39,7 +39,7 @@ from common.files import (
     sync_to_disk, write_json, write_text)
 from common.names import (
     EXPERTS, dit_tensors, expert_paths, fingerprint, official_names)
-from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
+from common.ranks import AgreedError, Ranks, compute_dtype, errors_on_all_ranks, local_rows
 from common.weights import (
     DTYPES, LazyTensor, load_module, open_tensors, safetensors_header, safetensors_metadata)
 from experts import by_expert, with_level
@@ -85,12 +85,10 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
         for name in ("family", "preset", "embedded_guidance"):
             if facts[name] != getattr(cfg, name):
                 raise ValueError(f"{path}: the student's {name} is {abbreviate(facts[name])}, the "
-                                 f"config's '{getattr(cfg, name)}': use the config that it was "
-                                 "distilled with")
+                                 f"config's '{getattr(cfg, name)}': use its own config")
         if same_teacher and facts["teacher"] != (teacher := fingerprint(cfg.weights)):
             raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, "
-                             f"the weights in {cfg.weights} are {teacher}: point `weights` at its "
-                             "teacher, or distill again with `python distill.py CONFIG`")
+                             f"{cfg.weights} is {teacher}: point `weights` at its teacher")
     else:
         print(f"{path} does not say what it is: the config's key timesteps are used")
         facts = {**{name: getattr(cfg, name, None) for name in FACTS},
@@ -137,9 +135,8 @@ def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> N
     """Raise ValueError if a student says too little about itself, or has no valid times."""
     absent = [name for name in required if name not in facts]
     if absent:
-        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}; expected a "
-                         "student written by distill.py (to sample another DiT, point `weights` "
-                         "at it and add --teacher)")
+        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}: give a "
+                         "student (to sample another DiT, make it `weights`, with --teacher)")
     types = {name: kind for name, kind in FACT_TYPES.items() if name in facts}
     if error := shape_error(facts, types):
         raise ValueError(f"{path}: 'accvideo' metadata: {error}: distill it again")
@@ -161,9 +158,8 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
                                  f"{abbreviate(facts['expert'])} noise: exchange the files")
             for key in ("t_key", "teacher", "preset") if found and facts else ():
                 if facts.get(key) != found.get(key):
-                    raise ValueError(f"{file}: {key} is {abbreviate(facts.get(key))}, in the file "
-                                     f"of the other expert {abbreviate(found.get(key))}: they are "
-                                     "of two students")
+                    raise ValueError(f"{file}: {key} is {abbreviate(facts.get(key))}, the other "
+                                     f"expert's {abbreviate(found.get(key))}: give one student's")
             found = found or facts
     return found
 
@@ -246,8 +242,7 @@ def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) 
                        "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}.items():
         if facts[key] != value:
             raise ValueError(f"high_student: {path}: {key}: expected {abbreviate(value)}, got "
-                             f"{abbreviate(facts[key])}: distill it with this config and "
-                             "--experts high")
+                             f"{abbreviate(facts[key])}: distill it by this config")
     dit = empty_dit(cfg.preset, dtype, ranks, only=EXPERTS[0]).high_noise_model
     tensors = official_names(open_tensors(path), "transformer")
     return load_module(dit, tensors, str(path), device=ranks.device).requires_grad_(False)
@@ -307,14 +302,13 @@ def bytes_a_parameter(cfg: Any) -> int:
 def check_export_range(student: nn.Module, dtype: torch.dtype) -> None:
     """Raise AgreedError on all ranks if a weight would be infinite in dtype; each rank checks its
     own rows."""
-    error = None
-    for name, p in student.named_parameters():
-        local = local_rows(p)[0].detach()
-        if error is None and local.numel() and local.to(dtype).isinf().any():
-            error = ValueError(f"export_dtype: got fp16; {name} holds {local.abs().max():.4g}, and "
-                               f"fp16 ends at {torch.finfo(dtype).max:.0f}: export by the same "
-                               "command with --export_dtype bf16")
-    raise_together(error)
+    with errors_on_all_ranks():
+        for name, p in student.named_parameters():
+            local = local_rows(p)[0].detach()
+            if local.numel() and local.to(dtype).isinf().any():
+                raise ValueError(f"export_dtype: got fp16; {name} holds {local.abs().max():.4g}, "
+                                 f"and fp16 ends at {torch.finfo(dtype).max:.0f}: export by the "
+                                 "same command with --export_dtype bf16")
 
 
 def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
@@ -341,13 +335,9 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[st
 
 
 def on_rank_0(work: Callable, ranks: Ranks, elsewhere: Callable = lambda: None) -> None:
-    """Do `work` on rank 0, `elsewhere` on others; a ValueError becomes an AgreedError on all."""
-    error = None
-    try:
+    """Do `work` on rank 0, `elsewhere` on others; an error becomes an AgreedError on all."""
+    with errors_on_all_ranks():
         (work if ranks.rank == 0 else elsewhere)()
-    except ValueError as e:
-        error = e
-    raise_together(error)
 
 
 # ---------------------------------------------------------------------------- diffusers' folder

@@ -94,8 +94,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path, dict, remedy)
     if manifest.get("version") != VERSION:
         raise ValueError(f"{path}: expected format version {VERSION}, got "
-                         f"{abbreviate(manifest.get('version'))}: make the trajectories again by "
-                         "`python synvid.py CONFIG` in another --run")
+                         f"{abbreviate(manifest.get('version'))}: make others in another --run")
     if fault := shape_error(manifest, MANIFEST_TYPES):
         raise ValueError(f"{path}: {fault}: {remedy}")
     return manifest
@@ -143,10 +142,9 @@ def check_encoders(folder: Path, encoders: str) -> None:
     """Raise ValueError if the folder's trajectories were made with other text or image encoders."""
     first = first_header(folder)
     if (found := first.get("encoders", encoders)) != encoders:
-        raise ValueError(f"{trajectory_path(folder, first['index'])}: expected a trajectory made "
-                         f"with the text and image encoders of `weights` ({encoders}), got others "
-                         f"({found}): use the same encoders in all jobs, choose another --run, or "
-                         "delete what was made with the wrong ones")
+        raise ValueError(f"{trajectory_path(folder, first['index'])}: was made with other text or "
+                         f"image encoders ({found}) than those of `weights` ({encoders}): use the "
+                         "same in all jobs, or choose another --run")
 
 
 # ---------------------------------------------------------------------- a trajectory's file
@@ -196,9 +194,8 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     """
     for j, latent in zip(manifest["stored"], x, strict=True):
         if not torch.isfinite(latent).all():
-            raise ValueError(f"{trajectory_path(folder, i)}: the latent after step {j} contains "
-                             f"NaN or infinity as {manifest['dtype']}: check the teacher's weights "
-                             "and grid, or use --dtype fp32 if its latents exceed fp16")
+            raise ValueError(f"{trajectory_path(folder, i)}: the latent after step {j} has NaN or "
+                             f"infinity as {manifest['dtype']}: check the weights, or --dtype fp32")
     conds = {f"cond.{name}": bf16_if_exact(c.cpu()) for name, c in cond.items()}
     sums = {"x": [crc32(latent) for latent in x], **{name: crc32(c) for name, c in conds.items()}}
     header = {"index": i, "prompt": prompt, "seed": manifest["seed"],
@@ -256,8 +253,7 @@ def read_trajectory(folder: Path, manifest: dict, i: int, points: Iterable[int],
                 raise ValueError("its text states do not match their checksum")
     except READ_ERRORS as e:
         raise ValueError(f"{path}: cannot be used ({error_summary(e)}): rerun the `python "
-                         "synvid.py` command that made it with --repair: only damaged and missing "
-                         "files are made again") from e
+                         "synvid.py` command that made it with --repair") from e
     cond = {name.removeprefix("cond."): c.float() if c.is_floating_point() else c
             for name, c in cond.items()}
     return torch.stack([latent.float() for latent in latents]), cond, header["prompt"]
@@ -287,14 +283,12 @@ class SynVid:
         if lacking:
             raise ValueError(f"{path}: key {cfg.key} needs the latent after step {lacking[-1]}, "
                              f"the trajectories hold those after {self.manifest['stored']}: make "
-                             "others with this key, or with --keep all, by `python synvid.py "
-                             "CONFIG` in another --run")
+                             "others with this key, or --keep all, in another --run")
         existing = find_trajectories(self.folder)
         self.count, self.encoders = len(existing), first_header(self.folder).get("encoders")
         if gap := first_gap(existing) if existing else range(1):
             raise ValueError(f"{trajectory_path(self.folder, gap[0])}: is missing, the first of a "
-                             f"gap of {len(gap)}; {self.count} trajectories exist: finish by the "
-                             "same `python synvid.py` command")
+                             f"gap of {len(gap)}; {self.count} trajectories exist: rerun synvid.py")
 
     def __len__(self) -> int:
         return self.count

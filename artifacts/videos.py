@@ -108,8 +108,7 @@ def finished_videos(record: Path, videos: list[Video],
         for key, value in {"prompt": video.prompt.text, "seed": video.seed, **settings}.items():
             if before.get(key) != value:
                 raise ValueError(f"{path}: was made with {key} {before.get(key)!r:.200}, got "
-                                 f"{value!r:.200}: use what it was made with, or choose another "
-                                 "--out")
+                                 f"{value!r:.200}: use what it was made with, or another --out")
         finished[video.file] = line
     return finished
 
@@ -126,13 +125,12 @@ def write_report(record: Path, lines: list[dict[str, Any]], facts: dict[str, Any
     contact_sheet(record.with_suffix(".png"), rows, title=f"{record.stem}, {', '.join(sizes)}")
 
 
-def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], columns: int = 9,
-                  title: str | None = None) -> None:
-    """Write a PNG with one row per (label, video): up to `columns` frames from first to last."""
+def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], title: str) -> None:
+    """Write a PNG with one row per (label, video): up to 9 frames from first to last."""
     cells = []
     for label, video in rows:
         frames = to_uint8(video)
-        times = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+        times = np.linspace(0, len(frames) - 1, min(9, len(frames))).round().astype(int)
         cells.append((label, [(frames[t], f"frame {t}") for t in times]))
     picture_sheet(path, cells, 1.1, title)
 

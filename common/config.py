@@ -59,8 +59,7 @@ class Shared:
     key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
     seed: int = field(0, "base seed of everything drawn")
     device: str = field("auto", "cpu, cuda, or auto: a GPU if there is one")
-    attention: Literal["auto", "flash", "cudnn"] = field(
-        "auto", "kernels a GPU tries first; auto: cudnn on Hopper, else flash")
+    attention: Literal["auto", "flash", "cudnn"] = field("auto", "kernels that a GPU tries first")
 
     # Without types, hence not fields: where the values come from, for messages and other stages.
     origin, path = "the defaults", ROOT / "configs/tiny.yaml"
@@ -272,5 +271,5 @@ def paths_of(cls: type) -> set[str]:
 
 def settings_to_compare(cfg: Any) -> dict[str, Any]:
     """The settings that all ranks must agree on: all but paths and the device."""
-    values, paths = dataclasses.asdict(cfg), paths_of(type(cfg))
-    return {name: values[name] for name in values if name not in paths | {"device"}}
+    others = paths_of(type(cfg)) | {"device"}
+    return {name: x for name, x in dataclasses.asdict(cfg).items() if name not in others}

@@ -12,7 +12,6 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -299,9 +298,8 @@ EXPERTS = ("high_noise_model", "low_noise_model")
 NOISE = re.compile("(high|low)_noise")  # in the names of their files
 
 
-def expert_files(file: str | Path) -> list[Path] | None:
+def expert_files(file: Path) -> list[Path] | None:
     """The files of high and of low noise, given one of the two; None if its name has neither."""
-    file = Path(file)
     if not NOISE.search(file.name):
         return None
     return [file.with_name(NOISE.sub(f"{level}_noise", file.name)) for level in ("high", "low")]
@@ -347,24 +345,6 @@ def dit_files(weights: str | Path) -> dict[str, Path]:
 def weight_file(path: Path) -> Path:
     """The weight file (or index of shards) in a DiT's own folder; a file is returned as it is."""
     return only_weights(path, "diffusion_pytorch_model") if path.is_dir() else path
-
-
-def check_sizes(weights: str | Path, sizes: Any, what: str) -> None:
-    """Raise ValueError if `weights` has another number of DiTs than `sizes`, of `what`, or if a
-    folder's JSON files say other sizes or another boundary."""
-    files, expected = dit_files(weights), dataclasses.asdict(sizes)
-    if (len(files) == 2) != (sizes.boundary is not None):
-        raise ValueError(f"{weights}: expected {3 - len(files)} DiT(s) by {what}, got "
-                         f"{len(files)} (Wan 2.2 A14B has two): choose the preset of these weights")
-    if not Path(weights).is_dir():
-        return
-    for path in [*(file.with_name("config.json") for file in files.values()),
-                 Path(weights) / "model_index.json"]:
-        for key, got in read_json(path).items() if path.exists() else ():
-            name, got = sizes.diffusers.get(key, key), tuple(got) if isinstance(got, list) else got
-            if name in expected and got is not None and got != expected[name]:
-                raise ValueError(f"{path}: {key} is {abbreviate(got)}, {what} has "
-                                 f"{expected[name]}: choose the preset of these weights")
 
 
 def dit_tensors(weights: str | Path) -> dict[str, LazyTensor]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import common  # before torch, see common
@@ -199,8 +200,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
     found = re.search(r"model name\s*: *(.*\S)", info.read_text() if info.exists() else "")
-    name = found[1] if found else platform.machine()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{found[1] if found else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def check_compiler(device: torch.device) -> None:
@@ -301,9 +301,15 @@ class AgreedError(ValueError):
     one of them has a message."""
 
 
-def raise_together(error: Exception | None) -> None:
-    """Raise AgreedError on every rank if one or more have an error; the first has its message."""
-    rank = dist.get_rank()
+@contextlib.contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """Raise AgreedError on every rank if the work inside is an error, a ValueError or OSError, on
+    one or more; the first of them has its message."""
+    error, rank = None, dist.get_rank()
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        error = e
     first = torch.tensor(rank if error is not None else dist.get_world_size())
     dist.all_reduce(first, dist.ReduceOp.MIN)
     if first < dist.get_world_size():
@@ -339,20 +345,11 @@ def print_line(line: str, error: bool = False) -> None:
         print(line, file=sys.stderr if error else sys.stdout, flush=True)
 
 
-class WholeLines:
-    """A stream for tqdm without a terminal: each state of a bar is a line of its own on stderr."""
-
-    def write(self, text: str) -> None:
-        if line := text.strip():
-            print_line(line, error=True)
-
-    def flush(self) -> None:
-        """write has done it."""
-
-
 def progress_bar(total: int, name: str, rank: int = 0, initial: int = 0, unit: str = "it") -> tqdm:
-    """A progress bar on rank 0; without a terminal, a line a minute."""
-    interval, stream = (0.5, sys.stderr) if sys.stderr.isatty() else (60, WholeLines())
+    """A progress bar on rank 0; without a terminal, a line per minute."""
+    lines = SimpleNamespace(flush=lambda: None, write=lambda text: text.strip() and print_line(
+        text.strip(), error=True))
+    interval, stream = (0.5, sys.stderr) if sys.stderr.isatty() else (60, lines)
     return tqdm(total=total, desc=name, initial=initial, unit=unit, mininterval=interval,
                 file=stream, disable=rank > 0)
 

@@ -273,7 +273,7 @@ def sample_file(path: Path) -> bytes:
         return b"".join(os.pread(f.fileno(), BLOCK, start) for start in starts)
 
 
-# Models by a tensor that they have, and the start of its shape where that distinguishes them.
+# DiTs by a tensor that they have, and the start of its shape where that distinguishes them.
 MODEL_MARKS = (
     ("vace_patch_embedding.weight", (), "Wan 2.1 VACE"),
     ("img_emb.proj.3.weight", (5120,), "Wan 2.1 I2V 14B"),
@@ -282,16 +282,11 @@ MODEL_MARKS = (
     ("patch_embedding.weight", (5120, 36), "Wan 2.2 I2V A14B"),
     ("patch_embedding.weight", (), "a Wan DiT of another size"),
     ("img_in.proj.weight", (3072, 16), "HunyuanVideo"),
-    ("img_in.proj.weight", (), "a HunyuanVideo DiT of another size"),
-    ("encoder.conv_in.conv.weight", (), "HunyuanVideo's VAE"),
-    ("encoder.conv1.weight", (), "Wan's VAE"),
-    ("token_embedding.weight", (), "umT5"), ("shared.weight", (), "umT5"),
-    ("model.embed_tokens.weight", (), "a LLaMA"), ("embed_tokens.weight", (), "a LLaMA"),
-    ("text_model.embeddings.token_embedding.weight", (), "CLIP's text half"))
+    ("img_in.proj.weight", (), "a HunyuanVideo DiT of another size"))
 
 
 def describe_model(tensors: dict[str, LazyTensor]) -> str:
-    """"; it looks like …": the model that some tensors are of by names and shapes; or ""."""
+    """"; it looks like …": the DiT that some tensors are of by names and shapes; or ""."""
     return next((f"; it looks like {model}" for name, shape, model in MODEL_MARKS
                  if name in tensors and tensors[name].shape[:len(shape)] == shape), "")
 
@@ -315,7 +310,7 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
         t = tensors[name]
         if not t.dtype.is_floating_point or p.shape != t.shape:
             raise ValueError(f"{what}: {name} in {t.file} holds {dtype_name(t)} {list(t.shape)}, "
-                             f"expected floating-point {list(p.shape)}{describe_model(tensors)}")
+                             f"expected {list(p.shape)} of floats{describe_model(tensors)}")
     if dtype is not None:
         module.to(dtype)
     if any(p.is_meta for p in module.parameters()):

@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import distill
+import experts
 import model
 import sample
 import synvid
@@ -49,8 +50,8 @@ def allocated_really(cfg: distill.Config, ranks: Ranks) -> int:
     shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
     loader = Loader(cfg, rehearse.NoTrajectories({"shape": shape}, t_key,
                                                  rehearse.random_states(cfg)), ranks)
-    with patch.multiple(model, load_module=without_file, check_sizes=lambda *_: None,
-                        dit_tensors=lambda _: {}):
+    with patch.object(model, "load_module", without_file), patch.multiple(
+            experts, check_sizes=lambda *_: None, dit_tensors=lambda _: {}):
         state, kept, _ = allocated(lambda: distill.build(cfg, t_key, ranks))
     peaks = []
     for _ in range(4):

@@ -274,8 +274,9 @@ def test_nothing_in_a_checkpoint_folder_from_somebody_else_is_run(attack, ranks,
             read()
         except ValueError as e:
             assert "step_000001" in str(e)
-    with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read"):
-        load_checkpoint(path, state)
+    if "rank's file" in attack or attack == "another path":  # of the others nothing is read
+        with pytest.raises(ValueError, match="step_000001: the checkpoint cannot be read"):
+            load_checkpoint(path, state)
     assert not mark.exists()
 
 
@@ -303,14 +304,6 @@ def test_the_attacks_of_these_tests_do_run_where_a_pickle_is_read(tmp_path):
     evil.target = str(tmp_path / "1")
     torch.load(io.BytesIO(as_torch_saves(evil)), weights_only=False).close()
     assert (tmp_path / "1").exists()
-
-
-def test_an_old_checkpoint_is_refused_in_one_line(ranks, tmp_path):
-    dcp.save({"w": torch.ones(3)}, checkpoint_id=str(tmp_path / "step_000003"))
-    write_json(tmp_path / "step_000003/meta.json", {"step": 3})
-    with pytest.raises(ValueError, match="step_000003: has the format of an earlier version, which "
-                                         "holds a pickle and is not read"):
-        latest_checkpoint(tmp_path, ranks)
 
 
 def test_no_product_file_unpickles():

@@ -631,7 +631,7 @@ def test_corrupt_and_missing_video_files_are_named(tmp_path):
 def test_a_contact_sheet_is_a_png_with_a_row_a_video_and_the_same_bytes(tmp_path):
     rows = [("teacher, 50 steps $x_", moving_square()), ("student", moving_square(5, 24, 48))]
     for name in ("a.png", "b.png"):
-        contact_sheet(tmp_path / name, rows, columns=5, title="a $title")
+        contact_sheet(tmp_path / name, rows, title="a $title")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
     red = ((picture - [255, 0, 0]) == 0).all(-1)  # the square, once a frame shown

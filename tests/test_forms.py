@@ -592,9 +592,7 @@ def test_a_student_next_to_its_teacher_s_shards_is_refused_as_ambiguous(tmp_path
 
 @pytest.mark.parametrize("keys, model", [
     ("wan_t2v_1_3b", "Wan 2.1 T2V 1.3B"), ("wan_t2v_14b", "Wan 2.1 T2V 14B"),
-    ("wan_i2v_14b", "Wan 2.1 I2V 14B"), ("hunyuan_dit", "HunyuanVideo"),
-    ("wan_vae", "Wan's VAE"), ("wan_umt5_xxl", "umT5"), ("hunyuan_vae", "HunyuanVideo's VAE"),
-    ("hunyuan_llm", "a LLaMA"), ("hunyuan_clip", "CLIP's text half")])
+    ("wan_i2v_14b", "Wan 2.1 I2V 14B"), ("hunyuan_dit", "HunyuanVideo")])
 def test_a_released_checkpoint_is_recognised_by_its_names_and_shapes(keys, model):
     shapes = json.loads((KEYS / f"{keys}.json").read_text())["keys"]
     tensors = {name: LazyTensor(tuple(shape), torch.bfloat16, Path("a"), lambda rows=None: None)

@@ -26,10 +26,11 @@ from artifacts import student as student_file
 from artifacts import trajectories
 from common.config import load_config
 from common.files import append_log, crc32_of_json, read_log, write_json
-from common.names import check_sizes, dit_tensors, read_list, role_file
+from common.names import dit_tensors, read_list, role_file
 from common.prompts import read_prompts
 from common.ranks import cli
 from common.weights import save_tensors
+from experts import check_sizes
 from model import PRESETS, check_model
 from tools import paper
 from training.checkpoint import Saver, latest_checkpoint, load_checkpoint

@@ -22,7 +22,7 @@ from artifacts.trajectories import trajectory_path
 from common import weights
 from common.files import ROOT
 from common.prompts import Prompt, digest_texts
-from common.ranks import AgreedError, raise_together
+from common.ranks import AgreedError, errors_on_all_ranks
 from common.weights import safetensors_metadata
 
 DIFFERING = Path(__file__).parent / "differing_stage.py"
@@ -126,11 +126,12 @@ def test_images_of_equal_size_and_other_bytes_are_other_prompts(tmp_path):
 
 def failing(ranks, folder: Path) -> None:
     """One of three processes, two of which have an error."""
-    error = ValueError(f"rank {ranks.rank} is ill") if ranks.rank else None
-    with pytest.raises(AgreedError) as caught:
-        raise_together(error)
+    with pytest.raises(AgreedError) as caught, errors_on_all_ranks():
+        if ranks.rank:
+            raise ValueError(f"rank {ranks.rank} is ill")
     (folder / str(ranks.rank)).write_text(str(caught.value))
-    raise_together(None)
+    with errors_on_all_ranks():
+        pass
 
 
 def test_an_error_of_some_ranks_is_raised_on_all_and_printed_once(tmp_path):

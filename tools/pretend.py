@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 import artifacts.lora
 import common.ranks
 import distill
+import experts
 import frozen.image
 import frozen.load
 import frozen.text
@@ -104,8 +105,8 @@ def nothing(*_: Any, **__: Any) -> None:
 DIT_FILES = {f"{name}.x": SimpleNamespace(file=Path("random")) for name in EXPERTS}
 # What the stages read, replaced: no weights, prompts of full length, images of zeros.
 REPLACED: dict[Any, dict[str, Any]] = {
-    model: {"load_module": without_reading, "check_sizes": nothing,
-            "dit_tensors": lambda _: DIT_FILES},
+    experts: {"check_sizes": nothing, "dit_tensors": lambda _: DIT_FILES},
+    model: {"load_module": without_reading},
     frozen.load: {
         "load_module": without_reading, "component": lambda *_, **__: Path(__file__),
         "open_tensors": lambda _: {}, "Tokenizer": lambda _, n: Mock(size=0, return_value=(

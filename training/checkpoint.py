@@ -30,13 +30,13 @@ from common.files import (
     WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
     shape_error, sync_to_disk, write_json)
 from common.ranks import (
-    SIGHT, AgreedError, Ranks, gather_values, local_rows, on_first_rank, print_line,
-    raise_together)
-from common.weights import LazyTensor, open_safetensors, safetensors_metadata
+    SIGHT, AgreedError, Ranks, errors_on_all_ranks, gather_values, local_rows, on_first_rank,
+    print_line)
+from common.weights import LazyTensor, lazy_tensor, open_safetensors, safetensors_metadata
 
 # ------------------------------------------------------------------------------------ saving
 
-FORMAT = 2  # of a checkpoint on disk; 1 was torch.distributed.checkpoint's, which holds a pickle
+FORMAT = 2  # of a checkpoint on disk
 
 
 def flatten(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -103,12 +103,11 @@ class Saver:
 
         An error on any rank is kept on all of them, for wait() in the main thread.
         """
-        name = f"rank_{self.ranks.rank:05d}.safetensors"
+        path = aside / f"rank_{self.ranks.rank:05d}.safetensors"
         try:
             aside.mkdir(parents=True, exist_ok=True)
-            lazy = {n: LazyTensor(tuple(t.shape), t.dtype, aside, lambda rows=None, t=t: t)
-                    for n, t in tensors.items()}
-            result: Any = stream_safetensors(aside / name, lazy, {"rows": json.dumps(rows)})
+            lazy = {name: lazy_tensor(t, aside) for name, t in tensors.items()}
+            result: Any = stream_safetensors(path, lazy, {"rows": json.dumps(rows)})
         except Exception as e:  # other exceptions may not survive the pickle to other ranks
             result = e if isinstance(e, (OSError, ValueError)) else RuntimeError(repr(e))
         lazy = tensors.clear()  # free the copy
@@ -221,8 +220,6 @@ def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
 
 def read_meta(path: Path) -> dict | str:
     """A checkpoint's meta.json, or what is wrong with it."""
-    if (path / ".metadata").exists():
-        return "has the format of an earlier version, which holds a pickle and is not read"
     try:
         meta = read_json(path / "meta.json", {"crc32": str, "format": int, "step": int})
         if meta.pop("crc32") != crc32_of_json(meta) or meta["format"] != FORMAT:
@@ -265,26 +262,25 @@ def load_checkpoint(path: Path, state: dict) -> None:
 
     Raises ValueError on all ranks if it is damaged or of another model.
     """
-    error = None
-    try:
-        shards: dict[str, list[tuple[int, int, LazyTensor]]] = {}
-        meta = read_meta(path)
-        if isinstance(meta, str):
-            raise ValueError(meta)
-        for file in meta["files"]:
-            rows = parse_json(safetensors_metadata(path / file)["rows"], file, {str: [int]})
-            for name, lazy in open_safetensors(path / file).items():
-                start, size = rows[name]
-                shards.setdefault(name, []).append((start, size, lazy))
-        for name, t in flatten(state):
-            if name not in shards:
-                raise ValueError(f"it does not contain {name}")
-            read_rows(name, t.detach(), shards[name])
-    except (OSError, ValueError, LookupError, RuntimeError) as e:
-        error = ValueError(f"{path}: the checkpoint cannot be read ({error_summary(e)}): it is "
-                           "damaged or of another config; remove it to resume from the one before")
-        error.__cause__ = e
-    raise_together(error)
+    with errors_on_all_ranks():
+        try:
+            shards: dict[str, list[tuple[int, int, LazyTensor]]] = {}
+            meta = read_meta(path)
+            if isinstance(meta, str):
+                raise ValueError(meta)
+            for file in meta["files"]:
+                rows = parse_json(safetensors_metadata(path / file)["rows"], file, {str: [int]})
+                for name, lazy in open_safetensors(path / file).items():
+                    start, size = rows[name]
+                    shards.setdefault(name, []).append((start, size, lazy))
+            for name, t in flatten(state):
+                if name not in shards:
+                    raise ValueError(f"it does not contain {name}")
+                read_rows(name, t.detach(), shards[name])
+        except (OSError, ValueError, LookupError, RuntimeError) as e:
+            raise ValueError(f"{path}: the checkpoint cannot be read ({error_summary(e)}): it is "
+                             "damaged or of another config; remove it to resume from the one "
+                             "before") from e
 
 
 def read_rows(name: str, target: Tensor, shards: list[tuple[int, int, LazyTensor]]) -> None:
@@ -381,8 +377,7 @@ def check_same_run(path: Path, saved: dict, meta: dict) -> None:
         if old != new:
             why = ", which its learning rate depends on (lr_final)" if key in fixed else ""
             raise ValueError(f"{path}: that run began with {key}={old}{why}, the config has {new}: "
-                             f"set {key} back, choose another --run, or remove that run's "
-                             "checkpoints")
+                             f"set {key} back, or choose another --run")
 
 
 def check_begun(folder: Path, meta: dict) -> None:
@@ -409,9 +404,8 @@ def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
         raise ValueError(f"{path}/meta.json: {fault}: remove this checkpoint")
     check_same_run(path, saved, meta)
     if saved["count"] > loader.count:
-        raise ValueError(f"{path}: expected the {saved['count']} trajectories which that run "
-                         f"trained on, got {loader.count}: make the missing ones again with "
-                         "`python synvid.py`")
+        raise ValueError(f"{path}: expected the {saved['count']} trajectories that the run trained "
+                         f"on, got {loader.count}: make the missing ones again by synvid.py")
     loader.count = meta["count"] = saved["count"]  # later ones do not change the order
     state.step = saved["step"]
     if state.step > cfg.iterations and ranks.rank == 0:

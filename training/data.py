@@ -16,7 +16,7 @@ from artifacts.trajectories import (
     SynVid, find_trajectories, open_trajectories, read_manifest)
 from common.config import Shared, load_yaml
 from common.files import ROOT
-from common.ranks import Ranks, draw_noise, generator, on_first_rank, raise_together
+from common.ranks import Ranks, draw_noise, errors_on_all_ranks, generator, on_first_rank
 from experts import steps_of
 from model import collate, sizes_of
 
@@ -142,12 +142,9 @@ class Loader:
 
     def __call__(self, step: int) -> list[Batch]:
         """As read, but an error on one rank is raised on all, before any of them computes."""
-        ready, batches, error = self.ahead.pop(step, None), [], None
-        try:
+        ready = self.ahead.pop(step, None)
+        with errors_on_all_ranks():
             batches = ready.result() if ready else self.read(step)
-        except (ValueError, OSError) as e:
-            error = e
-        raise_together(error)
         self.ahead = {step + 1: self.pool.submit(self.read, step + 1)}
         return batches
 

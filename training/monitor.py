@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.files import append_log, error_summary, read_log, write_text
-from common.ranks import Ranks, Timer, end_all, on_first_rank, print_line, raise_together
+from common.ranks import Ranks, Timer, end_all, errors_on_all_ranks, on_first_rank, print_line
 from common.video import draw_panels
 from model import sample_euler, sizes_of, velocity
 from training.memory import meta_student
@@ -168,13 +168,9 @@ def held_out_errors(cfg: Any, dit: nn.Module, loader: Any, ranks: Ranks) -> dict
     for start in range(0, cfg.held_out, size * ranks.dp_size):  # every rank runs as many forwards
         rows = [start + ranks.dp_rank * size + j for j in range(size)]
         real = torch.tensor([float(r < cfg.held_out) for r in rows], device=ranks.device)
-        b, error = None, None
-        try:
+        with errors_on_all_ranks():
             b = loader.batch([loader.count + min(r, cfg.held_out - 1) for r in rows], rows,
                              list(range(m + 1)))
-        except (ValueError, OSError) as e:
-            error = e
-        raise_together(error)
         *_, x = sample_euler(dit, b.x_key[first], t_key[end:first + 1][::-1], b.cond)
         errors = [relative_error(x, b.x_key[end])]
         for k in ks:

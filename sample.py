@@ -143,12 +143,6 @@ def check_options(cfg: Config) -> None:
     if cfg.lora is not None and (cfg.teacher or cfg.student is not None):
         raise ValueError(f"lora: got {cfg.lora} together with --teacher or --student; a LoRA "
                          "changes the DiT of `weights`: leave the other option out")
-    if cfg.lora is None and cfg.lora_scale != 1:
-        raise ValueError(f"lora_scale: got {cfg.lora_scale} without a LoRA: give --lora FILE, or "
-                         "leave it out")
-    if cfg.lora is not None and not Path(cfg.lora).exists():
-        raise FileNotFoundError(f"lora: {cfg.lora}: no such file; extract one from a student by "
-                                "`python -m tools.extract_lora CONFIG`, or give another program's")
     if cfg.solver == "unipc" and cfg.family != "wan":
         raise ValueError(f"solver: got unipc; family {cfg.family} has no grid for it, wan has: "
                          "leave --solver out")

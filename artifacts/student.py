@@ -69,8 +69,8 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     fit.
     """
     if not path.exists() and not path.is_symlink():
-        raise FileNotFoundError(f"{path}: there is no student yet; make it by "
-                                "`python distill.py CONFIG`, or sample the teacher with --teacher")
+        raise FileNotFoundError(f"{path}: no such student or LoRA: make it by `python distill.py "
+                                "CONFIG` or tools.extract_lora, or sample the teacher: --teacher")
     tensors = open_student(path)  # raises an error for a damaged file
     count, expected = len(by_expert(tensors)), 1 if sizes_of(cfg.preset).boundary is None else 2
     if count != expected:
@@ -93,7 +93,8 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
         print(f"{path} does not say what it is: the config's key timesteps are used")
         facts = {**{name: getattr(cfg, name, None) for name in FACTS},
                  "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
-    warn_of_another_model(path, tensors, facts["teacher"], cfg)
+    if is_lora(tensors):
+        check_lora(path, facts["teacher"], cfg.weights)
     return facts
 
 
@@ -170,30 +171,13 @@ def facts_in(file: Path) -> dict:
     return parse_json(text, f"{file}: 'accvideo' metadata", remedy="distill it again")
 
 
-def warn_of_another_model(path: Path, tensors: dict[str, LazyTensor], teacher: str | None,
-                          cfg: Shared) -> None:
-    """Print a line if the DiT of `weights` has other sizes than the student (its text encoder and
-    VAE may then be another model's), or is not the one that a LoRA was made on.
-
-    Raises ValueError if a LoRA does not fit the DiT. Other students do not need it.
-    """
-    try:
-        shapes = {name: t.shape for name, t in dit_tensors(cfg.weights).items()}
-    except (FileNotFoundError, ValueError):
-        if is_lora(tensors):
-            raise
-        return
-    note = ""
-    if is_lora(tensors):
-        lora_changes(path, shapes)
-        if teacher and teacher != (found := fingerprint(cfg.weights)):
-            note = (f"was made on the DiT {teacher}; {cfg.weights} has {found}: the same model in "
-                    "another dtype is fine, another model is not")
-    elif teacher and {n: t.shape for n, t in official_tensors(tensors).items()} != shapes:
-        note = (f"is of another model than the DiT in {cfg.weights}: check that the text encoder "
-                "and VAE in that folder belong to the student")
-    if note and os.environ.get("RANK", "0") == "0":
-        print(f"{path} {note}")
+def check_lora(path: Path, teacher: str | None, weights: str) -> None:
+    """Raise ValueError if a LoRA does not fit the DiT of `weights`; print a line if that is not the
+    DiT `teacher`, on which it was made."""
+    lora_changes(path, {name: t.shape for name, t in dit_tensors(weights).items()})
+    if teacher not in (None, found := fingerprint(weights)) and os.environ.get("RANK", "0") == "0":
+        print(f"{path} was made on the DiT {teacher}; {weights} has {found}: the same model in "
+              "another dtype is fine, another model is not")
 
 
 # ----------------------------------------------------------------------------- loading, export

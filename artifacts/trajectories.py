@@ -93,8 +93,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     remedy = "rerun the `python synvid.py` command that made it, which writes it again"
     manifest = read_json(path, dict, remedy)
     if manifest.get("version") != VERSION:
-        raise ValueError(f"{path}: expected format version {VERSION}, got "
-                         f"{abbreviate(manifest.get('version'))}: make others in another --run")
+        found = abbreviate(manifest.get("version"))
+        raise ValueError(f"{path}: expected format version {VERSION}, got {found}: make the "
+                         "trajectories again by `python synvid.py CONFIG` in another --run")
     if fault := shape_error(manifest, MANIFEST_TYPES):
         raise ValueError(f"{path}: {fault}: {remedy}")
     return manifest
@@ -192,10 +193,11 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     Conditioner.identity of those that made it; image, the file of the first frame for
     image-to-video. Raises ValueError if a latent is not finite or the file cannot be written.
     """
+    path = trajectory_path(folder, i)
     for j, latent in zip(manifest["stored"], x, strict=True):
         if not torch.isfinite(latent).all():
-            raise ValueError(f"{trajectory_path(folder, i)}: the latent after step {j} has NaN or "
-                             f"infinity as {manifest['dtype']}: check the weights, or --dtype fp32")
+            raise ValueError(f"{path}: the latent after step {j} contains NaN or infinity as "
+                             f"{manifest['dtype']}: check the teacher's weights, or --dtype fp32")
     conds = {f"cond.{name}": bf16_if_exact(c.cpu()) for name, c in cond.items()}
     sums = {"x": [crc32(latent) for latent in x], **{name: crc32(c) for name, c in conds.items()}}
     header = {"index": i, "prompt": prompt, "seed": manifest["seed"],
@@ -206,7 +208,7 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     # because its temporary file has a random name, which no later run could recognise.
     text = json.dumps({"trajectory": header, "crc32": crc32_of_json(header)}, ensure_ascii=False)
     data = save({"x": x.contiguous(), **conds}, {"synvid": text})
-    replace_file(trajectory_path(folder, i), lambda aside: aside.write_bytes(data))
+    replace_file(path, lambda aside: aside.write_bytes(data))
 
 
 def read_header(f: Any) -> dict[str, Any]:

@@ -60,8 +60,6 @@ def check_counts(path: Path, arguments: dict) -> dict:
 
 def official_config(path: Path) -> dict:
     """Constructor arguments in the metadata of a .safetensors file; {} means full size."""
-    if path.suffix != ".safetensors":
-        return {}
     where = f"{path}: metadata key config"
     return check_counts(path, parse_json(safetensors_metadata(path).get("config", "{}"), where))
 

@@ -332,21 +332,12 @@ def test_a_missing_student_names_the_command_that_makes_it(run, tmp_path):
         run("--prompt", "a red disc", "--student", str(tmp_path / "student.safetensors"))
 
 
-def test_a_student_is_sampled_without_its_teacher_s_dit(run, student, tmp_path, capsys):
+def test_a_student_is_sampled_without_its_teacher_s_dit(run, student, tmp_path):
     with_it = read_video(next(run("--prompt", "a red disc").glob("*/*.mp4")))
     own = tmp_path / "no DiT"
     shutil.copytree(run.weights, own, ignore=shutil.ignore_patterns("diffusion_*", "config.json"))
     out = run("--prompt", "a red disc", "--weights", str(own), "--out", str(tmp_path / "b"))
     assert out and torch.equal(read_video(next((tmp_path / "b").glob("*/*.mp4"))), with_it)
-    assert "another model" not in capsys.readouterr().out
-    tensors = {name: t.read().half() for name, t in dit_tensors(run.weights).items()}
-    save_tensors(own / "diffusion_pytorch_model.safetensors", tensors, {})  # the same, in 16 bits
-    run("--prompt", "a red disc", "--weights", str(own))
-    assert "another model" not in capsys.readouterr().out
-    del tensors["blocks.2.norm3.weight"]
-    save_tensors(own / "diffusion_pytorch_model.safetensors", tensors, {})
-    run("--prompt", "a red disc", "--weights", str(own))
-    assert "is of another model than the DiT in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", ["folder", "shards", "diffusers shards"])
@@ -428,7 +419,6 @@ def test_a_student_of_another_project_takes_the_config_s_key_timesteps(run, stud
     (("--prompt", "x", "--peak_tflops", "0"), "peak_tflops: expected .*, got 0.0"),
     (("--prompt", "x", "--preset", "wan-t2v-14b"), "preset is 'tiny', the config's 'wan-t2v-14b'"),
     (("--prompt", "x", "--teacher", "--preset", "huge"), "preset: .*got 'huge'"),
-    (("--prompt", "x", "--lora_scale", "2"), "lora_scale: got 2.0 without a LoRA"),
 ])
 def test_bad_options_are_refused_by_name(run, student, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):

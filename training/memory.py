@@ -2,10 +2,8 @@
 
 import math
 import os
-import sys
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,11 +91,10 @@ def host_plan(cfg: Any, parameters: int, moments: int, shape: tuple[int, ...],
     need = 4 * parameters * (1 + moments * (1 + cfg.offload)) * local_ranks / ranks.world
     need += local_ranks * waiting_latents(cfg, shape, ranks.dp_size)
     text = f"  host memory     {need / 2 ** 30:9.2f} GiB a node, most of it a checkpoint's copy"
-    lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
-    for line in lines:
-        if line.startswith("MemAvailable:") and int(line.split()[1]) * 1024 < need:
-            text += (f": MORE THAN THE {int(line.split()[1]) / 2 ** 20:.0f} GiB AVAILABLE; use "
-                     "more nodes" + (", or leave out --offload" if cfg.offload else ""))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if memory < need:
+        text += (f": MORE THAN THE {memory / 2 ** 30:.0f} GiB THAT IT HAS; use more nodes"
+                 f"{', or leave out --offload' if cfg.offload else ''}")
     return text
 
 
@@ -124,16 +121,15 @@ def shortage(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -
         fitting, "nor with --sp and --offload; use more GPUs")
 
 
-def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None = None) -> str:
+def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -> str:
     """The plan as text: GiB per rank, computed from the shapes, without the framework's own memory.
 
-    Args: have, bytes of the GPU's memory (default: this GPU's). If they are too few, the text says
-    which of --sp and --offload would do.
+    Args: have, bytes of the GPU's memory, or None. If they are too few, the text says which of --sp
+    and --offload would do.
     """
     parts = memory_parts(cfg, shape, ranks.device, ranks.world, ranks.sp)
     lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
     lines.append(f"  {'together':<16}{sum(parts.values()) / 2 ** 30:9.2f} GiB a rank")
-    have = have or gpu_bytes(ranks)
     lacks = shortage(cfg, shape, ranks, have)
     if have is not None:
         lines.append(f"  DOES NOT FIT {lacks}" if lacks else f"  fits in {have / 2 ** 30:.0f} GiB")
@@ -141,7 +137,7 @@ def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None
 
 
 def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
-                have: int | None = None) -> tuple[int, int, int]:
+                have: int | None) -> tuple[int, int, int]:
     """Print both plans, in one line if they are small; have, as in memory_plan.
 
     Returns the student's number of trainable and of frozen parameters, and AdamW's moments per
@@ -157,7 +153,7 @@ def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
     else:
         print(memory_plan(cfg, shape, ranks, have))
         print(host_plan(cfg, count, moments, shape, ranks))
-        lacks = shortage(cfg, shape, ranks, have or gpu_bytes(ranks))
+        lacks = shortage(cfg, shape, ranks, have)
         if lacks and not cfg.force_plan:
             raise ValueError(f"memory plan: the run does not fit {lacks}: choose settings that "
                              "fit, or start anyway with --force_plan true")
@@ -167,7 +163,7 @@ def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
 def check_resources(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> None:
     """Print the memory plan. Raises ValueError if the run will not fit the GPU or the disk."""
     def check() -> None:
-        trainable, frozen, moments = print_plans(cfg, shape, ranks)
+        trainable, frozen, moments = print_plans(cfg, shape, ranks, gpu_bytes(ranks))
         check_disk(run_folder(cfg), trainable, moments, cfg.keep,
                    bytes_a_parameter(cfg) * (trainable + frozen))
 

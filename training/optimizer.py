@@ -83,23 +83,16 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
     return square.sqrt()
 
 
-@torch.no_grad()
-def clip(gradients: list[Tensor], limit: float, norm: Tensor) -> None:
-    """Scale gradients, whose norm is `norm`, so that their norm is at most `limit`."""
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        local_part(gradient).mul_(scale)
-
-
 def apply_update(opt: torch.optim.AdamW, params: list[nn.Parameter], lr: float,
                  limit: float | None) -> Tensor:
     """Clip the gradients' norm to a limit, step, and clear them; returns the norm before that."""
     gradients = [p.grad for p in params]
     norm = norm_of(gradients)
     if limit is not None:
-        clip(gradients, limit, norm)
-    for group in opt.param_groups:
-        group["lr"] = lr
+        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            local_part(gradient).mul_(scale)
+    opt.param_groups[0]["lr"] = lr
     step(opt)
     opt.zero_grad()
     return norm

@@ -364,7 +364,7 @@ def test_how_prints_student_md_and_needs_no_weights(make_student, capsys, monkey
     assert workflow == comfyui_workflow(student_file.facts_in(file), file.name)
     assert all(f"{t:.7f}" in text for t in t_key_of(file)[1:-1])
     assert ("LightX2V" in text) == (preset != "hunyuan-tiny")
-    monkeypatch.setattr(weights, "read_part", lambda *_: 1 / 0)  # only the header is read, whatever the size
+    monkeypatch.setattr(weights, "read_part", lambda *_: 1 / 0)  # only the header is read
     sample.main(["--how", str(file)])
     assert capsys.readouterr().out == text + "\n"
 

@@ -41,9 +41,9 @@ from common.names import fingerprint
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, generator, local_rows, lock_run_folder,
     on_first_rank, print_line, progress_bar, setup_distributed)
-from experts import crossing_note, expert_at, expert_name
+from experts import expert_at, expert_name
 from model import (
-    check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, time_grid, velocity)
+    check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, velocity)
 from training import checkpoint, monitor, optimizer
 from training.data import Batch, Loader, fresh_noise, open_synvid, trained_steps
 from training.memory import check_resources
@@ -428,9 +428,6 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.experts == "low":
             meta["high"] = on_first_rank(lambda: high_checksum(cfg))
         if ranks.rank == 0:
-            grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
-            if note := crossing_note(grid, cfg.key, sizes.boundary):
-                print(f"distill: {note}")
             monitor.print_bill(cfg, tap_blocks(cfg, sizes.num_layers), loader.shape)
         check_resources(cfg, loader.shape, ranks)
         state = build(cfg, data.t_key, ranks)

@@ -13,12 +13,11 @@ Out: in <run>/samples or --out, where <who> is student5, teacher50, lora5, teach
 
 import common  # noqa: F401 (before torch, see common)
 import itertools
-import math
 import os
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,19 +27,16 @@ from tqdm import tqdm
 
 from artifacts.student import exported_path, how_to_use, load_student, student_facts
 from artifacts.videos import (
-    Video, finished_videos, read_named_videos, timing_table, video_name, write_report)
+    Video, finished_videos, list_videos, video_settings, write_report)
 from common.config import Shared, announce, field, load_config
 from common.files import append_log, crc32_of_json
-from common.names import fingerprint, fingerprint_files
-from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
-    Ranks, Timer, cli, compile_blocks, compute_dtype, device_name, draw_noise, gather_values,
-    lock_run_folder, on_first_rank, setup_distributed)
-from common.video import check_ffmpeg, decode_image, write_video
-from frozen.image import fit_size
+    Ranks, Timer, cli, compile_blocks, compute_dtype, draw_noise, gather_values, lock_run_folder,
+    on_first_rank, setup_distributed)
+from common.video import check_ffmpeg, write_video
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_batch, unipc_grid
-from model import build_dit, check_model, latent_shape, load_dit, sizes_of, time_grid
+from model import check_model, latent_shape, load_dit, sizes_of, time_grid
 
 
 # ---------------------------------------------------------------- sampling: Eq. 5, batch by batch
@@ -208,81 +204,6 @@ def load_networks(cfg: Config, ranks: Ranks) -> tuple[nn.Module, nn.Module]:
     return dit, vae
 
 
-# --------------------------------------------------------------------------- prompts and videos
-
-def collect_prompts(cfg: Config) -> list[Prompt]:
-    """The prompt of --prompt with --image, or else those of prompt_file.
-
-    Raises ValueError if there is neither, or if an image is missing, broken or not used.
-    """
-    images = sizes_of(cfg.preset).takes_image
-    if cfg.image is not None and (not images or not cfg.prompt.strip()):
-        why = "goes with --prompt" if images else f"is not read: preset {cfg.preset} takes none"
-        raise ValueError(f"image: got {cfg.image}; it {why}")
-    if cfg.prompt.strip():
-        if images and cfg.image is None:
-            raise ValueError(f"image: got none; preset {cfg.preset} starts from one: give --image "
-                             "photo.jpg")
-        if images:
-            decode_image(cfg.image)  # a broken image is reported before networks are loaded
-        return [Prompt(cfg.prompt.strip(), Path(cfg.image) if images else None)]
-    if cfg.prompt_file is not None:
-        return read_prompts(cfg.prompt_file, images)
-    shipped = heldout_prompts(cfg.weights, images)
-    hint = f", as --prompt_file {shipped}" if shipped.exists() else ""
-    raise ValueError(f'prompt: got none; give --prompt "…" or --prompt_file FILE{hint}')
-
-
-def list_videos(cfg: Config, who: str, settings: str) -> list[Video]:
-    """All videos of a run, each with a file name of its own.
-
-    A prompt file of tools.vbench gives names and seeds; all its prompts draw the noise of index 0.
-    """
-    prompts = collect_prompts(cfg)
-    named = [] if cfg.prompt.strip() else read_named_videos(Path(cfg.prompt_file))
-    if named and cfg.count != 1:
-        raise ValueError(f"count: got {cfg.count}; {cfg.prompt_file} names each video: leave "
-                         "--count out")
-    videos = [Video(0, prompt, video["seed"], cfg.height, cfg.width, f"{who}/{video['file']}")
-              for prompt, video in zip(prompts, named, strict=False)]
-    for i, prompt in enumerate(prompts if not named else ()):
-        size = cfg.height, cfg.width
-        if prompt.image is not None:
-            size = fit_size(*decode_image(prompt.image).shape[:2], cfg.height * cfg.width)
-        videos += [Video(i, prompt, seed, *size, f"{who}/{video_name(i, prompt, seed, settings)}")
-                   for seed in range(cfg.seed, cfg.seed + cfg.count)]
-    return videos
-
-
-def video_settings(cfg: Config, who: str, times: list[float]) -> dict[str, Any]:
-    """What all videos of a run share: identities of the networks, and the settings that count."""
-    dit = student_path(cfg) if not cfg.teacher and cfg.lora is None else cfg.weights
-    lora = {} if cfg.lora is None else {"lora": fingerprint_files(cfg.lora),
-                                        "lora_scale": cfg.lora_scale}
-    names = ("solver", "height", "width", "frames", "negative_prompt", "embedded_guidance")
-    return {"who": who, "dit": fingerprint(dit), **lora, "encoders": fingerprint_files(cfg.weights),
-            "times": times, "fps": float(cfg.fps), "cfg_scale": cfg.guidance,
-            **{name: getattr(cfg, name) for name in names}}
-
-
-# ------------------------------------------------------------------------------------ report
-
-def dit_cost(cfg: Config, videos: list[dict], ranks: Ranks) -> dict[str, float]:
-    """Tokens, TFLOP and seconds of one evaluation, means over videos, and the part of the peak."""
-    with torch.device("meta"):
-        dit = build_dit(cfg.preset)
-    sizes = [math.prod(dit.token_grid(*latent_shape(cfg.frames, v["height"], v["width"])[1:]))
-             for v in videos]
-    tflop = sum(map(dit.flops, sizes)) / len(sizes) / 1e12
-    seconds = (sum(sum(v["seconds"]["steps"]) for v in videos)
-               / sum(v["evaluations"] for v in videos))
-    cost = {"tokens": round(sum(sizes) / len(sizes)), "tflop_an_evaluation": tflop,
-            "seconds_an_evaluation": seconds}
-    if cfg.peak_tflops is not None:
-        cost["mfu"] = tflop / seconds / cfg.peak_tflops / ranks.sp
-    return cost
-
-
 def main(argv: list[str] | None = None) -> None:
     """Check settings and files, sample each rank's part of the missing videos, report."""
     cfg = load_config(Config, "sample", argv, __doc__)
@@ -294,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     times = sampling_times(cfg)
     who = f"{'teacher' if cfg.teacher else 'lora' if cfg.lora else 'student'}{len(times) - 1}"
     who = who if cfg.solver == "euler" else f"{who}_{cfg.solver}"
-    settings = video_settings(cfg, who, times)
+    dit = cfg.weights if cfg.teacher or cfg.lora else student_path(cfg)
+    settings = video_settings(cfg, who, dit, times)
     checksum = crc32_of_json(settings)
     videos = list_videos(cfg, who, checksum)
     check_ffmpeg()
@@ -313,13 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         results = [result for result in results if result is not None]
         new = {line["file"]: line for result in results for line in result["videos"]}
         lines = [(finished | new)[video.file] for video in videos]
-        cost = dit_cost(cfg, lines, ranks)
-        spent = [{key: result[key] for key in ("seconds", "peak_bytes")} for result in results]
-        write_report(record, lines, {
-            "who": who, "times": times, "device": device_name(ranks.device), **cost,
-            "ranks": spent, "config": asdict(cfg)})
-        if results:
-            print(timing_table(results, cost))
+        write_report(cfg, record, times, lines, results, ranks)
         print(f"{len(new)} of {len(lines)} videos were made now; see {record.with_suffix('.png')} "
               f"(contact sheet), .json (seconds) and {out / lines[0]['file']}")
 

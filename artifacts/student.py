@@ -160,7 +160,7 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
             for key in ("t_key", "teacher", "preset") if found and facts else ():
                 if facts.get(key) != found.get(key):
                     raise ValueError(f"{file}: {key} is {abbreviate(facts.get(key))}, the other "
-                                     f"expert's {abbreviate(found.get(key))}: give one student's")
+                                     f"expert's {abbreviate(found.get(key))}: they are of two students")
             found = found or facts
     return found
 
@@ -226,7 +226,7 @@ def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) 
                        "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}.items():
         if facts[key] != value:
             raise ValueError(f"high_student: {path}: {key}: expected {abbreviate(value)}, got "
-                             f"{abbreviate(facts[key])}: distill it by this config")
+                             f"{abbreviate(facts[key])}: distill it by this config, --experts high")
     dit = empty_dit(cfg.preset, dtype, ranks, only=EXPERTS[0]).high_noise_model
     tensors = official_names(open_tensors(path), "transformer")
     return load_module(dit, tensors, str(path), device=ranks.device).requires_grad_(False)

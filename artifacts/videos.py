@@ -1,4 +1,4 @@
-"""The videos that sample.py makes: their file names, prompt files that name them, their record.
+"""The videos of a sample.py command: prompts, file names, their record and report.
 
 <who>/<slug>_<checksum>_seed<seed>.mp4   a video; the checksum covers all that it is made from
 <who>.jsonl                              the record: a line for each finished video, and one for
@@ -9,18 +9,24 @@ FILE.jsonl                               a prompt file whose lines give prompt, 
 """
 
 import json
+import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common.files import (
     append_log, crc32_of_file, crc32_of_json, parse_json, read_log, read_text, remove_leftovers,
     write_json, write_text)
-from common.prompts import Prompt
-from common.video import picture_sheet, read_video, thumbnail, to_uint8
+from common.names import fingerprint, fingerprint_files
+from common.prompts import Prompt, heldout_prompts, read_prompts
+from common.ranks import Ranks, device_name
+from common.video import decode_image, picture_sheet, read_video, thumbnail, to_uint8
+from model import build_dit, latent_shape, sizes_of
 
 # The bytes of a file name that leave room for what replace_file adds while it writes.
 NAME_BYTES = 255 - len(".." + "4194304-01234567" + ".part.mp4")
@@ -84,7 +90,73 @@ def read_named_videos(path: Path) -> list[dict[str, Any]]:
     return videos
 
 
+# ------------------------------------------------------------------------- the videos of a command
+
+def collect_prompts(cfg: Any) -> list[Prompt]:
+    """The prompt of --prompt with --image, or else those of prompt_file.
+
+    Raises ValueError if there is neither, or if an image is missing, broken or not used.
+    """
+    images = sizes_of(cfg.preset).takes_image
+    if cfg.image is not None and (not images or not cfg.prompt.strip()):
+        why = "goes with --prompt" if images else f"is not read: preset {cfg.preset} takes none"
+        raise ValueError(f"image: got {cfg.image}; it {why}")
+    if cfg.prompt.strip():
+        if images and cfg.image is None:
+            raise ValueError(f"image: got none; preset {cfg.preset} starts from one: give --image "
+                             "photo.jpg")
+        if images:
+            decode_image(cfg.image)  # a broken image is reported before networks are loaded
+        return [Prompt(cfg.prompt.strip(), Path(cfg.image) if images else None)]
+    if cfg.prompt_file is not None:
+        return read_prompts(cfg.prompt_file, images)
+    shipped = heldout_prompts(cfg.weights, images)
+    hint = f", as --prompt_file {shipped}" if shipped.exists() else ""
+    raise ValueError(f'prompt: got none; give --prompt "…" or --prompt_file FILE{hint}')
+
+
+def list_videos(cfg: Any, who: str, settings: str) -> list[Video]:
+    """All videos of a run, each with a file name of its own.
+
+    A prompt file of tools.vbench gives names and seeds; all its prompts draw the noise of index 0.
+    """
+    prompts = collect_prompts(cfg)
+    named = [] if cfg.prompt.strip() else read_named_videos(Path(cfg.prompt_file))
+    if named and cfg.count != 1:
+        raise ValueError(f"count: got {cfg.count}; {cfg.prompt_file} names each video: leave "
+                         "--count out")
+    videos = [Video(0, prompt, video["seed"], cfg.height, cfg.width, f"{who}/{video['file']}")
+              for prompt, video in zip(prompts, named, strict=False)]
+    for i, prompt in enumerate(prompts if not named else ()):
+        size = cfg.height, cfg.width
+        if prompt.image is not None:
+            size = fit_size(*decode_image(prompt.image).shape[:2], cfg.height * cfg.width)
+        videos += [Video(i, prompt, seed, *size, f"{who}/{video_name(i, prompt, seed, settings)}")
+                   for seed in range(cfg.seed, cfg.seed + cfg.count)]
+    return videos
+
+
+def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
+    """Height and width, multiples of 16, of about `area` pixels in an image's shape. Wan 2.1."""
+    sides = math.isqrt(area * height // width), math.isqrt(area * width // height)  # exact
+    h, w = (min(max(side // 16 * 16, 16), max(area // 256 * 16, 16)) for side in sides)
+    return h, w
+
+
 # -------------------------------------------------------------------------------- the record
+
+def video_settings(cfg: Any, who: str, dit: str | Path, times: list[float]) -> dict[str, Any]:
+    """What all videos of a run share: identities of the networks, and the settings that count.
+
+    Args: dit, the folder or file of the DiT that is sampled, without its LoRA.
+    """
+    lora = {} if cfg.lora is None else {"lora": fingerprint_files(cfg.lora),
+                                        "lora_scale": cfg.lora_scale}
+    names = ("solver", "height", "width", "frames", "negative_prompt", "embedded_guidance")
+    return {"who": who, "dit": fingerprint(dit), **lora, "encoders": fingerprint_files(cfg.weights),
+            "times": times, "fps": float(cfg.fps), "cfg_scale": cfg.guidance,
+            **{name: getattr(cfg, name) for name in names}}
+
 
 def finished_videos(record: Path, videos: list[Video],
                     settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -113,16 +185,24 @@ def finished_videos(record: Path, videos: list[Video],
     return finished
 
 
-def write_report(record: Path, lines: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Write the JSON and the contact sheet of one command's videos next to the record.
+def write_report(cfg: Any, record: Path, times: list[float], lines: list[dict[str, Any]],
+                 results: list[dict[str, Any]], ranks: Ranks) -> None:
+    """Write the JSON and the contact sheet of one command's videos next to the record, and print
+    the seconds.
 
-    Args: lines, the record's lines of these videos; facts, what else the JSON holds.
+    Args: lines, the record's lines of these videos; results, of sample.sample_videos by rank.
     """
-    write_json(record.with_suffix(".json"), {**facts, "videos": lines})
+    cost = dit_cost(cfg, lines, ranks)
+    spent = [{key: result[key] for key in ("seconds", "peak_bytes")} for result in results]
+    write_json(record.with_suffix(".json"), {
+        "who": record.stem, "times": times, "device": device_name(ranks.device), **cost,
+        "ranks": spent, "config": asdict(cfg), "videos": lines})
     rows = [(f"{line['prompt']} (seed {line['seed']})",
              thumbnail(read_video(record.parent / line["file"]))) for line in lines[:SHEET_ROWS]]
     sizes = dict.fromkeys(f"{line['width']}×{line['height']}" for line in lines[:SHEET_ROWS])
     contact_sheet(record.with_suffix(".png"), rows, title=f"{record.stem}, {', '.join(sizes)}")
+    if results:
+        print(timing_table(results, cost))
 
 
 def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], title: str) -> None:
@@ -133,6 +213,22 @@ def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], title: str) 
         times = np.linspace(0, len(frames) - 1, min(9, len(frames))).round().astype(int)
         cells.append((label, [(frames[t], f"frame {t}") for t in times]))
     picture_sheet(path, cells, 1.1, title)
+
+
+def dit_cost(cfg: Any, videos: list[dict], ranks: Ranks) -> dict[str, float]:
+    """Tokens, TFLOP and seconds of one evaluation, means over videos, and the part of the peak."""
+    with torch.device("meta"):
+        dit = build_dit(cfg.preset)
+    sizes = [math.prod(dit.token_grid(*latent_shape(cfg.frames, v["height"], v["width"])[1:]))
+             for v in videos]
+    tflop = sum(map(dit.flops, sizes)) / len(sizes) / 1e12
+    seconds = (sum(sum(v["seconds"]["steps"]) for v in videos)
+               / sum(v["evaluations"] for v in videos))
+    cost = {"tokens": round(sum(sizes) / len(sizes)), "tflop_an_evaluation": tflop,
+            "seconds_an_evaluation": seconds}
+    if cfg.peak_tflops is not None:
+        cost["mfu"] = tflop / seconds / cfg.peak_tflops / ranks.sp
+    return cost
 
 
 def timing_table(results: list[dict], cost: dict[str, float]) -> str:

@@ -5,7 +5,6 @@ T H W latent frames, height and width.
 """
 
 import hashlib
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,13 +67,6 @@ class CLIPVision(nn.Module):
 
 # ------------------------------------------------------ the first frame, alone and with its prompt
 
-def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
-    """Height and width, multiples of 16, of about `area` pixels in an image's shape. Wan 2.1."""
-    sides = math.isqrt(area * height // width), math.isqrt(area * width // height)  # exact
-    h, w = (min(max(side // 16 * 16, 16), max(area // 256 * 16, 16)) for side in sides)
-    return h, w
-
-
 @torch.no_grad()
 def image_cond(image: Tensor, vae: WanVAE, clip: CLIPVision | None, frames: int, height: int,
                width: int) -> dict[str, Tensor]:
@@ -102,7 +94,7 @@ class Conditioner:
 
     Args: text, the text encoders; vae, only for image-to-video; clip, for Wan 2.1's; frames of the
     video, 4n + 1; crop, whether images are cropped to the video's shape or scaled, which suits a
-    shape that fit_size chose.
+    shape that artifacts.videos.fit_size chose.
     """
 
     def __init__(self, text: TextEncoder | HunyuanText, vae: WanVAE | None,

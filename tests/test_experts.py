@@ -24,6 +24,7 @@ import synvid
 from artifacts import student as student_file
 from artifacts.instructions import comfyui_workflow, student_page
 from artifacts.trajectories import SynVid, trajectory_path
+from artifacts.videos import fit_size
 from common.config import load_config
 from common.files import ROOT
 from common.names import EXPERTS, dit_tensors, fingerprint, official_names
@@ -31,7 +32,7 @@ from common.prompts import Prompt, read_prompts
 from common.ranks import Ranks, generator
 from common.weights import load_module, save_tensors
 from experts import by_expert, crossing_note, steps_of
-from frozen.image import fit_size, image_cond
+from frozen.image import image_cond
 from frozen.load import load_conditioner
 from frozen.unipc import sample_unipc, unipc_grid
 from frozen.vae import WanVAE

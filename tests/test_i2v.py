@@ -10,10 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 import model
+from artifacts.videos import fit_size
 from common.names import official_names
 from common.ranks import generator
 from common.weights import LazyTensor, load_module, open_tensors, save_tensors
-from frozen.image import CLIPVision, fit_size, image_cond
+from frozen.image import CLIPVision, image_cond
 from frozen.load import load_image_encoder
 from frozen.vae import WanVAE
 from model import WanConfig, build_dit

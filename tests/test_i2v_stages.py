@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import model
 import sample
+from artifacts import videos
 from common import prompts
 from common.config import Shared, load_config
 from common.files import write_json
@@ -350,7 +351,7 @@ def test_images_for_text_models_and_prompts_without_one_for_image_models_are_err
             (sample.Config(prompt="a", preset="tiny-i2v"), "got none; preset tiny-i2v starts"),
             (sample.Config(image="b.png", preset="tiny-i2v"), "it goes with --prompt")):
         with pytest.raises(ValueError, match=f"image: .*{fault}"):
-            sample.collect_prompts(cfg)
+            videos.collect_prompts(cfg)
 
 
 def test_an_image_that_many_lines_name_is_decoded_once(world, tmp_path, monkeypatch):
@@ -360,6 +361,6 @@ def test_an_image_that_many_lines_name_is_decoded_once(world, tmp_path, monkeypa
     monkeypatch.setattr(prompts, "decode_image", lambda path: (calls.append(path), real(path))[1])
     assert len(read_prompts(table, images=True)) == 8 and calls == [path]
     cfg = sample.Config(preset="tiny-i2v", prompt_file=str(table), count=3)
-    assert len(sample.list_videos(cfg, "student5", "x")) == 24 and len(calls) == 2  # one check
+    assert len(videos.list_videos(cfg, "student5", "x")) == 24 and len(calls) == 2  # one check
     monkeypatch.setenv("RANK", "1")
     assert len(read_prompts(table, images=True)) == 8 and len(calls) == 2

@@ -179,7 +179,7 @@ def test_a_shipped_config_alone_has_no_prompts_to_sample():
     for path in Path("configs").glob("*.yaml"):
         cfg = load_config(sample.Config, "sample", [str(path), "weights=assets/tiny"])
         with pytest.raises(ValueError, match="prompt: got none; give --prompt"):
-            sample.collect_prompts(cfg)
+            videos.collect_prompts(cfg)
 
 
 def test_a_student_with_diffusers_names_is_the_same_student(run, student):
@@ -264,7 +264,7 @@ def test_a_prompt_is_text_whatever_it_looks_like(run, student, monkeypatch):
 
 def test_a_prompt_takes_precedence_over_the_config_s_prompt_file():
     cfg = sample.Config(prompt=" a red disc ", prompt_file="nowhere.txt")
-    assert sample.collect_prompts(cfg) == [("a red disc", None)]
+    assert videos.collect_prompts(cfg) == [("a red disc", None)]
 
 
 def test_the_report_has_the_seconds_of_every_phase(run, capsys, monkeypatch):

@@ -22,20 +22,12 @@ from model import collate, sizes_of
 
 
 def open_synvid(cfg: Any) -> SynVid:
-    """The trajectories of this run; in the small world, missing ones are made first.
-
-    Raises FileNotFoundError if the folder has none; other errors are open_trajectories'.
-    """
+    """The trajectories of this run; in the small world, missing ones are made first. Raises as
+    open_trajectories."""
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
     if cfg.preset == "tiny" and cfg.synvid is None:
         on_first_rank(lambda: make_small_synvid(cfg, folder))
 
-    def check() -> None:
-        if not (folder / "manifest.json").exists():
-            raise FileNotFoundError(f"{folder}: found no SynVid: make it with "
-                                    f"`python synvid.py {cfg.path}`")
-
-    on_first_rank(check)
     return open_trajectories(folder, cfg)
 
 

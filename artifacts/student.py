@@ -158,9 +158,10 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
                 raise ValueError(f"{file}: expected the expert for {level} noise, got that for "
                                  f"{abbreviate(facts['expert'])} noise: exchange the files")
             for key in ("t_key", "teacher", "preset") if found and facts else ():
-                if facts.get(key) != found.get(key):
-                    raise ValueError(f"{file}: {key} is {abbreviate(facts.get(key))}, the other "
-                                     f"expert's {abbreviate(found.get(key))}: they are of two students")
+                got, other = facts.get(key), found.get(key)
+                if got != other:
+                    raise ValueError(f"{file}: {key} is {abbreviate(got)}, in the other file "
+                                     f"{abbreviate(other)}: they are of two students")
             found = found or facts
     return found
 

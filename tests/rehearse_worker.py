@@ -79,9 +79,8 @@ def measure(ranks: Ranks, folder: Path) -> None:
                    {"bytes": sum(rehearse.peak_of(figures).values())})
 
 
-def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
+def find_planted_bugs(folder: Path) -> None:
     """What a rehearsal of a small run finds without and with each of some bugs."""
-    dist.destroy_process_group()
     sizes = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=1, text_dim=16, text_len=8)
     model.PRESETS["small"] = sizes
     velocity, adamw, frequencies = model.velocity, distill.optimizer.adamw, model.frequencies
@@ -125,10 +124,9 @@ def find_planted_bugs(ranks: Ranks, folder: Path) -> None:
     write_json(folder / "found", found)
 
 
-def sample_small(ranks: Ranks, folder: Path) -> None:
+def sample_small(folder: Path) -> None:
     """Figures of synvid.py, with each evaluation of guidance on two ranks that share tokens, and of
     sample.py: a small DiT with the released encoders and VAE, then one with small ones."""
-    dist.destroy_process_group()
     small = WanConfig(dim=64, ffn_dim=128, num_heads=2, num_layers=1)
     model.PRESETS |= {"t2v": small, "i2v": replace(small, **I2V)}
     shared = {"height": 64, "width": 64, "frames": 1, "cfg_scale": 3.0}
@@ -140,3 +138,9 @@ def sample_small(ranks: Ranks, folder: Path) -> None:
         write_json(folder / name, {
             "peak": rehearse.peak_of(figures), **{" ".join(key): n for key, n in figures.items()
                                                   if key[0] != "peak"}})
+
+
+def rehearse_small(ranks: Ranks, folder: Path) -> None:
+    """On each of two ranks one of the above, at the same time."""
+    dist.destroy_process_group()
+    (find_planted_bugs, sample_small)[ranks.rank](folder)

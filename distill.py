@@ -42,8 +42,7 @@ from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, generator, local_rows, lock_run_folder,
     on_first_rank, print_line, progress_bar, setup_distributed)
 from experts import expert_at, expert_name
-from model import (
-    check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, velocity)
+from model import check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, velocity
 from training import checkpoint, monitor, optimizer
 from training.data import Batch, Loader, fresh_noise, open_synvid, trained_steps
 from training.memory import check_resources
@@ -236,19 +235,15 @@ class Config(Shared):
     updates: Literal["literal", "separate", "combined"] = field("combined", "see D6")
     tap: int | None = field(None, "feature block for t'_k > 0; default the last (D7)", "[0, inf)")
     tap_data: int | None = field(None, "the same for t'_0; default 2/3 of the depth", "[0, inf)")
-    experts: Literal["both", "high", "low"] = field(
-        "both", "Wan 2.2 A14B's experts that this run trains; of two runs the first takes high")
-    high_student: str | None = field(None, "for experts low: the file that experts high wrote; "
-                                     "default <run>/student_high_noise.safetensors")
+    experts: Literal["both", "high", "low"] = field("both", "of Wan 2.2 A14B; high before low")
+    high_student: str | None = field(None, "for experts low: what high wrote, if not in <run>")
     held_out: int = field(32, "last trajectories, for evaluation alone", "[1, 1000000]")
     eval_every: int = field(100, "iterations between evaluations", "[1, inf)")
     save_every: int = field(50, "iterations between checkpoints", "[1, inf)")
     keep: int = field(2, "checkpoints kept", "[1, inf)")
-    checkpointing: bool = field(True, "recompute each block's activations in backward, and the "
-                                "student's step of L_adv after the teacher's backward")
+    checkpointing: bool = field(True, "recompute blocks, and L_adv's step, in backward")
     compile: bool = field(False, "torch.compile every block")
-    lora: int | None = field(None, "rank of a LoRA, which needs a larger lr and is written to "
-                             "student_lora.safetensors too; default: train all weights", "[1, inf)")
+    lora: int | None = field(None, "train a LoRA of this rank, with a larger lr", "[1, inf)")
     offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses)", "[1, inf)")
     force_plan: bool = field(False, "start even if the memory plan does not fit the GPU")

@@ -26,8 +26,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from artifacts.student import exported_path, how_to_use, load_student, student_facts
-from artifacts.videos import (
-    Video, finished_videos, list_videos, video_settings, write_report)
+from artifacts.videos import Video, finished_videos, list_videos, video_settings, write_report
 from common.config import Shared, announce, field, load_config
 from common.files import append_log, crc32_of_json
 from common.ranks import (
@@ -115,8 +114,7 @@ class Config(Shared):
     """Settings of a sampling run."""
     prompt: str = field("", "one prompt; it takes precedence over prompt_file")
     prompt_file: str | None = field(None, "in any form of common/prompts.py, as one per line")
-    image: str | None = field(None, "first frame for an image-to-video model, with --prompt; the "
-                              "video has about the config's area in the shape of its image")
+    image: str | None = field(None, "first frame, with --prompt; the video gets its shape")
     teacher: bool = field(False, "sample the teacher, along its grid, instead of the student")
     student: str | None = field(None, "its file or folder; none: <run>/student.safetensors")
     lora: str | None = field(None, "any LoRA that makes the DiT of `weights` a student")

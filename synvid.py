@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from artifacts.trajectories import (
     LATENT_DTYPES, check_encoders, find_trajectories, first_gap, make_manifest, open_manifest,
-    read_manifest, read_trajectory, trajectory_path, verify, write_trajectory)
+    read_trajectory, trajectory_path, verify, write_trajectory)
 from common.config import Shared, announce, field, load_config
 from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, read_prompts
@@ -74,8 +74,7 @@ class Config(Shared):
     """Settings of one job of stage 1."""
     prompts: str = field("assets/tiny/prompts.txt", "one per line; .jsonl with images for I2V")
     start: int = field(0, "first trajectory of this job", "[0, 1000000000]")
-    count: int | None = field(None, "trajectories of this job; none: up to one per prompt",
-                              "[1, 10000000]")
+    count: int | None = field(None, "of this job; none: one per prompt", "[1, 10000000]")
     keep: Literal["key", "all"] = field("key", "latents to store")
     dtype: Literal["fp16", "fp32"] = field("fp16", "of stored latents (bf16 is too coarse)")
     batch: int = field(16, "trajectories denoised at once, b·batch to (b+1)·batch", "[1, 10000]")
@@ -190,9 +189,6 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
                                                for i, prompt in zip(batch, chosen, strict=True)])
         x = sample_trajectories(cfg, teacher, noise.to(ranks.device), manifest["stored"],
                                 collate(conds), uncond, ranks.cfg_group)
-        if read_manifest(folder) != manifest:
-            raise ValueError(f"{folder}/manifest.json: another job with other settings replaced it "
-                             "while this job ran: give each job its own --run")
         check_encoders(folder, encoders)
         for i in missing[b] if ranks.is_writer else []:
             prompt, image = chosen[i - batch.start]

@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from common.files import NUMBER, abbreviate, parse_json, read_json, shape_error
 from common.linear import Linear, linear
-from common.names import (
-    EXPERTS, PEFT_SETTINGS, comfy_to_official, expert_files, official_names)
+from common.names import EXPERTS, PEFT_SETTINGS, comfy_to_official, expert_files, official_names
 from common.ranks import Ranks, generator
 from common.weights import (
     LazyTensor, describe_model, load_module, open_tensors, safetensors_metadata)

@@ -37,8 +37,7 @@ from common.config import Shared
 from common.files import (
     NUMBER, abbreviate, crc32_of_file, error_summary, parse_json, replace_file, shape_error,
     sync_to_disk, write_json, write_text)
-from common.names import (
-    EXPERTS, dit_tensors, expert_paths, fingerprint, official_names)
+from common.names import EXPERTS, dit_tensors, expert_paths, fingerprint, official_names
 from common.ranks import AgreedError, Ranks, compute_dtype, errors_on_all_ranks, local_rows
 from common.weights import (
     DTYPES, LazyTensor, load_module, open_tensors, safetensors_header, safetensors_metadata)
@@ -327,9 +326,6 @@ def on_rank_0(work: Callable, ranks: Ranks, elsewhere: Callable = lambda: None) 
 
 # ---------------------------------------------------------------------------- diffusers' folder
 
-SHARD_BYTES = 5 * 10 ** 9  # bytes of a file at most, unless one tensor is larger
-
-
 SUBFOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}
 
 
@@ -355,12 +351,13 @@ def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
 
     on_rank_0(start, ranks)
     for level, tensors in parts.items():
-        write_network(aside / SUBFOLDERS[level], tensors, metadata[level], ranks)
+        write_together(aside / SUBFOLDERS[level] / "diffusion_pytorch_model.safetensors",
+                       official_names(tensors, "transformer", reverse=True), metadata[level], ranks)
 
     def finish() -> None:
         try:
             for old in folder.glob("transformer*/diffusion_pytorch_model*.safetensors*"):
-                old.unlink()  # an earlier export's shards may have other names
+                old.unlink()  # another program's export may be in shards, with other names
             for file in [path for path in aside.rglob("*") if path.is_file()]:
                 target = folder / file.relative_to(aside)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -372,38 +369,6 @@ def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
                              "export again by the same command") from e
 
     on_rank_0(finish, ranks)
-
-
-def write_network(folder: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
-                  ranks: Ranks) -> None:
-    """Write the weights of one network under diffusers' names, in shards if they are large."""
-    parts = shards_of(official_names(tensors, "transformer", reverse=True))
-    base, count = "diffusion_pytorch_model", len(parts)
-    files = [f"{base}.safetensors"] if count == 1 else [
-        f"{base}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    for file, part in zip(files, parts, strict=True):
-        write_together(folder / file, part, metadata, ranks)
-    if count > 1:
-        size = sum(bytes_in(t) for part in parts for t in part.values())
-        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-        on_rank_0(lambda: write_json(folder / f"{base}.safetensors.index.json", {
-            "metadata": {"total_size": size}, "weight_map": weight_map}), ranks)
-
-
-def bytes_in(tensor: LazyTensor | Tensor) -> int:
-    """A tensor's size in a file."""
-    return tensor.dtype.itemsize * math.prod(tensor.shape)
-
-
-def shards_of(tensors: dict[str, LazyTensor]) -> list[dict[str, LazyTensor]]:
-    """Tensors in their order, cut where a file would be larger than SHARD_BYTES."""
-    parts, size = [{}], 0
-    for name, tensor in tensors.items():
-        if parts[-1] and size + bytes_in(tensor) > SHARD_BYTES:
-            parts, size = [*parts, {}], 0
-        parts[-1][name] = tensor
-        size += bytes_in(tensor)
-    return parts
 
 
 def transformer_config(sizes: Sizes) -> dict[str, Any]:
@@ -461,7 +426,7 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     """
     header, end = {"__metadata__": metadata}, 0
     for name, t in tensors.items():
-        start, end = end, end + bytes_in(t)
+        start, end = end, end + t.dtype.itemsize * math.prod(t.shape)
         header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()

@@ -32,8 +32,7 @@ from common.files import (
     NUMBER, abbreviate, crc32_of_json, error_summary, parse_json, read_json,
     replace_file, shape_error, write_json)
 from common.names import fingerprint
-from common.ranks import (
-    Ranks, draw_noise, gather_values, on_first_rank, progress_bar, require_same)
+from common.ranks import Ranks, draw_noise, gather_values, on_first_rank, progress_bar, require_same
 from model import key_times, latent_shape, sizes_of, time_grid
 
 VERSION = 2  # of the format on disk; 1 also held the number and the digest of the prompts

@@ -58,12 +58,6 @@ def check_counts(path: Path, arguments: dict) -> dict:
     return arguments
 
 
-def official_config(path: Path) -> dict:
-    """Constructor arguments in the metadata of a .safetensors file; {} means full size."""
-    where = f"{path}: metadata key config"
-    return check_counts(path, parse_json(safetensors_metadata(path).get("config", "{}"), where))
-
-
 def network_sizes(path: Path, names: dict[str, str], fixed: dict) -> dict:
     """Constructor arguments from the metadata of a single file, or from the config.json of a
     diffusers or transformers folder.
@@ -71,8 +65,9 @@ def network_sizes(path: Path, names: dict[str, str], fixed: dict) -> dict:
     Args: names, our argument to their key, where missing keys keep our default; fixed, their key to
     the only value that this code implements. Raises ValueError for another value.
     """
-    if path.is_file():
-        return official_config(path)
+    if path.is_file():  # without a config it has the official size, our default
+        text = safetensors_metadata(path).get("config", "{}")
+        return check_counts(path, parse_json(text, f"{path}: metadata key config"))
     path /= "config.json"
     config = read_json(path, remedy="copy it again")
     config = config.get("text_config") or config  # of a multimodal model
@@ -94,8 +89,7 @@ def build_module(cls: type, arguments: dict, path: Path, tensors: dict, dtype, d
     try:
         with torch.device("meta"):
             module = cls(**arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError,
-            ArithmeticError) as error:  # torch raises different ones for impossible sizes
+    except Exception as error:  # torch raises different ones for impossible sizes
         raise ValueError(f"{path}: its config {abbreviate(arguments)} does not describe a "
                          f"{cls.__name__} ({error_summary(error)}): copy it again") from error
     return load_module(module, tensors, str(path), dtype, device).eval().requires_grad_(False)

@@ -471,7 +471,8 @@ def test_a_pth_file_loads_like_the_safetensors_file(folders, tmp_path, monkeypat
     whole = load_vae(folders[0] / "official")
     config = {**SMALL_VAE, "latents_mean": whole.latents_mean, "latents_std": whole.latents_std}
     torch.save(whole.state_dict(), tmp_path / "Wan2.1_VAE.pth")
-    monkeypatch.setattr(frozen.load, "official_config", lambda path: config)  # a .pth is full size
+    monkeypatch.setattr(frozen.load, "safetensors_metadata",  # a .pth has none: it is of full size
+                        lambda path: {"config": json.dumps(config)})
     latents = normal(1, 16, 2, 2, 2)
     assert torch.equal(load_vae(tmp_path).decode(latents), whole.decode(latents))
 

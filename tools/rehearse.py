@@ -124,7 +124,7 @@ def rehearse_synvid(cfg: synvid.Config, ranks: Ranks, meter: Meter) -> None:
     meter.begin("synvid")
     with patch.object(Conditioner, "identity", nothing), patch.multiple(
             synvid, load_dit=lambda *args: meter.watch(load_dit(*args), "DiT"),
-            read_manifest=lambda _: manifest, write_trajectory=nothing, write_video=nothing,
+            write_trajectory=nothing, write_video=nothing,
             read_trajectory=lambda *_: (torch.zeros(1, *shape), {}, ""), print_cost=nothing,
             trajectory_path=lambda *_: Path(__file__)), contextlib.redirect_stdout(None):
         synvid.generate(cfg, [PROMPT], Path("random"), manifest, range(cfg.batch),

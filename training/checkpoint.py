@@ -28,7 +28,7 @@ from artifacts.student import stream_safetensors
 from common.config import load_yaml
 from common.files import (
     WRITE_REMEDY, crc32_of_file, crc32_of_json, error_summary, parse_json, read_json, read_log,
-    shape_error, sync_to_disk, write_json)
+    sync_to_disk, write_json)
 from common.ranks import (
     SIGHT, AgreedError, Ranks, errors_on_all_ranks, gather_values, local_rows, on_first_rank,
     print_line)
@@ -129,17 +129,14 @@ class Saver:
         try:
             write_json(aside / "meta.json", {**meta, "crc32": crc32_of_json(meta)})
             replace_folder(self.path, aside)
-            self.prune(meta["step"])
         except (OSError, ValueError) as e:
             return e
-        return None
-
-    def prune(self, step: int) -> None:
-        """Remove all but the last few up to `step`. Resuming may have skipped later ones, which
-        stay until the run has passed them: what one start cannot read, the next may."""
+        # Resuming may have skipped later ones, which stay until the run has passed them: what one
+        # start cannot read, the next may.
         steps = checkpoints(self.folder)
-        for old in [s for s in steps if s <= step][:-self.keep]:
+        for old in [s for s in steps if s <= meta["step"]][:-self.keep]:
             shutil.rmtree(steps[old], ignore_errors=True)
+        return None
 
     def wait(self, retries: int = 0) -> None:
         """Wait for the save in progress; ValueError if more than `retries` in a row failed."""
@@ -221,11 +218,10 @@ def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
 def read_meta(path: Path) -> dict | str:
     """A checkpoint's meta.json, or what is wrong with it."""
     try:
-        meta = read_json(path / "meta.json", {"crc32": str, "format": int, "step": int})
+        meta = read_json(path / "meta.json", {"crc32": str, "format": int, "step": int,
+                                              "files": {str: list}})
         if meta.pop("crc32") != crc32_of_json(meta) or meta["format"] != FORMAT:
             return f"meta.json has another checksum than its own, or another format than {FORMAT}"
-        if fault := shape_error(meta, {"files": {str: list}}):
-            return f"meta.json: {fault}"
     except (OSError, ValueError) as e:
         return f"meta.json ({e})"
     if not all(re.fullmatch(r"rank_\d+\.safetensors", name) for name in meta["files"]):
@@ -400,8 +396,6 @@ def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
     if found is None:
         return on_first_rank(lambda: check_begun(folder, meta))
     path, saved = found
-    if fault := shape_error(saved, {"config": dict, "count": int, "step": int}):
-        raise ValueError(f"{path}/meta.json: {fault}: remove this checkpoint")
     check_same_run(path, saved, meta)
     if saved["count"] > loader.count:
         raise ValueError(f"{path}: expected the {saved['count']} trajectories that the run trained "

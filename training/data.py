@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from artifacts.trajectories import (
-    SynVid, find_trajectories, open_trajectories, read_manifest)
+from artifacts.trajectories import SynVid, find_trajectories, open_trajectories, read_manifest
 from common.config import Shared, load_yaml
 from common.files import ROOT
 from common.ranks import Ranks, draw_noise, errors_on_all_ranks, generator, on_first_rank

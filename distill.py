@@ -250,7 +250,7 @@ class Config(Shared):
     export: Literal["official", "diffusers"] = field("official", "diffusers: its folder, too")
     export_dtype: Literal["bf16", "fp16", "fp32"] = field("bf16", "of the student's file")
     export_every: int | None = field(None, "iterations between exports of the student", "[1, inf)")
-    peak_tflops: float | None = field(None, "of the device, such as 989, for MFU", "(0, inf)")
+    peak_tflops: float | None = field(None, "the device's, such as 989, for MFU", "(0, inf)")
 
 
 def check_config(cfg: Config, replicas: int) -> None:

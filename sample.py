@@ -113,7 +113,7 @@ def peak_bytes(device: torch.device) -> int:
 class Config(Shared):
     """Settings of a sampling run."""
     prompt: str = field("", "one prompt; it takes precedence over prompt_file")
-    prompt_file: str | None = field(None, "in any form of common/prompts.py, as one per line")
+    prompt_file: str | None = field(None, "one per line, or another form of common/prompts.py")
     image: str | None = field(None, "first frame, with --prompt; the video gets its shape")
     teacher: bool = field(False, "sample the teacher, along its grid, instead of the student")
     student: str | None = field(None, "its file or folder; none: <run>/student.safetensors")
@@ -124,7 +124,7 @@ class Config(Shared):
     solver: Literal["euler", "unipc"] = field("euler", "unipc, for Wan: at times of its own")
     count: int = field(1, "videos per prompt, with seeds seed, seed + 1, …", "[1, 100000]")
     batch: int = field(1, "videos denoised at once", "[1, 10000]")
-    peak_tflops: float | None = field(None, "of the device, such as 989, for MFU", "(0, inf)")
+    peak_tflops: float | None = field(None, "the device's, such as 989, for MFU", "(0, inf)")
     compile: bool = field(False, "torch.compile every block; minutes, counted apart")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
     sp: int = field(1, "ranks that share each sample's tokens and the DiT's weights", "[1, inf)")

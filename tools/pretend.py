@@ -109,8 +109,8 @@ REPLACED: dict[Any, dict[str, Any]] = {
     model: {"load_module": without_reading},
     frozen.load: {
         "load_module": without_reading, "component": lambda *_, **__: Path(__file__),
-        "open_tensors": lambda _: {}, "Tokenizer": lambda _, n: Mock(size=0, return_value=(
-            ids(n)[None], ids(n)[None] + 1))},
+        "open_tensors": lambda _: {}, "safetensors_metadata": lambda _: {},
+        "Tokenizer": lambda _, n: Mock(size=0, return_value=(ids(n)[None], ids(n)[None] + 1))},
     frozen.text: {"read_tokenizer": nothing},
     frozen.text.HunyuanText: {"ids": lambda self, _: (ids(self.llm_len), ids(self.clip_len))},
     frozen.vae: {"gather_values": decoded_shapes},

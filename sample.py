@@ -31,7 +31,7 @@ from common.config import Shared, announce, field, load_config
 from common.files import append_log, crc32_of_json
 from common.ranks import (
     Ranks, Timer, cli, compile_blocks, compute_dtype, draw_noise, gather_values, lock_run_folder,
-    on_first_rank, setup_distributed)
+    on_first_rank, progress_bar, setup_distributed)
 from common.video import check_ffmpeg, write_video
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_batch, unipc_grid
@@ -54,8 +54,7 @@ def sample_videos(cfg: "Config", videos: list[Video], times: list[float], settin
                                     [(v.height, v.width) for v in videos], False, device, timer)
     dit, vae = load_networks(cfg, ranks)
     timer.lap("load")
-    bar = tqdm(total=len(videos) * (len(times) - 1), desc=record.stem, unit="step", mininterval=1,
-               disable=None if ranks.rank == 0 else True)
+    bar = progress_bar(len(videos) * (len(times) - 1), record.stem, ranks.rank, unit="step")
     for part in batches(videos, cfg.batch):
         batch = videos[part]
         shape = latent_shape(cfg.frames, batch[0].height, batch[0].width)

@@ -89,7 +89,8 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
             raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, "
                              f"{cfg.weights} is {teacher}: point `weights` at its teacher")
     else:
-        print(f"{path} does not say what it is: the config's key timesteps are used")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{path} does not say what it is: the config's key timesteps are used")
         facts = {**{name: getattr(cfg, name, None) for name in FACTS},
                  "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
     if is_lora(tensors):

@@ -83,18 +83,19 @@ def check_same(path: Path, stored: dict, expected: dict, remedy: str) -> None:
                              f"{abbreviate(stored.get(key))}: {remedy}")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a SynVid folder. Raises FileNotFoundError or ValueError with the remedy."""
+def read_manifest(folder: Path, config: str | Path = "CONFIG") -> dict[str, Any]:
+    """The manifest of a SynVid folder. Raises FileNotFoundError or ValueError with the remedy, a
+    command with the path of a config."""
     path = folder / "manifest.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no SynVid in this folder: make it by "
-                                "`python synvid.py CONFIG`")
+                                f"`python synvid.py {config}`")
     remedy = "rerun the `python synvid.py` command that made it, which writes it again"
     manifest = read_json(path, dict, remedy)
     if manifest.get("version") != VERSION:
         found = abbreviate(manifest.get("version"))
         raise ValueError(f"{path}: expected format version {VERSION}, got {found}: make the "
-                         "trajectories again by `python synvid.py CONFIG` in another --run")
+                         f"trajectories again by `python synvid.py {config}` in another --run")
     if fault := shape_error(manifest, MANIFEST_TYPES):
         raise ValueError(f"{path}: {fault}: {remedy}")
     return manifest
@@ -273,7 +274,7 @@ class SynVid:
 
     def __init__(self, folder: str | Path, cfg: Shared):
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+        self.manifest = read_manifest(self.folder, cfg.path)
         path = self.folder / "manifest.json"
         check_same(path, self.manifest, teacher_settings(cfg),
                    "train with the config that made these trajectories, or make others by `python "

@@ -75,8 +75,8 @@ def write_video(path: str | Path, video: Tensor | np.ndarray, fps: float,
                 seconds: float = 0) -> None:
     """Write a video as .mp4 (H.264) or looping .gif; the same frames give the same bytes.
 
-    Args: video, float [3, T, H, W] in [-1, 1] or uint8 [T, H, W, 3]; seconds, the least duration,
-    reached by repeating the frames, since players stop at the end of an .mp4. An odd height or
+    Args: video, float [3, T, H, W] in [-1, 1] or uint8 [T, H, W, 3]; seconds, the duration to reach
+    by repeating the frames, rounded, since players stop at the end of an .mp4. An odd height or
     width of an .mp4 grows by one repeated row or column, since 4:2:0 colour needs even sizes.
     Raises ValueError on a bad video, or if the file cannot be written.
     """

@@ -458,11 +458,15 @@ def foreign(tiny_weights, tmp_path):
 
 
 def test_a_lora_without_metadata_takes_the_config_s_key_timesteps(make_config, foreign, tmp_path,
-                                                                   capsys):
-    sample.main([str(make_config()), "--prompt", "x", "--lora", str(foreign)])
+                                                                   capsys, monkeypatch):
+    args = [str(make_config()), "--prompt", "x", "--lora", str(foreign)]
+    sample.main(args)
     assert "the config's key timesteps are used" in capsys.readouterr().out
     report = json.loads((tmp_path / "run/samples/lora2.json").read_text())
     assert report["times"] == key_times("wan", 4, 7.0, [0, 2, 4])
+    monkeypatch.setenv("RANK", "1")  # the first rank has printed it
+    assert sample.sampling_times(load_config(sample.Config, "sample", args)) == report["times"]
+    assert not capsys.readouterr().out
 
 
 def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_weights, tmp_path):

@@ -41,14 +41,14 @@ Clip = tuple[np.ndarray, dict]  # frames uint8 [T, H, W, 3], transformers' video
 
 def find_videos(paths: list[Path]) -> list[Path]:
     """The videos given, and those in folders and below, in order, each once."""
-    found: dict[Path, None] = {}
+    found = []
     for path in paths:
         inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
         if not path.is_file() and not inside:
             raise FileNotFoundError(f"{path}: expected a video, or a folder with some "
                                     f"({', '.join(SUFFIXES)}), got none: correct the path")
-        found |= {video.resolve(): None for video in inside or [path]}
-    return list(found)
+        found += inside or [path]
+    return list(dict.fromkeys(path.resolve() for path in found))
 
 
 def sample_frames(path: Path, count: int) -> Clip:
@@ -90,8 +90,9 @@ def load_captioner(args: argparse.Namespace,
         inputs = processor.apply_chat_template(
             chats, add_generation_prompt=True, tokenize=True, return_dict=True, padding=True,
             return_tensors="pt", processor_kwargs={"video_metadata": [facts for _, facts in clips]})
-        ids = model.generate(**inputs.to(device, model.dtype), do_sample=False,
-                             max_new_tokens=args.max_tokens)[:, inputs["input_ids"].shape[1]:]
+        inputs = inputs.to(device, model.dtype)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=args.max_tokens)
+        ids = ids[:, inputs["input_ids"].shape[1]:]
         return list(zip(processor.batch_decode(ids, skip_special_tokens=True),
                         torch.isin(ids, ends).any(1).tolist(), strict=True))
 

@@ -118,7 +118,7 @@ def shortage(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -
     fitting = (f"--sp {sp}{' --offload true' if offload else ''} needs {size / 2 ** 30:.0f} GiB"
                for sp, offload, size in others if size < USABLE_MEMORY * have)
     return f"in {have / 2 ** 30:.0f} GiB: " + next(
-        fitting, "nor with --sp and --offload; use more GPUs")
+        fitting, "not even with --sp and --offload: use more GPUs")
 
 
 def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -> str:

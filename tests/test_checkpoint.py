@@ -172,7 +172,7 @@ def test_a_failed_checkpoint_is_tried_once_more_and_then_ends_the_run(ranks, sma
 
 def test_a_disk_too_small_for_a_run_is_an_error_before_it_begins(small_disk):
     check_disk(small_disk / "run/distill", 3_000, 2, keep=2, export=12_000)  # 120 of 256 KiB
-    with pytest.raises(ValueError, match="3 checkpoints of 0.00012 GB and the student .*`keep`"):
+    with pytest.raises(ValueError, match="3 checkpoints of 0.00012 GB and 4e-05 GB of .*`keep`"):
         check_disk(small_disk / "run/distill", 10_000, 2, keep=2, export=40_000)
 
 

@@ -555,6 +555,21 @@ def test_a_flipped_bit_or_a_cut_anywhere_in_a_trajectory_is_found(made, tmp_path
     assert again[2] == prompt
 
 
+def cut_while_read(ranks, folder: Path) -> None:
+    """A process that reads a trajectory whose file is cut when its header has been read."""
+    path, real = trajectory_path(folder, 0), trajectories.read_header
+    trajectories.read_header = lambda *args: (real(*args), os.truncate(path, 100))[0]
+    manifest = trajectories.read_manifest(folder)
+    with pytest.raises(ValueError, match="000000.safetensors: cannot be used .* --repair:"):
+        trajectories.read_trajectory(folder, manifest, 0, manifest["stored"])
+
+
+def test_a_file_that_is_lost_while_it_is_read_is_an_error_and_no_signal(made, tmp_path):
+    folder, _, _ = made
+    shutil.copytree(folder, tmp_path / "synvid")
+    in_processes(1, cut_while_read, tmp_path / "synvid")
+
+
 def test_a_damaged_trajectory_deleted_as_the_error_says_is_made_again(made, tmp_path):
     folder, _, args = made
     shutil.copytree(folder, tmp_path / "synvid")

@@ -197,7 +197,8 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
         if not torch.isfinite(latent).all():
             raise ValueError(f"{trajectory_path(folder, i)}: the latent after step {j} contains "
                              f"NaN or infinity as {manifest['dtype']}: check the teacher's weights "
-                             "and grid, or use --dtype fp32 if its latents exceed fp16")
+                             "and grid, use --dtype fp32 if its latents exceed fp16, or, if this "
+                             "is the only one, change its prompt")
     conds = {f"cond.{name}": bf16_if_exact(c.cpu()) for name, c in cond.items()}
     sums = {"x": [crc32(latent) for latent in x], **{name: crc32(c) for name, c in conds.items()}}
     header = {"index": i, "prompt": prompt, "seed": manifest["seed"],

@@ -87,6 +87,7 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
                 student = load_student(cfg, Path(facts["file"]), device)
                 models.append(sample_model(cfg, facts["label"], "student", student, t_key, noise,
                                            conds, None, device))
+                del student  # before the next one is loaded
     return [*models, *others], reference
 
 

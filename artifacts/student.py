@@ -414,6 +414,7 @@ def scheduler_config(sizes: Sizes, t_key: list[float]) -> dict[str, Any]:
 # ------------------------------------------------------------ safetensors, a tensor at a time
 
 CHECKSUM = "-" * 8  # placeholder in the metadata, crc32: CHECKSUM, for the CRC-32 of the data
+SYNC_BYTES = 1 << 30  # are written at most before they are synced: all ranks wait for it
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -434,7 +435,7 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     of_data = metadata.get("crc32") == CHECKSUM
-    size, crc = len(head), 0 if of_data else zlib.crc32(head)
+    size, crc, synced = len(head), 0 if of_data else zlib.crc32(head), 0
     chunks = (bytes_of(t.read()) for t in tensors.values())
     try:
         with path.open("wb") as file:
@@ -442,6 +443,10 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
             for chunk in chunks:
                 file.write(chunk)
                 size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+                if size - synced >= SYNC_BYTES:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    synced = size
             if of_data:
                 file.seek(8 + text.index(b'"crc32": "') + 10)
                 file.write(f"{crc:08x}".encode())

@@ -23,7 +23,7 @@ from common.files import (
     append_log, crc32_of_file, crc32_of_json, parse_json, read_log, read_text, remove_leftovers,
     write_json, write_text)
 from common.names import fingerprint, fingerprint_files
-from common.prompts import Prompt, heldout_prompts, read_prompts
+from common.prompts import LARGEST, Prompt, heldout_prompts, read_prompts
 from common.ranks import Ranks, device_name
 from common.video import decode_image, picture_sheet, read_video, thumbnail, to_uint8
 from model import build_dit, latent_shape, sizes_of
@@ -73,7 +73,7 @@ def read_named_videos(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for a line without either, and for a name that is not usable or not unique.
     """
-    text = read_text(path) if path.suffix == ".jsonl" else ""
+    text = read_text(path, LARGEST) if path.suffix == ".jsonl" else ""
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines or '"file":' not in lines[0]:
         return []

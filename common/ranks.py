@@ -67,9 +67,8 @@ class Ranks:
     def sp_ranks(self) -> "Ranks | None":
         """The ranks over which a DiT that is only evaluated is sharded: those that share a sample's
         tokens, since they are in step and replicas are not. None if there is only this one."""
-        if self.sp_group is None:
-            return None
-        return replace(self, mesh=DeviceMesh.from_group(self.sp_group, self.device.type))
+        return None if self.sp_group is None else replace(
+            self, mesh=DeviceMesh.from_group(self.sp_group, self.device.type))
 
     @property
     def is_writer(self) -> bool:
@@ -243,6 +242,13 @@ def gather_values(value: Any, group: dist.ProcessGroup | None = None) -> list:
     return values
 
 
+def limit_waiting(ranks: Ranks, timeout: timedelta) -> None:
+    """Set how long a rank waits for the others from here on, in collectives of all ranks and of
+    those that share a batch's tokens."""
+    for group in filter(None, (dist.group.WORLD, ranks.sp_group)):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def end_all(error: Exception) -> NoReturn:
     """End all ranks by an error that all of them have; the first one prints it."""
     raise error if dist.get_rank() == 0 else SystemExit(1)
@@ -289,8 +295,7 @@ def require_shared_folder(folder: Path) -> None:
         if not path.exists():
             time.sleep(1)
     blind = [rank for rank, sees in enumerate(gather_values(path.exists())) if not sees]
-    if dist.get_rank() == 0:
-        path.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     if blind:
         end_all(ValueError(f"{folder}: rank(s) {', '.join(map(str, blind))} do not see what rank 0 "
                            "writes there: put --run on a disk that all nodes share"))

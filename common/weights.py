@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from common.files import error_summary, read_json, replace_file
@@ -329,10 +329,5 @@ def load_module(module: nn.Module, tensors: dict[str, LazyTensor], what: str,
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Save tensors as safetensors with string metadata, atomically."""
-    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-
-    def write(aside: Path) -> None:
-        save_file(tensors, str(aside), metadata)
-        aside.chmod(0o644)  # safetensors lets only their owner read its files
-
-    replace_file(path, write)
+    data = save({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, metadata)
+    replace_file(path, lambda aside: aside.write_bytes(data))

@@ -176,7 +176,8 @@ def check_lora(path: Path, teacher: str | None, weights: str) -> None:
     """Raise ValueError if a LoRA does not fit the DiT of `weights`; print a line if that is not the
     DiT `teacher`, on which it was made."""
     lora_changes(path, {name: t.shape for name, t in dit_tensors(weights).items()})
-    if teacher not in (None, found := fingerprint(weights)) and os.environ.get("RANK", "0") == "0":
+    found = fingerprint(weights)
+    if teacher not in (None, found) and os.environ.get("RANK", "0") == "0":
         print(f"{path} was made on the DiT {teacher}; {weights} has {found}: the same model in "
               "another dtype is fine, another model is not")
 

@@ -2,6 +2,7 @@
 
 Every stage treats them as one DiT. At each time only one of them computes, so a batch, whose
 samples share a time, needs one. Source: Wan 2.2's release, text2video.py and image2video.py.
+The sharding of a DiT, and the check of weights against a preset's sizes, are here too.
 """
 
 import itertools

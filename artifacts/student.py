@@ -302,15 +302,19 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[st
                    ranks: Ranks) -> None:
     """Write a safetensors file whose tensors all ranks gather, aside and renamed; a write that
     fails is tried once more. Raises AgreedError on all ranks after that."""
-    def write() -> None:
+    def prepare() -> None:  # its errors come before any rank waits for another in a collective
+        path.parent.mkdir(parents=True, exist_ok=True)
         for part in path.parent.glob(f".{path.name}.*.part*"):  # left by a killed process
             part.unlink(missing_ok=True)
+
+    def write() -> None:
         replace_file(path, lambda aside: stream_safetensors(aside, tensors, metadata))
 
     def gather() -> None:
         for t in tensors.values():
             bytes_of(t.read().flatten()[:1])  # waits for a GPU's part in the collective
 
+    on_rank_0(prepare, ranks)
     for retry in (True, False):
         try:
             return on_rank_0(write, ranks, gather)

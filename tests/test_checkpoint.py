@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from artifacts import student
 from artifacts.student import CHECKSUM, check_data, stream_safetensors
 from common.files import crc32_of_file, crc32_of_json, write_json
-from common.ranks import Ranks
+from common.ranks import AgreedError, Ranks, gather_values
 from common.weights import LazyTensor, safetensors_metadata
 from experts import shard_dit
 from model import WanConfig, build_dit
@@ -241,6 +241,20 @@ def test_on_a_full_disk_every_tensor_is_still_gathered(small_disk):
     with pytest.raises(OSError):
         stream_safetensors(small_disk / "f.safetensors", {str(i): part(i) for i in range(4)}, {})
     assert reads == [0, 1, 2, 3]
+
+
+def export_where_no_folder_can_be(ranks: Ranks, folder: Path) -> None:
+    """One of two processes that gather the tensors of an export to a path below a file."""
+    (folder / "file").touch()
+    part = LazyTensor((2,), torch.float32, folder,
+                      lambda rows=None: torch.ones(2) * len(gather_values(0)))
+    with pytest.raises(AgreedError) as caught:
+        student.write_together(folder / "file/student.safetensors", {"a": part}, {}, ranks)
+    assert ("File exists" in str(caught.value)) == (ranks.rank == 0)
+
+
+def test_ranks_do_not_wait_for_an_export_whose_folder_cannot_be_made(tmp_path):
+    in_processes(2, export_where_no_folder_can_be, tmp_path)
 
 
 def test_an_export_is_tried_once_more_though_the_disk_of_the_log_is_full_too(

@@ -136,6 +136,9 @@ def check_options(cfg: Config) -> None:
     if cfg.lora is not None and (cfg.teacher or cfg.student is not None):
         raise ValueError(f"lora: got {cfg.lora} together with --teacher or --student; a LoRA "
                          "changes the DiT of `weights`: leave the other option out")
+    if cfg.lora is None and cfg.lora_scale != 1:
+        raise ValueError(f"lora_scale: got {cfg.lora_scale} without a LoRA: give --lora FILE, or "
+                         "leave it out")
     if cfg.solver == "unipc" and cfg.family != "wan":
         raise ValueError(f"solver: got unipc; family {cfg.family} has no grid for it, wan has: "
                          "leave --solver out")

@@ -419,6 +419,7 @@ def test_a_student_of_another_project_takes_the_config_s_key_timesteps(run, stud
     (("--prompt", "x", "--peak_tflops", "0"), "peak_tflops: expected .*, got 0.0"),
     (("--prompt", "x", "--preset", "wan-t2v-14b"), "preset is 'tiny', the config's 'wan-t2v-14b'"),
     (("--prompt", "x", "--teacher", "--preset", "huge"), "preset: .*got 'huge'"),
+    (("--prompt", "x", "--lora_scale", "2"), "lora_scale: got 2.0 without a LoRA"),
 ])
 def test_bad_options_are_refused_by_name(run, student, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):

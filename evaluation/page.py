@@ -6,7 +6,6 @@ import re
 import string
 import subprocess
 import tempfile
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,8 +19,7 @@ from common.config import Shared
 from common.files import ROOT, replace_file, write_json, write_text
 from common.video import write_video
 from evaluation.measures import Samples, endpoint_error
-from evaluation.sheets import (
-    comparison_sheet, data_uri, side_by_side, video_table, video_wall)
+from evaluation.sheets import comparison_sheet, data_uri, side_by_side, video_table
 from small_world.clips import ATTRIBUTES
 from small_world.oracle import caption_attributes
 
@@ -162,7 +160,9 @@ def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, str]:
 def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dict],
                    compared: list[dict], captions: list[str], chosen: dict[int, str], table: str,
                    facts: dict) -> None:
-    """Write the table as a picture, the videos side by side, the ladder and the page.
+    """Write the table as a picture, videos and stills of the models, and the page.
+
+    videos.* have teacher@n, teacher@m and the first student, ladder.* all models if there are more.
 
     Args: compared, the rows of teacher@n, teacher@m and the student; chosen by choose_examples;
     table, the text that write_table returned.
@@ -179,28 +179,22 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
                 for i, note in chosen.items()]
     title = (f"captions at quantiles of {labels[1]}'s endpoint error" if any(chosen.values()) else
              f"one caption per colour, of median error of {labels[1]} among its colour and shape")
-    if len(pictured) > 3:
-        write_ladder(out, examples, labels, title, cfg.fps)
+    headings = [e.caption for e in examples]
+    lines = [(label.replace("@", "\n") + " steps" * ("@" in label),
+              [(e.videos[i], e.notes[i]) for e in examples]) for i, label in enumerate(labels)]
+    if len(lines) > 3:
+        comparison_sheet(out / "ladder.png", headings, lines, title)
+        write_video(out / "ladder.gif", video_table(headings, lines), cfg.fps)
+    first_three = video_table(headings, lines[:3])
+    write_video(out / "videos.gif", first_three, cfg.fps)
+    write_video(out / "videos.mp4", first_three, cfg.fps, LOOP_SECONDS)
     labels = labels[:3]
     examples = [Example(e.caption, e.videos[:3], e.notes[:3]) for e in examples]
-    wall = video_wall([(e.caption, side_by_side(e.videos, labels)) for e in examples])
-    write_video(out / "videos.gif", wall, cfg.fps)
-    write_video(out / "videos.mp4", wall, cfg.fps, LOOP_SECONDS)
     comparison_sheet(out / "videos.png", labels,
                      [(e.caption, list(zip(e.videos, e.notes, strict=True))) for e in examples],
                      f"{title}: first, middle and last frame")
-    write_page(cfg, out, examples, labels, compared, table, len(pictured) > 3,
+    write_page(cfg, out, examples, labels, compared, table, len(lines) > 3,
                {**facts, "shown": title})
-
-
-def write_ladder(out: Path, examples: list[Example], labels: list[str], title: str,
-                 fps: float) -> None:
-    """Write ladder.png and ladder.gif: a row per model, a column per caption."""
-    rows = [(label.replace("@", "\n") + " steps" * ("@" in label),
-             [(e.videos[i], e.notes[i]) for e in examples]) for i, label in enumerate(labels)]
-    comparison_sheet(out / "ladder.png", [e.caption for e in examples], rows, title)
-    headings = [textwrap.fill(e.caption, 16, max_lines=2) for e in examples]
-    write_video(out / "ladder.gif", video_table(headings, rows), fps)
 
 
 # ------------------------------------------------------------------------------------- the page

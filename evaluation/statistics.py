@@ -45,12 +45,12 @@ def t_probability(t: float, degrees: float) -> float:
     return 2 * math.exp(scale) / math.pi ** 0.5 * area
 
 
-def t_quantile(degrees: float, probability: float = 0.95) -> float:
-    """The t with P(|T| < t) = probability, by bisection."""
+def t_quantile(degrees: float) -> float:
+    """The t with P(|T| < t) = 0.95, by bisection."""
     low, high = 0.0, 1e3
     for _ in range(60):
         middle = (low + high) / 2
-        if t_probability(middle, degrees) < probability:
+        if t_probability(middle, degrees) < 0.95:
             low = middle
         else:
             high = middle

@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,13 +61,13 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
     grids = grid_suffixes(students)
     dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device)
     dit.requires_grad_(False)
+    sample = partial(sample_model, cfg, noise=noise, conds=conds, unconds=unconds, device=device)
 
     # The target: all n steps. The reference, of other noise, is what distributions are compared to.
     teacher_n, reference = sample_teacher(cfg, indices, dit, [noise, other_noise], conds, unconds,
                                           identity, ranks)
     # The same teacher along each student's key timesteps t'_m … t'_0, with its own guidance.
-    teachers_m = {t_key: sample_model(cfg, f"teacher{suffix}", "teacher_m", dit, t_key, noise,
-                                      conds, unconds, device)
+    teachers_m = {t_key: sample(f"teacher{suffix}", "teacher_m", dit, t_key)
                   for t_key, suffix in grids.items()}
     # The same teacher with other numbers of steps: what a better solver wins without training.
     others = []
@@ -74,9 +75,8 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
         solvers = {"euler": time_grid(cfg.family, n, cfg.shift)}
         if cfg.family == "wan":
             solvers["unipc"] = unipc_grid(n, cfg.shift)
-        others += [sample_model(cfg, f"teacher@{n} by {solver}", "teacher_steps", dit,
-                                grid.tolist(), noise, conds, unconds, device, solver)
-                   for solver, grid in solvers.items()]
+        others += [sample(f"teacher@{n} by {solver}", "teacher_steps", dit, grid.tolist(),
+                          solver=solver) for solver, grid in solvers.items()]
     del dit  # a student takes its place
     # Each student along its key timesteps, without guidance: it learned the guided trajectories.
     models = [teacher_n]
@@ -85,8 +85,7 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
         for facts in students:
             if tuple(facts["t_key"]) == t_key:
                 student = load_student(cfg, Path(facts["file"]), device)
-                models.append(sample_model(cfg, facts["label"], "student", student, t_key, noise,
-                                           conds, None, device))
+                models.append(sample(facts["label"], "student", student, t_key, unconds=None))
     return [*models, *others], reference
 
 
@@ -216,8 +215,8 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     if stored := on_first_rank(read_stored):
         evaluations, file = cfg.n * (1 if unconds is None else 2), open_safetensors(path)
         return [measures.Samples(label, "teacher_n", cfg.n,
-                                 file[label].read()[indices.start::indices.step], evaluations,
-                                 seconds)
+                                 file[label].read(slice(indices.start, indices.stop)),
+                                 evaluations, seconds)
                 for label, seconds in zip(labels, stored["seconds"], strict=True)]
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     samples = [sample_model(cfg, label, "teacher_n", dit, grid, noise, conds, unconds,
@@ -231,23 +230,15 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     return samples
 
 
-def interleave(parts: list[Tensor]) -> Tensor:
-    """Join the ranks' values in the order of the videos; rank r has every world-th from r on."""
-    count, world_size = sum(map(len, parts)), len(parts)
-    order = torch.cat([torch.arange(rank, count, world_size) for rank in range(world_size)])
-    return torch.cat(parts)[order.argsort()]
-
-
 def gather(samples: measures.Samples) -> measures.Samples:
-    """All ranks' samples in the order of the videos."""
+    """All ranks' samples, in the order of the videos."""
     parts = gather_values(samples)
     count = sum(len(part.latents) for part in parts)
     means = {name: sum(getattr(part, name) * len(part.latents) for part in parts) / count
              for name in ("seconds", "decode_seconds")}
     return dataclasses.replace(
-        samples, latents=interleave([part.latents for part in parts]),
-        values={name: interleave([part.values[name] for part in parts])
-                for name in samples.values},
+        samples, latents=torch.cat([part.latents for part in parts]),
+        values={name: torch.cat([part.values[name] for part in parts]) for name in samples.values},
         examples={i: video for part in parts for i, video in part.examples.items()}, **means)
 
 
@@ -305,19 +296,20 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.count < ranks.world:
         raise ValueError(f"count: expected at least one video for each of {ranks.world} ranks, got "
                          f"{cfg.count}: start fewer ranks or raise --count")
-    indices, device = range(ranks.rank, cfg.count, ranks.world), ranks.device
+    first, stop = (cfg.count * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+    indices, device = range(first, stop), ranks.device  # of this rank's videos
     out = announce(cfg, "evaluate", ranks.rank)
 
     models, reference = sample_all(cfg, indices, prompts, students, identity, ranks)
 
     captions = [prompt.text for prompt in prompts]
     errors = gather_values(measures.endpoint_error(models[1].latents, models[0].latents))
-    examples = page.choose_examples(interleave(errors), captions)
+    examples = page.choose_examples(torch.cat(errors), captions)
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
-    images = measures.first_frames([prompts[i] for i in indices], cfg)
+    images = measures.first_frames(prompts[first:stop], cfg)
     oracle = measures.is_small_world(captions, cfg)
-    measures.measure_videos(models, vae, indices, [captions[i] for i in indices], images, oracle,
-                            examples, device)
+    measures.measure_videos(models, vae, indices, captions[first:stop], images, oracle, examples,
+                            device)
 
     *models, reference = [gather(samples) for samples in (*models, reference)]
     rows = table_rows(cfg, models, reference.latents, ranks)

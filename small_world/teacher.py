@@ -24,7 +24,6 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,7 +34,7 @@ from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
     check_compiler, cli, device_name, draw_noise, generator, pick_device, prefer_attention, seed_of)
 from common.video import draw_panels, write_image
-from common.weights import save_tensors
+from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from frozen.image import CLIPVision
 from frozen.load import Conditioner, load_conditioner, load_vae
 from frozen.text import Tokenizer, UMT5Encoder
@@ -85,7 +84,7 @@ class Config(Shared):
 
 PER_FILE = 500  # clips in one file of encoded clips
 BASE_FILES = ("Wan2.1_VAE.safetensors", "models_t5_umt5-tiny.safetensors",
-        "google/umt5-xxl/spiece.model")  # copied from `base`
+              "google/umt5-xxl/spiece.model")  # copied from `base`
 
 
 # --------------------------------------------------------------------------------------- VAE
@@ -221,7 +220,7 @@ def train_text(cfg: Config, out: Path) -> None:
 
     encoder = fit(cfg, "text", both, cfg.text_iters, (0.0, 2e-3), 0.4, loss_of)["text"]
     save_tensors(out / "models_t5_umt5-tiny.safetensors", half(encoder),
-                       {"config": json.dumps(sizes)})
+                 {"config": json.dumps(sizes)})
 
 
 def half(module: nn.Module) -> dict[str, Tensor]:
@@ -254,8 +253,8 @@ def train_image(cfg: Config, out: Path) -> None:
     tower = fit(cfg, "image", both, cfg.image_iters, (0.0, 2e-3), 0.4, loss_of)["tower"]
     sizes["num_layers"] += 1  # the released encoder has one more layer, which is not used
     save_tensors(out / "models_clip_tiny.safetensors",
-                       {f"visual.{name}": value for name, value in half(tower).items()},
-                       {"config": json.dumps(sizes)})
+                 {f"visual.{name}": value for name, value in half(tower).items()},
+                 {"config": json.dumps(sizes)})
 
 
 # --------------------------------------------------------------------------------------- DiT
@@ -271,10 +270,8 @@ def encode_part(cfg: Config, conditioner: Conditioner, vae: nn.Module,
     count = min(PER_FILE, cfg.dit_pool - start)
     mark = {"vae": weights_sum(vae), "clip": weights_sum(conditioner.clip),
             "clips": f"{count} of seed {cfg.seed}, {cfg.frames} frames, {cfg.height} pixels"}
-    if path.exists():
-        with safe_open(path, "pt") as stored:
-            if stored.metadata() == mark:
-                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    if path.exists() and safetensors_metadata(path) == mark:
+        return {name: t.read() for name, t in open_safetensors(path).items()}
     begun = time.perf_counter()
     clips = make_clips(cfg.seed, start, count, cfg.height, cfg.frames)[0]
     with torch.no_grad():
@@ -400,8 +397,8 @@ def held_out(cfg: Config, out: Path) -> list[Prompt]:
 
 def conditioner_of(cfg: Config, out: Path) -> Conditioner:
     """The conditioner with the encoders in `out`."""
-    return load_conditioner(replace(cfg, weights=str(out)), pick_device(cfg.device),
-                                     torch.float32, crop=True)
+    return load_conditioner(replace(cfg, weights=str(out)), pick_device(cfg.device), torch.float32,
+                            crop=True)
 
 
 # ------------------------------------------------------------------------------------- gates

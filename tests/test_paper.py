@@ -194,8 +194,8 @@ run_all([run], Plan("configs/tiny.yaml", Path("."), (), (), (), (), 1, None), "r
 # ------------------------------------------------------------------------------------- tables
 
 SETTINGS = tables.Settings(n=50, times=time_grid("wan", 50, 2.0).tolist(), m=2, m_config=5,
-                           ladder=[5, 2, 1], seeds=3, other_seeds=2, iterations=80, lr=2e-4,
-                           lambda_adv=0.1, clips=True, traj_lr=4e-4, shared_lambda=0.15,
+                           ladder=[5, 2, 1], seeds=range(3), other_seeds=range(2), iterations=80,
+                           lr=2e-4, lambda_adv=0.1, clips=True, traj_lr=4e-4, shared_lambda=0.15,
                            methods={"perflow": [2e-3, 160], "pcm": [6e-4, 80], "dmd": [2e-4, 80]})
 
 
@@ -215,7 +215,7 @@ def test_table_3_has_a_row_for_every_arm_and_a_verdict_for_every_claim(tmp_path)
         for arm in tables.arms_of(table, SETTINGS):
             base = parts.get(arm.name, 0.8 - 0.1 * arm.name.endswith("-samples")
                              + 0.2 * arm.name.endswith("-mismatched"))
-            write_measured(plan, arm.name, [base + x for x in noise[:arm.seeds]])
+            write_measured(plan, arm.name, [base + x for x in noise[:len(arm.seeds)]])
         section = tables.arms_table(plan, SETTINGS, table)
         claims = {entry["claim"]: entry for entry in section.numbers["claims"]}
         assert len(claims) == {"table3": 6, "methods": 10 + 6}[table]
@@ -262,7 +262,7 @@ def test_every_method_is_searched_alike_on_other_captions_noise_and_seeds(tmp_pa
         options = dict(option.split("=") for option in arm.options)
         by_method.setdefault(arm.name.split("/")[1].split("-")[0], set()).add(
             (options["lr"], options["iterations"]))
-        assert arm.seed_range == range(100, 101)
+        assert arm.seeds == range(100, 101)
     assert set(map(frozenset, by_method.values())) == {frozenset(
         (lr, iterations) for lr in ("0.0002", "0.0006", "0.002") for iterations in ("80", "160"))}
     assert by_method.keys() == {"traj", "full", *tables.METHODS}

@@ -52,8 +52,8 @@ from model import (
     attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
     sizes_of, time_grid)
 from tools.networks import (
-    VIDEO_SIZE, Call, diffusers_version, is_small, make_vae, peer_dits, peer_sizes, peer_vaes,
-    random_dit, random_encoders, random_network, random_states, vae_shape)
+    VIDEO_SIZE, Call, diffusers_version, frozen_parts, make_vae, peer_dits, peer_sizes, peer_vaes,
+    random_dit, random_network, random_states, vae_run)
 from training.data import Batch, Latents, pinned
 from training.memory import gpu_bytes, memory_parts, shortage
 from training.monitor import step_flops
@@ -175,12 +175,6 @@ def count_flops(make: Callable[[], nn.Module], run: Callable[[nn.Module], object
     return float(counter.get_total_flops())
 
 
-def vae_flops(family: str, small: bool, way: str, *size: int) -> float:
-    """Floating-point operations to encode or decode a video of frames × height × width."""
-    return count_flops(partial(make_vae, family, small),
-                       lambda vae: getattr(vae, way)(torch.empty(vae_shape(way, *size))))
-
-
 # ------------------------------------------------------------------------- rows of the config
 
 class Bench:
@@ -290,9 +284,10 @@ class Bench:
     def prompt_to_video(self, times: list[float], guided: bool) -> list[Call]:
         """Text encoders, Euler steps, VAE and video file, with all networks in memory."""
         cfg, dit = self.cfg, random_dit(self.cfg, self.device, self.ranks.sp_ranks)
-        encoders = [run for _, *encoder in random_encoders(cfg)
-                    for run in self.encode_prompt(*encoder)]
-        vae, path = self.vae(), self.folder / f"video_{self.ranks.rank}.mp4"
+        parts, path = frozen_parts(cfg), self.folder / f"video_{self.ranks.rank}.mp4"
+        encoders = [run for name in parts if name.startswith("prompt")
+                    for run in self.frozen_part(*parts[name])]
+        vae = self.network(parts["VAE decode"][0])
 
         @torch.no_grad()
         def run() -> None:
@@ -305,28 +300,21 @@ class Bench:
             write_video(path, vae.decode(x)[0], cfg.fps)
         return [run]
 
-    def vae(self) -> nn.Module:
-        """The config's VAE; a tiled one spreads its tiles over the ranks of a sample."""
-        vae = random_network(partial(make_vae, self.cfg.family, is_small(self.cfg)), self.device)
-        if vae.tiled:
-            vae.group = self.ranks.sp_group
-        return vae
-
-    def run_vae(self, way: str) -> list[Call]:
-        """Encode or decode one video."""
-        vae, size = self.vae(), (self.cfg.frames, self.cfg.height, self.cfg.width)
-        x = torch.randn(vae_shape(way, *size), device=self.device)
-        return [torch.no_grad()(lambda: getattr(vae, way)(x))]
-
-    def encode_prompt(self, make: Callable[[], nn.Module], run: Callable) -> list[Call]:
-        """Run one of the prompt's encoders."""
+    def network(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """A random network; HunyuanVideo's VAE spreads its tiles over the ranks of a sample."""
         network = random_network(make, self.device)
+        network.group = self.ranks.sp_group
+        return network
+
+    def frozen_part(self, make: Callable[[], nn.Module], run: Callable) -> list[Call]:
+        """Run the VAE or one of the prompt's encoders."""
+        network = self.network(make)
 
         @torch.no_grad()
-        def encode() -> None:
+        def call() -> None:
             with self.device:
                 run(network)
-        return [encode]
+        return [call]
 
 
 def settings_of(cls: type, stage: str, cfg: Config) -> Any:
@@ -342,10 +330,9 @@ def config_rows(b: Bench) -> Iterator[Row]:
     batch = settings_of(synvid.Config, "synvid", cfg).batch
     flop, evaluations = b.flop / b.ranks.sp, 1 if cfg.guidance == 1 else 2
     key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
-    vae = {way: vae_flops(cfg.family, is_small(cfg), way, cfg.frames, cfg.height, cfg.width)
-           for way in ("decode", "encode")}
-    text = {name: count_flops(make, run) for name, make, run in random_encoders(cfg)}
-    rest = vae["decode"] + sum(text.values())
+    parts = frozen_parts(cfg)
+    work = {name: count_flops(*part) for name, part in parts.items()}
+    rest = sum(work.values()) - work["VAE encode"]
     plan = sum(memory_parts(b.distill, b.shape, b.device, b.ranks.world, b.ranks.sp).values())
 
     yield Row("DiT forward", b.evaluation, flop, tokens)
@@ -353,10 +340,8 @@ def config_rows(b: Bench) -> Iterator[Row]:
               tokens * b.distill.micro_batch, plan, len(key) - 1, b.bytes / 5e8)
     yield Row(f"prompt to video, {len(key) - 1} steps", partial(b.prompt_to_video, key, False),
               flop * (len(key) - 1) + rest, tokens)
-    for way in vae:
-        yield Row(f"VAE {way}", partial(b.run_vae, way), vae[way])
-    for name, make, run in random_encoders(cfg):
-        yield Row(f"prompt: {name}", partial(b.encode_prompt, make, run), text[name])
+    for name, part in parts.items():
+        yield Row(name, partial(b.frozen_part, *part), work[name])
     yield Row("DiT forward + backward", partial(b.evaluation, backward=True), 3 * flop, tokens)
     yield Row("DiT from a file, in the system's cache", b.loading, extra=b.bytes / 5e8)
     if batch > 1:
@@ -408,7 +393,8 @@ def peer_rows() -> list[Row]:
         for way, frames in ("encode", 9), *(("decode", frames) for frames in (5, 9, 17, 33)):
             rows.append(Row(f"{family} VAE {way}, {frames} frames",
                             partial(peer_vaes, family, way, frames),
-                            vae_flops(family, True, way, frames, *VIDEO_SIZE), runs=5))
+                            count_flops(partial(make_vae, family, True),
+                                        vae_run(way, frames, *VIDEO_SIZE)), runs=5))
     return sorted(rows, key=lambda row: row.flop)
 
 

@@ -5,7 +5,8 @@ import importlib.metadata
 import importlib.util
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,37 +98,40 @@ def random_states(cfg: Shared) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} | numbers
 
 
-def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module], Callable]]:
-    """The encoders of a prompt of full length, as (name, make, run): make() builds a network, and
-    run(network) encodes a prompt or an image of zeros, made on torch's current device."""
-    sizes, arguments = sizes_of(cfg.preset), frozen_arguments(cfg)
+def vae_run(way: str, frames: int, height: int, width: int) -> Callable[[nn.Module], Tensor]:
+    """A function that lets a VAE encode or decode noise, made on torch's current device."""
+    return lambda vae: getattr(vae, way)(torch.randn(vae_shape(way, frames, height, width)))
 
-    def build(cls: type) -> nn.Module:
-        return cls(**arguments[cls])
+
+def frozen_parts(cfg: Shared) -> dict[str, tuple[Callable[[], nn.Module], Callable]]:
+    """VAE and encoders by the name of their row, as (make, run): make() builds a network, and
+    run(network) encodes or decodes a video, a prompt of full length, or an image of zeros."""
+    sizes, arguments = sizes_of(cfg.preset), frozen_arguments(cfg)
+    vae, size = partial(make_vae, cfg.family, is_small(cfg)), (cfg.frames, cfg.height, cfg.width)
+    parts = {f"VAE {way}": (vae, vae_run(way, *size)) for way in ("decode", "encode")}
 
     def ids(length: int) -> Tensor:
         return torch.zeros(1, length, dtype=torch.long)
 
     def image_networks() -> nn.ModuleDict:
-        networks = {"vae": build(WanVAE)}
-        if sizes.has_clip:
-            networks["clip"] = build(CLIPVision)
-        return nn.ModuleDict(networks)
+        clip = {"clip": CLIPVision(**arguments[CLIPVision])} if sizes.has_clip else {}
+        return nn.ModuleDict({"vae": vae(), **clip})
 
     def first_frame(networks: nn.ModuleDict) -> dict:
         clip = networks["clip"] if sizes.has_clip else None
-        return image_cond(torch.zeros(3, cfg.height, cfg.width), networks["vae"], clip, cfg.frames,
-                          cfg.height, cfg.width)
+        return image_cond(torch.zeros(3, *size[1:]), networks["vae"], clip, *size)
 
     if cfg.family == "hunyuan":
-        yield ("LLaMA", lambda: build(Llama),
-               lambda llama: llama(ids(95 + sizes.text_len)))  # 95 tokens of the template
-        yield "CLIP text", lambda: build(CLIPText), lambda clip: clip(ids(77))
-        return
-    yield ("umT5", lambda: build(UMT5Encoder),
-           lambda t5: t5(ids(sizes.text_len), ids(sizes.text_len) + 1))
+        return parts | {
+            "prompt: LLaMA": (partial(Llama, **arguments[Llama]),
+                              lambda llama: llama(ids(95 + sizes.text_len))),  # 95 of the template
+            "prompt: CLIP text": (partial(CLIPText, **arguments[CLIPText]),
+                                  lambda clip: clip(ids(77)))}
+    parts["prompt: umT5"] = (partial(UMT5Encoder, **arguments[UMT5Encoder]),
+                             lambda t5: t5(ids(sizes.text_len), ids(sizes.text_len) + 1))
     if sizes.takes_image:
-        yield "first frame", image_networks, first_frame
+        parts["prompt: first frame"] = image_networks, first_frame
+    return parts
 
 
 # ------------------------------------------------------------- small networks and diffusers' peers

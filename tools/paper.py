@@ -110,10 +110,10 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
     shared_lambda = training.lambda_adv if cfg.shared_lambda is None else cfg.shared_lambda
     return shared, evaluation, tables.Settings(
         n=cfg.n, times=time_grid(cfg.family, cfg.n, cfg.shift).tolist(), m=cfg.m or m_config,
-        m_config=m_config, ladder=cfg.steps, seeds=cfg.seeds, other_seeds=cfg.other_seeds,
-        iterations=training.iterations, lr=training.lr, lambda_adv=training.lambda_adv,
-        clips=cfg.preset == "tiny", traj_lr=cfg.traj_lr or training.lr,
-        shared_lambda=shared_lambda, methods=methods)
+        m_config=m_config, ladder=cfg.steps, seeds=range(cfg.seeds),
+        other_seeds=range(cfg.other_seeds), iterations=training.iterations, lr=training.lr,
+        lambda_adv=training.lambda_adv, clips=cfg.preset == "tiny",
+        traj_lr=cfg.traj_lr or training.lr, shared_lambda=shared_lambda, methods=methods)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
                          "manifest.json")],
                     plan, "SynVid")
         training = [plan.train(arm, seed) for table in chosen for arm in tables.arms_of(table, s)
-                    for seed in arm.seed_range]
+                    for seed in arm.seeds]
         run_all(dict.fromkeys(training), plan, "training runs")  # once: tables share arms
         evaluations = list(dict.fromkeys(run for table in chosen
                                          for run in tables.evaluations_of(table, s, plan)))

@@ -11,9 +11,9 @@ Out: peak memory of a GPU and what it consists of, for distill next to its memor
 distill runs an iteration at k = m - 1 (with iterations=1 only this one) and one at k = 0, synvid a
 batch of two steps, sample a batch of two steps (the teacher's with teacher=true), with all encoders
 and the VAE. The stage's own functions run on tensors without data ("fake" tensors of torch), as
-rank 0 of a process group that moves nothing. Few blocks are run, at two depths (`--depth all`: all
-blocks): every figure is linear in the depth at each point of the run. What a GPU adds is not
-counted: the CUDA context, workspaces of kernels and NCCL, fragmentation of the allocator.
+rank 0 of a process group that moves nothing. Few blocks are run, at two depths: every figure is
+linear in the depth at each point of the run. What a GPU adds is not counted: the CUDA context,
+workspaces of kernels and NCCL, fragmentation of the allocator.
 """
 
 import common  # noqa: F401 (before torch, see common)
@@ -186,14 +186,13 @@ def run_at(cfg: Any, gpus: int, sizes: model.Sizes) -> Figures:
     return meter.figures
 
 
-def rehearse(cfg: Any, gpus: int, complete: bool = False) -> Figures:
-    """The figures at the full depth, from two runs with fewer blocks, or of one with
-    all blocks if `complete`."""
+def rehearse(cfg: Any, gpus: int) -> Figures:
+    """The figures at the full depth, from two runs with fewer blocks, if the DiT is deep."""
     sizes = sizes_of(cfg.preset)
     # At least three blocks of a kind: a first, a middle and a last one. At k = 0 a tap is at 2/3.
     with_tap = sizes.family == "wan" and getattr(cfg, "iterations", 1) > 1
     few, more = (shallow(sizes, depth) for depth in (3, 6 if with_tap else 4))
-    if complete or more.num_layers >= sizes.num_layers:
+    if more.num_layers >= sizes.num_layers:
         return run_at(cfg, gpus, sizes)
     a, b = (run_at(cfg, gpus, s) for s in (few, more))
     slope = (sizes.num_layers - few.num_layers) / (more.num_layers - few.num_layers)
@@ -331,7 +330,6 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default="distill")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gib", type=float, default=80)
-    parser.add_argument("--depth", choices=("few", "all"), default="few")
     parser.add_argument("--table", type=Path)
     own, rest = parser.parse_known_args()
     if own.table is not None:
@@ -340,7 +338,7 @@ def main() -> None:
     cfg = load_config(STAGES[own.stage][0], own.stage, [own.config, "--weights=random", *rest],
                       __doc__, "-m tools.rehearse")
     check_model(cfg)
-    figures = rehearse(cfg, own.gpus, own.depth == "all")
+    figures = rehearse(cfg, own.gpus)
     plan = plan_of(cfg, own.gpus) if own.stage == "distill" else {}
     print(f"{own.stage}: {cfg.origin} on {own.gpus} GPUs, rehearsed in "
           f"{time.perf_counter() - started:.0f} s\n{format_figures(figures, plan, own.gib)}")

@@ -34,14 +34,8 @@ class Arm:
     label: str
     m: int
     options: tuple[str, ...]
-    seeds: int
+    seeds: range
     script: str = "distill.py"
-    first_seed: int = 0
-
-    @property
-    def seed_range(self) -> range:
-        """The seeds of its runs."""
-        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ class Settings:
     m: int                                        # steps of all tables but table4 and the ladder
     m_config: int                                 # the config's own steps
     ladder: list[int]                             # steps
-    seeds: int                                    # of table3
-    other_seeds: int                              # of table4, fig9 and other methods
+    seeds: range                                  # of table3
+    other_seeds: range                            # of table4, fig9 and other methods
     iterations: int
     lr: float
     lambda_adv: float
@@ -81,7 +81,7 @@ def key_option(key: list[int]) -> str:
     return f"key={','.join(map(str, key))}"
 
 
-def full_arm(s: Settings, m: int, seeds: int) -> Arm:
+def full_arm(s: Settings, m: int, seeds: range) -> Arm:
     """The complete method with m steps; it exports students over iterations for fig9."""
     options = [key_option(even_key(s.n, m))]
     if m == s.m:
@@ -126,7 +126,7 @@ def method_arms(s: Settings) -> list[Arm]:
 
 SEARCHED = (1, 3, 10)  # learning rates in units of the config's; each with 1 and 2 times its length
 DOSES = (1, 1.5, 2)  # λ_adv of a shared head in units of the config's
-SEARCH_SEED = 100  # which no table has
+SEARCH_SEEDS = range(100, 101)  # which no table has
 
 
 def search_arms(s: Settings) -> list[Arm]:
@@ -137,14 +137,14 @@ def search_arms(s: Settings) -> list[Arm]:
                  method_options(s, method, "captions" if method == "dmd" else "samples"))
         for method, label in METHODS.items()}
     arms = [Arm(f"search/shared-{dose}", f"one shared head, λ = {dose * s.lambda_adv:g}", s.m,
-                (s.key, "heads=shared", f"lambda_adv={dose * s.lambda_adv:g}"), 1,
-                first_seed=SEARCH_SEED) for dose in DOSES]
+                (s.key, "heads=shared", f"lambda_adv={dose * s.lambda_adv:g}"), SEARCH_SEEDS)
+            for dose in DOSES]
     for name, (label, script, options) in kinds.items():
         for length, rate in itertools.product((1, 2), SEARCHED):
             lr, iterations = f"lr={rate * s.lr:g}", length * s.iterations
             arms.append(Arm(f"search/{name}-{rate}-{length}",
                             f"{label}, {lr}, {iterations} iterations", s.m,
-                            (*options, lr, f"iterations={iterations}"), 1, script, SEARCH_SEED))
+                            (*options, lr, f"iterations={iterations}"), SEARCH_SEEDS, script))
     return arms
 
 
@@ -153,7 +153,7 @@ def arms_of(table: str, s: Settings) -> list[Arm]:
     if table == "search":
         return search_arms(s)
     if table == "ladder":
-        return [full_arm(s, m, 1) for m in s.ladder]
+        return [full_arm(s, m, range(1)) for m in s.ladder]
     if table == "table4":
         return [arm for m in dict.fromkeys((s.m_config, s.m)) for arm in (
             full_arm(s, m, s.seeds if m == s.m else s.other_seeds),
@@ -173,13 +173,13 @@ def evaluations_of(table: str, s: Settings, plan: Plan) -> list[Run]:
         names = ["student"] * len(arms) if table == "ladder" else ["L_traj alone", "full"]
         return [plan.measure(table, table, [plan.student(arm, 0) for arm in arms], names)]
     if table == "search":
-        return [plan.measure(table, table, [plan.student(arm, SEARCH_SEED) for arm in arms])]
+        return [plan.measure(table, table, [plan.student(arm, *SEARCH_SEEDS) for arm in arms])]
     if table == "fig9":
         return [plan.measure(f"{arm.name}-at-{i or s.iterations}",
                              f"{arm.label}, iteration {i or s.iterations}",
-                             [plan.student(arm, seed, i) for seed in range(s.other_seeds)])
+                             [plan.student(arm, seed, i) for seed in s.other_seeds])
                 for arm in arms for i in s.fig9_iterations]
-    return [plan.measure(arm.name, arm.label, [plan.student(arm, seed) for seed in arm.seed_range])
+    return [plan.measure(arm.name, arm.label, [plan.student(arm, seed) for seed in arm.seeds])
             for arm in arms]
 
 
@@ -274,11 +274,11 @@ def search_table(plan: Plan, s: Settings) -> Section:
 
     The dose is the mean norm of λ_adv · g_adv, L_adv's gradient at the student, over a run.
     """
-    measured, arms = read_measured(plan, "search", f"seed {SEARCH_SEED}"), search_arms(s)
+    measured, arms = read_measured(plan, "search", "one seed"), search_arms(s)
     teachers, doses = [measured.teacher_n, measured.teacher_m], {}
     rows = [row | {"label": arm.label} for arm, row in zip(arms, measured.rows, strict=True)]
     for arm in arms:
-        log = read_log(plan.student(arm, SEARCH_SEED).parent / "distill/log.jsonl", "step")
+        log = read_log(plan.student(arm, *SEARCH_SEEDS).parent / "distill/log.jsonl", "step")
         if norms := [line["grad_adv"] for line in log if "grad_adv" in line]:
             doses[arm.label] = statistics.fmean(norms)
     lines = [*table_lines(map(without_errors, (*teachers, *rows))), "",

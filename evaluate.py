@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
-from tqdm import tqdm
 
 from artifacts.student import exported_path, facts_in, load_student, student_facts
 from common.config import Shared, announce, field, load_config
@@ -34,7 +33,7 @@ from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compute_dtype, device_name, draw_noise, gather_values, on_first_rank,
-    setup_distributed)
+    progress_bar, setup_distributed)
 from common.video import check_ffmpeg
 from common.weights import open_safetensors, save_tensors
 from evaluation import measures, page
@@ -170,8 +169,7 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
     Raises ValueError if the latents are not finite.
     """
     timer, latents, steps = Timer(device), [], len(times) - 1
-    bar = tqdm(total=len(noise) * steps, desc=label, unit="step", mininterval=1,
-               disable=dist.get_rank() > 0 or None)
+    bar = progress_bar(len(noise) * steps, label, dist.get_rank(), unit="step")
     for start in range(0, len(noise), cfg.batch):
         b = slice(start, start + cfg.batch)
         latents.append(sample_batch(dit, noise[b], times, conds[b], unconds and unconds[b],

@@ -701,7 +701,7 @@ def parse_args(argv=None) -> tuple[Config, str]:
         if not ok:
             parser.error(f"{option}: expected {expected}, got {value}")
 
-    p, ways, out = sorted(args.data), args.mismatch, Path(args.out)
+    p, ways, out = sorted(args.data), tuple(dict.fromkeys(args.mismatch)), Path(args.out)
     check(all(map(math.isfinite, p)) and len(set(p)) == len(p) >= 2, "--data", args.data,
           "two or more different numbers")
     limit = min(p[1] - p[0], p[-1] - p[-2])
@@ -709,11 +709,10 @@ def parse_args(argv=None) -> tuple[Config, str]:
     check(len(Ms) > 1 and Ms[0] == 0 and Ms[-1] < math.inf and min(np.diff(Ms)) > 0, "--M", Ms,
           "two or more increasing numbers, the first of them 0")
     check("inward" not in ways or Ms[-1] <= limit, "--M", Ms[-1], f"at most {limit:g} for inward")
-    check(len(set(ways)) == len(ways), "--mismatch", ways, "each way once")
     check(0 < args.epsilon < math.inf, "--epsilon", args.epsilon, "a number above 0")
     check(args.seeds >= 1, "--seeds", args.seeds, "1 or more")
     check(bool(out.name) and not out.is_dir(), "--out", out, "a file's path without suffix")
-    cfg = Config(tuple(p), tuple(ways), tuple(Ms), args.epsilon, args.seeds)
+    cfg = Config(tuple(p), ways, tuple(Ms), args.epsilon, args.seeds)
     return (replace(cfg, **QUICK) if args.quick else cfg), args.out
 
 

@@ -93,8 +93,7 @@ def note(cfg: Any, **entry) -> None:
 
 def log_lines(cfg: Any) -> list[dict]:
     """The lines of <run>/teacher/log.jsonl."""
-    lines = read_log(folder(cfg) / "log.jsonl", "seconds")
-    return [line for line in lines if isinstance(line.get("stage"), str)]
+    return read_log(folder(cfg) / "log.jsonl", "seconds")
 
 
 def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:

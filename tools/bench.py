@@ -354,17 +354,14 @@ def config_rows(b: Bench) -> Iterator[Row]:
                       3 * 4 * tokens ** 2 * b.dit.cfg.dim / b.ranks.sp, tokens)
     for kind in (("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if gpu
                  else ("FLASH_ATTENTION", "MATH")):
-        for compiled in (False, True) if gpu else (False,):
-            yield Row(f"DiT forward, {kind.lower()}{', compiled' if compiled else ''}",
-                      partial(b.evaluation, getattr(SDPBackend, kind), compiled), flop, tokens,
-                      extra=60 * compiled)
+        yield Row(f"DiT forward, {kind.lower()}", partial(b.evaluation, getattr(SDPBackend, kind)),
+                  flop, tokens)
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     yield Row(f"prompt to video, {cfg.n} steps", partial(b.prompt_to_video, grid, evaluations > 1),
               flop * evaluations * cfg.n + rest, tokens, runs=1)
     if not gpu:
         yield from peer_rows()
-        yield Row("DiT forward, compiled", partial(b.evaluation, compiled=True), flop, tokens,
-                  extra=40)
+    yield Row("DiT forward, compiled", partial(b.evaluation, compiled=True), flop, tokens, extra=60)
 
 
 # ------------------------------------------------------------------------ against diffusers

@@ -22,7 +22,7 @@ import torch
 import distill
 import evaluate
 import synvid
-from common.config import Shared, field, load_config, read_yaml
+from common.config import Shared, field, load_config
 from common.files import lock_folder, parse_json
 from common.prompts import read_prompts
 from common.ranks import cli, device_name, pick_device
@@ -69,7 +69,6 @@ class Config(Shared):
 
 
 EVALUATION = ("seed", "prompts", "count", "batch", "directions", "c2st_steps")  # in every command
-COMMAND_LINE_ONLY = ("launch", "options")
 
 
 def as_options(values: dict) -> list[str]:
@@ -79,17 +78,14 @@ def as_options(values: dict) -> list[str]:
 
 
 def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Settings]:
-    """The shared settings that differ from the config file's, as options of every run; the settings
-    of an evaluation; and what the arms depend on. Raises ValueError for what cannot be run."""
-    stored = read_yaml(cfg.path, "paper", dataclasses.asdict(cfg))
-    for name in COMMAND_LINE_ONLY:
-        if name in stored:
+    """The shared settings of the command line, as options of every run; the settings of an
+    evaluation; and what the arms depend on. Raises ValueError for what cannot be run."""
+    for name in ("launch", "options"):
+        if name not in cfg.given and getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"{cfg.path}: paper.{name}: expected on the command line only, since "
                              f"a config file must not start programs: pass --{name} instead")
-    stored = dataclasses.asdict(Shared()) | stored
     shared = as_options({f.name: getattr(cfg, f.name) for f in dataclasses.fields(Shared)
-                         if f.name not in ("run", "seed", "key")
-                         and getattr(cfg, f.name) != stored[f.name]})
+                         if f.name in cfg.given and f.name not in ("run", "seed", "key")})
     evaluation = load_config(evaluate.Config, "evaluate", [str(cfg.path), *shared, *as_options(
         {"seed": cfg.seed, "prompts": cfg.prompts, "count": cfg.count})])
     m_config = len(cfg.key) - 1

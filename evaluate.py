@@ -95,8 +95,7 @@ class Config(Shared):
     """Settings of an evaluation."""
     prompts: str | None = field(None, "held-out captions (.jsonl with images for I2V); defaults to "
                                 "<weights>/prompts_heldout.txt or .jsonl")
-    students: str | None = field(None, "files, separated by commas; defaults to "
-                                 "<run>/student.safetensors")
+    students: str | None = field(None, "files, with commas; defaults to <run>/student.safetensors")
     names: str | None = field(None, "names of the students, separated by commas; with names the "
                               "pictures show every student and the mean row is left out")
     teacher_steps: list[int] | None = field(None, "further rows: the teacher with these numbers of "
@@ -260,19 +259,6 @@ def table_rows(cfg: Config, models: list[measures.Samples], reference: Tensor,
     return rows
 
 
-def report(cfg: Config, out: Path, models: list[measures.Samples], rows: list[dict],
-           captions: list[str], examples: dict[int, str], students: list[dict],
-           facts: dict) -> None:
-    """Write table, pictures and page."""
-    first_students = itertools.takewhile(lambda row: row["kind"] in ("student", "mean"), rows[2:])
-    compared = [*rows[:2], list(first_students)[-1]]  # teacher@n, teacher@m, the (mean) student
-    gates = measures.gates(*compared) if "all" in rows[0] else []
-    text = page.write_table(cfg, out, rows, gates, students, facts)
-    if cfg.pictures:
-        page.write_pictures(cfg, out, models, rows, compared, captions, examples, text, facts)
-    print(f"\n{text}\nresults: {out / ('report.html' if cfg.pictures else 'table.md')}")
-
-
 # ------------------------------------------------------------------------------------------ main
 
 def main(argv: list[str] | None = None) -> None:
@@ -313,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = table_rows(cfg, models, reference.latents, ranks)
     if ranks.rank == 0:
         launch = ["torchrun", f"--nproc-per-node={ranks.world}"] if ranks.world > 1 else ["python"]
-        report(cfg, out, models, rows, captions, examples, students, {
+        page.write_report(cfg, out, models, rows, captions, examples, students, {
             "command": shlex.join([*launch, "evaluate.py", *argv]), "device": device_name(device),
             "seconds": round(time.perf_counter() - started, 1)})
     dist.barrier()

@@ -18,7 +18,7 @@ from torch import Tensor
 from common.config import Shared
 from common.files import ROOT, replace_file, write_json, write_text
 from common.video import write_video
-from evaluation.measures import Samples, endpoint_error
+from evaluation.measures import Samples, endpoint_error, gates
 from evaluation.sheets import comparison_sheet, data_uri, side_by_side, video_table
 from small_world.clips import ATTRIBUTES
 from small_world.oracle import caption_attributes
@@ -63,7 +63,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
             *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def markdown(rows: list[dict], gates: list[dict], cfg: Shared, facts: dict) -> str:
+def markdown(rows: list[dict], bounds: list[dict], cfg: Shared, facts: dict) -> str:
     """The table and the gates as Markdown."""
     columns = table_columns(rows)
     lines = [f"{cfg.count} videos of held-out captions, the same noise for every model, "
@@ -75,22 +75,31 @@ def markdown(rows: list[dict], gates: list[dict], cfg: Shared, facts: dict) -> s
                   str(row["evaluations"]), f"{row['seconds']:.3f}"] for row in rows])]
     decode = sum(row["decode_seconds"] for row in rows) / len(rows)
     lines += ["", f"Decoding takes {decode:.3f} s per video in addition, in every row."]
-    if gates:
+    if bounds:
         lines += ["", *markdown_table(["gate", "measured", "required", ""], [
             [gate["gate"], f"{gate['measured']:.4f}", gate["required"],
-             "pass" if gate["pass"] else "**FAIL**"] for gate in gates])]
+             "pass" if gate["pass"] else "**FAIL**"] for gate in bounds])]
     return "\n".join(lines) + "\n"
 
 
-def write_table(cfg: Shared, out: Path, rows: list[dict], gates: list[dict],
-                students: list[dict], facts: dict) -> str:
-    """Write table.md and table.json; returns the Markdown text."""
+def write_report(cfg: Shared, out: Path, models: list[Samples], rows: list[dict],
+                 captions: list[str], chosen: dict[int, str], students: list[dict],
+                 facts: dict) -> None:
+    """Write table.md, table.json and, with cfg.pictures, pictures and page; print the table.
+
+    Args: chosen by choose_examples; students as evaluate.read_students returns them.
+    """
+    first_students = itertools.takewhile(lambda row: row["kind"] in ("student", "mean"), rows[2:])
+    compared = [*rows[:2], list(first_students)[-1]]  # teacher@n, teacher@m, the (mean) student
+    bounds = gates(*compared) if "all" in rows[0] else []
     facts |= {"commit": commit(), "torch": torch.__version__}
-    text = markdown(rows, gates, cfg, facts)
+    text = markdown(rows, bounds, cfg, facts)
     write_text(out / "table.md", text)
-    write_json(out / "table.json", {**facts, "config": asdict(cfg), "rows": rows, "gates": gates,
+    write_json(out / "table.json", {**facts, "config": asdict(cfg), "rows": rows, "gates": bounds,
                                     "students": students})
-    return text
+    if cfg.pictures:
+        write_pictures(cfg, out, models, rows, compared, captions, chosen, text, facts)
+    print(f"\n{text}\nresults: {out / ('report.html' if cfg.pictures else 'table.md')}")
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -163,9 +172,8 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
     """Write the table as a picture, videos and stills of the models, and the page.
 
     videos.* have teacher@n, teacher@m and the first student, ladder.* all models if there are more.
-
     Args: compared, the rows of teacher@n, teacher@m and the student; chosen by choose_examples;
-    table, the text that write_table returned.
+    table, the text of table.md.
     """
     draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
     pictured = []

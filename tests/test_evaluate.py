@@ -357,7 +357,7 @@ def test_the_teacher_s_latents_are_read_again_unless_something_that_made_them_ha
     assert sampled == labels[2:]
     for row, before in zip(again["rows"], first["rows"], strict=True):
         assert all(row[name] == before[name] for name in row if "seconds" not in name)
-    monkeypatch.setattr(evaluate, "report", lambda *_: None)
+    monkeypatch.setattr(evaluate.page, "write_report", lambda *_: None)
     for option in ("seed=1", "count=5", f"prompts={run.weights / 'prompts.txt'}", "batch=2"):
         sampled.clear()
         evaluate.main([str(run.folder / "config.yaml"), option])

@@ -93,15 +93,13 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
 @dataclass
 class Config(Shared):
     """Settings of an evaluation."""
-    prompts: str | None = field(None, "held-out captions (.jsonl with images for I2V); defaults to "
-                                "<weights>/prompts_heldout.txt or .jsonl")
+    prompts: str | None = field(None, "held-out captions; default: <weights>/prompts_heldout.*")
     students: str | None = field(None, "files, with commas; defaults to <run>/student.safetensors")
     names: str | None = field(None, "names of the students, separated by commas; with names the "
                               "pictures show every student and the mean row is left out")
     teacher_steps: list[int] | None = field(None, "further rows: the teacher with these numbers of "
                                             "steps, by Euler and, for Wan, by UniPC", "[1, 10000]")
-    count: int = field(96, "videos of each model, and of the independent teacher samples",
-                       "[3, 100000]")
+    count: int = field(96, "videos of each model and of the reference", "[3, 100000]")
     batch: int = field(32, "videos denoised at once", "[1, 10000]")
     directions: int = field(128, "random directions of sliced W", "[1, 1000000]")
     c2st_steps: int = field(100, "training iterations of the classifier of C2ST", "[1, inf)")

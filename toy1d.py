@@ -655,32 +655,26 @@ def draw_samples(ax, cfg: dict, data: dict, i: int, deviation: dict) -> None:
 
 
 def draw_drift(ax, Ms: list, way: str, deviation: dict) -> None:
-    ends = []
     for name, color, style, label in (
+            ("teacher, key steps", "#555555", "-.", "undistilled teacher at AccVideo's steps"),
+            ("exact guidance", "#CC79A7", "P--", "control: PeRFlow's, but the exact field is its "
+             "teacher\n(no wrong answers left)"),
             (way, ORANGE, "X-", "PeRFlow-style student, as in the paper"),
-            ("exact guidance", "#CC79A7", "P--",
-             "control: the same, but the exact field is its teacher\n(no wrong answers left)"),
-            ("half on trajectories", BLUE, "o-", "control: the same, but half of its starts on "
+            ("half on trajectories", BLUE, "o-", "control: PeRFlow's, but half of its starts on "
              "trajectories\n(it is taught where it passes)"),
-            ("AccVideo", GREEN, "-", "AccVideo's student (Eq. 6, the paper's key timesteps):\n"
-             "needs no such data, so flat by construction"),
             ("teacher, K steps", GREY, ":", "undistilled teacher at PeRFlow's steps"),
-            ("teacher, key steps", "#555555", "-.", "undistilled teacher at AccVideo's steps")):
+            ("AccVideo", GREEN, "-", "AccVideo's student (Eq. 6, the paper's key timesteps):\n"
+             "needs no such data, so flat by construction")):
         y, low, high = band(deviation[name]["to p"] * (len(Ms) // len(deviation[name]["to p"])))
-        ax.plot(Ms, y, style, color=color, lw=2, ms=8, mec="white")
+        ax.plot(Ms, y, style, color=color, lw=2, ms=8, mec="white", label=label)
         ax.fill_between(Ms, low, high, color=color, alpha=0.15, lw=0)
-        ends.append((y[-1], color, label, 2.0 if "\n" in label else 1.2))
     ax.set(yscale="log", xlabel="M", xticks=Ms, ylabel="mean distance of samples from p",
            title=f"g)  samples of 5 steps: their distance from the training data, {way} mismatch")
     ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
-    top, scale = 1.02, 1.0 / sum(height for *_, height in ends)
-    for y, color, label, height in sorted(ends, reverse=True):
-        ax.annotate(label, (Ms[-1], y), (1.09, top - 0.5 * height * scale), va="center",
-                    textcoords="axes fraction", color=INK,
-                    arrowprops={"arrowstyle": "-", "color": color, "lw": 1.5, "relpos": (0, 0.5)})
-        top -= height * scale
+    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, handlelength=4,
+              labelspacing=1)
 
 
 # ---------------------------------------------------------------- command line

@@ -102,10 +102,9 @@ def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
     gc.collect()  # else what earlier work left is freed meanwhile, and counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events()
-              if e.name() == "[memory]"]
-    sizes = list(itertools.accumulate((size for _, size in sorted(events, key=lambda e: e[0])),
-                                      initial=0))
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    sizes = [0, *itertools.accumulate(e.nbytes() for e in events)]
     return result, sizes[-1], max(sizes)
 
 

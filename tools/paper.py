@@ -195,9 +195,10 @@ TEACHER_CLIPS, COMPARED_CLIPS = 2048, 256
 def mismatches(cfg: Config, plan: Plan, trajectories: Path) -> dict[str, tuple[float, float]]:
     """M of Eq. 4 for each set that a method learned from: mean and standard error over videos."""
     def clips(name: str) -> torch.Tensor:
-        return open_safetensors(plan.clips / f"{name}.safetensors")["latents"].read()
+        return open_safetensors(folder / f"{name}.safetensors")["latents"].read()
 
-    keep_clips(cfg, plan.clips / "training.safetensors", SIZE, 0, TEACHER_CLIPS,
+    folder = plan.folder / "clips"  # which the baselines share
+    keep_clips(cfg, folder / "training.safetensors", SIZE, 0, TEACHER_CLIPS,
                pick_device(cfg.device))
     files = sorted(trajectories.glob("*/*.safetensors"))[:COMPARED_CLIPS]
     sets = {name: clips(name)[:COMPARED_CLIPS] for name in ("matched", "mismatched")}

@@ -59,11 +59,6 @@ class Plan:
     at_once: int
     threads: int | None                           # per process; None: torch's default
 
-    @property
-    def clips(self) -> Path:
-        """The folder in which the baselines share encoded clips."""
-        return self.folder / "clips"
-
     def command(self, script: str, folder: Path, *options: str,
                 launch: tuple[str, ...] = ()) -> tuple[str, ...]:
         """The command of a stage, such as evaluate.py, or of a tool, such as tools.baselines."""
@@ -73,7 +68,7 @@ class Plan:
     def train(self, arm: Arm, seed: int) -> Run:
         """The training run of one arm with one seed."""
         folder = self.folder / arm.name / f"seed{seed}"
-        clips = [f"clips={self.clips}"] if arm.script == "tools.baselines" else []
+        clips = [f"clips={self.folder / 'clips'}"] if arm.script == "tools.baselines" else []
         return Run(f"{arm.label}, seed {seed}",
                    self.command(arm.script, folder, f"seed={seed}", *self.options, *clips,
                                 *arm.options), folder, "student.safetensors")
@@ -190,10 +185,6 @@ class Measured:
     teacher_m: dict
     rows: list[dict]
     command: str
-
-    @property
-    def m(self) -> int:
-        return self.teacher_m["m"]
 
     @property
     def all_rows(self) -> list[dict]:

@@ -196,7 +196,7 @@ class Section:
 
 def all_numbers(arms: dict[str, Measured], claims: list[dict]) -> dict:
     """Every per-seed row of the arms, and the claims."""
-    return {"arms": {name: {"label": arm.label, "m": arm.m, "command": arm.command,
+    return {"arms": {name: {"label": arm.label, "m": arm.teacher_m["m"], "command": arm.command,
                             "teacher": [arm.teacher_n, arm.teacher_m], "seeds": arm.rows}
                      for name, arm in arms.items()}, "claims": claims}
 
@@ -255,8 +255,8 @@ def arms_table(plan: Plan, s: Settings, table: str) -> Section:
     claims = make_claims([(text, arms[ours], arms[theirs])
                           for text, ours, theirs in claims_of(table, s)])
     lines, pictures = [], []
-    for m in dict.fromkeys(arm.m for arm in arms.values()):
-        same_m = [arm for arm in arms.values() if arm.m == m]
+    for m in dict.fromkeys(arm.teacher_m["m"] for arm in arms.values()):
+        same_m = [arm for arm in arms.values() if arm.teacher_m["m"] == m]
         grids = {str(arm.teacher_m["endpoint"]): arm for arm in same_m}  # by key timesteps
         teachers = [arm.teacher_m if len(grids) == 1 else
                     arm.teacher_m | {"label": f"{arm.teacher_m['label']}, {arm.label}"}

@@ -116,11 +116,11 @@ def test_the_chosen_key_timesteps_are_evenly_spaced_indices():
 def plan_of(tmp_path: Path, at_once: int = 2) -> Plan:
     config = tmp_path / "config.yaml"
     config.write_text("seed: 0\nevaluate: {count: 3}\n")
-    return Plan(str(config), tmp_path / "paper", (), (), (), ("python",), at_once, 1)
+    return Plan(str(config), tmp_path / "paper", (), (), (), ("python",), at_once)
 
 
 def run_of(plan: Plan, name: str, code: str, output: str = "log.txt") -> Run:
-    return Run(name, ("python", "-c", code), plan.folder / name, output)
+    return Run(("python", "-c", code), plan.folder / name, output)
 
 
 def test_a_finished_run_is_not_done_again_and_another_command_is_refused(tmp_path):
@@ -157,7 +157,7 @@ def test_a_tool_is_started_as_a_module_from_any_folder(launch, tmp_path, monkeyp
     command = plan.command("common.files", plan.folder, "seed=1")  # a module that does nothing
     assert command == (*launch.split(), "-m", "common.files", plan.config, f"run={plan.folder}",
                        "seed=1")
-    run_all([Run("tool", command, plan.folder / "tool", "log.txt")], plan, "runs")
+    run_all([Run(command, plan.folder / "tool", "log.txt")], plan, "runs")
     assert plan.command("synvid.py", plan.folder)[-3] == os.path.relpath(ROOT / "synvid.py")
 
 
@@ -165,10 +165,10 @@ def test_a_run_that_fails_is_reported_with_its_log_and_the_others_are_stopped(tm
     plan = plan_of(tmp_path)
     slow = run_of(plan, "slow", "import time; time.sleep(600)")
     bad = run_of(plan, "bad", "raise SystemExit('no such teacher')")
-    with pytest.raises(ValueError, match="bad: `python -c .* status 0 .*got 1: .*\n.*no such teac"):
+    with pytest.raises(ValueError, match="/bad: `python -c .* status 0.*got 1: .*\n.*no such teac"):
         run_all([slow, bad], plan, "runs")
     assert not (slow.folder / "done.json").exists()
-    with pytest.raises(ValueError, match="mute: .* and student.safetensors, got 0"):
+    with pytest.raises(ValueError, match="/mute: .* and student.safetensors, got 0"):
         run_all([run_of(plan, "mute", "1", "student.safetensors")], plan, "runs")
 
 
@@ -178,8 +178,8 @@ def test_runs_end_with_the_command_that_started_them(tmp_path):
 from pathlib import Path
 from tools.runs import Plan, Run, run_all
 line = "import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-run = Run("slow", ("python", "-c", line), Path({str(tmp_path)!r}) / "slow", "x")
-run_all([run], Plan("configs/tiny.yaml", Path("."), (), (), (), (), 1, None), "runs")
+run = Run(("python", "-c", line), Path({str(tmp_path)!r}) / "slow", "x")
+run_all([run], Plan("configs/tiny.yaml", Path("."), (), (), (), (), 1), "runs")
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     while not (started.exists() and started.read_text()):
@@ -317,7 +317,7 @@ def study(make_config, tmp_path):
 class Forked:
     """A command of runs.start, forked from a process that has imported torch; as a Popen."""
 
-    def __init__(self, command: tuple[str, ...], log: Path, threads: int | None):
+    def __init__(self, command: tuple[str, ...], log: Path, one_thread: bool):
         log.parent.mkdir(parents=True, exist_ok=True)
         ranks = [int(word.split("=")[1]) for word in command if word.startswith("--nproc")]
         _, script, *args = [word for word in command if not word.startswith("--")]

@@ -131,15 +131,13 @@ def main(argv: list[str] | None = None) -> None:
     plan = Plan(os.path.relpath(cfg.path), out,
                 (f"synvid={trajectories}", *shared, *shlex.split(cfg.options)),
                 (*shared, *as_options(measured)), (*shared, *as_options(others)),
-                tuple(shlex.split(cfg.launch)), cfg.jobs, 1 if cfg.jobs > 1 else None)
+                tuple(shlex.split(cfg.launch)), cfg.jobs)
     with lock_folder(out):
         if cfg.synvid is None and (chosen != ("fig5",) or evaluation.prompts is None):
             launch = plan.launch if cfg.jobs == 1 else (
                 "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
-            run_all([Run("SynVid", plan.command("synvid.py", out, "keep=all", *shared,
-                                                launch=launch), trajectories,
-                         "manifest.json")],
-                    plan, "SynVid")
+            command = plan.command("synvid.py", out, "keep=all", *shared, launch=launch)
+            run_all([Run(command, trajectories, "manifest.json")], plan, "SynVid")
         training = [plan.train(arm, seed) for table in chosen for arm in tables.arms_of(table, s)
                     for seed in arm.seeds]
         run_all(dict.fromkeys(training), plan, "training runs")  # once: tables share arms
@@ -149,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         run_all(evaluations[1:], plan, "evaluations")
         if "fig6" in chosen:
             command = plan.command("tools.taps", out / "fig6", *plan.options, s.key)
-            run_all([Run("features", command, out / "fig6", "taps/taps.json")], plan, "fig6")
+            run_all([Run(command, out / "fig6", "taps/taps.json")], plan, "fig6")
         sections = {name: make_section(cfg, name, plan, s, trajectories, evaluation.prompts)
                     for name in chosen}
         page = tables.write_paper(plan, sections, {
@@ -161,14 +159,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, trajectories: Path,
                  prompts: str | None) -> tables.Section:
-    """One table or figure, from what was measured; prompts, a file that fig5 may read instead of
+    """One table or figure, from what was measured; prompts, a file that fig5 reads if there are no
     trajectories."""
-    if name == "fig5" and prompts is not None and not (trajectories / "manifest.json").exists():
-        images = sizes_of(cfg.preset).takes_image
-        return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts, images)])
     if name == "fig5":
-        return tables.fig5(plan, [stored_prompt(path)
-                                  for path in sorted(trajectories.glob("*/*.safetensors"))])
+        texts = [stored_prompt(path) for path in sorted(trajectories.glob("*/*.safetensors"))]
+        return tables.fig5(plan, texts or [prompt.text for prompt in read_prompts(
+            prompts, sizes_of(cfg.preset).takes_image)])
     if name not in ("table3", "table4", "methods"):
         return {"search": tables.search_table, "fig6": tables.fig6, "fig8": tables.fig8,
                 "fig9": tables.fig9, "ladder": tables.ladder}[name](plan, s)

@@ -41,7 +41,6 @@ class Arm:
 @dataclass(frozen=True)
 class Run:
     """A command, the folder in which done.json records its end, and a file that it writes there."""
-    label: str
     command: tuple[str, ...]
     folder: Path
     output: str
@@ -56,8 +55,7 @@ class Plan:
     evaluation: tuple[str, ...]                   # options of every evaluation
     search_evaluation: tuple[str, ...]            # of the search's: other captions and noise
     launch: tuple[str, ...]                       # python, or torchrun with its options
-    at_once: int
-    threads: int | None                           # per process; None: torch's default
+    at_once: int                                  # if several, each process has one thread
 
     def command(self, script: str, folder: Path, *options: str,
                 launch: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -69,20 +67,17 @@ class Plan:
         """The training run of one arm with one seed."""
         folder = self.folder / arm.name / f"seed{seed}"
         clips = [f"clips={self.folder / 'clips'}"] if arm.script == "tools.baselines" else []
-        return Run(f"{arm.label}, seed {seed}",
-                   self.command(arm.script, folder, f"seed={seed}", *self.options, *clips,
+        return Run(self.command(arm.script, folder, f"seed={seed}", *self.options, *clips,
                                 *arm.options), folder, "student.safetensors")
 
-    def measure(self, name: str, label: str, students: list[Path],
-                names: list[str] | None = None) -> Run:
+    def measure(self, name: str, students: list[Path], names: list[str] | None = None) -> Run:
         """The evaluation of some students in <paper>/<name>, with pictures if they have names."""
         folder = self.folder / name
         options = self.search_evaluation if name == "search" else (
             f"teacher_samples={self.folder / 'teacher.safetensors'}", *self.evaluation)
         pictures = f"names={','.join(names)}" if names else "pictures=false"
-        return Run(f"{label}, evaluation", self.command(
-            "evaluate.py", folder, f"students={','.join(map(str, students))}", *options, pictures),
-            folder / "evaluate", "table.json")
+        return Run(self.command("evaluate.py", folder, f"students={','.join(map(str, students))}",
+                                *options, pictures), folder / "evaluate", "table.json")
 
     def student(self, arm: Arm, seed: int, iteration: int | None = None) -> Path:
         """The student's file of a training run, at its end or after some iterations."""
@@ -119,14 +114,14 @@ def is_done(run: Run, config: str) -> bool:
     return True
 
 
-def start(command: tuple[str, ...], log: Path, threads: int | None) -> subprocess.Popen:
+def start(command: tuple[str, ...], log: Path, one_thread: bool) -> subprocess.Popen:
     """Start a command with this Python; its output is appended to `log`."""
     first = {"python": [sys.executable],
              "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(
         filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
+    if one_thread:
+        environment["OMP_NUM_THREADS"] = "1"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open_own(log, "a") as file:
         return subprocess.Popen([*first.get(command[0], command[:1]), *command[1:]], stdout=file,
@@ -137,7 +132,7 @@ def finish(run: Run, process: subprocess.Popen, config: str) -> None:
     """Record the end of a run. Raises ValueError with the end of its log if it failed."""
     if process.returncode or not (run.folder / run.output).exists():
         log = run.folder / "log.txt"
-        raise ValueError(f"{run.label}: `{shlex.join(run.command)}`: expected exit status 0 and "
+        raise ValueError(f"{run.folder}: `{shlex.join(run.command)}`: expected exit status 0 and "
                          f"{run.output}, got {process.returncode}: see the end of {log}:\n"
                          f"{log.read_text(encoding='utf-8')[-2000:].strip()}")
     write_json(run.folder / "done.json", done_record(run, config))
@@ -158,7 +153,7 @@ def run_all(runs: Iterable[Run], plan: Plan, label: str) -> None:
         while waiting or running:
             while waiting and len(running) < plan.at_once:
                 run = waiting.pop(0)
-                running[run] = start(run.command, run.folder / "log.txt", plan.threads)
+                running[run] = start(run.command, run.folder / "log.txt", plan.at_once > 1)
             for run in [run for run, process in running.items() if process.poll() is not None]:
                 finish(run, running.pop(run), plan.config)
                 bar.update()

@@ -171,15 +171,14 @@ def evaluations_of(table: str, s: Settings, plan: Plan) -> list[Run]:
     arms = arms_of(table, s)
     if table in ("ladder", "fig8"):
         names = ["student"] * len(arms) if table == "ladder" else ["L_traj alone", "full"]
-        return [plan.measure(table, table, [plan.student(arm, 0) for arm in arms], names)]
+        return [plan.measure(table, [plan.student(arm, 0) for arm in arms], names)]
     if table == "search":
-        return [plan.measure(table, table, [plan.student(arm, *SEARCH_SEEDS) for arm in arms])]
+        return [plan.measure(table, [plan.student(arm, *SEARCH_SEEDS) for arm in arms])]
     if table == "fig9":
         return [plan.measure(f"{arm.name}-at-{i or s.iterations}",
-                             f"{arm.label}, iteration {i or s.iterations}",
                              [plan.student(arm, seed, i) for seed in s.other_seeds])
                 for arm in arms for i in s.fig9_iterations]
-    return [plan.measure(arm.name, arm.label, [plan.student(arm, seed) for seed in arm.seeds])
+    return [plan.measure(arm.name, [plan.student(arm, seed) for seed in arm.seeds])
             for arm in arms]
 
 

@@ -32,7 +32,6 @@ class Arm:
     """A kind of training run: its folder's name, its label, the options that define it."""
     name: str
     label: str
-    m: int
     options: tuple[str, ...]
     seeds: range
     script: str = "distill.py"

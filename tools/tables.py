@@ -55,9 +55,9 @@ class Settings:
         return max(1, self.iterations // 4)
 
     @property
-    def fig9_iterations(self) -> list[int | None]:
-        """The points of fig9; None is the end of the run."""
-        return [*range(self.fig9_every, self.iterations, self.fig9_every), None]
+    def fig9_points(self) -> list[int]:
+        """The iterations that fig9 shows, to the end of the run."""
+        return [*range(self.fig9_every, self.iterations, self.fig9_every), self.iterations]
 
 
 def even_key(n: int, m: int) -> list[int]:
@@ -86,14 +86,14 @@ def full_arm(s: Settings, m: int, seeds: range) -> Arm:
     options = [key_option(even_key(s.n, m))]
     if m == s.m:
         options.append(f"export_every={s.fig9_every}")
-    return Arm(f"full-m{m}", "L_traj + L_adv, a head per timestep", m, tuple(options), seeds)
+    return Arm(f"full-m{m}", "L_traj + L_adv, a head per timestep", tuple(options), seeds)
 
 
 def parts_arms(s: Settings) -> list[Arm]:
     """L_traj alone, one shared head and the complete method; each also with a control's setting:
     L_traj's own best learning rate, and a shared head that pulls as strongly as separate ones."""
     def arm(name: str, label: str, *options: str) -> Arm:
-        return Arm(f"{name}-m{s.m}", label, s.m, (s.key, *options), s.seeds)
+        return Arm(f"{name}-m{s.m}", label, (s.key, *options), s.seeds)
 
     rate, dose = f"lr={s.traj_lr:g}", f"lambda_adv={s.shared_lambda:g}"
     shared, full = "L_traj + L_adv, one shared head", "L_traj + L_adv, a head per timestep"
@@ -117,7 +117,7 @@ def method_arms(s: Settings) -> list[Arm]:
     for method, label in METHODS.items():
         lr, iterations = s.methods[method]
         captions = {"captions": "captions alone"} if method == "dmd" else {}
-        arms += [Arm(f"{method}-{name}", f"{label} on {title}", s.m,
+        arms += [Arm(f"{method}-{name}", f"{label} on {title}",
                      (*method_options(s, method, name), f"lr={lr:g}", f"iterations={iterations:g}"),
                      s.other_seeds, "tools.baselines")
                  for name, title in {**captions, **data}.items()]
@@ -136,14 +136,14 @@ def search_arms(s: Settings) -> list[Arm]:
         method: (label, "tools.baselines",
                  method_options(s, method, "captions" if method == "dmd" else "samples"))
         for method, label in METHODS.items()}
-    arms = [Arm(f"search/shared-{dose}", f"one shared head, λ = {dose * s.lambda_adv:g}", s.m,
+    arms = [Arm(f"search/shared-{dose}", f"one shared head, λ = {dose * s.lambda_adv:g}",
                 (s.key, "heads=shared", f"lambda_adv={dose * s.lambda_adv:g}"), SEARCH_SEEDS)
             for dose in DOSES]
     for name, (label, script, options) in kinds.items():
         for length, rate in itertools.product((1, 2), SEARCHED):
             lr, iterations = f"lr={rate * s.lr:g}", length * s.iterations
             arms.append(Arm(f"search/{name}-{rate}-{length}",
-                            f"{label}, {lr}, {iterations} iterations", s.m,
+                            f"{label}, {lr}, {iterations} iterations",
                             (*options, lr, f"iterations={iterations}"), SEARCH_SEEDS, script))
     return arms
 
@@ -157,10 +157,10 @@ def arms_of(table: str, s: Settings) -> list[Arm]:
     if table == "table4":
         return [arm for m in dict.fromkeys((s.m_config, s.m)) for arm in (
             full_arm(s, m, s.seeds if m == s.m else s.other_seeds),
-            Arm(f"uniform-m{m}", "uniform key timesteps", m,
-                (key_option(uniform_key(s.times, m)),), s.other_seeds))]
+            Arm(f"uniform-m{m}", "uniform key timesteps", (key_option(uniform_key(s.times, m)),),
+                s.other_seeds))]
     parts, full = parts_arms(s), full_arm(s, s.m, s.seeds)
-    adv = Arm(f"adv-m{s.m}", "L_adv alone", s.m,
+    adv = Arm(f"adv-m{s.m}", "L_adv alone",
               (s.key, "traj=false", f"export_every={s.fig9_every}"), s.other_seeds)
     return {"table3": parts, "methods": [full, *method_arms(s)], "fig8": [parts[0], full],
             "fig9": [adv, full]}.get(table, [])
@@ -175,9 +175,9 @@ def evaluations_of(table: str, s: Settings, plan: Plan) -> list[Run]:
     if table == "search":
         return [plan.measure(table, [plan.student(arm, *SEARCH_SEEDS) for arm in arms])]
     if table == "fig9":
-        return [plan.measure(f"{arm.name}-at-{i or s.iterations}",
-                             [plan.student(arm, seed, i) for seed in s.other_seeds])
-                for arm in arms for i in s.fig9_iterations]
+        return [plan.measure(f"{arm.name}-at-{i}", [
+            plan.student(arm, seed, i if i < s.iterations else None) for seed in s.other_seeds])
+            for arm in arms for i in s.fig9_points]
     return [plan.measure(arm.name, [plan.student(arm, seed) for seed in arm.seeds])
             for arm in arms]
 
@@ -277,9 +277,9 @@ def search_table(plan: Plan, s: Settings) -> Section:
     teachers, doses = [measured.teacher_n, measured.teacher_m], {}
     rows = [row | {"label": arm.label} for arm, row in zip(arms, measured.rows, strict=True)]
     for arm in arms:
-        log = read_log(plan.student(arm, *SEARCH_SEEDS).parent / "distill/log.jsonl", "step")
-        if norms := [line["grad_adv"] for line in log if "grad_adv" in line]:
-            doses[arm.label] = statistics.fmean(norms)
+        path = plan.student(arm, *SEARCH_SEEDS).parent / "distill/log.jsonl"
+        if log := read_log(path, "grad_adv"):
+            doses[arm.label] = statistics.fmean(line["grad_adv"] for line in log)
     lines = [*table_lines(map(without_errors, (*teachers, *rows))), "",
              *markdown_table(["run", "dose"], [[label, f"{x:.4f}"] for label, x in doses.items()])]
     return Section(f"How rates, lengths and λ_adv were chosen, m = {s.m}, one seed", lines,
@@ -324,11 +324,11 @@ def fig8(plan: Plan, s: Settings) -> Section:
 
 def fig9(plan: Plan, s: Settings) -> Section:
     """L_adv alone against the complete method, over iterations."""
-    points, arms, curves = [i or s.iterations for i in s.fig9_iterations], {}, {}
+    arms, curves = {}, {}
     for arm, colour in zip(arms_of("fig9", s), ("#b3402f", BLUE), strict=True):
         curve = {f"{arm.name}-at-{i}": read_measured(
-            plan, f"{arm.name}-at-{i}", f"{arm.label}, iteration {i}") for i in points}
-        curves[arm.label] = colour, points, [measured.mean for measured in curve.values()]
+            plan, f"{arm.name}-at-{i}", f"{arm.label}, iteration {i}") for i in s.fig9_points}
+        curves[arm.label] = colour, s.fig9_points, [measured.mean for measured in curve.values()]
         arms |= curve
     adv, full = (arms[f"{name}-m{s.m}-at-{s.iterations}"] for name in ("adv", "full"))
     claims = make_claims([("with L_traj nearer than L_adv alone, at the end", full, adv)])

@@ -12,20 +12,18 @@ Cost: 2 · `count` trajectories of the teacher (target and reference) and the de
 """
 
 import common  # noqa: F401 (before torch, see common)
-import dataclasses
 import itertools
 import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from artifacts.student import exported_path, facts_in, load_student, student_facts
 from common.config import Shared, announce, field, load_config
@@ -231,7 +229,7 @@ def gather(samples: measures.Samples) -> measures.Samples:
     count = sum(len(part.latents) for part in parts)
     means = {name: sum(getattr(part, name) * len(part.latents) for part in parts) / count
              for name in ("seconds", "decode_seconds")}
-    return dataclasses.replace(
+    return replace(
         samples, latents=torch.cat([part.latents for part in parts]),
         values={name: torch.cat([part.values[name] for part in parts]) for name in samples.values},
         examples={i: video for part in parts for i, video in part.examples.items()}, **means)

@@ -14,15 +14,12 @@ from torch import Tensor
 
 from common.video import picture_sheet, to_uint8
 
+Rows = list[tuple[str, list[tuple[Tensor, str]]]]  # (label, [(video, note), …, one per heading])
 
-def comparison_sheet(path: str | Path, headings: list[str],
-                     rows: list[tuple[str, list[tuple[Tensor, str]]]],
-                     title: str | None = None) -> None:
+
+def comparison_sheet(path: str | Path, headings: list[str], rows: Rows, title: str) -> None:
     """Write a PNG with one column per heading and one row per label: first, middle and last frame
-    of each video over its note.
-
-    rows: (label, [(video, note), …, one for each heading]).
-    """
+    of each video over its note."""
     picture_sheet(path, [(label, [(still_strip(video), note) for video, note in cells])
                          for label, cells in rows], 3.6, title, headings)
 
@@ -53,13 +50,9 @@ def join(pictures: list[np.ndarray], gap: int) -> np.ndarray:
     return np.concatenate(padded, axis=-2)[..., :-gap, :]
 
 
-def video_table(headings: list[str], rows: list[tuple[str, list[tuple[Tensor, str]]]],
-                ) -> np.ndarray:
-    """One video, uint8 [T, H, W, 3], with a row of videos per label and a column per heading.
-
-    rows: (label, [(video [3, T, h, w], note under it), …, one for each heading]). Lines of a label
-    are separated by line breaks. The text is large enough to be read on a phone.
-    """
+def video_table(headings: list[str], rows: Rows) -> np.ndarray:
+    """One video, uint8 [T, H, W, 3], with a row of videos of one shape per label and a column per
+    heading; each video is over its note. The text is large enough to be read on a phone."""
     frames = [[enlarge(video, 128) for video, _ in cells] for _, cells in rows]
     T, h, w, _ = frames[0][0].shape
     left, top, line, gap = 150, 58, 24, 6

@@ -78,7 +78,7 @@ def test_rows_of_every_stage_are_measured_and_an_error_takes_the_place_of_figure
     for found in rows.values():
         assert "error" not in found and found["seconds"] > 0, found
     starts = ("DiT forward", "distill.py", "prompt to video, 2", "prompt to video, 4",
-              "DiT from a file", "prompt: umT5", "VAE encode", "VAE decode")
+              "prompt: umT5", "VAE encode", "VAE decode")
     assert all(any(name.startswith(start) for name in rows) for start in starts)
     assert [name for name, found in rows.items() if "plan_gib" in found] == [
         "distill.py, one k-step of one micro-batch a rank"]

@@ -382,7 +382,6 @@ def test_a_table_and_a_figure_are_one_command_that_resumes_with_the_same_numbers
 @pytest.mark.parametrize("options, message", [
     (("--tables", "table9"), "tables: expected all, or some of ladder, table3"),
     (("seeds=0",), "seeds: .*got 0"),
-    (("seeds=1",), "other_seeds: expected at most seeds, 1, got 2"),
     (("pcm=1e-3",), "pcm: expected a learning rate and a number of iterations"),
     (("m=9",), "expected 1 … 4, .* got 9"),
     (("count=2",), "count: .*got 2"),

@@ -13,7 +13,6 @@ docs/scaling.md, "Measure your machine", explains the columns and the comparison
 """
 
 import contextlib
-import dataclasses
 import gc
 import itertools
 import math
@@ -23,21 +22,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill
-import synvid
 from common.config import Shared, field, load_config
 from common.files import error_summary, read_json, write_json
 from common.linear import linear
@@ -49,8 +46,8 @@ from common.weights import save_tensors
 from evaluation.page import commit, markdown_table
 from experts import by_expert, with_level
 from model import (
-    attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
-    sizes_of, time_grid)
+    attention, build_dit, check_model, collate, key_times, latent_shape, sample_euler, sizes_of,
+    time_grid)
 from tools.networks import (
     VIDEO_SIZE, Call, diffusers_version, frozen_parts, make_vae, peer_dits, peer_sizes, peer_vaes,
     random_dit, random_network, random_states, vae_run)
@@ -62,8 +59,7 @@ from training.monitor import step_flops
 @dataclass
 class Config(Shared):
     """Settings of a measurement."""
-    minutes: float | None = field(None, "time for all rows; defaults to 8 on a GPU, 2 on a CPU",
-                                  "[0, 10000]")
+    minutes: float | None = field(None, "of all rows; default: 8 on a GPU, else 2", "[0, 10000]")
     only: str = field("", "measure only rows whose name contains this text")
     out: str | None = field(None, "JSON file for the results; defaults to <run>/bench.json")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses)", "[1, inf)")
@@ -185,9 +181,11 @@ class Bench:
     def __init__(self, cfg: Config, ranks: Ranks, folder: Path):
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, ranks.device, folder
         level = "" if sizes_of(cfg.preset).boundary is None else "high"  # of the file it names
-        self.distill: Any = dataclasses.replace(
-            settings_of(distill.Config, "distill", cfg), iterations=10 ** 6, sp=cfg.sp,
-            weights=str(folder / with_level("dit.safetensors", level)))
+        shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)} | {
+            "weights": str(folder / with_level("dit.safetensors", level))}
+        self.distill = replace(
+            load_config(distill.Config, "distill", [str(cfg.path), "weights=random"]),
+            iterations=10 ** 6, sp=cfg.sp, **shared)
         self.distill.micro_batch = min(self.distill.micro_batch,
                                        max(self.distill.batch // ranks.dp_size, 1))
         self.distill.batch = self.distill.micro_batch * ranks.dp_size
@@ -208,10 +206,10 @@ class Bench:
         return x.to(self.device), t.to(self.device), cond
 
     def evaluation(self, backend: SDPBackend | None = None, compiled: bool = False,
-                   batch: int = 1, backward: bool = False) -> list[Call]:
+                   backward: bool = False) -> list[Call]:
         """One evaluation, with the attention kernels of `backend` or with the preferred ones; or
         also its `backward` to all weights, with distill.py's activation checkpointing."""
-        dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs(batch)
+        dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs()
         dit.requires_grad_(backward)
         for block in dit.blocks:
             block.checkpointing = backward and self.distill.checkpointing
@@ -248,12 +246,6 @@ class Bench:
             save_tensors(path.with_name(with_level("dit.safetensors", level)), part, {})
             for level, part in by_expert(
                 random_dit(self.cfg, self.device, None).state_dict()).items()])
-
-    def loading(self) -> list[Call]:
-        """Load the DiT from a file that is still in the system's cache."""
-        self.write_weights()
-        return [lambda: load_dit(self.distill.weights, self.cfg.preset, compute_dtype(self.device),
-                                 self.device, self.ranks.sp_ranks)]
 
     def k_step(self) -> list[Call]:
         """An iteration of Algorithm 1 with one micro-batch per rank, as distill.py runs it."""
@@ -316,17 +308,9 @@ class Bench:
         return [call]
 
 
-def settings_of(cls: type, stage: str, cfg: Config) -> Any:
-    """A stage's settings from the same file, with this run's values of the shared settings."""
-    settings = load_config(cls, stage, [str(cfg.path), "weights=random"])
-    return dataclasses.replace(settings, **{f.name: getattr(cfg, f.name)
-                                            for f in dataclasses.fields(Shared)})
-
-
 def config_rows(b: Bench) -> Iterator[Row]:
     """The rows of a config, the most important first."""
     cfg, tokens, gpu = b.cfg, b.tokens, b.device.type == "cuda"
-    batch = settings_of(synvid.Config, "synvid", cfg).batch
     flop, evaluations = b.flop / b.ranks.sp, 1 if cfg.guidance == 1 else 2
     key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     parts = frozen_parts(cfg)
@@ -342,10 +326,6 @@ def config_rows(b: Bench) -> Iterator[Row]:
     for name, part in parts.items():
         yield Row(name, partial(b.frozen_part, *part), work[name])
     yield Row("DiT forward + backward", partial(b.evaluation, backward=True), 3 * flop, tokens)
-    yield Row("DiT from a file, in the system's cache", b.loading, extra=b.bytes / 5e8)
-    if batch > 1:
-        yield Row(f"DiT forward, {batch} samples", partial(b.evaluation, batch=batch), flop * batch,
-                  tokens * batch)
     if gpu and cfg.family == "hunyuan":
         for lengths, new in ("at a new length of prompt each time", True), ("at one length", False):
             yield Row(f"attention of a layer, forward + backward, {lengths}",

@@ -10,8 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from artifacts.student import transformer_config
 from common.config import Shared

@@ -9,12 +9,11 @@ Out: <run>/paper/: report.html, paper.md, and paper.json with the numbers of eve
      and noise. The same call resumes: runs that have finished are skipped.
 """
 
-import dataclasses
 import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -46,13 +45,11 @@ class Config(Shared):
                           "[1, inf)")
     steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder", "[1, 10000]")
     seeds: int = field(8, "runs of each arm of table3", "[1, 1000]")
-    other_seeds: int = field(5, "runs of each arm of table4, fig9 and methods; at most seeds",
-                             "[1, inf)")
+    other_seeds: int = field(5, "the same of table4, fig9 and methods; at most seeds", "[1, inf)")
     traj_lr: float | None = field(None, "learning rate that suits L_traj alone, for the controls "
                                   "of table3; defaults to lr", "(0, inf)")
-    shared_lambda: float | None = field(None, "lambda_adv with which one shared head pulls as "
-                                        "strongly as separate heads; defaults to lambda_adv",
-                                        "[0, inf)")
+    shared_lambda: float | None = field(None, "lambda_adv of one shared head that pulls as much as "
+                                        "separate ones; defaults to lambda_adv", "[0, inf)")
     perflow: list[float] | None = field(None, "learning rate and iterations of PeRFlow; defaults "
                                         "to lr and iterations", "(0, inf)")
     pcm: list[float] | None = field(None, "the same of phased consistency", "(0, inf)")
@@ -84,7 +81,7 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
         if name not in cfg.given and getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"{cfg.path}: paper.{name}: expected on the command line only, since "
                              f"a config file must not start programs: pass --{name} instead")
-    shared = as_options({f.name: getattr(cfg, f.name) for f in dataclasses.fields(Shared)
+    shared = as_options({f.name: getattr(cfg, f.name) for f in fields(Shared)
                          if f.name in cfg.given and f.name not in ("run", "seed", "key")})
     evaluation = load_config(evaluate.Config, "evaluate", [str(cfg.path), *shared, *as_options(
         {"seed": cfg.seed, "prompts": cfg.prompts, "count": cfg.count})])
@@ -94,9 +91,6 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
             raise ValueError(f"m, steps: expected 1 … {cfg.n}, the teacher's steps, got {m}: "
                              "correct --m or --steps")
     training = load_config(distill.Config, "distill", [str(cfg.path), *shlex.split(cfg.options)])
-    if cfg.other_seeds > cfg.seeds:
-        raise ValueError(f"other_seeds: expected at most seeds, {cfg.seeds}, got "
-                         f"{cfg.other_seeds}: correct --seeds or --other_seeds")
     methods = {name: getattr(cfg, name) or [training.lr, training.iterations]
                for name in tables.METHODS}
     for name, values in methods.items():
@@ -107,8 +101,8 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
     return shared, evaluation, tables.Settings(
         n=cfg.n, times=time_grid(cfg.family, cfg.n, cfg.shift).tolist(), m=cfg.m or m_config,
         m_config=m_config, ladder=cfg.steps, seeds=range(cfg.seeds),
-        other_seeds=range(cfg.other_seeds), iterations=training.iterations, lr=training.lr,
-        lambda_adv=training.lambda_adv, clips=cfg.preset == "tiny",
+        other_seeds=range(min(cfg.other_seeds, cfg.seeds)), iterations=training.iterations,
+        lr=training.lr, lambda_adv=training.lambda_adv, clips=cfg.preset == "tiny",
         traj_lr=cfg.traj_lr or training.lr, shared_lambda=shared_lambda, methods=methods)
 
 

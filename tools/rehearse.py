@@ -19,12 +19,11 @@ workspaces of kernels and NCCL, fragmentation of the allocator.
 import common  # noqa: F401 (before torch, see common)
 import argparse
 import contextlib
-import dataclasses
 import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,15 +164,15 @@ STAGES: dict[str, tuple[type, Callable]] = {  # by the module that defines the s
 def shallow(sizes: model.Sizes, depth: int) -> model.Sizes:
     """Sizes with fewer blocks; depth in units of the smallest that keeps the ratio of kinds."""
     if sizes.family == "wan":
-        return dataclasses.replace(sizes, num_layers=depth)
+        return replace(sizes, num_layers=depth)
     unit = math.gcd(sizes.num_double, sizes.num_single)
-    return dataclasses.replace(sizes, num_double=sizes.num_double // unit * depth,
+    return replace(sizes, num_double=sizes.num_double // unit * depth,
                                num_single=sizes.num_single // unit * depth)
 
 
 def run_at(cfg: Any, gpus: int, sizes: model.Sizes) -> Figures:
     """The figures with a DiT of these sizes."""
-    cfg, full = dataclasses.replace(cfg), sizes_of(cfg.preset).num_layers
+    cfg, full = replace(cfg), sizes_of(cfg.preset).num_layers
     for name in ("tap", "tap_data"):
         if (tap := getattr(cfg, name, None)) is not None:
             setattr(cfg, name, math.ceil((tap + 1) * sizes.num_layers / full) - 1)

@@ -39,8 +39,8 @@ from artifacts.trajectories import manifest_checksum
 from common.config import Shared, announce, field, load_config
 from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compile_blocks, compute_dtype, generator, local_rows, lock_run_folder,
-    on_first_rank, print_line, progress_bar, setup_distributed)
+    Ranks, cli, compile_blocks, compute_dtype, generator, limit_waiting, local_rows,
+    lock_run_folder, on_first_rank, print_line, progress_bar, setup_distributed)
 from experts import crossing_note, expert_at, expert_name
 from model import (
     check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, time_grid, velocity)
@@ -384,6 +384,7 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
     if is_export_step(cfg, state.step) and on_first_rank(  # an export that failed, then a save
             lambda: not exported_path(cfg, f"student_{state.step:06d}", cfg.experts).exists()):
         export_student(cfg, state, ranks, meta, f"student_{state.step:06d}")
+    limit_waiting(ranks, COLLECTIVE_TIMEOUT)
     caught, saver = catch_signals(), checkpoint.Saver(folder, ranks, cfg.keep, state.step)
     with checkpoint.saving(saver, state, loader, meta), progress_bar(
             cfg.iterations, "distill", ranks.rank, state.step) as bar:
@@ -418,14 +419,16 @@ def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: di
         monitor.print_result(cfg, journal.lines)
 
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # how long a rank waits for the others
+# How long a rank waits for the others: at first while they read weights and checkpoints, of which
+# some may have more to read than others; then in an iteration, where a lost node is noticed.
+STARTUP_TIMEOUT, COLLECTIVE_TIMEOUT = timedelta(hours=2), timedelta(minutes=10)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the config, make a missing small SynVid, train or resume, export."""
     cfg = load_config(Config, "distill", argv, __doc__)
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
-    ranks = setup_distributed(cfg, cfg.sp, sizes.num_heads, COLLECTIVE_TIMEOUT, teacher=teacher)
+    ranks = setup_distributed(cfg, cfg.sp, sizes.num_heads, STARTUP_TIMEOUT, teacher=teacher)
     check_config(cfg, ranks.dp_size)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
     with lock_run_folder(checkpoint.run_folder(cfg)):

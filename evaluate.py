@@ -83,6 +83,7 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
             if tuple(facts["t_key"]) == t_key:
                 student = load_student(cfg, Path(facts["file"]), device)
                 models.append(sample(facts["label"], "student", student, t_key, unconds=None))
+                del student  # before the next one is loaded
     return [*models, *others], reference
 
 

@@ -470,6 +470,7 @@ def scheduler_config(sizes: Sizes, t_key: list[float]) -> dict[str, Any]:
 # ------------------------------------------------------------ safetensors, a tensor at a time
 
 CHECKSUM = "-" * 8  # placeholder in the metadata, crc32: CHECKSUM, for the CRC-32 of the data
+SYNC_BYTES = 1 << 30  # are written at most before they are synced: all ranks wait for it
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -490,7 +491,7 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     of_data = metadata.get("crc32") == CHECKSUM
-    size, crc, error = len(head), 0 if of_data else zlib.crc32(head), None
+    size, crc, error, synced = len(head), 0 if of_data else zlib.crc32(head), None, 0
     with contextlib.ExitStack() as stack:
         try:
             if write:
@@ -505,6 +506,10 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
             chunk = bytes_of(t.read())
             try:
                 file.write(chunk)
+                if size + len(chunk) - synced >= SYNC_BYTES:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    synced = size + len(chunk)
             except OSError as e:
                 error = e
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)

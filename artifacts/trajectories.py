@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from common.files import (
 from common.names import fingerprint
 from common.ranks import (
     Ranks, draw_noise, gather_values, on_first_rank, progress_bar, require_same)
+from common.weights import open_safetensors, safetensors_header
 from model import key_times, latent_shape, sizes_of, time_grid
 
 VERSION = 2  # of the format on disk; 1 also held the number and the digest of the prompts
@@ -42,7 +42,7 @@ MANIFEST_TYPES = {"stored": [int], "t": [NUMBER], "shape": [int], "seed": int, "
 HEADER_TYPES = {"crc32": str, "trajectory": {"crc32": {str: str | list}, "prompt": str,
                                              "seed": int, "index": int, "manifest": str}}
 LATENT_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
-READ_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError)
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, IndexError)
 
 
 # ---------------------------------------------------------------------------------- manifest
@@ -133,9 +133,8 @@ def first_header(folder: Path) -> dict[str, Any]:
     """The header of a folder's first readable trajectory; {} if there is none."""
     for part in sorted(folder.glob("[0-9]*")):  # not all of a large folder is listed
         for i in sorted(find_trajectories(folder, part.name)):
-            with contextlib.suppress(*READ_ERRORS), safe_open(
-                    trajectory_path(folder, i), "pt") as f:
-                return read_header(f)
+            with contextlib.suppress(*READ_ERRORS):
+                return read_header(trajectory_path(folder, i))
     return {}
 
 
@@ -198,7 +197,8 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
         if not torch.isfinite(latent).all():
             raise ValueError(f"{trajectory_path(folder, i)}: the latent after step {j} contains "
                              f"NaN or infinity as {manifest['dtype']}: check the teacher's weights "
-                             "and grid, or use --dtype fp32 if its latents exceed fp16")
+                             "and grid, use --dtype fp32 if its latents exceed fp16, or, if this "
+                             "is the only one, change its prompt")
     conds = {f"cond.{name}": bf16_if_exact(c.cpu()) for name, c in cond.items()}
     sums = {"x": [crc32(latent) for latent in x], **{name: crc32(c) for name, c in conds.items()}}
     header = {"index": i, "prompt": prompt, "seed": manifest["seed"],
@@ -212,11 +212,12 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     replace_file(trajectory_path(folder, i), lambda aside: aside.write_bytes(data))
 
 
-def read_header(f: Any) -> dict[str, Any]:
-    """The header of an open trajectory file. Raises ValueError if it is damaged."""
-    text = parse_json(f.metadata()["synvid"], "its header", HEADER_TYPES)
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a trajectory's file. Raises one of READ_ERRORS if it is damaged."""
+    metadata, entries, _ = safetensors_header(path)
+    text = parse_json(metadata["synvid"], "its header", HEADER_TYPES)
     header = text["trajectory"]
-    if text["crc32"] != crc32_of_json(header) or sorted(f.keys()) != sorted(header["crc32"]):
+    if text["crc32"] != crc32_of_json(header) or sorted(entries) != sorted(header["crc32"]):
         raise ValueError("its header is damaged")
     return header
 
@@ -232,30 +233,31 @@ def read_trajectory(folder: Path, manifest: dict, i: int, points: Iterable[int],
     """
     path, latents = trajectory_path(folder, i), []
     try:
-        with safe_open(path, "pt") as f:
-            header = read_header(f)
-            recorded, expected = header["manifest"], manifest_checksum(manifest)
-            if (header["index"], recorded) != (i, expected):
-                raise ValueError(f"it is trajectory {header['index']} of manifest {recorded}, not "
-                                 f"{i} of {expected}")
-            if encoders not in (None, header.get("encoders", encoders)):
-                raise ValueError("it was made with other text or image encoders than the first "
-                                 "trajectory of the folder")
-            sums, x = header["crc32"], f.get_slice("x")
-            cond = {name: f.get_tensor(name) for name in sums if name != "x"}
-            for point in points:
-                if point == 0:
-                    latents.append(initial_noise(header["seed"], i, header["prompt"],
-                                                 manifest["shape"]))
-                    continue
-                row = manifest["stored"].index(point)
-                latents.append(x[row])
-                if crc32(latents[-1]) != sums["x"][row]:
-                    raise ValueError(f"its latent after step {point} does not match its checksum")
-            if any(crc32(c) != sums[name] for name, c in cond.items()):
-                raise ValueError("its text states do not match their checksum")
+        # Read, not mapped: an error of a network disk would end the process by a signal.
+        header, tensors = read_header(path), open_safetensors(path)
+        recorded, expected = header["manifest"], manifest_checksum(manifest)
+        if (header["index"], recorded) != (i, expected):
+            raise ValueError(f"it is trajectory {header['index']} of manifest {recorded}, not "
+                             f"{i} of {expected}")
+        if encoders not in (None, header.get("encoders", encoders)):
+            raise ValueError("it was made with other text or image encoders than the first "
+                             "trajectory of the folder")
+        sums = header["crc32"]
+        cond = {name: tensors[name].read() for name in sums if name != "x"}
+        for point in points:
+            if point == 0:
+                latents.append(initial_noise(header["seed"], i, header["prompt"],
+                                             manifest["shape"]))
+                continue
+            row = manifest["stored"].index(point)
+            latents.append(tensors["x"].read(slice(row, row + 1))[0])
+            if crc32(latents[-1]) != sums["x"][row]:
+                raise ValueError(f"its latent after step {point} does not match its checksum")
+        if any(crc32(c) != sums[name] for name, c in cond.items()):
+            raise ValueError("its text states do not match their checksum")
     except READ_ERRORS as e:
-        raise ValueError(f"{path}: cannot be used ({error_summary(e)}): rerun the `python "
+        fault = error_summary(e).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: cannot be used ({fault}): rerun the `python "
                          "synvid.py` command that made it with --repair: only damaged and missing "
                          "files are made again") from e
     cond = {name.removeprefix("cond."): c.float() if c.is_floating_point() else c
@@ -333,7 +335,8 @@ def verify(folder: Path, indices: range, manifest: dict, ranks: Ranks) -> dict[i
         try:
             read_trajectory(folder, manifest, i, manifest["stored"], encoders)
         except ValueError as e:
-            faults[i] = str(e.__cause__) if trajectory_path(folder, i).exists() else "missing"
+            path = trajectory_path(folder, i)
+            faults[i] = str(e.__cause__).removeprefix(f"{path}: ") if path.exists() else "missing"
     bar.close()
     faults = {i: fault for part in gather_values(faults) for i, fault in part.items()}
     if ranks.rank == 0:

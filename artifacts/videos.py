@@ -19,7 +19,7 @@ from torch import Tensor
 from common.files import (
     append_log, crc32_of_file, crc32_of_json, parse_json, read_log, read_text, remove_leftovers,
     write_json, write_text)
-from common.prompts import Prompt
+from common.prompts import LARGEST, Prompt
 from common.video import picture_sheet, read_video, thumbnail, to_uint8
 
 # The bytes of a file name that leave room for what replace_file adds while it writes.
@@ -67,7 +67,7 @@ def read_named_videos(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for a line without either, and for a name that is not usable or not unique.
     """
-    text = read_text(path) if path.suffix == ".jsonl" else ""
+    text = read_text(path, LARGEST) if path.suffix == ".jsonl" else ""
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines or '"file":' not in lines[0]:
         return []

@@ -225,8 +225,8 @@ def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
             lock_file(turn, wait=True)
             while owner := find_owner(folder, first, stop):
                 if time.monotonic() > deadline:
-                    raise ValueError(f"{folder}: {owner} works here: wait for it, stop it, or "
-                                     "choose another --run")
+                    raise ValueError(f"{folder}: {owner}: wait for it, stop it, choose another "
+                                     "--run, or remove that file if its host has failed")
                 time.sleep(0.2)
             if not find_owner(folder, 0, 1 << 62):
                 remove_leftovers(folder)
@@ -245,13 +245,14 @@ def lock_folder(folder: Path, first: int = 0, stop: int = 1) -> Iterator[None]:
 
 
 def find_owner(folder: Path, first: int, stop: int) -> str:
-    """A living owner of any of the items first … stop - 1, as "process 7 on host x, …"; or ""."""
+    """A living owner of any of the items first … stop - 1, as "process 7 on host x, …, works
+    here (.owner.000000-000001)"; or ""."""
     for path in folder.glob(".owner.*-*"):
         a, _, b = path.name[7:].partition("-")
         if a.isdecimal() and b.isdecimal() and int(a) < stop and first < int(b):
             with contextlib.suppress(FileNotFoundError), open_own(path, "r+") as handle:
                 if not lock_file(handle):
-                    return handle.read(200) or "another process"
+                    return f"{handle.read(200) or 'another process'} works here ({path.name})"
     return ""
 
 

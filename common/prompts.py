@@ -25,6 +25,7 @@ from common.video import decode_image
 
 TEXT_KEYS = ("prompt", "prompt_en", "caption", "text")  # prompt_en: VBench's
 IMAGE_KEYS = ("image", "image_path")
+LARGEST = 1 << 30  # bytes of a prompt file: 100,000 long captions have 80 MB
 EXAMPLE = '{"prompt": "…", "image": "photo.jpg"}'
 
 # The first line of a JSON file: brackets alone, an object, or strings in a list. A prompt such as
@@ -63,7 +64,7 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
         raise FileNotFoundError(f"{path}: no such prompt file")
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: expected .txt, .jsonl, .json, .csv or .tsv: convert the file")
-    text = read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")
+    text = read_text(path, LARGEST).removeprefix("\ufeff").replace("\r\n", "\n")
     try:
         entries = READERS[path.suffix.lower()](text)
         prompts = {place: to_prompt(entry, place, path.parent) for place, entry in entries}

@@ -246,6 +246,13 @@ def gather_values(value: Any, group: dist.ProcessGroup | None = None) -> list:
     return values
 
 
+def limit_waiting(ranks: Ranks, timeout: timedelta) -> None:
+    """Set how long a rank waits for the others from here on, in collectives of all ranks and of
+    those that share a batch's tokens."""
+    for group in filter(None, (dist.group.WORLD, ranks.sp_group)):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def end_all(error: Exception) -> NoReturn:
     """End all ranks by an error that all of them have; the first one prints it."""
     raise error if dist.get_rank() == 0 else SystemExit(1)

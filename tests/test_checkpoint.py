@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from artifacts import student
 from artifacts.student import CHECKSUM, check_data, stream_safetensors
 from common.files import crc32_of_file, crc32_of_json, write_json
 from common.ranks import Ranks
@@ -170,7 +172,7 @@ def test_a_failed_checkpoint_is_tried_once_more_and_then_ends_the_run(ranks, sma
 
 def test_a_disk_too_small_for_a_run_is_an_error_before_it_begins(small_disk):
     check_disk(small_disk / "run/distill", 3_000, 2, keep=2, export=12_000)  # 120 of 256 KiB
-    with pytest.raises(ValueError, match="3 checkpoints of 0.00012 GB and the student .*`keep`"):
+    with pytest.raises(ValueError, match="3 checkpoints of 0.00012 GB and 4e-05 GB of .*`keep`"):
         check_disk(small_disk / "run/distill", 10_000, 2, keep=2, export=40_000)
 
 
@@ -214,6 +216,17 @@ def test_a_streamed_file_is_the_one_that_safetensors_reads_and_its_checksum_the_
         assert f.metadata() == {"accvideo": "é"} and set(f.keys()) == {"a", "b"}
         assert torch.equal(f.get_tensor("a"), value) and f.get_tensor("b") == 3
         assert f.get_tensor("b").dtype == torch.bfloat16
+
+
+def test_a_long_file_is_synced_part_by_part_so_that_no_rank_waits_long_for_another(
+        tmp_path, monkeypatch):
+    path, ends, fsync = tmp_path / "f.safetensors", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: ends.append(path.stat().st_size) or fsync(file))
+    monkeypatch.setattr(student, "SYNC_BYTES", 10_000)
+    part = LazyTensor((1000,), torch.float32, path, lambda rows=None: torch.ones(1000))
+    size, crc = stream_safetensors(path, {str(i): part for i in range(20)}, {})
+    assert ends[-1] == size == path.stat().st_size and crc == crc32_of_file(path)
+    assert all(b - a < 10_000 + 4_000 for a, b in itertools.pairwise([0, *ends])) and len(ends) < 20
 
 
 def test_on_a_full_disk_every_tensor_is_still_gathered(small_disk):

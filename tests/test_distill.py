@@ -557,6 +557,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(undisturbed, run_s
     done = run_stage("distill", config, "--run", tmp_path / "e", "--lr", "1e30", "--clip", "none",
                      "--seed", "1", check=False)  # another seed takes the same SynVid
     assert done.returncode == 1 and "error: iteration" in done.stderr and "is nan" in done.stderr
+    assert "rerun the same command" in done.stderr and "in another --run" in done.stderr
     assert not (tmp_path / "e/student.safetensors").exists()
     steps = [line["step"] for line in map(json.loads, (tmp_path / "e/distill/log.jsonl")
                                           .read_text().splitlines())]

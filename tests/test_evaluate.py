@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from test_sample import KEY, N, write_student
 from torch import Tensor
 
 import evaluate
+from artifacts.student import load_student
 from common.ranks import generator
 from common.video import read_video, write_image
 from evaluation.measures import (
@@ -369,12 +371,22 @@ def test_the_teacher_s_latents_are_read_again_unless_something_that_made_them_ha
     assert student.read_bytes() == before
 
 
-def test_several_students_have_a_row_each_and_one_of_their_mean(run):
+def test_several_students_have_a_row_each_and_one_of_their_mean(run, monkeypatch):
+    """And one at a time is in memory."""
+    earlier = []
+
+    def load(*args):
+        assert not any(student() for student in earlier)
+        student = load_student(*args)
+        earlier.append(weakref.ref(student))
+        return student
+
+    monkeypatch.setattr(evaluate, "load_student", load)
     a = write_student(run.folder / "a.safetensors", run.weights)
     b = write_student(run.folder / "b.safetensors", run.weights, 0)
     rows = run("--students", f"{a}, {b}", "--pictures", "false")["rows"]
     labels = [r["label"] for r in rows[2:]]
-    assert labels == ["student@2 #1", "student@2 #2", "student@2, mean of 2"]
+    assert labels == ["student@2 #1", "student@2 #2", "student@2, mean of 2"] and len(earlier) == 2
     for name in ("endpoint", "energy", "hf"):
         assert rows[4][name][0] == pytest.approx((rows[2][name][0] + rows[3][name][0]) / 2)
 

@@ -46,7 +46,8 @@ def test_a_folder_has_one_owner_and_the_error_of_a_second_names_it(tmp_path):
     process = holder(tmp_path)
     try:
         with pytest.raises(ValueError, match=f"process {process.pid} on host "
-                                             f"{socket.gethostname()}, since .* works here"):
+                                             f"{socket.gethostname()}, since .* works here "
+                                             r"\(.owner.000000-000001\): .* remove that file"):
             with lock_folder(tmp_path):
                 pass
     finally:

@@ -20,7 +20,7 @@ from common.weights import save_tensors
 from model import HunyuanConfig, WanConfig, key_times
 from tools.bench import allocated
 from training.data import Loader
-from training.memory import host_plan, memory_parts, memory_plan, print_plans
+from training.memory import check_resources, host_plan, memory_parts, memory_plan, print_plans
 
 PEAK = 80 * 2 ** 30
 KEY = [0, 2, 4, 6]
@@ -161,6 +161,19 @@ def test_the_host_s_plan_is_a_checkpoint_s_copy_moments_and_waiting_latents(many
     if Path("/proc/meminfo").exists():
         said = host_plan(settings(offload=True), 2 ** 60, 2, shape, many_ranks(8))
         assert "MORE THAN THE" in said and "leave out --offload" in said
+
+
+def test_the_disk_must_hold_the_students_that_are_still_to_be_exported(tmp_path, monkeypatch,
+                                                                      ranks):
+    sizes: list[int] = []
+    monkeypatch.setattr(training.memory, "check_disk", lambda *args: sizes.append(args[-1]))
+    cfg = distill.Config(run=str(tmp_path), iterations=300)
+    for every, done in ((None, 0), (100, 0), (100, 200), (70, 210), (100, 400)):
+        cfg.export_every = every
+        (tmp_path / f"distill/step_{done:06d}").mkdir(parents=True, exist_ok=True)
+        check_resources(cfg, (16, 2, 4, 4), ranks)
+    one, *others = sizes
+    assert others == [3 * one, one, 2 * one, one]
 
 
 def test_sequence_parallelism_shrinks_activations_and_offload_the_moments():

@@ -47,6 +47,11 @@ def test_a_line_of_text_is_a_prompt_whatever_it_looks_like(tmp_path, line):
         assert got == [Prompt(text) for text in expected]
 
 
+def test_a_file_of_100_000_long_captions_is_read(tmp_path):
+    lines = b"a" * 800_000 + b"\n"  # a line stands for a thousand: the file's size is what matters
+    assert len(read_prompts(write(tmp_path, "a.txt", lines * 100))) == 100
+
+
 def test_prompts_keep_what_their_form_can_hold(tmp_path):
     table = write(tmp_path, "a.csv", 'prompt,n\r\n"two\r\nlines, ""quoted""",1\r\n🦊 über,2\r\n')
     assert read_prompts(table) == [Prompt('two\nlines, "quoted"'), Prompt("🦊 über")]

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from processes import PATIENCE, in_processes, run_script, start_script
 from safetensors.torch import load_file, save_file
@@ -168,6 +171,29 @@ def test_the_last_checkpoint_and_the_export_get_a_second_try(place, failures, fi
         assert "cannot be written" in error and place.partition(".part")[0].strip(".") in error
     assert (run / "distill/log.jsonl").read_text().count("\n") == 2
     assert not list(run.rglob(".owner.*"))
+
+
+def test_ranks_that_read_files_are_waited_for_longer_than_those_of_an_iteration(
+        finished, tmp_path, monkeypatch):
+    folder, config = finished
+    shutil.copytree(folder / "run/synvid", tmp_path / "run/synvid")
+    limits: dict[str, timedelta] = {}
+
+    def noted(name: str, real: Callable) -> Callable:
+        def call(*args, **kwargs):
+            backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+            limits.setdefault(name, backend.options._timeout)
+            return real(*args, **kwargs)
+        return call
+
+    for name in ("build", "update_heads"):
+        monkeypatch.setattr(distill, name, noted(name, getattr(distill, name)))
+    monkeypatch.setattr(distill.checkpoint, "resume", noted("resume", distill.checkpoint.resume))
+    monkeypatch.setattr(distill, "catch_signals", list)
+    distill.main([str(config), f"run={tmp_path / 'run'}", "iterations=1"])
+    dist.destroy_process_group()
+    startup, iteration = timedelta(hours=2), timedelta(minutes=10)
+    assert limits == {"build": startup, "resume": startup, "update_heads": iteration}
 
 
 def test_a_second_start_in_one_folder_is_refused_and_nothing_is_lost(finished, run_stage, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 from processes import in_processes
-from rehearse_worker import SIZES, find_planted_bugs, measure, sample_small
+from rehearse_worker import SIZES, measure, rehearse_small
 
 from common.files import ROOT, read_json
 from tools.rehearse import GPUS, ROWS, plan_of, table_config
@@ -17,9 +17,16 @@ def test_a_rehearsal_counts_the_bytes_of_a_real_run_on_two_ranks(tmp_path):
         assert rehearsed == pytest.approx(real, rel=0.05)
 
 
-def test_a_rehearsal_finds_a_planted_bug_of_each_kind(tmp_path):
-    in_processes(1, find_planted_bugs, tmp_path)
-    found = read_json(tmp_path / "found")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder with the figures of rehearse_small."""
+    folder = tmp_path_factory.mktemp("small")
+    in_processes(2, rehearse_small, folder)
+    return folder
+
+
+def test_a_rehearsal_finds_a_planted_bug_of_each_kind(small):
+    found = read_json(small / "found")
     assert "model.py" in found["clean"]["finding float64"]
     assert not {"finding fp32 in a block", "error"} & found["clean"].keys()
     assert "same device" in found["a tensor on the CPU"]["error"]
@@ -30,15 +37,14 @@ def test_a_rehearsal_finds_a_planted_bug_of_each_kind(tmp_path):
     assert bugs["AdamW"] > 1.4 * clean["AdamW"] and bugs["student"] == clean["student"]
 
 
-def test_a_rehearsal_of_sampling_counts_the_formula_s_flops_and_all_networks(tmp_path):
-    in_processes(1, sample_small, tmp_path)
-    made, sampled, small = (read_json(tmp_path / run) for run in ("synvid", "sample", "small"))
+def test_a_rehearsal_of_sampling_counts_the_formula_s_flops_and_all_networks(small):
+    made, sampled, tiny = (read_json(small / run) for run in ("synvid", "sample", "small"))
     assert {"UMT5Encoder", "CLIPVision", "WanVAE", "WanDiT"} <= made["peak"].keys()
     assert made["traffic all-to-all synvid"] > 0
     assert "UMT5Encoder" in sampled["peak"] and "WanDiT" not in sampled["peak"]  # freed before
     assert sampled["FLOP counted sample"] == pytest.approx(sampled["FLOP formula sample"], 0.01)
-    assert {"Llama", "CLIPText", "HunyuanVAE", "HunyuanDiT"} <= small["peak"].keys()
-    assert sum(small["peak"].values()) < 2 ** 27 < made["peak"]["UMT5Encoder"]
+    assert {"Llama", "CLIPText", "HunyuanVAE", "HunyuanDiT"} <= tiny["peak"].keys()
+    assert sum(tiny["peak"].values()) < 2 ** 27 < made["peak"]["UMT5Encoder"]
 
 
 def test_the_memory_plan_is_within_5_percent_of_each_peak_in_the_docs():

@@ -206,7 +206,7 @@ def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
     manifest = trajectories.read_manifest(folder)
     x = torch.zeros(2, 16, 2, 2, 2, dtype=torch.float16)
     x[1, 3] = torch.inf
-    with pytest.raises(ValueError, match=r"000000.safetensors: .* after step 4 contains NaN"):
+    with pytest.raises(ValueError, match="000000.safetensors.* after step 4 contains NaN.* prompt"):
         trajectories.write_trajectory(tmp_path, manifest, 0, "a red disc", x, {}, "")
     assert contents(tmp_path) == {}
 
@@ -553,6 +553,21 @@ def test_a_flipped_bit_or_a_cut_anywhere_in_a_trajectory_is_found(made, tmp_path
     again = data.read(2)
     assert torch.equal(again[0], x_key) and torch.equal(again[1]["text"], cond["text"])
     assert again[2] == prompt
+
+
+def cut_while_read(ranks, folder: Path) -> None:
+    """A process that reads a trajectory whose file is cut when its header has been read."""
+    path, real = trajectory_path(folder, 0), trajectories.read_header
+    trajectories.read_header = lambda *args: (real(*args), os.truncate(path, 100))[0]
+    manifest = trajectories.read_manifest(folder)
+    with pytest.raises(ValueError, match="000000.safetensors: cannot be used .* --repair:"):
+        trajectories.read_trajectory(folder, manifest, 0, manifest["stored"])
+
+
+def test_a_file_that_is_lost_while_it_is_read_is_an_error_and_no_signal(made, tmp_path):
+    folder, _, _ = made
+    shutil.copytree(folder, tmp_path / "synvid")
+    in_processes(1, cut_while_read, tmp_path / "synvid")
 
 
 def test_a_damaged_trajectory_deleted_as_the_error_says_is_made_again(made, tmp_path):

@@ -182,7 +182,7 @@ def check_disk(folder: Path, parameters: int, moments: int, keep: int, export: i
     """Raise ValueError if a run's checkpoints and its student will not fit on the disk.
 
     Args: parameters, trainable ones, in fp32; moments, AdamW's per parameter; keep, as in Saver;
-    export, bytes of the student's files.
+    export, bytes of the students' files that will be written.
     """
     size = 4 * parameters * (1 + moments)
     used = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.exists() else 0
@@ -190,9 +190,10 @@ def check_disk(folder: Path, parameters: int, moments: int, keep: int, export: i
         folder = folder.parent
     need, free = size * (keep + 1) + export - used, shutil.disk_usage(folder).free
     if need > free:
-        raise ValueError(f"{folder}: {keep + 1} checkpoints of {size / 1e9:.3g} GB and the student "
-                         f"need {need / 1e9:.3g} GB more, got {free / 1e9:.3g} GB: lower `keep`, "
-                         "free space, or choose another --run")
+        raise ValueError(f"{folder}: {keep + 1} checkpoints of {size / 1e9:.3g} GB and "
+                         f"{export / 1e9:.3g} GB of students need {need / 1e9:.3g} GB more, got "
+                         f"{free / 1e9:.3g} GB: lower `keep`, raise `export_every`, free space, or "
+                         "choose another --run")
 
 
 # ----------------------------------------------------------------------------------- loading

@@ -16,7 +16,7 @@ from artifacts.student import bytes_a_parameter
 from common.ranks import Ranks, compute_dtype, on_first_rank
 from experts import expert_name
 from model import sizes_of
-from training.checkpoint import check_disk, run_folder
+from training.checkpoint import check_disk, checkpoints, run_folder
 
 # Numbers that a block saves per token for its backward: (fp32, compute dtype) in units of its width
 # and (compute dtype) of its MLP's; with trainable weights, then with frozen ones. EXTRA: those that
@@ -168,7 +168,9 @@ def check_resources(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> None:
     """Print the memory plan. Raises ValueError if the run will not fit the GPU or the disk."""
     def check() -> None:
         trainable, frozen, moments = print_plans(cfg, shape, ranks)
+        done, every = max(checkpoints(run_folder(cfg)), default=0), cfg.export_every
+        students = 1 + (max((cfg.iterations - 1) // every - done // every, 0) if every else 0)
         check_disk(run_folder(cfg), trainable, moments, cfg.keep,
-                   bytes_a_parameter(cfg) * (trainable + frozen))
+                   students * bytes_a_parameter(cfg) * (trainable + frozen))
 
     on_first_rank(check)

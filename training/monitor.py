@@ -96,7 +96,8 @@ def check_finite(line: dict, folder: Path) -> None:
     bad = [name for name, value in line.items() if not math.isfinite(value)]
     if bad:
         end_all(ValueError(f"iteration {line['step']}, k={line['k']}: {bad[0]} is {line[bad[0]]}: "
-                           f"lower lr or set clip; the last good checkpoint is in {folder}"))
+                           f"rerun the same command to resume from the last good checkpoint in "
+                           f"{folder}; if it comes again, lower lr or set clip in another --run"))
 
 
 class Journal:

@@ -3,6 +3,7 @@
 import html
 import itertools
 import re
+import shlex
 import string
 import subprocess
 import tempfile
@@ -37,12 +38,9 @@ LOOP_SECONDS = 4  # an mp4 lasts at least this long: players stop at its end
 
 def commit() -> str | None:
     """The commit of this code, with -dirty if files differ from it; None outside a repository."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
-                              capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+    status, text = subprocess.getstatusoutput(
+        f"git -C {shlex.quote(str(ROOT))} describe --always --dirty")
+    return None if status else text
 
 
 # ------------------------------------------------------------------------------------ the table

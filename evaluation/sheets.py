@@ -4,6 +4,7 @@ Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3].
 """
 
 import base64
+import mimetypes
 import re
 import textwrap
 from pathlib import Path
@@ -79,5 +80,5 @@ def video_table(headings: list[str], rows: Rows) -> np.ndarray:
 
 def data_uri(path: Path) -> str:
     """A .png, .gif or .mp4 as an address that contains the complete file."""
-    kind = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"data:{mimetypes.guess_type(path.name)[0]};base64,{data}"

@@ -239,21 +239,16 @@ class Bench:
             attention(*qkv).sum().backward()
         return [run]
 
-    def write_weights(self) -> None:
-        """Write the DiT's weights, as noise, once."""
-        path = Path(self.distill.weights)
-        on_first_rank(lambda: path.exists() or [
-            save_tensors(path.with_name(with_level("dit.safetensors", level)), part, {})
-            for level, part in by_expert(
-                random_dit(self.cfg, self.device, None).state_dict()).items()])
-
     def k_step(self) -> list[Call]:
         """An iteration of Algorithm 1 with one micro-batch per rank, as distill.py runs it."""
         cfg, m = self.distill, len(self.cfg.key) - 1
         lacks = shortage(cfg, self.shape, self.ranks, gpu_bytes(self.ranks))
         if lacks and not cfg.force_plan:
             raise ValueError(f"memory plan: does not fit {lacks}")
-        self.write_weights()
+        on_first_rank(lambda: [
+            save_tensors(self.folder / with_level("dit.safetensors", level), part, {})
+            for level, part in by_expert(
+                random_dit(self.cfg, self.device, None).state_dict()).items()])
         t_key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1]
         state = distill.build(cfg, t_key, self.ranks)
         slots, (_, _, cond) = list(range(cfg.micro_batch)), self.inputs(cfg.micro_batch)
@@ -439,8 +434,6 @@ def main(argv: list[str] | None = None) -> None:
               "peak_tflops": peak / 1e12, "seconds": 0.0, "rows": [], "left_out": {}}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         bench = Bench(cfg, ranks, Path(on_first_rank(lambda: folder)))
-        if on_gpu:
-            result["datasheet_tflops"] = bench.distill.peak_tflops
         for row in config_rows(bench):
             if cfg.only not in row.name:
                 continue
@@ -448,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
             if why := on_first_rank(partial(reason_to_skip, row, peak, left)):
                 result["left_out"][row.name] = why
                 continue
-            found = measure(row, ranks.device, peak, result.get("datasheet_tflops"))
+            found = measure(row, ranks.device, peak, bench.distill.peak_tflops if on_gpu else None)
             result["rows"].append(found)
             result["seconds"] = time.perf_counter() - started
             if ranks.rank == 0:

@@ -271,14 +271,6 @@ def table_config(row: str, sp: int) -> distill.Config:
         *settings])
 
 
-def rehearse_cell(row: str, sp: int, gpus: int) -> dict:
-    """A cell of the table: bytes at the peak, CPU seconds, received bytes by kind of collective."""
-    started, figures = time.process_time(), rehearse(table_config(row, sp), gpus)
-    return {"row": row, "sp": sp, "gpus": gpus, "peak": sum(peak_of(figures).values()),
-            "seconds": time.process_time() - started,
-            "traffic": {key[1]: n for key, n in figures.items() if key[0] == "traffic"}}
-
-
 def make_table(path: Path) -> str:
     """GiB of a GPU and how far the plan is from it; GB that a rank of the last column receives for
     a micro-batch at k = m - 1, and the formulas of docs/scaling.md; CPU seconds of a rehearsal.
@@ -289,9 +281,13 @@ def make_table(path: Path) -> str:
     possible = [(row, sp, gpus) for row, sp in ROWS for gpus in GPUS if sp <= gpus
                 and sizes_of(table_config(row, sp).preset).num_heads % sp == 0]
     missing = [cell for cell in possible if cell not in cells]
-    for cell in tqdm(missing, "rehearse", unit="cell"):
-        cells[cell] = rehearse_cell(*cell)
-        append_log(path, cells[cell])
+    for row, sp, gpus in tqdm(missing, "rehearse", unit="cell"):
+        started, figures = time.process_time(), rehearse(table_config(row, sp), gpus)
+        cells[row, sp, gpus] = {
+            "row": row, "sp": sp, "gpus": gpus, "peak": sum(peak_of(figures).values()),
+            "seconds": time.process_time() - started,
+            "traffic": {key[1]: n for key, n in figures.items() if key[0] == "traffic"}}
+        append_log(path, cells[row, sp, gpus])
     lines = ["| | `sp` | 1 GPU | 4 GPUs | 8 GPUs | FSDP2 | all-to-all | s |", "|---" * 8 + "|"]
     for row, sp in ROWS:
         if (row, sp, GPUS[-1]) not in cells:

@@ -42,8 +42,7 @@ from frozen.vae import WanVAE
 from model import (
     build_dit, check_model, collate, latent_shape, load_dit, sample_euler, shift_time, sizes_of,
     time_grid)
-from small_world.clips import (
-    ATTRIBUTES, COMBINATIONS, WORDINGS, caption, make_captions, make_clips)
+from small_world.clips import ATTRIBUTES, COMBINATIONS, WORDINGS, caption, make_captions, make_clips
 from small_world.fit import fit, folder, log_lines, note
 from small_world.oracle import agreement, caption_attributes, floor_detail, gate, psnr, read_clip
 

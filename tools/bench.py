@@ -46,13 +46,12 @@ from common.weights import save_tensors
 from evaluation.page import commit, markdown_table
 from experts import by_expert, with_level
 from model import (
-    attention, build_dit, check_model, collate, key_times, latent_shape, sample_euler, sizes_of,
-    time_grid)
+    attention, check_model, collate, key_times, latent_shape, sample_euler, sizes_of, time_grid)
 from tools.networks import (
     VIDEO_SIZE, Call, diffusers_version, frozen_parts, make_vae, peer_dits, peer_sizes, peer_vaes,
-    random_dit, random_network, random_states, vae_run)
+    random_dit, random_network, random_states, tokens_of, vae_run)
 from training.data import Batch, Latents, pinned
-from training.memory import gpu_bytes, memory_parts, shortage
+from training.memory import gpu_bytes, memory_parts, meta_student, shortage
 from training.monitor import step_flops
 
 
@@ -190,9 +189,7 @@ class Bench:
                                        max(self.distill.batch // ranks.dp_size, 1))
         self.distill.batch = self.distill.micro_batch * ranks.dp_size
         self.shape = latent_shape(cfg.frames, cfg.height, cfg.width)
-        with torch.device("meta"):
-            self.dit = build_dit(cfg.preset)
-        self.tokens = math.prod(self.dit.token_grid(*self.shape[1:]))
+        self.dit, self.tokens = tokens_of(cfg)
         self.flop = self.dit.flops(self.tokens)              # one evaluation of one sample
         self.bytes = sum(p.numel() for p in self.dit.parameters()) * compute_dtype(
             self.device).itemsize
@@ -354,8 +351,7 @@ def peer_rows() -> list[Row]:
     for family in ("wan", "hunyuan"):
         for (dim, heads, blocks, batch, latents), backward in cases:
             sizes, tokens = peer_sizes(family, dim, heads, blocks), math.prod(latents) // 4
-            with torch.device("meta"):
-                flop = batch * build_dit(sizes).flops(tokens) * (3 if backward else 1)
+            flop = batch * meta_student(sizes, None).flops(tokens) * (3 if backward else 1)
             passes = "forward + backward" if backward else "forward"
             count = f"{batch} × {tokens}" if batch > 1 else str(tokens)
             rows.append(Row(f"{family} DiT {passes}, {dim} wide, {blocks} blocks, {count} tokens",
@@ -426,8 +422,8 @@ def main(argv: list[str] | None = None) -> None:
     device = device_name(ranks.device)
     minutes = cfg.minutes if cfg.minutes is not None else 8 if on_gpu else 2
     peak = measure_peak(ranks.device)
-    arguments = sys.argv[1:] if argv is None else argv
-    result = {"command": shlex.join(["python", "-m", "tools.bench", *arguments]),
+    argv = sys.argv[1:] if argv is None else argv
+    result = {"command": shlex.join(["python", "-m", "tools.bench", *argv]),
               "commit": commit(), "device": device, "ranks": ranks.world,
               "dtype": str(compute_dtype(ranks.device)).removeprefix("torch."),
               "torch": torch.__version__, "diffusers": diffusers_version() or "not installed",

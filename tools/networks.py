@@ -20,6 +20,7 @@ from frozen.image import CLIPVision, image_cond
 from frozen.text import CLIPText, Llama, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
 from model import HunyuanConfig, WanConfig, build_dit, empty_dit, latent_shape, sizes_of
+from training.memory import meta_student
 
 Call = Callable[[], object]
 
@@ -35,6 +36,12 @@ def random_network(make: Callable[[], nn.Module], device: torch.device) -> nn.Mo
             return make().eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
+
+
+def tokens_of(cfg: Shared) -> tuple[nn.Module, int]:
+    """The config's DiT on the meta device, and its tokens of a sample."""
+    dit = meta_student(sizes_of(cfg.preset), None)
+    return dit, math.prod(dit.token_grid(*latent_shape(cfg.frames, cfg.height, cfg.width)[1:]))
 
 
 def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Module:
@@ -140,9 +147,8 @@ VIDEO_SIZE = (64, 64)  # height and width of the videos that the VAEs encode and
 
 def diffusers_version() -> str | None:
     """The version of diffusers, or None if it is not installed."""
-    if importlib.util.find_spec("diffusers") is None:
-        return None
-    return importlib.metadata.version("diffusers")
+    return (importlib.metadata.version("diffusers")
+            if importlib.util.find_spec("diffusers") else None)
 
 
 def peer_sizes(family: str, dim: int, heads: int, layers: int) -> WanConfig | HunyuanConfig:

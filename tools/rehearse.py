@@ -38,17 +38,17 @@ import model
 import sample
 import synvid
 from artifacts.videos import Video
-from common.config import Shared, load_config
+from common.config import load_config
 from common.files import ROOT, append_log, read_log
 from common.prompts import Prompt
 from common.ranks import Ranks, cli, compute_dtype
 from frozen.image import Conditioner
 from model import check_model, key_times, latent_shape, load_dit, sizes_of, time_grid
-from tools.networks import random_states
+from tools.networks import random_states, tokens_of
 from tools.pretend import Figures, Meter, nothing, pretended_ranks, total_bytes
 from training import checkpoint
 from training.data import Loader, trained_steps
-from training.memory import USABLE_MEMORY, memory_parts, meta_student
+from training.memory import USABLE_MEMORY, memory_parts
 from training.monitor import step_flops
 
 GiB = 2 ** 30
@@ -67,12 +67,6 @@ class NoTrajectories:
 
     def read(self, i: int, ks: list[int]) -> tuple[Tensor, dict, str]:
         return torch.zeros(len(ks), *self.manifest["shape"]), self.cond, ""
-
-
-def tokens_of(cfg: Shared) -> tuple[nn.Module, int]:
-    """The config's DiT on the meta device, and its tokens of a sample."""
-    dit = meta_student(sizes_of(cfg.preset), None)
-    return dit, math.prod(dit.token_grid(*latent_shape(cfg.frames, cfg.height, cfg.width)[1:]))
 
 
 def rehearse_distill(cfg: distill.Config, ranks: Ranks, meter: Meter) -> None:

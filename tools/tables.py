@@ -124,13 +124,12 @@ def method_arms(s: Settings) -> list[Arm]:
     return arms
 
 
-SEARCHED = (1, 3, 10)  # learning rates in units of the config's; each with 1 and 2 times its length
-DOSES = (1, 1.5, 2)  # λ_adv of a shared head in units of the config's
 SEARCH_SEEDS = range(100, 101)  # which no table has
 
 
 def search_arms(s: Settings) -> list[Arm]:
-    """The same search for every method, on other captions and noise: rates and lengths, λ."""
+    """The same search for every method, on other captions and noise: learning rates and lengths,
+    and λ_adv of a shared head, in units of the config's."""
     kinds = {"traj": ("L_traj alone", "distill.py", (s.key, "adv=false")),
              "full": ("L_traj + L_adv", "distill.py", (s.key,))} | {
         method: (label, "tools.baselines",
@@ -138,9 +137,9 @@ def search_arms(s: Settings) -> list[Arm]:
         for method, label in METHODS.items()}
     arms = [Arm(f"search/shared-{dose}", f"one shared head, λ = {dose * s.lambda_adv:g}",
                 (s.key, "heads=shared", f"lambda_adv={dose * s.lambda_adv:g}"), SEARCH_SEEDS)
-            for dose in DOSES]
+            for dose in (1, 1.5, 2)]
     for name, (label, script, options) in kinds.items():
-        for length, rate in itertools.product((1, 2), SEARCHED):
+        for length, rate in itertools.product((1, 2), (1, 3, 10)):
             lr, iterations = f"lr={rate * s.lr:g}", length * s.iterations
             arms.append(Arm(f"search/{name}-{rate}-{length}",
                             f"{label}, {lr}, {iterations} iterations",

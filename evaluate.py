@@ -179,13 +179,15 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
                             timer.seconds()["steps"] / len(noise))
 
 
-def teacher_file(cfg: Config) -> Path:
-    """The file that keeps teacher@n's latents. Raises ValueError if it is one of another kind."""
+def teacher_file(cfg: Config) -> tuple[Path, dict]:
+    """The file that keeps teacher@n's latents, and what it says about them, if it exists. Raises
+    ValueError if it is one of another kind."""
     path = Path(cfg.teacher_samples or Path(cfg.run) / "evaluate/teacher.safetensors")
-    if path.exists() and "about" not in facts_in(path):
+    facts = facts_in(path) if path.exists() else {"about": None}
+    if "about" not in facts:
         raise ValueError(f"{path}: expected latents of teacher@{cfg.n}, or no such file, got "
                          "weights: choose another --teacher_samples; it is not replaced")
-    return path
+    return path, facts
 
 
 def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Tensor],
@@ -196,17 +198,14 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     All ranks' latents are kept in a file, which is read instead if it was made with the same
     settings and the same `identity` of weights and prompts.
     """
-    path = teacher_file(cfg)
+    path, _ = teacher_file(cfg)
     labels = [f"teacher@{cfg.n}", f"teacher@{cfg.n}, other noise"]
     made_from = {**identity, "labels": labels, "batch": cfg.batch, "device": ranks.device.type,
                  "cfg_scale": cfg.guidance,
                  **{name: getattr(cfg, name) for name in SAMPLE_SETTINGS}}
 
-    def read_stored() -> dict | None:
-        stored = facts_in(path) if path.exists() else {}
-        return stored if stored.get("about") == json.loads(json.dumps(made_from)) else None
-
-    if stored := on_first_rank(read_stored):
+    stored = on_first_rank(lambda: teacher_file(cfg)[1])
+    if stored["about"] == json.loads(json.dumps(made_from)):
         evaluations, file = cfg.n * (1 if unconds is None else 2), open_safetensors(path)
         return [measures.Samples(label, "teacher_n", cfg.n,
                                  file[label].read(slice(indices.start, indices.stop)),

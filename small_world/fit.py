@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.files import append_log, read_log
+from common.files import append_log
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
 
 # -------------------------------------------------------------------------------- Optimisers
@@ -89,11 +89,6 @@ def folder(cfg: Any) -> Path:
 def note(cfg: Any, **entry) -> None:
     """Append one line to <run>/teacher/log.jsonl."""
     append_log(folder(cfg) / "log.jsonl", {"time": round(time.time(), 1), **entry})
-
-
-def log_lines(cfg: Any) -> list[dict]:
-    """The lines of <run>/teacher/log.jsonl."""
-    return read_log(folder(cfg) / "log.jsonl", "seconds")
 
 
 def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:

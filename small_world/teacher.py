@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config
-from common.files import lock_folder, replace_file, write_json, write_text
+from common.files import lock_folder, read_log, replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
@@ -43,7 +43,7 @@ from model import (
     build_dit, check_model, collate, latent_shape, load_dit, sample_euler, shift_time, sizes_of,
     time_grid)
 from small_world.clips import ATTRIBUTES, COMBINATIONS, WORDINGS, caption, make_captions, make_clips
-from small_world.fit import fit, folder, log_lines, note
+from small_world.fit import fit, folder, note
 from small_world.oracle import agreement, caption_attributes, floor_detail, gate, psnr, read_clip
 
 # ------------------------------------------------------------------------------------ Config
@@ -444,10 +444,9 @@ def measure_gates(cfg: Config, out: Path) -> dict[str, dict]:
     return found | {"readings": readings}
 
 
-def draw_training(cfg: Config, path: Path) -> None:
-    """Losses and held-out figures of the long stages, from the log, as a PNG."""
-    vae, dit = ([line for line in log_lines(cfg) if line["stage"] == stage]
-                for stage in ("vae", "dit"))
+def draw_training(lines: list[dict], path: Path) -> None:
+    """Losses and held-out figures of the long stages, from the log's lines, as a PNG."""
+    vae, dit = ([line for line in lines if line["stage"] == stage] for stage in ("vae", "dit"))
     panels = {"VAE: loss": [("loss", None, vae, "-")],
               "VAE: PSNR of held-out clips, dB": [("psnr", None, vae, "o-")]} if vae else {}
     panels |= {
@@ -491,41 +490,36 @@ def check(cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check the settings, lock the run's folder and train."""
-    cfg = load_config(Config, "teacher", argv, __doc__, "-m small_world.teacher")
+    """Check the settings and train all parts in order, continuing where an earlier process stopped;
+    then measure them."""
+    given = sys.argv[1:] if argv is None else argv
+    cfg = load_config(Config, "teacher", given, __doc__, "-m small_world.teacher")
     check_model(cfg)
     check(cfg)
-    torch.set_num_threads(cfg.threads)
-    prefer_attention(cfg.attention, pick_device(cfg.device))
-    with lock_folder(folder(cfg)):
-        train_all(cfg, sys.argv[1:] if argv is None else argv)
-
-
-def train_all(cfg: Config, given: list[str]) -> None:
-    """Train all parts in order, continuing where an earlier process stopped, and measure them.
-
-    Args: given, the command's arguments.
-    """
     out, device = Path(cfg.out or folder(cfg) / "weights"), pick_device(cfg.device)
-    announce(cfg, "teacher")
-    write_prompts(cfg, out)
-    if cfg.base is None:
-        train_text(cfg, out)
-        train_vae(cfg, out)
-    else:
-        copy_base(cfg, out)
-    if sizes_of(cfg.preset).takes_image:
-        train_image(cfg, out)
-    train_dit(cfg, out, load_vae(out, device), conditioner_of(cfg, out))
-    found, seconds = measure_gates(cfg, out), {"encode": 0.0}
-    for line in log_lines(cfg):
-        done = seconds["encode"] if line["stage"] == "encode" else 0.0
-        seconds[line["stage"]] = round(done + line["seconds"], 1)
-    write_json(out / "training.json", {
-        "command": " ".join(["python -m small_world.teacher", *given]), "config": asdict(cfg),
-        "hardware": f"{device_name(pick_device(cfg.device))}, {os.cpu_count()} cores",
-        "seconds": seconds, "torch": torch.__version__, "gates": found})
-    draw_training(cfg, out / "curves.png")
+    torch.set_num_threads(cfg.threads)
+    prefer_attention(cfg.attention, device)
+    with lock_folder(folder(cfg)):
+        announce(cfg, "teacher")
+        write_prompts(cfg, out)
+        if cfg.base is None:
+            train_text(cfg, out)
+            train_vae(cfg, out)
+        else:
+            copy_base(cfg, out)
+        if sizes_of(cfg.preset).takes_image:
+            train_image(cfg, out)
+        train_dit(cfg, out, load_vae(out, device), conditioner_of(cfg, out))
+        found, seconds = measure_gates(cfg, out), {"encode": 0.0}
+        lines = read_log(folder(cfg) / "log.jsonl", "seconds")
+        for line in lines:
+            done = seconds["encode"] if line["stage"] == "encode" else 0.0
+            seconds[line["stage"]] = round(done + line["seconds"], 1)
+        write_json(out / "training.json", {
+            "command": " ".join(["python -m small_world.teacher", *given]), "config": asdict(cfg),
+            "hardware": f"{device_name(device)}, {os.cpu_count()} cores",
+            "seconds": seconds, "torch": torch.__version__, "gates": found})
+        draw_training(lines, out / "curves.png")
     for name, figures in found.items():
         print(f"{name}: {figures}")
     print(f"weights, training.json and curves.png are in {out}")

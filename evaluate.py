@@ -94,8 +94,7 @@ class Config(Shared):
     """Settings of an evaluation."""
     prompts: str | None = field(None, "held-out captions; default: <weights>/prompts_heldout.*")
     students: str | None = field(None, "files, with commas; defaults to <run>/student.safetensors")
-    names: str | None = field(None, "names of the students, separated by commas; with names the "
-                              "pictures show every student and the mean row is left out")
+    names: str | None = field(None, "names with commas; pictures show all students, no mean row")
     teacher_steps: list[int] | None = field(None, "further rows: the teacher with these numbers of "
                                             "steps, by Euler and, for Wan, by UniPC", "[1, 10000]")
     count: int = field(96, "videos of each model and of the reference", "[3, 100000]")

@@ -275,8 +275,7 @@ def encode_part(cfg: Config, conditioner: Conditioner, vae: nn.Module,
     clips = make_clips(cfg.seed, start, count, cfg.height, cfg.frames)[0]
     with torch.no_grad():
         device = pick_device(cfg.device)
-        latents = torch.cat([vae.encode(some.to(device)) for some in clips.split(4)])
-        part = {"latents": latents}
+        part = {"latents": torch.cat([vae.encode(some.to(device)) for some in clips.split(4)])}
         if conditioner.clip is not None:
             part |= conditioner.encode_images(clips[:, :, 0], cfg.height, cfg.width)
     part = {name: value.half().cpu() for name, value in part.items()}

@@ -133,18 +133,16 @@ def examine(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[
     teacher = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks)
     teacher.requires_grad_(False)
     dit = teacher if cfg.student is None else load_student(cfg, Path(cfg.student), device, ranks)
-    t_key, stored, generated, conds, found = data.t_key, [], [], [], []
+    t_key, batches, found = data.t_key, [], []
     for x_key, noise, cond in tqdm(load_videos(cfg, data, device), "generate",
                                    disable=ranks.rank > 0 or None):
         states = sample_euler(dit, noise.to(device), t_key[::-1], cond)
-        generated.append([noise, *(x.cpu() for x in states)][::-1])
-        stored.append(x_key)
-        conds.append(cond)
+        batches.append((x_key, [noise, *(x.cpu() for x in states)][::-1], cond))
     pairs = list(itertools.product(range(len(t_key) - 1), blocks))
     for k, block in tqdm(pairs, "blocks", disable=ranks.rank > 0 or None):
         real, fake = (torch.cat([
-            frame_features(cfg, teacher, x[k].to(device), t_key[k], cond, block)
-            for x, cond in zip(latents, conds, strict=True)]) for latents in (stored, generated))
+            frame_features(cfg, teacher, batch[i][k].to(device), t_key[k], batch[2], block)
+            for batch in batches]) for i in (0, 1))
         means = [x.float().mean((1, 3, 4)).to(device) for x in (real, fake)]
         found.append({"k": k, "t": t_key[k], "block": block, "probe": probe_accuracy(*means),
                       "head": head_accuracy(cfg, real.to(device), fake.to(device), (k, block)),

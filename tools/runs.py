@@ -5,6 +5,7 @@ command has finished there, so that the same call skips it. A claim compares two
 kinds of training runs, over the seeds that both have.
 """
 
+import math
 import os
 import shlex
 import signal
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from common.config import load_yaml
 from common.files import ROOT, abbreviate, open_own, read_json, write_json
 from evaluation.page import ALL_TITLES, COLUMN_TITLES, markdown_table, plus_minus
-from evaluation.statistics import difference, holm
+from evaluation.statistics import difference, holm, jackknife_error
 
 # ----------------------------------------------------------------------------------------- runs
 
@@ -232,13 +233,14 @@ def compare(ours: Measured, theirs: Measured, name: str) -> dict:
     column, shortfall = SHORTFALLS[name]
     values = [[shortfall(row[column][0]) for row in arm.rows] for arm in (ours, theirs)]
     if column == "c2st":  # the scatter of the test decisions, of which no replicates are kept
-        own = [sum(row[column][1] ** 2 for row in arm.rows) / len(arm.rows)
-               for arm in (ours, theirs)]
-        found = difference(*values, videos_variance=sum(own))
+        videos = sum(sum(row[column][1] ** 2 for row in arm.rows) / len(arm.rows)
+                     for arm in (ours, theirs)), math.inf
     else:
-        left = [shortfall(torch.tensor([row["left"][column] for row in arm.rows],
-                                       dtype=torch.float64)) for arm in (ours, theirs)]
-        found = difference(*values, *left)
+        pairs = min(map(len, values))
+        a, b = (shortfall(torch.tensor([row["left"][column] for row in arm.rows[:pairs]],
+                                       dtype=torch.float64)) for arm in (ours, theirs))
+        videos = jackknife_error((a - b).mean(0)) ** 2, a.shape[1] - 1
+    found = difference(*values, videos)
     half, mean = found["half"], found["difference"]
     return found | {"verdict": "undecided" if half is None or abs(mean) <= half else
                     "holds" if mean < 0 else "does not hold"}

@@ -416,7 +416,7 @@ def reason_to_skip(row: Row, peak: float, left: float) -> str | None:
 def main(argv: list[str] | None = None) -> None:
     """Measure row by row until the time is over; print and store the results."""
     started = time.perf_counter()
-    cfg = load_config(Config, "bench", argv, __doc__)
+    cfg = load_config(Config, "bench", argv, __doc__, "-m tools.bench")
     ranks = setup_distributed(cfg, cfg.sp, check_model(cfg).num_heads)
     on_gpu, out = ranks.device.type == "cuda", Path(cfg.out or Path(cfg.run) / "bench.json")
     device = device_name(ranks.device)

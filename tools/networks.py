@@ -97,11 +97,11 @@ def random_states(cfg: Shared) -> dict[str, Tensor]:
         _, T, H, W = latent_shape(cfg.frames, cfg.height, cfg.width)
         shapes |= {"image": (sizes.image_len, sizes.image_dim)} if sizes.has_clip else {}
         shapes["frames"] = 20, T, H, W
-    numbers = {}
+    states = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     if cfg.family == "hunyuan":
-        shapes["pooled"] = (sizes.pooled_dim,)
-        numbers["guidance"] = torch.tensor(cfg.embedded_guidance)
-    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} | numbers
+        states["pooled"] = torch.randn(sizes.pooled_dim, generator=draw)
+        states["guidance"] = torch.tensor(cfg.embedded_guidance)
+    return states
 
 
 def vae_run(way: str, frames: int, height: int, width: int) -> Callable[[nn.Module], Tensor]:

@@ -29,7 +29,6 @@ from common.files import write_json
 from common.names import fingerprint
 from common.ranks import (
     Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, setup_distributed)
-from distill import features, head_loss, make_heads, tap_blocks
 from evaluation.page import drawing
 from model import check_model, collate, load_dit, sample_euler
 
@@ -78,13 +77,13 @@ def head_accuracy(cfg: Config, real: Tensor, fake: Tensor, key: tuple) -> float:
     """Accuracy of a head, by its mean logit over a video's patches, on the second half of the
     videos; it is trained for cfg.updates on the first. real, fake [N,F,D,h,w]."""
     half, g = len(real) // 2, generator("taps", *key)
-    head = make_heads(cfg, real.shape[2])[0].to(real.device)
+    head = distill.make_heads(cfg, real.shape[2])[0].to(real.device)
     lr = cfg.lr if cfg.lr_heads is None else cfg.lr_heads
     opt = torch.optim.AdamW(head.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=0.0)
     for _ in range(cfg.updates):
         pick = torch.randint(half, (min(cfg.batch, half),), generator=g)
-        loss = head_loss(head(real[pick].float().flatten(0, 1)),
-                         head(fake[pick].float().flatten(0, 1)), cfg.adv_form)
+        loss = distill.head_loss(head(real[pick].float().flatten(0, 1)),
+                                 head(fake[pick].float().flatten(0, 1)), cfg.adv_form)
         loss.backward()
         opt.step()
         opt.zero_grad()
@@ -109,7 +108,7 @@ def first_component(x: Tensor) -> Tensor:
 def frame_features(cfg: Config, teacher: nn.Module, x: Tensor, t: float, cond: dict,
                   block: int) -> Tensor:
     """Features of latents x [B,C,T,H,W] in a few evenly spaced frames: [B,F,D,h,w] on the CPU."""
-    f = features(teacher, x, t, cond, block).unflatten(0, (len(x), -1))
+    f = distill.features(teacher, x, t, cond, block).unflatten(0, (len(x), -1))
     frames = torch.linspace(0, f.shape[1] - 1, min(cfg.frames_kept, f.shape[1])).round().long()
     return f[:, frames].to("cpu", compute_dtype(f.device))
 
@@ -202,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     blocks = cfg.blocks or [round((i + 1) * depth / count) - 1 for i in range(count)]
     with lock_run_folder(Path(cfg.run) / "taps"):
         out = announce(cfg, "taps", ranks.rank)
-        found, taps = examine(cfg, data, ranks, blocks), tap_blocks(cfg, depth)
+        found, taps = examine(cfg, data, ranks, blocks), distill.tap_blocks(cfg, depth)
         if ranks.rank == 0:
             generator_name = "teacher" if cfg.student is None else "student"
             write_json(out / "taps.json", {"config": asdict(cfg), "D7": taps, "found": found})

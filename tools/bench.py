@@ -74,7 +74,6 @@ class Row(NamedTuple):
     tokens: int | None = None
     plan: float | None = None          # bytes, from training/memory.py
     runs: int = 3                      # at least; if more than one, another one warms up first
-    extra: float = 0.0                 # approximate seconds of preparation
 
 
 ENOUGH_SECONDS, MOST_RUNS = 1.0, 20  # a row is repeated for so long, or for so many runs
@@ -190,17 +189,14 @@ class Bench:
         self.distill.batch = self.distill.micro_batch * ranks.dp_size
         self.shape = latent_shape(cfg.frames, cfg.height, cfg.width)
         self.dit, self.tokens = tokens_of(cfg)
-        self.flop = self.dit.flops(self.tokens)              # one evaluation of one sample
-        self.bytes = sum(p.numel() for p in self.dit.parameters()) * compute_dtype(
-            self.device).itemsize
-        self.cond = random_states(cfg)
 
     def inputs(self, batch: int = 1) -> tuple[Tensor, Tensor, dict]:
         """Latents, times and conditioning of a batch, on the device."""
         x = torch.randn(batch, *self.shape, generator=generator("x", self.cfg.seed))
         t = torch.full((batch,), 0.7, dtype=torch.float64)
-        cond = {name: c.to(self.device) for name, c in collate([self.cond] * batch).items()}
-        return x.to(self.device), t.to(self.device), cond
+        cond = collate([random_states(self.cfg)] * batch)
+        return x.to(self.device), t.to(self.device), {
+            name: c.to(self.device) for name, c in cond.items()}
 
     def evaluation(self, backend: SDPBackend | None = None, compiled: bool = False,
                    backward: bool = False) -> list[Call]:
@@ -303,7 +299,7 @@ class Bench:
 def config_rows(b: Bench) -> Iterator[Row]:
     """The rows of a config, the most important first."""
     cfg, tokens, gpu = b.cfg, b.tokens, b.device.type == "cuda"
-    flop, evaluations = b.flop / b.ranks.sp, 1 if cfg.guidance == 1 else 2
+    flop, evaluations = b.dit.flops(tokens) / b.ranks.sp, 1 if cfg.guidance == 1 else 2
     key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     parts = frozen_parts(cfg)
     work = {name: count_flops(*part) for name, part in parts.items()}
@@ -312,7 +308,7 @@ def config_rows(b: Bench) -> Iterator[Row]:
 
     yield Row("DiT forward", b.evaluation, flop, tokens)
     yield Row("distill.py, one k-step of one micro-batch a rank", b.k_step, b.k_step_flops(),
-              tokens * b.distill.micro_batch, plan, len(key) - 1, b.bytes / 5e8)
+              tokens * b.distill.micro_batch, plan, len(key) - 1)
     yield Row(f"prompt to video, {len(key) - 1} steps", partial(b.prompt_to_video, key, False),
               flop * (len(key) - 1) + rest, tokens)
     for name, part in parts.items():
@@ -332,7 +328,7 @@ def config_rows(b: Bench) -> Iterator[Row]:
               flop * evaluations * cfg.n + rest, tokens, runs=1)
     if not gpu:
         yield from peer_rows()
-    yield Row("DiT forward, compiled", partial(b.evaluation, compiled=True), flop, tokens, extra=60)
+    yield Row("DiT forward, compiled", partial(b.evaluation, compiled=True), flop, tokens)
 
 
 # ------------------------------------------------------------------------ against diffusers
@@ -409,7 +405,7 @@ def store(path: Path, device: str, name: str, result: dict) -> None:
 
 def reason_to_skip(row: Row, peak: float, left: float) -> str | None:
     """Why a row is left out: at half the peak it needs more seconds than are left."""
-    needed = row.extra + 2 * (row.runs + (row.runs > 1)) * row.flop / peak
+    needed = 2 * (row.runs + (row.runs > 1)) * row.flop / peak
     return f"{max(left, 0):.0f} s left, needs about {needed:.0f} s" if needed >= left else None
 
 
@@ -441,8 +437,7 @@ def main(argv: list[str] | None = None) -> None:
             result["rows"].append(found)
             result["seconds"] = time.perf_counter() - started
             if ranks.rank == 0:
-                print(f"{row.name}: {found.get('error') or cell(found, 'seconds') + ' s'}",
-                      flush=True)
+                print(f"{row.name}: {found.get('error') or cell(found, 'seconds') + ' s'}")
                 store(out, device, cfg.path.stem, result)
     if ranks.rank == 0:
         store(out, device, cfg.path.stem, result)

@@ -102,8 +102,7 @@ class Config(Shared):
     directions: int = field(128, "random directions of sliced W", "[1, 1000000]")
     c2st_steps: int = field(100, "training iterations of the classifier of C2ST", "[1, inf)")
     pictures: bool = field(True, "also write videos, pictures and the page")
-    teacher_samples: str | None = field(None, "file that keeps teacher@n's latents; defaults to "
-                                        "<run>/evaluate/teacher.safetensors")
+    teacher_samples: str | None = field(None, "file of teacher@n's latents, else in <run>/evaluate")
 
 
 # What teacher@n's latents depend on besides weights, prompts and device.

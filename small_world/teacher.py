@@ -185,8 +185,7 @@ def train_text(cfg: Config, out: Path) -> None:
 
     Only the encoder is kept: its states are the frozen input of the DiT, as in Wan.
     """
-    ways = range(len(WORDINGS))
-    captions = [caption(c, w) for c in range(len(COMBINATIONS)) for w in ways]
+    captions = [caption(c, w) for c in range(len(COMBINATIONS)) for w in range(len(WORDINGS))]
     words = sorted({word.strip(",") for text in captions for word in text.split()})
     # A word with a single form is split into letters, so each one also occurs with punctuation.
     lines = captions + [word + mark for word in words for mark in (",", ".", ";")]

@@ -267,9 +267,8 @@ def without_errors(row: dict) -> dict:
     return {name: (value[0], None) if name in ALL_TITLES else value for name, value in row.items()}
 
 
-def table_lines(rows: Iterable[dict]) -> list[str]:
+def table_lines(rows: list[dict]) -> list[str]:
     """A table of teachers and arms, mean ± standard error over seeds."""
-    rows = list(rows)
     columns = [name for name in (*COLUMN_TITLES, "all") if name in rows[0]]
     return markdown_table(
         ["", "seeds", *(ALL_TITLES[name] for name in columns)],

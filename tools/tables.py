@@ -83,10 +83,9 @@ def key_option(key: list[int]) -> str:
 
 def full_arm(s: Settings, m: int, seeds: range) -> Arm:
     """The complete method with m steps; it exports students over iterations for fig9."""
-    options = [key_option(even_key(s.n, m))]
-    if m == s.m:
-        options.append(f"export_every={s.fig9_every}")
-    return Arm(f"full-m{m}", "L_traj + L_adv, a head per timestep", tuple(options), seeds)
+    export = (f"export_every={s.fig9_every}",) if m == s.m else ()
+    return Arm(f"full-m{m}", "L_traj + L_adv, a head per timestep",
+               (key_option(even_key(s.n, m)), *export), seeds)
 
 
 def parts_arms(s: Settings) -> list[Arm]:
@@ -279,7 +278,7 @@ def search_table(plan: Plan, s: Settings) -> Section:
         path = plan.student(arm, *SEARCH_SEEDS).parent / "distill/log.jsonl"
         if log := read_log(path, "grad_adv"):
             doses[arm.label] = statistics.fmean(line["grad_adv"] for line in log)
-    lines = [*table_lines(map(without_errors, (*teachers, *rows))), "",
+    lines = [*table_lines([*map(without_errors, (*teachers, *rows))]), "",
              *markdown_table(["run", "dose"], [[label, f"{x:.4f}"] for label, x in doses.items()])]
     return Section(f"How rates, lengths and λ_adv were chosen, m = {s.m}, one seed", lines,
                    {"rows": rows, "teacher": teachers, "doses": doses})
@@ -317,7 +316,7 @@ def fig8(plan: Plan, s: Settings) -> Section:
     """Pictures of teacher@m, L_traj alone and the complete method."""
     rows = read_measured(plan, "fig8", "seed 0").all_rows
     return Section(f"Figure 8: what one sees, m = {s.m}, seed 0",
-                   table_lines(map(without_errors, rows)), {"rows": rows},
+                   table_lines([*map(without_errors, rows)]), {"rows": rows},
                    [plan.folder / "fig8/evaluate/ladder.png"])
 
 
@@ -349,7 +348,7 @@ def ladder(plan: Plan, s: Settings) -> Section:
         curves[label] = colour, [row["m"] for row in curve], curve
     draw_arms(path, {"endpoint": "endpoint error", "hf": "HF, 1 = slow teacher's"}, curves, "steps")
     return Section("The ladder: fewer and fewer steps, seed 0",
-                   table_lines(map(without_errors, rows)), {"rows": rows},
+                   table_lines([*map(without_errors, rows)]), {"rows": rows},
                    [plan.folder / "ladder/evaluate/ladder.gif", path])
 
 

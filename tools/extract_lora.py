@@ -46,20 +46,20 @@ class Config(Shared):
 
 # ------------------------------------------------------------------------------ decomposition
 
-EXACT = 1024  # matrices with no more rows or columns are decomposed exactly
+EXACT = 1024        # matrices with no more rows or columns are decomposed exactly
+EXTRA_COLUMNS = 16  # of the randomised decomposition in addition to twice the rank
 
 
 def low_rank_factors(delta: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] of a matrix [out, in] in fp32, √S in each; r is `rank` at most.
 
-    Exact for small matrices; for large ones randomised, seeded by the name, with 16 columns more
-    than twice the rank and 16 power iterations. Source: Halko et al., Finding structure with
-    randomness, 2011, algorithms 4.4 and 5.1.
+    Exact for small matrices; for large ones randomised, seeded by the name, with 16 power
+    iterations. Source: Halko et al., Finding structure with randomness, 2011, algorithms 4.4, 5.1.
     """
     if min(delta.shape) <= EXACT:
         U, S, Vt = torch.linalg.svd(delta, full_matrices=False)
     else:
-        columns = min(2 * rank + 16, *delta.shape)
+        columns = min(2 * rank + EXTRA_COLUMNS, *delta.shape)
         draw = torch.randn(delta.shape[1], columns, generator=generator("lora", name))
         Q = torch.linalg.qr(delta @ draw.to(delta.device)).Q              # out columns
         for _ in range(16):

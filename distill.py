@@ -353,7 +353,8 @@ def tap_blocks(cfg: Config, depth: int) -> list[int]:
 def catch_signals() -> list[int]:
     """A list that collects the signals to stop, so that the current iteration can finish.
 
-    SIGUSR1 and SIGUSR2 are SLURM's usual warnings. A second Ctrl-C ends the process at once.
+    SIGUSR1 and SIGUSR2 are SLURM's usual warnings. A second Ctrl-C ends the process at once. A
+    SIGHUP that is ignored, as nohup has it, stays so.
     """
     caught: list[int] = []
 
@@ -363,7 +364,8 @@ def catch_signals() -> list[int]:
             signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, catch)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, catch)
     return caught
 
 

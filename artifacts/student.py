@@ -39,7 +39,8 @@ from common.files import (
     sync_to_disk, write_json, write_text)
 from common.names import (
     EXPERTS, dit_tensors, expert_paths, fingerprint, official_names)
-from common.ranks import AgreedError, Ranks, compute_dtype, local_rows, raise_together
+from common.ranks import (
+    AgreedError, Ranks, compute_dtype, local_rows, print_line, raise_together)
 from common.weights import (
     DTYPES, LazyTensor, load_module, open_tensors, safetensors_header, safetensors_metadata)
 from experts import by_expert, with_level
@@ -334,7 +335,7 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[st
             if not retry:
                 raise
             if e.args[0]:
-                print(f"{e}; trying once more")
+                print_line(f"{e}; trying once more")
 
 
 def on_rank_0(work: Callable, ranks: Ranks, elsewhere: Callable = lambda: None) -> None:

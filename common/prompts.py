@@ -77,7 +77,8 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
             raise ValueError("got an empty prompt file; expected one prompt per line")
         if images and os.environ.get("RANK", "0") == "0":
             with ThreadPoolExecutor(8) as pool:  # PIL releases the interpreter's lock
-                list(pool.map(decode_image, {prompt.image: None for prompt in prompts.values()}))
+                list(pool.map(lambda image: decode_image(image).shape,  # no pixels are kept
+                              {prompt.image: None for prompt in prompts.values()}))
     except (ValueError, OSError) as e:
         raise ValueError(f"{path}: {e}") from e
     return list(prompts.values())

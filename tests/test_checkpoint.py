@@ -1,5 +1,6 @@
 """Run checkpoints: written in the background, complete or skipped, never executed; the export."""
 
+import errno
 import gc
 import io
 import itertools
@@ -7,6 +8,7 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -239,6 +241,26 @@ def test_on_a_full_disk_every_tensor_is_still_gathered(small_disk):
     with pytest.raises(OSError):
         stream_safetensors(small_disk / "f.safetensors", {str(i): part(i) for i in range(4)}, {})
     assert reads == [0, 1, 2, 3]
+
+
+def test_an_export_is_tried_once_more_though_the_disk_of_the_log_is_full_too(
+        ranks, tmp_path, monkeypatch):
+    class FullDisk(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    tries, real = [], student.replace_file
+
+    def replace_file(*args) -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise ValueError("cannot be written")
+        real(*args)
+
+    monkeypatch.setattr(student, "replace_file", replace_file)
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    student.write_together(tmp_path / "a.safetensors", {}, {}, ranks)
+    assert len(tries) == 2 and (tmp_path / "a.safetensors").exists()
 
 
 def test_when_no_checkpoint_is_intact_resuming_is_an_error_that_names_them(ranks, tmp_path):

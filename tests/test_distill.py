@@ -264,14 +264,19 @@ def test_a_log_line_or_picture_that_cannot_be_written_is_a_warning_and_the_line_
     assert all(datetime.fromisoformat(x["time"]).tzinfo for x in lines)
 
 
-def test_signals_are_collected_and_a_second_ctrl_c_ends_the_process_at_once():
+def test_signals_are_collected_but_for_nohup_s_and_a_second_ctrl_c_ends_the_process_at_once():
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT]
     before = [signal.getsignal(number) for number in numbers]
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         caught = distill.catch_signals()
         for number in numbers:
             os.kill(os.getpid(), number)
         assert caught == numbers and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a command
+        caught = distill.catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert caught == []
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

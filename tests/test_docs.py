@@ -20,12 +20,21 @@ OTHERS = {  # options of torchrun, pip, toy1d.py, the tools, of the authors' cod
     "seeds", "data", "mismatch", "M", "epsilon", "info", "scores", "sample_solver", "sample_steps",
     "model", "images", "instruction", "max_tokens", "gpus", "stage", "table", "kill_on_bad_exit",
     "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
-    "rdzv_endpoint"}
+    "rdzv_endpoint", "signals_to_handle"}
 
 
 @pytest.fixture(params=PAGES, ids=lambda path: path.name)
 def page(request):
     return request.param
+
+
+def test_torchrun_passes_on_the_signal_that_slurm_sends():
+    """By its option, with which test_resume.py sends the signal too: an environment variable of
+    that name has no effect."""
+    text = (ROOT / "docs/slurm.sbatch").read_text()
+    [sent] = re.findall(r"--signal=B:(\w+)@", text)
+    [handled] = re.findall(r"torchrun[^\"]* --signals-to-handle (\S+)", text)
+    assert f"SIG{sent}" in handled.split(",")
 
 
 def test_links_of_a_page_lead_to_files(page):

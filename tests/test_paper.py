@@ -191,6 +191,15 @@ run_all([run], Plan("configs/tiny.yaml", Path("."), (), (), (), (), 1), "runs")
         os.kill(int(started.read_text()), 0)
 
 
+def test_a_hangup_that_nohup_ignores_ends_no_runs(tmp_path):
+    plan, before = plan_of(tmp_path), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_all([run_of(plan, "a", "import os; os.kill(os.getppid(), 1)")], plan, "runs")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (plan.folder / "a/done.json").exists()
+
+
 # ------------------------------------------------------------------------------------- tables
 
 SETTINGS = tables.Settings(n=50, times=time_grid("wan", 50, 2.0).tolist(), m=2, m_config=5,

@@ -1,10 +1,12 @@
 """Prompt files: each form is read, or refused by name."""
 
 import json
+import weakref
 
 import pytest
 from PIL import Image
 
+from common import prompts
 from common.prompts import Prompt, read_prompts
 
 A, B = "a red disc, moving", 'say "hi"'
@@ -50,6 +52,23 @@ def test_a_line_of_text_is_a_prompt_whatever_it_looks_like(tmp_path, line):
 def test_a_file_of_100_000_long_captions_is_read(tmp_path):
     lines = b"a" * 800_000 + b"\n"  # a line stands for a thousand: the file's size is what matters
     assert len(read_prompts(write(tmp_path, "a.txt", lines * 100))) == 100
+
+
+def test_images_are_checked_without_keeping_all_of_them_in_memory(tmp_path, monkeypatch):
+    class Pixels:
+        shape = (1, 1, 3)
+
+    living, most = weakref.WeakSet(), [0]
+
+    def decode(path):
+        living.add(pixels := Pixels())
+        most[0] = max(most[0], len(living))
+        return pixels
+
+    monkeypatch.setattr(prompts, "decode_image", decode)
+    lines = "".join(f'{{"prompt": "a dog", "image": "{i}.png"}}\n' for i in range(100))
+    assert len(read_prompts(write(tmp_path, "a.jsonl", lines), images=True)) == 100
+    assert 0 < most[0] <= 16  # two for each of 8 threads
 
 
 def test_prompts_keep_what_their_form_can_hold(tmp_path):

@@ -174,7 +174,7 @@ def test_the_last_checkpoint_and_the_export_get_a_second_try(place, failures, fi
 
 
 def test_ranks_that_read_files_are_waited_for_longer_than_those_of_an_iteration(
-        finished, tmp_path, monkeypatch):
+        finished, tmp_path, monkeypatch, no_ranks):
     folder, config = finished
     shutil.copytree(folder / "run/synvid", tmp_path / "run/synvid")
     limits: dict[str, timedelta] = {}

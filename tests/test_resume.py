@@ -83,14 +83,16 @@ def test_torchrun_restarts_a_run_that_lost_a_rank_and_a_signal_to_it_saves_on_al
     run, mark = begun(folder, tmp_path / "run"), tmp_path / "mark"
     command = script_command(KILLED, mark, 1, "iteration", 3, 1, "distill", config, f"run={run}",
                              "iterations=1000", ranks=2,
-                             torchrun=f"--max-restarts=1 --shutdown-timeout={PATIENCE}")
+                             torchrun=f"--max-restarts=1 --shutdown-timeout={PATIENCE} "
+                                      "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log = run / "distill/log.jsonl"
     while not (log.exists() and log.read_text().count("\n") > 2):  # restarted
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)  # SIGTERM is sent to one process in test_distill.py
-    out, _ = process.communicate(timeout=PATIENCE)  # torchrun's own status is 1 after any signal
+    process.send_signal(signal.SIGUSR1)  # SIGTERM is sent to one process in test_distill.py
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1, out  # torchrun's own status after a signal that it passes on
     # torchrun reports the rank that ended first, by itself: the other only lost its connection
     assert mark.exists() and "failed (exitcode: -9) local_rank: 1 " in out, out
     assert "resuming from" in out and "rerun the same command to resume" in out

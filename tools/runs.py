@@ -148,7 +148,8 @@ def run_all(runs: Iterable[Run], plan: Plan, label: str) -> None:
     bar = tqdm(total=len(waiting), desc=label, unit="run", disable=not waiting or None)
     caught: list[int] = []  # an exception in a handler could lose a process that is being started
     handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
-                for number in (signal.SIGTERM, signal.SIGHUP)}
+                for number in (signal.SIGTERM, signal.SIGHUP)
+                if signal.getsignal(number) != signal.SIG_IGN}  # as nohup ignores SIGHUP
     try:
         while waiting or running:
             while waiting and len(running) < plan.at_once:

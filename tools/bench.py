@@ -396,10 +396,10 @@ def table(result: dict) -> str:
         *(f"left out: {name}: {why}" for name, why in result["left_out"].items())])
 
 
-def store(path: Path, device: str, name: str, result: dict) -> None:
+def store(path: Path, name: str, result: dict) -> None:
     """Put a result under bench → device → name of a JSON file and keep the rest of the file."""
     results = read_json(path) if path.exists() else {}
-    results.setdefault("bench", {}).setdefault(device, {})[name] = result
+    results.setdefault("bench", {}).setdefault(result["device"], {})[name] = result
     write_json(path, results)
 
 
@@ -415,12 +415,11 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "bench", argv, __doc__, "-m tools.bench")
     ranks = setup_distributed(cfg, cfg.sp, check_model(cfg).num_heads)
     on_gpu, out = ranks.device.type == "cuda", Path(cfg.out or Path(cfg.run) / "bench.json")
-    device = device_name(ranks.device)
     minutes = cfg.minutes if cfg.minutes is not None else 8 if on_gpu else 2
     peak = measure_peak(ranks.device)
     argv = sys.argv[1:] if argv is None else argv
     result = {"command": shlex.join(["python", "-m", "tools.bench", *argv]),
-              "commit": commit(), "device": device, "ranks": ranks.world,
+              "commit": commit(), "device": device_name(ranks.device), "ranks": ranks.world,
               "dtype": str(compute_dtype(ranks.device)).removeprefix("torch."),
               "torch": torch.__version__, "diffusers": diffusers_version() or "not installed",
               "peak_tflops": peak / 1e12, "seconds": 0.0, "rows": [], "left_out": {}}
@@ -438,9 +437,9 @@ def main(argv: list[str] | None = None) -> None:
             result["seconds"] = time.perf_counter() - started
             if ranks.rank == 0:
                 print(f"{row.name}: {found.get('error') or cell(found, 'seconds') + ' s'}")
-                store(out, device, cfg.path.stem, result)
+                store(out, cfg.path.stem, result)
     if ranks.rank == 0:
-        store(out, device, cfg.path.stem, result)
+        store(out, cfg.path.stem, result)
         print(f"\n{table(result)}\nstored in {out}")
 
 

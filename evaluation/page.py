@@ -38,7 +38,7 @@ LOOP_SECONDS = 4  # an mp4 lasts at least this long: players stop at its end
 def commit() -> str | None:
     """The commit of this code, with -dirty if files differ from it; None outside a repository."""
     status, text = subprocess.getstatusoutput(
-        f"git -C {shlex.quote(str(ROOT))} describe --always --dirty")
+        f"git -C {shlex.quote(str(ROOT))} describe --always --dirty 2>/dev/null")
     return None if status else text
 
 

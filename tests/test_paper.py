@@ -17,6 +17,7 @@ import yaml
 from processes import PATIENCE, start_script
 
 import synvid
+from common.config import load_config
 from common.files import ROOT, write_json
 from common.ranks import generator
 from model import time_grid
@@ -401,6 +402,11 @@ def test_a_paper_command_that_cannot_be_run_is_refused_first(study, options, mes
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         paper.main([str(config), "--tables", "table3", *options])
     assert not list(out.rglob("*.safetensors"))
+
+
+def test_other_tables_have_at_most_the_seeds_of_table_3(study):
+    cfg = load_config(paper.Config, "paper", [str(study[0]), "seeds=1"])
+    assert cfg.other_seeds == 2 and paper.read_settings(cfg)[2].other_seeds == range(1)
 
 
 @pytest.mark.parametrize("name", ["launch", "options"])

@@ -5,27 +5,25 @@
 
 In:   the weight folder, one or more students (each may be a LoRA), held-out captions.
 Out:  <run>/evaluate/: report.html, one page with everything; table.md, table.json, table.png;
-      videos.mp4, .gif, .png with teacher@n, teacher@m and student@m side by side; with students
-      of several numbers of steps also ladder.png and ladder.gif; teacher.safetensors, the
+      videos.mp4, .gif, .png with teacher@n, teacher@m and student@m; with students of several
+      numbers of steps also ladder.png and ladder.gif with all models; teacher.safetensors, the
       teacher's latents, which the next evaluation reads instead of sampling them again.
 Cost: 2 · `count` trajectories of the teacher (target and reference) and the decodes.
 """
 
 import common  # noqa: F401 (before torch, see common)
-import dataclasses
 import itertools
 import json
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from artifacts.student import exported_path, facts_in, load_student, student_facts
 from common.config import Shared, announce, field, load_config
@@ -33,7 +31,7 @@ from common.names import fingerprint, fingerprint_files
 from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
 from common.ranks import (
     Ranks, Timer, cli, compute_dtype, device_name, draw_noise, gather_values, on_first_rank,
-    setup_distributed)
+    progress_bar, setup_distributed)
 from common.video import check_ffmpeg
 from common.weights import open_safetensors, save_tensors
 from evaluation import measures, page
@@ -60,13 +58,13 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
     grids = grid_suffixes(students)
     dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device)
     dit.requires_grad_(False)
+    sample = partial(sample_model, cfg, noise=noise, conds=conds, unconds=unconds, device=device)
 
     # The target: all n steps. The reference, of other noise, is what distributions are compared to.
     teacher_n, reference = sample_teacher(cfg, indices, dit, [noise, other_noise], conds, unconds,
                                           identity, ranks)
     # The same teacher along each student's key timesteps t'_m … t'_0, with its own guidance.
-    teachers_m = {t_key: sample_model(cfg, f"teacher{suffix}", "teacher_m", dit, t_key, noise,
-                                      conds, unconds, device)
+    teachers_m = {t_key: sample(f"teacher{suffix}", "teacher_m", dit, t_key)
                   for t_key, suffix in grids.items()}
     # The same teacher with other numbers of steps: what a better solver wins without training.
     others = []
@@ -74,9 +72,8 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
         solvers = {"euler": time_grid(cfg.family, n, cfg.shift)}
         if cfg.family == "wan":
             solvers["unipc"] = unipc_grid(n, cfg.shift)
-        others += [sample_model(cfg, f"teacher@{n} by {solver}", "teacher_steps", dit,
-                                grid.tolist(), noise, conds, unconds, device, solver)
-                   for solver, grid in solvers.items()]
+        others += [sample(f"teacher@{n} by {solver}", "teacher_steps", dit, grid.tolist(),
+                          solver=solver) for solver, grid in solvers.items()]
     del dit  # a student takes its place
     # Each student along its key timesteps, without guidance: it learned the guided trajectories.
     models = [teacher_n]
@@ -85,8 +82,7 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
         for facts in students:
             if tuple(facts["t_key"]) == t_key:
                 student = load_student(cfg, Path(facts["file"]), device)
-                models.append(sample_model(cfg, facts["label"], "student", student, t_key, noise,
-                                           conds, None, device))
+                models.append(sample(facts["label"], "student", student, t_key, unconds=None))
                 del student  # before the next one is loaded
     return [*models, *others], reference
 
@@ -96,22 +92,17 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
 @dataclass
 class Config(Shared):
     """Settings of an evaluation."""
-    prompts: str | None = field(None, "held-out captions (.jsonl with images for I2V); defaults to "
-                                "<weights>/prompts_heldout.txt or .jsonl")
-    students: str | None = field(None, "files, separated by commas; defaults to "
-                                 "<run>/student.safetensors")
-    names: str | None = field(None, "names of the students, separated by commas; with names the "
-                              "pictures show every student and the mean row is left out")
+    prompts: str | None = field(None, "held-out captions; default: <weights>/prompts_heldout.*")
+    students: str | None = field(None, "files, with commas; defaults to <run>/student.safetensors")
+    names: str | None = field(None, "names with commas; pictures show all students, no mean row")
     teacher_steps: list[int] | None = field(None, "further rows: the teacher with these numbers of "
                                             "steps, by Euler and, for Wan, by UniPC", "[1, 10000]")
-    count: int = field(96, "videos of each model, and of the independent teacher samples",
-                       "[3, 100000]")
+    count: int = field(96, "videos of each model and of the reference", "[3, 100000]")
     batch: int = field(32, "videos denoised at once", "[1, 10000]")
     directions: int = field(128, "random directions of sliced W", "[1, 1000000]")
     c2st_steps: int = field(100, "training iterations of the classifier of C2ST", "[1, inf)")
     pictures: bool = field(True, "also write videos, pictures and the page")
-    teacher_samples: str | None = field(None, "file that keeps teacher@n's latents; defaults to "
-                                        "<run>/evaluate/teacher.safetensors")
+    teacher_samples: str | None = field(None, "file of teacher@n's latents, else in <run>/evaluate")
 
 
 # What teacher@n's latents depend on besides weights, prompts and device.
@@ -172,8 +163,7 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
     Raises ValueError if the latents are not finite.
     """
     timer, latents, steps = Timer(device), [], len(times) - 1
-    bar = tqdm(total=len(noise) * steps, desc=label, unit="step", mininterval=1,
-               disable=dist.get_rank() > 0 or None)
+    bar = progress_bar(len(noise) * steps, label, dist.get_rank(), unit="step")
     for start in range(0, len(noise), cfg.batch):
         b = slice(start, start + cfg.batch)
         latents.append(sample_batch(dit, noise[b], times, conds[b], unconds and unconds[b],
@@ -187,13 +177,15 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
                             timer.seconds()["steps"] / len(noise))
 
 
-def teacher_file(cfg: Config) -> Path:
-    """The file that keeps teacher@n's latents. Raises ValueError if it is one of another kind."""
+def teacher_file(cfg: Config) -> tuple[Path, dict]:
+    """The file that keeps teacher@n's latents, and what it says about them, if it exists. Raises
+    ValueError if it is one of another kind."""
     path = Path(cfg.teacher_samples or Path(cfg.run) / "evaluate/teacher.safetensors")
-    if path.exists() and "about" not in facts_in(path):
+    facts = facts_in(path) if path.exists() else {"about": None}
+    if "about" not in facts:
         raise ValueError(f"{path}: expected latents of teacher@{cfg.n}, or no such file, got "
                          "weights: choose another --teacher_samples; it is not replaced")
-    return path
+    return path, facts
 
 
 def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Tensor],
@@ -204,21 +196,18 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     All ranks' latents are kept in a file, which is read instead if it was made with the same
     settings and the same `identity` of weights and prompts.
     """
-    path = teacher_file(cfg)
+    path, _ = teacher_file(cfg)
     labels = [f"teacher@{cfg.n}", f"teacher@{cfg.n}, other noise"]
     made_from = {**identity, "labels": labels, "batch": cfg.batch, "device": ranks.device.type,
                  "cfg_scale": cfg.guidance,
                  **{name: getattr(cfg, name) for name in SAMPLE_SETTINGS}}
 
-    def read_stored() -> dict | None:
-        stored = facts_in(path) if path.exists() else {}
-        return stored if stored.get("about") == json.loads(json.dumps(made_from)) else None
-
-    if stored := on_first_rank(read_stored):
+    stored = on_first_rank(lambda: teacher_file(cfg)[1])
+    if stored["about"] == json.loads(json.dumps(made_from)):
         evaluations, file = cfg.n * (1 if unconds is None else 2), open_safetensors(path)
         return [measures.Samples(label, "teacher_n", cfg.n,
-                                 file[label].read()[indices.start::indices.step], evaluations,
-                                 seconds)
+                                 file[label].read(slice(indices.start, indices.stop)),
+                                 evaluations, seconds)
                 for label, seconds in zip(labels, stored["seconds"], strict=True)]
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     samples = [sample_model(cfg, label, "teacher_n", dit, grid, noise, conds, unconds,
@@ -232,23 +221,15 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     return samples
 
 
-def interleave(parts: list[Tensor]) -> Tensor:
-    """Join the ranks' values in the order of the videos; rank r has every world-th from r on."""
-    count, world_size = sum(map(len, parts)), len(parts)
-    order = torch.cat([torch.arange(rank, count, world_size) for rank in range(world_size)])
-    return torch.cat(parts)[order.argsort()]
-
-
 def gather(samples: measures.Samples) -> measures.Samples:
-    """All ranks' samples in the order of the videos."""
+    """All ranks' samples, in the order of the videos."""
     parts = gather_values(samples)
     count = sum(len(part.latents) for part in parts)
     means = {name: sum(getattr(part, name) * len(part.latents) for part in parts) / count
              for name in ("seconds", "decode_seconds")}
-    return dataclasses.replace(
-        samples, latents=interleave([part.latents for part in parts]),
-        values={name: interleave([part.values[name] for part in parts])
-                for name in samples.values},
+    return replace(
+        samples, latents=torch.cat([part.latents for part in parts]),
+        values={name: torch.cat([part.values[name] for part in parts]) for name in samples.values},
         examples={i: video for part in parts for i, video in part.examples.items()}, **means)
 
 
@@ -272,19 +253,6 @@ def table_rows(cfg: Config, models: list[measures.Samples], reference: Tensor,
     return rows
 
 
-def report(cfg: Config, out: Path, models: list[measures.Samples], rows: list[dict],
-           captions: list[str], examples: dict[int, str], students: list[dict],
-           facts: dict) -> None:
-    """Write table, pictures and page."""
-    first_students = itertools.takewhile(lambda row: row["kind"] in ("student", "mean"), rows[2:])
-    compared = [*rows[:2], list(first_students)[-1]]  # teacher@n, teacher@m, the (mean) student
-    gates = measures.gates(*compared) if "all" in rows[0] else []
-    text = page.write_table(cfg, out, rows, gates, students, facts)
-    if cfg.pictures:
-        page.write_pictures(cfg, out, models, rows, compared, captions, examples, text, facts)
-    print(f"\n{text}\nresults: {out / ('report.html' if cfg.pictures else 'table.md')}")
-
-
 # ------------------------------------------------------------------------------------------ main
 
 def main(argv: list[str] | None = None) -> None:
@@ -306,25 +274,26 @@ def main(argv: list[str] | None = None) -> None:
     if cfg.count < ranks.world:
         raise ValueError(f"count: expected at least one video for each of {ranks.world} ranks, got "
                          f"{cfg.count}: start fewer ranks or raise --count")
-    indices, device = range(ranks.rank, cfg.count, ranks.world), ranks.device
+    first, stop = (cfg.count * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
+    indices, device = range(first, stop), ranks.device  # of this rank's videos
     out = announce(cfg, "evaluate", ranks.rank)
 
     models, reference = sample_all(cfg, indices, prompts, students, identity, ranks)
 
     captions = [prompt.text for prompt in prompts]
     errors = gather_values(measures.endpoint_error(models[1].latents, models[0].latents))
-    examples = page.choose_examples(interleave(errors), captions)
+    examples = page.choose_examples(torch.cat(errors), captions)
     vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
-    images = measures.first_frames([prompts[i] for i in indices], cfg)
+    images = measures.first_frames(prompts[first:stop], cfg)
     oracle = measures.is_small_world(captions, cfg)
-    measures.measure_videos(models, vae, indices, [captions[i] for i in indices], images, oracle,
-                            examples, device)
+    measures.measure_videos(models, vae, indices, captions[first:stop], images, oracle, examples,
+                            device)
 
     *models, reference = [gather(samples) for samples in (*models, reference)]
     rows = table_rows(cfg, models, reference.latents, ranks)
     if ranks.rank == 0:
         launch = ["torchrun", f"--nproc-per-node={ranks.world}"] if ranks.world > 1 else ["python"]
-        report(cfg, out, models, rows, captions, examples, students, {
+        page.write_report(cfg, out, models, rows, captions, examples, students, {
             "command": shlex.join([*launch, "evaluate.py", *argv]), "device": device_name(device),
             "seconds": round(time.perf_counter() - started, 1)})
     dist.barrier()

@@ -655,32 +655,26 @@ def draw_samples(ax, cfg: dict, data: dict, i: int, deviation: dict) -> None:
 
 
 def draw_drift(ax, Ms: list, way: str, deviation: dict) -> None:
-    ends = []
     for name, color, style, label in (
+            ("teacher, key steps", "#555555", "-.", "undistilled teacher at AccVideo's steps"),
+            ("exact guidance", "#CC79A7", "P--", "control: PeRFlow's, but the exact field is its "
+             "teacher\n(no wrong answers left)"),
             (way, ORANGE, "X-", "PeRFlow-style student, as in the paper"),
-            ("exact guidance", "#CC79A7", "P--",
-             "control: the same, but the exact field is its teacher\n(no wrong answers left)"),
-            ("half on trajectories", BLUE, "o-", "control: the same, but half of its starts on "
+            ("half on trajectories", BLUE, "o-", "control: PeRFlow's, but half of its starts on "
              "trajectories\n(it is taught where it passes)"),
-            ("AccVideo", GREEN, "-", "AccVideo's student (Eq. 6, the paper's key timesteps):\n"
-             "needs no such data, so flat by construction"),
             ("teacher, K steps", GREY, ":", "undistilled teacher at PeRFlow's steps"),
-            ("teacher, key steps", "#555555", "-.", "undistilled teacher at AccVideo's steps")):
+            ("AccVideo", GREEN, "-", "AccVideo's student (Eq. 6, the paper's key timesteps):\n"
+             "needs no such data, so flat by construction")):
         y, low, high = band(deviation[name]["to p"] * (len(Ms) // len(deviation[name]["to p"])))
-        ax.plot(Ms, y, style, color=color, lw=2, ms=8, mec="white")
+        ax.plot(Ms, y, style, color=color, lw=2, ms=8, mec="white", label=label)
         ax.fill_between(Ms, low, high, color=color, alpha=0.15, lw=0)
-        ends.append((y[-1], color, label, 2.0 if "\n" in label else 1.2))
     ax.set(yscale="log", xlabel="M", xticks=Ms, ylabel="mean distance of samples from p",
            title=f"g)  samples of 5 steps: their distance from the training data, {way} mismatch")
     ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
-    top, scale = 1.02, 1.0 / sum(height for *_, height in ends)
-    for y, color, label, height in sorted(ends, reverse=True):
-        ax.annotate(label, (Ms[-1], y), (1.09, top - 0.5 * height * scale), va="center",
-                    textcoords="axes fraction", color=INK,
-                    arrowprops={"arrowstyle": "-", "color": color, "lw": 1.5, "relpos": (0, 0.5)})
-        top -= height * scale
+    ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9, handlelength=4,
+              labelspacing=1)
 
 
 # ---------------------------------------------------------------- command line
@@ -701,7 +695,7 @@ def parse_args(argv=None) -> tuple[Config, str]:
         if not ok:
             parser.error(f"{option}: expected {expected}, got {value}")
 
-    p, ways, out = sorted(args.data), args.mismatch, Path(args.out)
+    p, ways, out = sorted(args.data), tuple(dict.fromkeys(args.mismatch)), Path(args.out)
     check(all(map(math.isfinite, p)) and len(set(p)) == len(p) >= 2, "--data", args.data,
           "two or more different numbers")
     limit = min(p[1] - p[0], p[-1] - p[-2])
@@ -709,11 +703,10 @@ def parse_args(argv=None) -> tuple[Config, str]:
     check(len(Ms) > 1 and Ms[0] == 0 and Ms[-1] < math.inf and min(np.diff(Ms)) > 0, "--M", Ms,
           "two or more increasing numbers, the first of them 0")
     check("inward" not in ways or Ms[-1] <= limit, "--M", Ms[-1], f"at most {limit:g} for inward")
-    check(len(set(ways)) == len(ways), "--mismatch", ways, "each way once")
     check(0 < args.epsilon < math.inf, "--epsilon", args.epsilon, "a number above 0")
     check(args.seeds >= 1, "--seeds", args.seeds, "1 or more")
     check(bool(out.name) and not out.is_dir(), "--out", out, "a file's path without suffix")
-    cfg = Config(tuple(p), tuple(ways), tuple(Ms), args.epsilon, args.seeds)
+    cfg = Config(tuple(p), ways, tuple(Ms), args.epsilon, args.seeds)
     return (replace(cfg, **QUICK) if args.quick else cfg), args.out
 
 

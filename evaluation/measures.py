@@ -25,14 +25,13 @@ test decisions for C2ST. In the mean row of several students it is over students
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn as nn
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from common.config import Shared
 from common.prompts import Prompt
-from common.ranks import Timer, generator
+from common.ranks import Timer, generator, progress_bar
 from common.video import centre_crop, read_image, thumbnail
 from evaluation.statistics import Statistic, jackknife_error, leave_one_out, mean_and_error
 from small_world.oracle import (
@@ -194,8 +193,7 @@ def measure_videos(models: list[Samples], vae: nn.Module, indices: range, captio
     world; examples, indices to keep.
     """
     timer, values = Timer(device), [[] for _ in models]
-    bar = tqdm(total=len(indices) * len(models), desc="decode", unit="video", mininterval=1,
-               disable=indices.start > 0 or None)
+    bar = progress_bar(len(indices) * len(models), "decode", dist.get_rank(), unit="video")
     for j, i in enumerate(indices):
         for number, samples in enumerate(models):
             timer.lap("other")

@@ -3,13 +3,13 @@
 import html
 import itertools
 import re
+import shlex
 import string
 import subprocess
 import tempfile
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from torch import Tensor
 from common.config import Shared
 from common.files import ROOT, replace_file, write_json, write_text
 from common.video import write_video
-from evaluation.measures import Samples, endpoint_error
-from evaluation.sheets import (
-    comparison_sheet, data_uri, side_by_side, video_table, video_wall)
+from evaluation.measures import Samples, endpoint_error, gates
+from evaluation.sheets import Rows, comparison_sheet, data_uri, side_by_side, video_table
 from small_world.clips import ATTRIBUTES
 from small_world.oracle import caption_attributes
 
@@ -33,18 +32,14 @@ COLUMN_TITLES = {
     "c2st": "C2ST, .5 = alike"}
 ALL_TITLES = COLUMN_TITLES | {"floor": "floor, 1 = teacher's", "first": "first frame, dB"} | {
     name: f"oracle: {name}" for name in ORACLE}
-EXAMPLE_QUANTILES = (0.5, 0.8, 0.9, 0.95, 1.0)  # of teacher@m's endpoint error
 LOOP_SECONDS = 4  # an mp4 lasts at least this long: players stop at its end
 
 
 def commit() -> str | None:
     """The commit of this code, with -dirty if files differ from it; None outside a repository."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, check=False,
-                              capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+    status, text = subprocess.getstatusoutput(
+        f"git -C {shlex.quote(str(ROOT))} describe --always --dirty 2>/dev/null")
+    return None if status else text
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -65,7 +60,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
             *("| " + " | ".join(row) + " |" for row in rows)]
 
 
-def markdown(rows: list[dict], gates: list[dict], cfg: Shared, facts: dict) -> str:
+def markdown(rows: list[dict], bounds: list[dict], cfg: Shared, facts: dict) -> str:
     """The table and the gates as Markdown."""
     columns = table_columns(rows)
     lines = [f"{cfg.count} videos of held-out captions, the same noise for every model, "
@@ -77,22 +72,31 @@ def markdown(rows: list[dict], gates: list[dict], cfg: Shared, facts: dict) -> s
                   str(row["evaluations"]), f"{row['seconds']:.3f}"] for row in rows])]
     decode = sum(row["decode_seconds"] for row in rows) / len(rows)
     lines += ["", f"Decoding takes {decode:.3f} s per video in addition, in every row."]
-    if gates:
+    if bounds:
         lines += ["", *markdown_table(["gate", "measured", "required", ""], [
             [gate["gate"], f"{gate['measured']:.4f}", gate["required"],
-             "pass" if gate["pass"] else "**FAIL**"] for gate in gates])]
+             "pass" if gate["pass"] else "**FAIL**"] for gate in bounds])]
     return "\n".join(lines) + "\n"
 
 
-def write_table(cfg: Shared, out: Path, rows: list[dict], gates: list[dict],
-                students: list[dict], facts: dict) -> str:
-    """Write table.md and table.json; returns the Markdown text."""
+def write_report(cfg: Shared, out: Path, models: list[Samples], rows: list[dict],
+                 captions: list[str], chosen: dict[int, str], students: list[dict],
+                 facts: dict) -> None:
+    """Write table.md, table.json and, with cfg.pictures, pictures and page; print the table.
+
+    Args: chosen by choose_examples; students as evaluate.read_students returns them.
+    """
+    first_students = itertools.takewhile(lambda row: row["kind"] in ("student", "mean"), rows[2:])
+    compared = [*rows[:2], list(first_students)[-1]]  # teacher@n, teacher@m, the (mean) student
+    bounds = gates(*compared) if "all" in rows[0] else []
     facts |= {"commit": commit(), "torch": torch.__version__}
-    text = markdown(rows, gates, cfg, facts)
+    text = markdown(rows, bounds, cfg, facts)
     write_text(out / "table.md", text)
-    write_json(out / "table.json", {**facts, "config": asdict(cfg), "rows": rows, "gates": gates,
+    write_json(out / "table.json", {**facts, "config": asdict(cfg), "rows": rows, "gates": bounds,
                                     "students": students})
-    return text
+    if cfg.pictures:
+        write_pictures(cfg, out, models, rows, compared, captions, chosen, text, facts)
+    print(f"\n{text}\nresults: {out / ('report.html' if cfg.pictures else 'table.md')}")
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -132,19 +136,11 @@ def draw_table(path: Path, rows: list[dict], title: str) -> None:
         figure.suptitle(title, fontsize=11, parse_math=False)
 
 
-@dataclass
-class Example:
-    """A caption in the pictures, and each model's video and endpoint error."""
-    caption: str                                  # with its quantile
-    videos: list[Tensor]
-    notes: list[str]
-
-
 def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, str]:
     """The videos to show, with a note on each: {index: note}, from errors [N].
 
     Of the small world one per colour, all shapes in turn, that of median error among its kind. Else
-    those at EXAMPLE_QUANTILES, easy ones first; a caption is shown once, at its highest quantile.
+    those at some quantiles, easy ones first; a caption is shown once, at its highest quantile.
     """
     order, examples = errors.argsort(stable=True).tolist(), {}
     kinds = [(a["colour"], a["shape"]) for a in map(caption_attributes, captions)]
@@ -152,7 +148,7 @@ def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, str]:
               for colour in range(len(ATTRIBUTES["colour"]))]
     if all(groups):
         return {group[len(group) // 2]: "" for group in groups}
-    for quantile in reversed(EXAMPLE_QUANTILES):
+    for quantile in (1.0, 0.95, 0.9, 0.8, 0.5):
         video = order[round(quantile * (len(order) - 1))]
         if captions[video] not in [captions[i] for i in examples]:
             examples[video] = f" ({quantile:g} quantile)".replace("0.", ".")
@@ -162,10 +158,11 @@ def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, str]:
 def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dict],
                    compared: list[dict], captions: list[str], chosen: dict[int, str], table: str,
                    facts: dict) -> None:
-    """Write the table as a picture, the videos side by side, the ladder and the page.
+    """Write the table as a picture, videos and stills of the models, and the page.
 
+    videos.* have teacher@n, teacher@m and the first student, ladder.* all models if there are more.
     Args: compared, the rows of teacher@n, teacher@m and the student; chosen by choose_examples;
-    table, the text that write_table returned.
+    table, the text of table.md.
     """
     draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
     pictured = []
@@ -173,34 +170,26 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
         if kind != "teacher_steps":  # of unnamed students the first represents all
             pictured += list(group)[:None if cfg.names else 1]
     labels = [model.label.removesuffix(" #1") for model in pictured]
-    errors = [endpoint_error(model.latents, models[0].latents) for model in pictured[1:]]
-    examples = [Example(captions[i] + note, [model.examples[i] for model in pictured],
-                        ["the target", *(f"error {float(error[i]):.3f}" for error in errors)])
-                for i, note in chosen.items()]
+    headings, lines = [captions[i] + note for i, note in chosen.items()], []
+    for model, label in zip(pictured, labels, strict=True):
+        error = endpoint_error(model.latents, models[0].latents)
+        lines.append((label.replace("@", "\n") + " steps" * ("@" in label), [
+            (model.examples[i], f"error {float(error[i]):.3f}" if lines else "the target")
+            for i in chosen]))
     title = (f"captions at quantiles of {labels[1]}'s endpoint error" if any(chosen.values()) else
              f"one caption per colour, of median error of {labels[1]} among its colour and shape")
-    if len(pictured) > 3:
-        write_ladder(out, examples, labels, title, cfg.fps)
-    labels = labels[:3]
-    examples = [Example(e.caption, e.videos[:3], e.notes[:3]) for e in examples]
-    wall = video_wall([(e.caption, side_by_side(e.videos, labels)) for e in examples])
-    write_video(out / "videos.gif", wall, cfg.fps)
-    write_video(out / "videos.mp4", wall, cfg.fps, LOOP_SECONDS)
-    comparison_sheet(out / "videos.png", labels,
-                     [(e.caption, list(zip(e.videos, e.notes, strict=True))) for e in examples],
+    if len(lines) > 3:
+        comparison_sheet(out / "ladder.png", headings, lines, title)
+        write_video(out / "ladder.gif", video_table(headings, lines), cfg.fps)
+    first_three = video_table(headings, lines[:3])
+    write_video(out / "videos.gif", first_three, cfg.fps)
+    write_video(out / "videos.mp4", first_three, cfg.fps, LOOP_SECONDS)
+    examples = list(zip(headings, zip(*(cells for _, cells in lines[:3]), strict=True),
+                        strict=True))  # (caption, (video, note) of each of the three)
+    comparison_sheet(out / "videos.png", labels[:3], examples,
                      f"{title}: first, middle and last frame")
-    write_page(cfg, out, examples, labels, compared, table, len(pictured) > 3,
+    write_page(cfg, out, examples, labels[:3], compared, table, len(lines) > 3,
                {**facts, "shown": title})
-
-
-def write_ladder(out: Path, examples: list[Example], labels: list[str], title: str,
-                 fps: float) -> None:
-    """Write ladder.png and ladder.gif: a row per model, a column per caption."""
-    rows = [(label.replace("@", "\n") + " steps" * ("@" in label),
-             [(e.videos[i], e.notes[i]) for e in examples]) for i, label in enumerate(labels)]
-    comparison_sheet(out / "ladder.png", [e.caption for e in examples], rows, title)
-    headings = [textwrap.fill(e.caption, 16, max_lines=2) for e in examples]
-    write_video(out / "ladder.gif", video_table(headings, rows), fps)
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -221,21 +210,22 @@ def html_of(text: str) -> str:
     return "\n".join(blocks)
 
 
-def html_example(example: Example, labels: list[str], fps: float) -> str:
-    """One video of all models, under their names."""
+def html_example(caption: str, cells: list[tuple[Tensor, str]], labels: list[str],
+                 fps: float) -> str:
+    """One example: its (video, note) of each model, under the models' names."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
-        write_video(path, side_by_side(example.videos), fps, LOOP_SECONDS)
+        write_video(path, side_by_side([video for video, _ in cells]), fps, LOOP_SECONDS)
         source = data_uri(path)
     heads = "".join(f"<div><b>{html.escape(label)}</b><br>{note}</div>"
-                    for label, note in zip(labels, example.notes, strict=True))
-    return (f"<figure><figcaption>{html.escape(example.caption)}</figcaption>"
+                    for label, (_, note) in zip(labels, cells, strict=True))
+    return (f"<figure><figcaption>{html.escape(caption)}</figcaption>"
             f'<div class="three">{heads}</div>'
             f'<video autoplay loop muted playsinline src="{source}"></video></figure>')
 
 
-def write_page(cfg: Shared, out: Path, examples: list[Example], labels: list[str],
-               compared: list[dict], table: str, ladder: bool, facts: dict) -> None:
+def write_page(cfg: Shared, out: Path, examples: Rows, labels: list[str], compared: list[dict],
+               table: str, ladder: bool, facts: dict) -> None:
     """Fill in assets/report_template.html; the page needs no other file."""
     texts = {**facts, "n": compared[0]["m"], "m": compared[1]["m"], "count": cfg.count}
     longest = max(row["endpoint"][0] for row in compared) or 1.0
@@ -243,7 +233,7 @@ def write_page(cfg: Shared, out: Path, examples: list[Example], labels: list[str
         texts |= {f"{name}_label": row["label"], f"{name}_error": f"{row['endpoint'][0]:.3f}",
                   f"{name}_bar": f"{100 * row['endpoint'][0] / longest:.1f}%",
                   f"{name}_cost": f"{row['evaluations']} evaluations, {row['seconds']:.3f} s"}
-    parts = {"videos": "\n".join(html_example(e, labels, cfg.fps) for e in examples),
+    parts = {"videos": "\n".join(html_example(*e, labels, cfg.fps) for e in examples),
              "stills": data_uri(out / "videos.png"), "table": html_of(table),
              "ladder": "", "curves": "", "words": ""}
     if ladder:

@@ -45,12 +45,12 @@ def t_probability(t: float, degrees: float) -> float:
     return 2 * math.exp(scale) / math.pi ** 0.5 * area
 
 
-def t_quantile(degrees: float, probability: float = 0.95) -> float:
-    """The t with P(|T| < t) = probability, by bisection."""
+def t_quantile(degrees: float) -> float:
+    """The t with P(|T| < t) = 0.95, by bisection."""
     low, high = 0.0, 1e3
     for _ in range(60):
         middle = (low + high) / 2
-        if t_probability(middle, degrees) < probability:
+        if t_probability(middle, degrees) < 0.95:
             low = middle
         else:
             high = middle
@@ -58,13 +58,11 @@ def t_quantile(degrees: float, probability: float = 0.95) -> float:
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float],
-               ours_left: Tensor | None = None, theirs_left: Tensor | None = None,
-               videos_variance: float | None = None) -> dict:
+               videos: tuple[float, float] = (0.0, math.inf)) -> dict:
     """Our value minus theirs with a 95% interval over seeds and videos.
 
-    Args: ours, theirs, a value per seed, paired; ours_left, theirs_left [seeds, N], the same
-    statistics without each video; or videos_variance, of the difference of two arms over videos.
-    With neither the interval is over seeds alone.
+    Args: ours, theirs, a value per seed, paired; videos, the variance of the difference over videos
+    and its degrees of freedom; by default the interval is over seeds alone.
     The variance is the sum of both parts; the interaction of seeds and videos counts twice, so that
     the interval errs on the wide side. Degrees of freedom after Satterthwaite, 1946.
     Returns {"difference", "half", "pairs", "p"}; half and p are None for a single seed.
@@ -73,12 +71,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float],
     pairs, mean = len(gaps), float(gaps.mean())
     if pairs < 2:
         return {"difference": mean, "half": None, "pairs": pairs, "p": None}
-    parts = [(float(gaps.var()) / pairs, pairs - 1)]
-    if ours_left is not None and theirs_left is not None:
-        left = (ours_left[:pairs] - theirs_left[:pairs]).mean(0)
-        parts.append((jackknife_error(left) ** 2, len(left) - 1))
-    if videos_variance is not None:
-        parts.append((videos_variance, math.inf))
+    parts = [(float(gaps.var()) / pairs, pairs - 1), videos]
     variance = sum(part for part, _ in parts)
     if variance == 0:
         return {"difference": mean, "half": 0.0, "pairs": pairs, "p": float(mean == 0)}

@@ -234,7 +234,7 @@ def make_clip(shape: int, colour: int, direction: int, u: list[float], size: int
 def make_clips(seed: int, start: int, count: int, size: int = 64, frames: int = 9,
                held_out: bool = False, radius: tuple[float, float] = SIZE,
                ) -> tuple[Tensor, list[str], dict[str, Tensor]]:
-    """Ray-cast clips; clip i depends on (seed, i, held_out) and the sizes alone.
+    """Ray-cast one or more clips; clip i depends on (seed, i, held_out) and the sizes alone.
 
     Returns video [N, 3, T, size, size] fp32 in [-1, 1], N captions, and for each of "colour",
     "shape", "direction" the indices [N] into ATTRIBUTES. `held_out` draws the held-out wordings;
@@ -242,8 +242,8 @@ def make_clips(seed: int, start: int, count: int, size: int = 64, frames: int = 
     """
     drawn = [draw_scene(seed, i, held_out) for i in range(start, start + count)]
     captions = [caption(combination, wording) for combination, wording, _ in drawn]
-    chosen = torch.tensor([COMBINATIONS[combination] for combination, _, _ in drawn]).view(-1, 3)
+    chosen = torch.tensor([COMBINATIONS[combination] for combination, _, _ in drawn])
     clips = [make_clip(shape, colour, direction, u.tolist(), size, frames, radius)
              for (colour, shape, direction), (_, _, u) in zip(chosen.tolist(), drawn, strict=True)]
-    video = torch.stack(clips) * 2 - 1 if clips else torch.empty(0, 3, frames, size, size)
-    return video, captions, dict(zip(ATTRIBUTES, chosen.unbind(1), strict=True))
+    return torch.stack(clips) * 2 - 1, captions, dict(
+        zip(ATTRIBUTES, chosen.unbind(1), strict=True))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.files import append_log, read_log
+from common.files import append_log
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
 
 # -------------------------------------------------------------------------------- Optimisers
@@ -78,7 +78,6 @@ def optimisers(module: nn.Module, muon_lr: float, adam_lr: float) -> tuple:
 NOTE_EVERY = 50  # iterations per line of the log
 # A training state belongs to these settings and to those that start with the network's label.
 COMMON = ("seed", "height", "width", "frames", "ema")
-GROWING = ("iters", "pool")  # except these, which may grow: a longer run continues a shorter one
 
 
 def folder(cfg: Any) -> Path:
@@ -89,12 +88,6 @@ def folder(cfg: Any) -> Path:
 def note(cfg: Any, **entry) -> None:
     """Append one line to <run>/teacher/log.jsonl."""
     append_log(folder(cfg) / "log.jsonl", {"time": round(time.time(), 1), **entry})
-
-
-def log_lines(cfg: Any) -> list[dict]:
-    """The lines of <run>/teacher/log.jsonl."""
-    lines = read_log(folder(cfg) / "log.jsonl", "seconds")
-    return [line for line in lines if isinstance(line.get("stage"), str)]
 
 
 def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -110,9 +103,10 @@ def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def same_or_longer(stored: dict, settings: dict, label: str) -> bool:
-    """Whether a state trained with `stored` may be continued with `settings`."""
-    growing = {f"{label}_{name}": settings[f"{label}_{name}"] for name in GROWING
-               if f"{label}_{name}" in settings}
+    """Whether a state trained with `stored` may be continued with `settings`, where only iterations
+    and pool may have grown: a longer run continues a shorter one."""
+    growing = {name: settings[name] for name in (f"{label}_iters", f"{label}_pool")
+               if name in settings}
     return (stored | growing == settings
             and all(stored.get(name, 0) <= value for name, value in growing.items()))
 
@@ -160,8 +154,6 @@ def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, f
     muon, adam = optimisers(module, *lrs)
     state = {"module": module, "average": average, "muon": muon, "adam": adam}
     first, spent = load_state(path, label, settings, state)
-    if 0 < first < iters:
-        note(cfg, stage=label, iteration=first, seconds=round(spent, 1), resumed_for=iters)
     saved, total = begun, 0.0
     bar = tqdm(range(first, iters), label, iters, initial=first, disable=None, mininterval=1)
     for i in bar:

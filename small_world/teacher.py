@@ -24,18 +24,17 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config
-from common.files import lock_folder, replace_file, write_json, write_text
+from common.files import lock_folder, read_log, replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
     check_compiler, cli, device_name, draw_noise, generator, pick_device, prefer_attention, seed_of)
 from common.video import draw_panels, write_image
-from common.weights import save_tensors
+from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from frozen.image import CLIPVision
 from frozen.load import Conditioner, load_conditioner, load_vae
 from frozen.text import Tokenizer, UMT5Encoder
@@ -43,9 +42,8 @@ from frozen.vae import WanVAE
 from model import (
     build_dit, check_model, collate, latent_shape, load_dit, sample_euler, shift_time, sizes_of,
     time_grid)
-from small_world.clips import (
-    ATTRIBUTES, COMBINATIONS, WORDINGS, caption, make_captions, make_clips)
-from small_world.fit import fit, folder, log_lines, note
+from small_world.clips import ATTRIBUTES, COMBINATIONS, WORDINGS, caption, make_captions, make_clips
+from small_world.fit import fit, folder, note
 from small_world.oracle import agreement, caption_attributes, floor_detail, gate, psnr, read_clip
 
 # ------------------------------------------------------------------------------------ Config
@@ -85,7 +83,7 @@ class Config(Shared):
 
 PER_FILE = 500  # clips in one file of encoded clips
 BASE_FILES = ("Wan2.1_VAE.safetensors", "models_t5_umt5-tiny.safetensors",
-        "google/umt5-xxl/spiece.model")  # copied from `base`
+              "google/umt5-xxl/spiece.model")  # copied from `base`
 
 
 # --------------------------------------------------------------------------------------- VAE
@@ -187,8 +185,7 @@ def train_text(cfg: Config, out: Path) -> None:
 
     Only the encoder is kept: its states are the frozen input of the DiT, as in Wan.
     """
-    ways = range(len(WORDINGS))
-    captions = [caption(c, w) for c in range(len(COMBINATIONS)) for w in ways]
+    captions = [caption(c, w) for c in range(len(COMBINATIONS)) for w in range(len(WORDINGS))]
     words = sorted({word.strip(",") for text in captions for word in text.split()})
     # A word with a single form is split into letters, so each one also occurs with punctuation.
     lines = captions + [word + mark for word in words for mark in (",", ".", ";")]
@@ -221,7 +218,7 @@ def train_text(cfg: Config, out: Path) -> None:
 
     encoder = fit(cfg, "text", both, cfg.text_iters, (0.0, 2e-3), 0.4, loss_of)["text"]
     save_tensors(out / "models_t5_umt5-tiny.safetensors", half(encoder),
-                       {"config": json.dumps(sizes)})
+                 {"config": json.dumps(sizes)})
 
 
 def half(module: nn.Module) -> dict[str, Tensor]:
@@ -254,8 +251,8 @@ def train_image(cfg: Config, out: Path) -> None:
     tower = fit(cfg, "image", both, cfg.image_iters, (0.0, 2e-3), 0.4, loss_of)["tower"]
     sizes["num_layers"] += 1  # the released encoder has one more layer, which is not used
     save_tensors(out / "models_clip_tiny.safetensors",
-                       {f"visual.{name}": value for name, value in half(tower).items()},
-                       {"config": json.dumps(sizes)})
+                 {f"visual.{name}": value for name, value in half(tower).items()},
+                 {"config": json.dumps(sizes)})
 
 
 # --------------------------------------------------------------------------------------- DiT
@@ -271,16 +268,13 @@ def encode_part(cfg: Config, conditioner: Conditioner, vae: nn.Module,
     count = min(PER_FILE, cfg.dit_pool - start)
     mark = {"vae": weights_sum(vae), "clip": weights_sum(conditioner.clip),
             "clips": f"{count} of seed {cfg.seed}, {cfg.frames} frames, {cfg.height} pixels"}
-    if path.exists():
-        with safe_open(path, "pt") as stored:
-            if stored.metadata() == mark:
-                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    if path.exists() and safetensors_metadata(path) == mark:
+        return {name: t.read() for name, t in open_safetensors(path).items()}
     begun = time.perf_counter()
     clips = make_clips(cfg.seed, start, count, cfg.height, cfg.frames)[0]
     with torch.no_grad():
         device = pick_device(cfg.device)
-        latents = torch.cat([vae.encode(some.to(device)) for some in clips.split(4)])
-        part = {"latents": latents}
+        part = {"latents": torch.cat([vae.encode(some.to(device)) for some in clips.split(4)])}
         if conditioner.clip is not None:
             part |= conditioner.encode_images(clips[:, :, 0], cfg.height, cfg.width)
     part = {name: value.half().cpu() for name, value in part.items()}
@@ -400,8 +394,8 @@ def held_out(cfg: Config, out: Path) -> list[Prompt]:
 
 def conditioner_of(cfg: Config, out: Path) -> Conditioner:
     """The conditioner with the encoders in `out`."""
-    return load_conditioner(replace(cfg, weights=str(out)), pick_device(cfg.device),
-                                     torch.float32, crop=True)
+    return load_conditioner(replace(cfg, weights=str(out)), pick_device(cfg.device), torch.float32,
+                            crop=True)
 
 
 # ------------------------------------------------------------------------------------- gates
@@ -448,10 +442,9 @@ def measure_gates(cfg: Config, out: Path) -> dict[str, dict]:
     return found | {"readings": readings}
 
 
-def draw_training(cfg: Config, path: Path) -> None:
-    """Losses and held-out figures of the long stages, from the log, as a PNG."""
-    vae, dit = ([line for line in log_lines(cfg) if line["stage"] == stage]
-                for stage in ("vae", "dit"))
+def draw_training(lines: list[dict], path: Path) -> None:
+    """Losses and held-out figures of the long stages, from the log's lines, as a PNG."""
+    vae, dit = ([line for line in lines if line["stage"] == stage] for stage in ("vae", "dit"))
     panels = {"VAE: loss": [("loss", None, vae, "-")],
               "VAE: PSNR of held-out clips, dB": [("psnr", None, vae, "o-")]} if vae else {}
     panels |= {
@@ -495,41 +488,36 @@ def check(cfg: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check the settings, lock the run's folder and train."""
-    cfg = load_config(Config, "teacher", argv, __doc__, "-m small_world.teacher")
+    """Check the settings and train all parts in order, continuing where an earlier process stopped;
+    then measure them."""
+    given = sys.argv[1:] if argv is None else argv
+    cfg = load_config(Config, "teacher", given, __doc__, "-m small_world.teacher")
     check_model(cfg)
     check(cfg)
-    torch.set_num_threads(cfg.threads)
-    prefer_attention(cfg.attention, pick_device(cfg.device))
-    with lock_folder(folder(cfg)):
-        train_all(cfg, sys.argv[1:] if argv is None else argv)
-
-
-def train_all(cfg: Config, given: list[str]) -> None:
-    """Train all parts in order, continuing where an earlier process stopped, and measure them.
-
-    Args: given, the command's arguments.
-    """
     out, device = Path(cfg.out or folder(cfg) / "weights"), pick_device(cfg.device)
-    announce(cfg, "teacher")
-    write_prompts(cfg, out)
-    if cfg.base is None:
-        train_text(cfg, out)
-        train_vae(cfg, out)
-    else:
-        copy_base(cfg, out)
-    if sizes_of(cfg.preset).takes_image:
-        train_image(cfg, out)
-    train_dit(cfg, out, load_vae(out, device), conditioner_of(cfg, out))
-    found, seconds = measure_gates(cfg, out), {"encode": 0.0}
-    for line in log_lines(cfg):
-        done = seconds["encode"] if line["stage"] == "encode" else 0.0
-        seconds[line["stage"]] = round(done + line["seconds"], 1)
-    write_json(out / "training.json", {
-        "command": " ".join(["python -m small_world.teacher", *given]), "config": asdict(cfg),
-        "hardware": f"{device_name(pick_device(cfg.device))}, {os.cpu_count()} cores",
-        "seconds": seconds, "torch": torch.__version__, "gates": found})
-    draw_training(cfg, out / "curves.png")
+    torch.set_num_threads(cfg.threads)
+    prefer_attention(cfg.attention, device)
+    with lock_folder(folder(cfg)):
+        announce(cfg, "teacher")
+        write_prompts(cfg, out)
+        if cfg.base is None:
+            train_text(cfg, out)
+            train_vae(cfg, out)
+        else:
+            copy_base(cfg, out)
+        if sizes_of(cfg.preset).takes_image:
+            train_image(cfg, out)
+        train_dit(cfg, out, load_vae(out, device), conditioner_of(cfg, out))
+        found, seconds = measure_gates(cfg, out), {"encode": 0.0}
+        lines = read_log(folder(cfg) / "log.jsonl", "seconds")
+        for line in lines:
+            done = seconds["encode"] if line["stage"] == "encode" else 0.0
+            seconds[line["stage"]] = round(done + line["seconds"], 1)
+        write_json(out / "training.json", {
+            "command": " ".join(["python -m small_world.teacher", *given]), "config": asdict(cfg),
+            "hardware": f"{device_name(device)}, {os.cpu_count()} cores",
+            "seconds": seconds, "torch": torch.__version__, "gates": found})
+        draw_training(lines, out / "curves.png")
     for name, figures in found.items():
         print(f"{name}: {figures}")
     print(f"weights, training.json and curves.png are in {out}")

@@ -58,6 +58,14 @@ def test_options_of_a_page_are_settings(page):
     assert named - {"field"} <= OPTIONS | OTHERS
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_names_the_command_that_prints_it(stage, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(stage).main(["--help"])
+    command = f"-m {stage}" if "." in stage else f"{stage}.py"
+    assert f"usage: python {command} [CONFIG]" in capsys.readouterr().out
+
+
 def test_functions_of_a_page_are_defined(page):
     """`file.py: name`, `name`, …: the names after a file, up to the end of the cell, are in it."""
     for line in page.read_text().splitlines():

@@ -26,7 +26,7 @@ from common.names import official_names
 from common.ranks import generator
 from common.video import read_video, to_uint8, write_video
 from common.weights import save_tensors
-from evaluation.sheets import comparison_sheet, side_by_side, still_strip
+from evaluation.sheets import comparison_sheet, side_by_side, still_strip, video_table
 from frozen.load import load_text, load_vae
 from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text
 from frozen.vae import HunyuanVAE, WanVAE
@@ -654,19 +654,25 @@ def test_a_comparison_sheet_is_a_png_with_three_frames_of_each_video_and_the_sam
     assert np.array_equal(still_strip(frames[:1]), frames[0])
 
 
-def test_side_by_side_enlarges_by_whole_pixels_and_labels_each_video():
+def test_videos_side_by_side_are_enlarged_by_whole_pixels():
     video = moving_square(4)
-    out = side_by_side([video, video.flip(1)], ["teacher@50 " * 9, "student@5"], scale=3)
-    frames = to_uint8(video)
-    assert out.dtype == np.uint8 and out.shape[0] == 4
-    bar = out.shape[1] - 3 * 48
-    assert np.array_equal(out[:, bar::3, :144:3], frames)
-    assert np.array_equal(out[:, bar + 2::3, -144::3], frames[::-1])
-    assert out[0, :bar, :144].min() < 100 and out[0, :bar, -144:].min() < 100  # the labels
-    assert side_by_side([video], ["x"]).shape[1] - bar == 192
-    assert np.array_equal(side_by_side([video, video.flip(1)], scale=3), out[:, bar:])
-    with pytest.raises(ValueError, match="one label a video and one shape"):
-        side_by_side([video, video[:, :2]], ["a", "b"])
+    frames, out = to_uint8(video), side_by_side([video, video.flip(1)])
+    assert out.dtype == np.uint8 and out.shape == (4, 192, 192 + 4 + 192, 3)
+    assert np.array_equal(out[:, ::4, :192:4], frames)
+    assert np.array_equal(out[:, 3::4, -192::4], frames[::-1])
+    assert (out[:, :, 192:196] == 255).all()
+
+
+def test_a_table_of_videos_has_a_row_a_label_and_a_column_a_heading():
+    video, other = moving_square(4), moving_square(4).flip(1)
+    out = video_table(["a $square", "the same"], [("teacher\n5 steps", [(video, "the target")] * 2),
+                                                 ("student", [(other, "error"), (video, "")])])
+    assert out.dtype == np.uint8 and out.shape == (4, 58 + 2 * (144 + 24), 150 + 2 * (144 + 6), 3)
+    for y, x, of in ((58, 150, video), (58, 300, video), (226, 150, other), (226, 300, video)):
+        assert np.array_equal(out[:, y:y + 144:3, x:x + 144:3], to_uint8(of))
+    text = out[0, :, :, 0] < 100
+    assert text[:58, 150:294].any() and text[:58, 300:].any()              # headings
+    assert text[58:202, :150].any() and text[202:226, 150:294].any()       # a label, a note
 
 
 @pytest.mark.parametrize("make", [

@@ -211,12 +211,6 @@ def test_the_small_world_s_examples_show_each_colour_and_shape_at_their_median_e
     assert next(iter(examples)) == sorted(first)[len(first) // 2]
 
 
-def test_the_values_of_ranks_are_joined_in_the_videos_order():
-    values = torch.arange(7)
-    assert torch.equal(evaluate.interleave([values[rank::3] for rank in range(3)]), values)
-    assert torch.equal(evaluate.interleave([values]), values)
-
-
 # ------------------------------------------------------------------------------------ end to end
 
 def write_config(folder: Path, weights: Path) -> Path:
@@ -352,9 +346,9 @@ def test_the_teacher_s_latents_are_read_again_unless_something_that_made_them_ha
     write_student(run.folder / "run/student.safetensors", run.weights, 0)
     plain, sampled = evaluate.sample_model, []
 
-    def counted(cfg, label, *args):
+    def counted(cfg, label, *args, **options):
         sampled.append(label)
-        return plain(cfg, label, *args)
+        return plain(cfg, label, *args, **options)
 
     monkeypatch.setattr(evaluate, "sample_model", counted)
     first = run("pictures=false")
@@ -365,7 +359,7 @@ def test_the_teacher_s_latents_are_read_again_unless_something_that_made_them_ha
     assert sampled == labels[2:]
     for row, before in zip(again["rows"], first["rows"], strict=True):
         assert all(row[name] == before[name] for name in row if "seconds" not in name)
-    monkeypatch.setattr(evaluate, "report", lambda *_: None)
+    monkeypatch.setattr(evaluate.page, "write_report", lambda *_: None)
     for option in ("seed=1", "count=5", f"prompts={run.weights / 'prompts.txt'}", "batch=2"):
         sampled.clear()
         evaluate.main([str(run.folder / "config.yaml"), option])

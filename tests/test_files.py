@@ -194,7 +194,7 @@ def test_a_symbolic_link_in_place_of_a_log_or_lock_file_is_refused(tmp_path):
             if name == "log.jsonl":
                 append_log(folder / name, {"step": 1})
             elif name == "log.txt":
-                runs.start(("true",), folder / name, None)
+                runs.start(("true",), folder / name, False)
             else:
                 with lock_folder(folder):
                     pass

@@ -8,7 +8,7 @@ from PIL import Image
 
 from artifacts.videos import contact_sheet
 from common.video import drawable, read_image
-from evaluation.sheets import label_strip
+from evaluation.sheets import video_table
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
@@ -25,4 +25,9 @@ def test_characters_missing_in_the_font_are_replaced_without_warnings(text, draw
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         contact_sheet(tmp_path / "a.png", [(text, torch.zeros(3, 2, 8, 8))], title=text)
-    assert label_strip(text, 200, 20).shape == (20, 200, 3)
+
+
+def test_a_heading_over_videos_has_no_boxes_for_characters_missing_in_the_font():
+    rows = [("teacher", [(torch.zeros(3, 1, 16, 16), "")])]
+    drawn = [video_table([text], rows) for text in ("a 狐狸 runs", "a … runs", "a runs")]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()

@@ -1,5 +1,7 @@
 """Intervals over seeds and videos: Student's t, the jackknife, Holm's correction."""
 
+import math
+
 import pytest
 import torch
 
@@ -30,7 +32,8 @@ def test_an_interval_over_seeds_and_videos_covers_the_truth(seeds, videos, share
         x = (0.3 * torch.randn(seeds, 1, generator=g) + torch.randn(seeds, videos, generator=g)
              + shared * torch.randn(1, videos, generator=g)).double()
         left = (x.sum(1, keepdim=True) - x) / (videos - 1)
-        found = difference(x.mean(1).tolist(), [0.0] * seeds, left, torch.zeros_like(left))
+        found = difference(x.mean(1).tolist(), [0.0] * seeds,
+                           (jackknife_error(left.mean(0)) ** 2, videos - 1))
         hits += abs(found["difference"]) <= found["half"]
     assert 0.93 < hits / runs <= 1.0
 
@@ -51,7 +54,7 @@ def test_one_seed_has_no_interval_and_equal_arms_have_no_difference():
 
 
 def test_equal_gaps_leave_the_scatter_of_the_videos_alone():
-    found = difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5], videos_variance=1e-4)
+    found = difference([1.0, 2.0, 3.0], [0.5, 1.5, 2.5], (1e-4, math.inf))
     assert found["half"] == pytest.approx(1.96 * 0.01, rel=1e-3) and found["p"] < 1e-6
 
 

@@ -234,6 +234,8 @@ def test_options_reach_the_configuration_and_M_follows_the_data():
     assert cfg.data == (-1, 1) and cfg.seeds == 2 and out == "runs/x"
     assert cfg.M == pytest.approx((0, 2 / 3, 4 / 3, 2))
     assert toy1d.parse_args([])[0] == Config()
+    twice = toy1d.parse_args(["--mismatch", "inward", "outward", "inward"])[0]
+    assert twice.mismatch == ("inward", "outward")
     assert toy1d.parse_args(["--quick"])[0] == replace(Config(), **toy1d.QUICK)
 
 
@@ -246,7 +248,6 @@ def test_options_reach_the_configuration_and_M_follows_the_data():
     (["--M", "0", "nan"], "--M", "increasing"),
     (["--M", "0", "8"], "--M", "at most 6"),
     (["--mismatch", "sideways"], "--mismatch", "inward"),
-    (["--mismatch", "inward", "inward"], "--mismatch", "each way once"),
     (["--epsilon", "0"], "--epsilon", "above 0"),
     (["--seeds", "0"], "--seeds", "1 or more"),
     (["--out", "."], "--out", "a file's path"),

@@ -19,9 +19,8 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import distill
@@ -34,7 +33,6 @@ from common.ranks import (
     Ranks, Timer, cli, compute_dtype, generator, lock_run_folder, on_first_rank, progress_bar,
     setup_distributed)
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
-from distill import COLLECTIVE_TIMEOUT, build, learning_rate
 from frozen.load import encode_prompts, load_conditioner, load_vae
 from model import check_model, collate, key_times, load_dit, time_grid
 from small_world.clips import SIZE, make_clips
@@ -52,8 +50,7 @@ class Config(distill.Config):
         "matched", "clips like the teacher's own, clips of smaller objects, or SynVid's l_0")
     data_count: int = field(1024, "videos to learn from", "[1, inf)")
     clips: str | None = field(None, "folder for encoded clips; default <run>/clips")
-    fake_updates: int = field(5, "dmd: updates of the fake score per update of the student",
-                              "[1, inf)")
+    fake_updates: int = field(5, "dmd: updates of the fake score per student update", "[1, inf)")
     simulate: bool = field(True, "dmd: the student's inputs come from its own steps from noise, so "
                            "that only the captions of the data are used; else from noised data")
 
@@ -287,7 +284,7 @@ def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ra
                     (loss / each).backward()
                     losses[name] = loss.detach()
                 params = [p for p in network.parameters() if p.grad is not None]
-                lr = learning_rate(cfg, step, cfg.lr)
+                lr = distill.learning_rate(cfg, step, cfg.lr)
                 apply_update(state.opts[name], params, lr, cfg.clip)
         state.step = step + 1
         bar.update()
@@ -306,8 +303,8 @@ def main(argv: list[str] | None = None) -> None:
     if "run" not in cfg.given:  # <run> is that of the config, whose student is distill.py's
         cfg.synvid, cfg.clips = cfg.synvid or f"{cfg.run}/synvid", cfg.clips or f"{cfg.run}/clips"
         cfg.run = f"{cfg.run}/baselines/{cfg.method}-{cfg.data}-seed{cfg.seed}"
-    sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
-    ranks = setup_distributed(cfg, cfg.sp, sizes.num_heads, COLLECTIVE_TIMEOUT, teacher=teacher)
+    heads, teacher = check_model(cfg).num_heads, fingerprint(cfg.weights)
+    ranks = setup_distributed(cfg, cfg.sp, heads, distill.COLLECTIVE_TIMEOUT, teacher=teacher)
     distill.check_config(cfg, ranks.dp_size)
     if cfg.data != "samples" and cfg.preset != "tiny":
         raise ValueError(f"data: expected samples for preset {cfg.preset}, got {cfg.data}: only "
@@ -316,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     with lock_run_folder(Path(cfg.run) / "distill"):
         announce(cfg, "distill", ranks.rank)
         data = load_data(cfg, ranks.device)
-        state = build(cfg, key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1], ranks)
+        state = distill.build(cfg, key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1], ranks)
         train_baseline(cfg, state, data, ranks)
         path = export_student(cfg, state, ranks, {"teacher": teacher})
     if ranks.rank == 0:

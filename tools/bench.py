@@ -13,7 +13,6 @@ docs/scaling.md, "Measure your machine", explains the columns and the comparison
 """
 
 import contextlib
-import dataclasses
 import gc
 import itertools
 import math
@@ -23,21 +22,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill
-import synvid
 from common.config import Shared, field, load_config
 from common.files import error_summary, read_json, write_json
 from common.linear import linear
@@ -49,21 +46,19 @@ from common.weights import save_tensors
 from evaluation.page import commit, markdown_table
 from experts import by_expert, with_level
 from model import (
-    attention, build_dit, check_model, collate, key_times, latent_shape, load_dit, sample_euler,
-    sizes_of, time_grid)
+    attention, check_model, collate, key_times, latent_shape, sample_euler, sizes_of, time_grid)
 from tools.networks import (
-    VIDEO_SIZE, Call, diffusers_version, is_small, make_vae, peer_dits, peer_sizes, peer_vaes,
-    random_dit, random_encoders, random_network, random_states, vae_shape)
+    VIDEO_SIZE, Call, diffusers_version, frozen_parts, make_vae, peer_dits, peer_sizes, peer_vaes,
+    random_dit, random_network, random_states, tokens_of, vae_run)
 from training.data import Batch, Latents, pinned
-from training.memory import gpu_bytes, memory_parts, shortage
+from training.memory import gpu_bytes, memory_parts, meta_student, shortage
 from training.monitor import step_flops
 
 
 @dataclass
 class Config(Shared):
     """Settings of a measurement."""
-    minutes: float | None = field(None, "time for all rows; defaults to 8 on a GPU, 2 on a CPU",
-                                  "[0, 10000]")
+    minutes: float | None = field(None, "of all rows; default: 8 on a GPU, else 2", "[0, 10000]")
     only: str = field("", "measure only rows whose name contains this text")
     out: str | None = field(None, "JSON file for the results; defaults to <run>/bench.json")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses)", "[1, inf)")
@@ -79,7 +74,6 @@ class Row(NamedTuple):
     tokens: int | None = None
     plan: float | None = None          # bytes, from training/memory.py
     runs: int = 3                      # at least; if more than one, another one warms up first
-    extra: float = 0.0                 # approximate seconds of preparation
 
 
 ENOUGH_SECONDS, MOST_RUNS = 1.0, 20  # a row is repeated for so long, or for so many runs
@@ -102,10 +96,9 @@ def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
     gc.collect()  # else what earlier work left is freed meanwhile, and counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events()
-              if e.name() == "[memory]"]
-    sizes = list(itertools.accumulate((size for _, size in sorted(events, key=lambda e: e[0])),
-                                      initial=0))
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    sizes = [0, *itertools.accumulate(e.nbytes() for e in events)]
     return result, sizes[-1], max(sizes)
 
 
@@ -175,12 +168,6 @@ def count_flops(make: Callable[[], nn.Module], run: Callable[[nn.Module], object
     return float(counter.get_total_flops())
 
 
-def vae_flops(family: str, small: bool, way: str, *size: int) -> float:
-    """Floating-point operations to encode or decode a video of frames × height × width."""
-    return count_flops(partial(make_vae, family, small),
-                       lambda vae: getattr(vae, way)(torch.empty(vae_shape(way, *size))))
-
-
 # ------------------------------------------------------------------------- rows of the config
 
 class Bench:
@@ -192,33 +179,30 @@ class Bench:
     def __init__(self, cfg: Config, ranks: Ranks, folder: Path):
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, ranks.device, folder
         level = "" if sizes_of(cfg.preset).boundary is None else "high"  # of the file it names
-        self.distill: Any = dataclasses.replace(
-            settings_of(distill.Config, "distill", cfg), iterations=10 ** 6, sp=cfg.sp,
-            weights=str(folder / with_level("dit.safetensors", level)))
+        shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)} | {
+            "weights": str(folder / with_level("dit.safetensors", level))}
+        self.distill = replace(
+            load_config(distill.Config, "distill", [str(cfg.path), "weights=random"]),
+            iterations=10 ** 6, sp=cfg.sp, **shared)
         self.distill.micro_batch = min(self.distill.micro_batch,
                                        max(self.distill.batch // ranks.dp_size, 1))
         self.distill.batch = self.distill.micro_batch * ranks.dp_size
         self.shape = latent_shape(cfg.frames, cfg.height, cfg.width)
-        with torch.device("meta"):
-            self.dit = build_dit(cfg.preset)
-        self.tokens = math.prod(self.dit.token_grid(*self.shape[1:]))
-        self.flop = self.dit.flops(self.tokens)              # one evaluation of one sample
-        self.bytes = sum(p.numel() for p in self.dit.parameters()) * compute_dtype(
-            self.device).itemsize
-        self.cond = random_states(cfg)
+        self.dit, self.tokens = tokens_of(cfg)
 
     def inputs(self, batch: int = 1) -> tuple[Tensor, Tensor, dict]:
         """Latents, times and conditioning of a batch, on the device."""
         x = torch.randn(batch, *self.shape, generator=generator("x", self.cfg.seed))
         t = torch.full((batch,), 0.7, dtype=torch.float64)
-        cond = {name: c.to(self.device) for name, c in collate([self.cond] * batch).items()}
-        return x.to(self.device), t.to(self.device), cond
+        cond = collate([random_states(self.cfg)] * batch)
+        return x.to(self.device), t.to(self.device), {
+            name: c.to(self.device) for name, c in cond.items()}
 
     def evaluation(self, backend: SDPBackend | None = None, compiled: bool = False,
-                   batch: int = 1, backward: bool = False) -> list[Call]:
+                   backward: bool = False) -> list[Call]:
         """One evaluation, with the attention kernels of `backend` or with the preferred ones; or
         also its `backward` to all weights, with distill.py's activation checkpointing."""
-        dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs(batch)
+        dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs()
         dit.requires_grad_(backward)
         for block in dit.blocks:
             block.checkpointing = backward and self.distill.checkpointing
@@ -248,27 +232,16 @@ class Bench:
             attention(*qkv).sum().backward()
         return [run]
 
-    def write_weights(self) -> None:
-        """Write the DiT's weights, as noise, once."""
-        path = Path(self.distill.weights)
-        on_first_rank(lambda: path.exists() or [
-            save_tensors(path.with_name(with_level("dit.safetensors", level)), part, {})
-            for level, part in by_expert(
-                random_dit(self.cfg, self.device, None).state_dict()).items()])
-
-    def loading(self) -> list[Call]:
-        """Load the DiT from a file that is still in the system's cache."""
-        self.write_weights()
-        return [lambda: load_dit(self.distill.weights, self.cfg.preset, compute_dtype(self.device),
-                                 self.device, self.ranks.sp_ranks)]
-
     def k_step(self) -> list[Call]:
         """An iteration of Algorithm 1 with one micro-batch per rank, as distill.py runs it."""
         cfg, m = self.distill, len(self.cfg.key) - 1
         lacks = shortage(cfg, self.shape, self.ranks, gpu_bytes(self.ranks))
         if lacks and not cfg.force_plan:
             raise ValueError(f"memory plan: does not fit {lacks}")
-        self.write_weights()
+        on_first_rank(lambda: [
+            save_tensors(self.folder / with_level("dit.safetensors", level), part, {})
+            for level, part in by_expert(
+                random_dit(self.cfg, self.device, None).state_dict()).items()])
         t_key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1]
         state = distill.build(cfg, t_key, self.ranks)
         slots, (_, _, cond) = list(range(cfg.micro_batch)), self.inputs(cfg.micro_batch)
@@ -290,9 +263,10 @@ class Bench:
     def prompt_to_video(self, times: list[float], guided: bool) -> list[Call]:
         """Text encoders, Euler steps, VAE and video file, with all networks in memory."""
         cfg, dit = self.cfg, random_dit(self.cfg, self.device, self.ranks.sp_ranks)
-        encoders = [run for _, *encoder in random_encoders(cfg)
-                    for run in self.encode_prompt(*encoder)]
-        vae, path = self.vae(), self.folder / f"video_{self.ranks.rank}.mp4"
+        parts, path = frozen_parts(cfg), self.folder / f"video_{self.ranks.rank}.mp4"
+        encoders = [run for name in parts if name.startswith("prompt")
+                    for run in self.frozen_part(*parts[name])]
+        vae = self.network(parts["VAE decode"][0])
 
         @torch.no_grad()
         def run() -> None:
@@ -305,63 +279,41 @@ class Bench:
             write_video(path, vae.decode(x)[0], cfg.fps)
         return [run]
 
-    def vae(self) -> nn.Module:
-        """The config's VAE; a tiled one spreads its tiles over the ranks of a sample."""
-        vae = random_network(partial(make_vae, self.cfg.family, is_small(self.cfg)), self.device)
-        if vae.tiled:
-            vae.group = self.ranks.sp_group
-        return vae
-
-    def run_vae(self, way: str) -> list[Call]:
-        """Encode or decode one video."""
-        vae, size = self.vae(), (self.cfg.frames, self.cfg.height, self.cfg.width)
-        x = torch.randn(vae_shape(way, *size), device=self.device)
-        return [torch.no_grad()(lambda: getattr(vae, way)(x))]
-
-    def encode_prompt(self, make: Callable[[], nn.Module], run: Callable) -> list[Call]:
-        """Run one of the prompt's encoders."""
+    def network(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """A random network; HunyuanVideo's VAE spreads its tiles over the ranks of a sample."""
         network = random_network(make, self.device)
+        network.group = self.ranks.sp_group
+        return network
+
+    def frozen_part(self, make: Callable[[], nn.Module], run: Callable) -> list[Call]:
+        """Run the VAE or one of the prompt's encoders."""
+        network = self.network(make)
 
         @torch.no_grad()
-        def encode() -> None:
+        def call() -> None:
             with self.device:
                 run(network)
-        return [encode]
-
-
-def settings_of(cls: type, stage: str, cfg: Config) -> Any:
-    """A stage's settings from the same file, with this run's values of the shared settings."""
-    settings = load_config(cls, stage, [str(cfg.path), "weights=random"])
-    return dataclasses.replace(settings, **{f.name: getattr(cfg, f.name)
-                                            for f in dataclasses.fields(Shared)})
+        return [call]
 
 
 def config_rows(b: Bench) -> Iterator[Row]:
     """The rows of a config, the most important first."""
     cfg, tokens, gpu = b.cfg, b.tokens, b.device.type == "cuda"
-    batch = settings_of(synvid.Config, "synvid", cfg).batch
-    flop, evaluations = b.flop / b.ranks.sp, 1 if cfg.guidance == 1 else 2
+    flop, evaluations = b.dit.flops(tokens) / b.ranks.sp, 1 if cfg.guidance == 1 else 2
     key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
-    vae = {way: vae_flops(cfg.family, is_small(cfg), way, cfg.frames, cfg.height, cfg.width)
-           for way in ("decode", "encode")}
-    text = {name: count_flops(make, run) for name, make, run in random_encoders(cfg)}
-    rest = vae["decode"] + sum(text.values())
+    parts = frozen_parts(cfg)
+    work = {name: count_flops(*part) for name, part in parts.items()}
+    rest = sum(work.values()) - work["VAE encode"]
     plan = sum(memory_parts(b.distill, b.shape, b.device, b.ranks.world, b.ranks.sp).values())
 
     yield Row("DiT forward", b.evaluation, flop, tokens)
     yield Row("distill.py, one k-step of one micro-batch a rank", b.k_step, b.k_step_flops(),
-              tokens * b.distill.micro_batch, plan, len(key) - 1, b.bytes / 5e8)
+              tokens * b.distill.micro_batch, plan, len(key) - 1)
     yield Row(f"prompt to video, {len(key) - 1} steps", partial(b.prompt_to_video, key, False),
               flop * (len(key) - 1) + rest, tokens)
-    for way in vae:
-        yield Row(f"VAE {way}", partial(b.run_vae, way), vae[way])
-    for name, make, run in random_encoders(cfg):
-        yield Row(f"prompt: {name}", partial(b.encode_prompt, make, run), text[name])
+    for name, part in parts.items():
+        yield Row(name, partial(b.frozen_part, *part), work[name])
     yield Row("DiT forward + backward", partial(b.evaluation, backward=True), 3 * flop, tokens)
-    yield Row("DiT from a file, in the system's cache", b.loading, extra=b.bytes / 5e8)
-    if batch > 1:
-        yield Row(f"DiT forward, {batch} samples", partial(b.evaluation, batch=batch), flop * batch,
-                  tokens * batch)
     if gpu and cfg.family == "hunyuan":
         for lengths, new in ("at a new length of prompt each time", True), ("at one length", False):
             yield Row(f"attention of a layer, forward + backward, {lengths}",
@@ -369,17 +321,14 @@ def config_rows(b: Bench) -> Iterator[Row]:
                       3 * 4 * tokens ** 2 * b.dit.cfg.dim / b.ranks.sp, tokens)
     for kind in (("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if gpu
                  else ("FLASH_ATTENTION", "MATH")):
-        for compiled in (False, True) if gpu else (False,):
-            yield Row(f"DiT forward, {kind.lower()}{', compiled' if compiled else ''}",
-                      partial(b.evaluation, getattr(SDPBackend, kind), compiled), flop, tokens,
-                      extra=60 * compiled)
+        yield Row(f"DiT forward, {kind.lower()}", partial(b.evaluation, getattr(SDPBackend, kind)),
+                  flop, tokens)
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     yield Row(f"prompt to video, {cfg.n} steps", partial(b.prompt_to_video, grid, evaluations > 1),
               flop * evaluations * cfg.n + rest, tokens, runs=1)
     if not gpu:
         yield from peer_rows()
-        yield Row("DiT forward, compiled", partial(b.evaluation, compiled=True), flop, tokens,
-                  extra=40)
+    yield Row("DiT forward, compiled", partial(b.evaluation, compiled=True), flop, tokens)
 
 
 # ------------------------------------------------------------------------ against diffusers
@@ -398,8 +347,7 @@ def peer_rows() -> list[Row]:
     for family in ("wan", "hunyuan"):
         for (dim, heads, blocks, batch, latents), backward in cases:
             sizes, tokens = peer_sizes(family, dim, heads, blocks), math.prod(latents) // 4
-            with torch.device("meta"):
-                flop = batch * build_dit(sizes).flops(tokens) * (3 if backward else 1)
+            flop = batch * meta_student(sizes, None).flops(tokens) * (3 if backward else 1)
             passes = "forward + backward" if backward else "forward"
             count = f"{batch} × {tokens}" if batch > 1 else str(tokens)
             rows.append(Row(f"{family} DiT {passes}, {dim} wide, {blocks} blocks, {count} tokens",
@@ -408,7 +356,8 @@ def peer_rows() -> list[Row]:
         for way, frames in ("encode", 9), *(("decode", frames) for frames in (5, 9, 17, 33)):
             rows.append(Row(f"{family} VAE {way}, {frames} frames",
                             partial(peer_vaes, family, way, frames),
-                            vae_flops(family, True, way, frames, *VIDEO_SIZE), runs=5))
+                            count_flops(partial(make_vae, family, True),
+                                        vae_run(way, frames, *VIDEO_SIZE)), runs=5))
     return sorted(rows, key=lambda row: row.flop)
 
 
@@ -447,38 +396,35 @@ def table(result: dict) -> str:
         *(f"left out: {name}: {why}" for name, why in result["left_out"].items())])
 
 
-def store(path: Path, device: str, name: str, result: dict) -> None:
+def store(path: Path, name: str, result: dict) -> None:
     """Put a result under bench → device → name of a JSON file and keep the rest of the file."""
     results = read_json(path) if path.exists() else {}
-    results.setdefault("bench", {}).setdefault(device, {})[name] = result
+    results.setdefault("bench", {}).setdefault(result["device"], {})[name] = result
     write_json(path, results)
 
 
 def reason_to_skip(row: Row, peak: float, left: float) -> str | None:
     """Why a row is left out: at half the peak it needs more seconds than are left."""
-    needed = row.extra + 2 * (row.runs + (row.runs > 1)) * row.flop / peak
+    needed = 2 * (row.runs + (row.runs > 1)) * row.flop / peak
     return f"{max(left, 0):.0f} s left, needs about {needed:.0f} s" if needed >= left else None
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure row by row until the time is over; print and store the results."""
     started = time.perf_counter()
-    cfg = load_config(Config, "bench", argv, __doc__)
+    cfg = load_config(Config, "bench", argv, __doc__, "-m tools.bench")
     ranks = setup_distributed(cfg, cfg.sp, check_model(cfg).num_heads)
     on_gpu, out = ranks.device.type == "cuda", Path(cfg.out or Path(cfg.run) / "bench.json")
-    device = device_name(ranks.device)
     minutes = cfg.minutes if cfg.minutes is not None else 8 if on_gpu else 2
     peak = measure_peak(ranks.device)
-    arguments = sys.argv[1:] if argv is None else argv
-    result = {"command": shlex.join(["python", "-m", "tools.bench", *arguments]),
-              "commit": commit(), "device": device, "ranks": ranks.world,
+    argv = sys.argv[1:] if argv is None else argv
+    result = {"command": shlex.join(["python", "-m", "tools.bench", *argv]),
+              "commit": commit(), "device": device_name(ranks.device), "ranks": ranks.world,
               "dtype": str(compute_dtype(ranks.device)).removeprefix("torch."),
               "torch": torch.__version__, "diffusers": diffusers_version() or "not installed",
               "peak_tflops": peak / 1e12, "seconds": 0.0, "rows": [], "left_out": {}}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         bench = Bench(cfg, ranks, Path(on_first_rank(lambda: folder)))
-        if on_gpu:
-            result["datasheet_tflops"] = bench.distill.peak_tflops
         for row in config_rows(bench):
             if cfg.only not in row.name:
                 continue
@@ -486,15 +432,14 @@ def main(argv: list[str] | None = None) -> None:
             if why := on_first_rank(partial(reason_to_skip, row, peak, left)):
                 result["left_out"][row.name] = why
                 continue
-            found = measure(row, ranks.device, peak, result.get("datasheet_tflops"))
+            found = measure(row, ranks.device, peak, bench.distill.peak_tflops if on_gpu else None)
             result["rows"].append(found)
             result["seconds"] = time.perf_counter() - started
             if ranks.rank == 0:
-                print(f"{row.name}: {found.get('error') or cell(found, 'seconds') + ' s'}",
-                      flush=True)
-                store(out, device, cfg.path.stem, result)
+                print(f"{row.name}: {found.get('error') or cell(found, 'seconds') + ' s'}")
+                store(out, cfg.path.stem, result)
     if ranks.rank == 0:
-        store(out, device, cfg.path.stem, result)
+        store(out, cfg.path.stem, result)
         print(f"\n{table(result)}\nstored in {out}")
 
 

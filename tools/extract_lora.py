@@ -5,7 +5,7 @@
 
 In:  the teacher's weights and the student that distill.py made from them.
 Out: <run>/student_lora_rank32.safetensors (or --out), fp16, for ComfyUI, diffusers, LightX2V and
-     sample.py; next to it a table of the energy that each layer keeps (.md, .json) and its plot.
+     sample.py; next to it the energy that each layer keeps, as .json and as a plot.
 
 A matrix's difference Δ = W_student - W_teacher is cut to its first r singular values: Δ ≈ B·A with
 B = U√S, A = √S Vᵀ, the nearest of that rank (Eckart and Young). Of Wan, other parameters are stored
@@ -27,7 +27,7 @@ from artifacts.student import (
     exported_path, facts_in, file_metadata, official_tensors, open_student, stream_safetensors,
     student_facts)
 from common.config import Shared, announce, field, load_config
-from common.files import replace_file, write_json, write_text
+from common.files import replace_file, write_json
 from common.names import dit_tensors, fingerprint
 from common.ranks import cli, generator, pick_device
 from common.video import draw_panels
@@ -48,14 +48,13 @@ class Config(Shared):
 
 EXACT = 1024        # matrices with no more rows or columns are decomposed exactly
 EXTRA_COLUMNS = 16  # of the randomised decomposition in addition to twice the rank
-ITERATIONS = 16     # its power iterations
 
 
 def low_rank_factors(delta: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] of a matrix [out, in] in fp32, √S in each; r is `rank` at most.
 
-    Exact for small matrices; for large ones randomised, seeded by the name. Source: Halko et al.,
-    Finding structure with randomness, 2011, algorithms 4.4 and 5.1.
+    Exact for small matrices; for large ones randomised, seeded by the name, with 16 power
+    iterations. Source: Halko et al., Finding structure with randomness, 2011, algorithms 4.4, 5.1.
     """
     if min(delta.shape) <= EXACT:
         U, S, Vt = torch.linalg.svd(delta, full_matrices=False)
@@ -63,7 +62,7 @@ def low_rank_factors(delta: Tensor, rank: int, name: str) -> tuple[Tensor, Tenso
         columns = min(2 * rank + EXTRA_COLUMNS, *delta.shape)
         draw = torch.randn(delta.shape[1], columns, generator=generator("lora", name))
         Q = torch.linalg.qr(delta @ draw.to(delta.device)).Q              # out columns
-        for _ in range(ITERATIONS):
+        for _ in range(16):
             Q = torch.linalg.qr(delta.mT @ Q).Q                           # in columns
             Q = torch.linalg.qr(delta @ Q).Q                              # out columns
         U, S, Vt = torch.linalg.svd(Q.mT @ delta, full_matrices=False)
@@ -152,26 +151,17 @@ def rows_by_layer(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def write_energy(cfg: Config, rows: list[dict], out: Path, first: Path) -> None:
-    """Write the table as Markdown and JSON, and its plot; print the sums. first, as in main."""
+    """Write the table as JSON and as a plot; print the sums. first, as in main."""
     sums = {"all": energy_kept(rows),
             "matrices": energy_kept([row for row in rows if row["form"] == "matrix"])}
     write_json(out.with_suffix(".json"), {"energy": sums, "rank": cfg.rank, "rows": rows})
-    lines = [f"# {out.name}", "", f"Rank {cfg.rank}. Energy kept: {sums['all']:.4f} of all that "
-             f"changed, {sums['matrices']:.4f} of the matrices in the file.", "",
-             "| parameter | shape | form | ‖Δ‖ / ‖W‖ | energy kept |", "|---|---|---|---|---|"]
-    for row in rows:
-        form = {"matrix": f"rank {row.get('rank')}", "none": "left out"}.get(row["form"],
-                                                                             row["form"])
-        lines.append(f"| {row['name']} | {' × '.join(map(str, row['shape']))} | {form} | "
-                     f"{row['relative']:.2e} | {row['energy']:.4f} |")
-    write_text(out.with_suffix(".md"), "\n".join(lines) + "\n")
     layers = rows_by_layer(rows).items()
     draw_panels(out.with_suffix(".png"), {
         title: [(column, layer, points, "o-") for layer, points in layers]
         for title, column in ((f"energy kept at rank {cfg.rank}", "energy"),
                               ("‖Δ‖ / ‖W‖", "relative"))}, x="block", linear=("energy",))
     print(f"energy kept: {sums['all']:.4f} of all that changed, {sums['matrices']:.4f} of the "
-          f"matrices in the file; per layer: {out.with_suffix('.md')}, .json, .png")
+          f"matrices in the file; per layer: {out.with_suffix('.json')}, .png")
     print(f"{first}: {first.stat().st_size / 1e6:.3g} MB; use it by `python sample.py {cfg.path} "
           f"--lora {first}`; in ComfyUI, diffusers and LightX2V as `python sample.py --how "
           f"{first}` prints")
@@ -183,7 +173,7 @@ def check_out(out: Path, first: Path) -> None:
     if out.suffix != ".safetensors":
         raise ValueError(f"out: expected a name that ends in .safetensors, got {out}: add the "
                          "suffix")
-    existing = [path for path in (first, *map(out.with_suffix, (".md", ".json", ".png")))
+    existing = [path for path in (first, *map(out.with_suffix, (".json", ".png")))
                 if path.exists()]
     ours = first.is_file() and "lora_rank" in facts_in(first)
     if existing and not ours:

@@ -5,12 +5,12 @@ import importlib.metadata
 import importlib.util
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from artifacts.student import transformer_config
 from common.config import Shared
@@ -20,6 +20,7 @@ from frozen.image import CLIPVision, image_cond
 from frozen.text import CLIPText, Llama, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
 from model import HunyuanConfig, WanConfig, build_dit, empty_dit, latent_shape, sizes_of
+from training.memory import meta_student
 
 Call = Callable[[], object]
 
@@ -35,6 +36,12 @@ def random_network(make: Callable[[], nn.Module], device: torch.device) -> nn.Mo
             return make().eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
+
+
+def tokens_of(cfg: Shared) -> tuple[nn.Module, int]:
+    """The config's DiT on the meta device, and its tokens of a sample."""
+    dit = meta_student(sizes_of(cfg.preset), None)
+    return dit, math.prod(dit.token_grid(*latent_shape(cfg.frames, cfg.height, cfg.width)[1:]))
 
 
 def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Module:
@@ -90,44 +97,47 @@ def random_states(cfg: Shared) -> dict[str, Tensor]:
         _, T, H, W = latent_shape(cfg.frames, cfg.height, cfg.width)
         shapes |= {"image": (sizes.image_len, sizes.image_dim)} if sizes.has_clip else {}
         shapes["frames"] = 20, T, H, W
-    numbers = {}
+    states = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
     if cfg.family == "hunyuan":
-        shapes["pooled"] = (sizes.pooled_dim,)
-        numbers["guidance"] = torch.tensor(cfg.embedded_guidance)
-    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} | numbers
+        states["pooled"] = torch.randn(sizes.pooled_dim, generator=draw)
+        states["guidance"] = torch.tensor(cfg.embedded_guidance)
+    return states
 
 
-def random_encoders(cfg: Shared) -> Iterator[tuple[str, Callable[[], nn.Module], Callable]]:
-    """The encoders of a prompt of full length, as (name, make, run): make() builds a network, and
-    run(network) encodes a prompt or an image of zeros, made on torch's current device."""
+def vae_run(way: str, frames: int, height: int, width: int) -> Callable[[nn.Module], Tensor]:
+    """A function that lets a VAE encode or decode noise, made on torch's current device."""
+    return lambda vae: getattr(vae, way)(torch.randn(vae_shape(way, frames, height, width)))
+
+
+def frozen_parts(cfg: Shared) -> dict[str, tuple[Callable[[], nn.Module], Callable]]:
+    """VAE and encoders by the name of their row, as (make, run): make() builds a network, and
+    run(network) encodes or decodes a video, a prompt of full length, or an image of zeros."""
     sizes, arguments = sizes_of(cfg.preset), frozen_arguments(cfg)
-
-    def build(cls: type) -> nn.Module:
-        return cls(**arguments[cls])
+    vae, size = partial(make_vae, cfg.family, is_small(cfg)), (cfg.frames, cfg.height, cfg.width)
+    parts = {f"VAE {way}": (vae, vae_run(way, *size)) for way in ("decode", "encode")}
 
     def ids(length: int) -> Tensor:
         return torch.zeros(1, length, dtype=torch.long)
 
     def image_networks() -> nn.ModuleDict:
-        networks = {"vae": build(WanVAE)}
-        if sizes.has_clip:
-            networks["clip"] = build(CLIPVision)
-        return nn.ModuleDict(networks)
+        clip = {"clip": CLIPVision(**arguments[CLIPVision])} if sizes.has_clip else {}
+        return nn.ModuleDict({"vae": vae(), **clip})
 
     def first_frame(networks: nn.ModuleDict) -> dict:
         clip = networks["clip"] if sizes.has_clip else None
-        return image_cond(torch.zeros(3, cfg.height, cfg.width), networks["vae"], clip, cfg.frames,
-                          cfg.height, cfg.width)
+        return image_cond(torch.zeros(3, *size[1:]), networks["vae"], clip, *size)
 
     if cfg.family == "hunyuan":
-        yield ("LLaMA", lambda: build(Llama),
-               lambda llama: llama(ids(95 + sizes.text_len)))  # 95 tokens of the template
-        yield "CLIP text", lambda: build(CLIPText), lambda clip: clip(ids(77))
-        return
-    yield ("umT5", lambda: build(UMT5Encoder),
-           lambda t5: t5(ids(sizes.text_len), ids(sizes.text_len) + 1))
+        return parts | {
+            "prompt: LLaMA": (partial(Llama, **arguments[Llama]),
+                              lambda llama: llama(ids(95 + sizes.text_len))),  # 95 of the template
+            "prompt: CLIP text": (partial(CLIPText, **arguments[CLIPText]),
+                                  lambda clip: clip(ids(77)))}
+    parts["prompt: umT5"] = (partial(UMT5Encoder, **arguments[UMT5Encoder]),
+                             lambda t5: t5(ids(sizes.text_len), ids(sizes.text_len) + 1))
     if sizes.takes_image:
-        yield "first frame", image_networks, first_frame
+        parts["prompt: first frame"] = image_networks, first_frame
+    return parts
 
 
 # ------------------------------------------------------------- small networks and diffusers' peers
@@ -137,9 +147,8 @@ VIDEO_SIZE = (64, 64)  # height and width of the videos that the VAEs encode and
 
 def diffusers_version() -> str | None:
     """The version of diffusers, or None if it is not installed."""
-    if importlib.util.find_spec("diffusers") is None:
-        return None
-    return importlib.metadata.version("diffusers")
+    return (importlib.metadata.version("diffusers")
+            if importlib.util.find_spec("diffusers") else None)
 
 
 def peer_sizes(family: str, dim: int, heads: int, layers: int) -> WanConfig | HunyuanConfig:

@@ -9,12 +9,11 @@ Out: <run>/paper/: report.html, paper.md, and paper.json with the numbers of eve
      and noise. The same call resumes: runs that have finished are skipped.
 """
 
-import dataclasses
 import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ import torch
 import distill
 import evaluate
 import synvid
-from common.config import Shared, field, load_config, read_yaml
+from common.config import Shared, field, load_config
 from common.files import lock_folder, parse_json
 from common.prompts import read_prompts
 from common.ranks import cli, device_name, pick_device
@@ -42,24 +41,20 @@ class Config(Shared):
     """Settings of a set of tables."""
     tables: str = field("all", "all, or some of ladder, table3, table4, methods, fig5, fig6, fig8, "
                         "fig9, separated by commas; or search, which compares settings")
-    m: int | None = field(None, "steps of all but table4 and the ladder; defaults to the config's",
-                          "[1, inf)")
+    m: int | None = field(None, "steps, not of table4, ladder; default: the config's", "[1, inf)")
     steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder", "[1, 10000]")
     seeds: int = field(8, "runs of each arm of table3", "[1, 1000]")
-    other_seeds: int = field(5, "runs of each arm of table4, fig9 and methods; at most seeds",
-                             "[1, inf)")
+    other_seeds: int = field(5, "the same of table4, fig9 and methods; at most seeds", "[1, inf)")
     traj_lr: float | None = field(None, "learning rate that suits L_traj alone, for the controls "
                                   "of table3; defaults to lr", "(0, inf)")
-    shared_lambda: float | None = field(None, "lambda_adv with which one shared head pulls as "
-                                        "strongly as separate heads; defaults to lambda_adv",
-                                        "[0, inf)")
+    shared_lambda: float | None = field(None, "lambda_adv of one shared head that pulls as much as "
+                                        "separate ones; defaults to lambda_adv", "[0, inf)")
     perflow: list[float] | None = field(None, "learning rate and iterations of PeRFlow; defaults "
                                         "to lr and iterations", "(0, inf)")
     pcm: list[float] | None = field(None, "the same of phased consistency", "(0, inf)")
     dmd: list[float] | None = field(None, "the same of distribution matching", "(0, inf)")
     jobs: int = field(1, "runs at once; with several each process has one CPU thread", "[1, inf)")
-    synvid: str | None = field(None, "trajectories for the runs, made with --keep all; by default "
-                               "they are made in <run>/paper/synvid")
+    synvid: str | None = field(None, "SynVid made with --keep all; default: <run>/paper/synvid")
     launch: str = field("python", "starts a run, such as `torchrun --nproc-per-node 8`; only on "
                         "the command line")
     options: str = field("", "options of every training run, such as `lr=1e-5 iterations=600`; "
@@ -69,7 +64,6 @@ class Config(Shared):
 
 
 EVALUATION = ("seed", "prompts", "count", "batch", "directions", "c2st_steps")  # in every command
-COMMAND_LINE_ONLY = ("launch", "options")
 
 
 def as_options(values: dict) -> list[str]:
@@ -79,17 +73,14 @@ def as_options(values: dict) -> list[str]:
 
 
 def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Settings]:
-    """The shared settings that differ from the config file's, as options of every run; the settings
-    of an evaluation; and what the arms depend on. Raises ValueError for what cannot be run."""
-    stored = read_yaml(cfg.path, "paper", dataclasses.asdict(cfg))
-    for name in COMMAND_LINE_ONLY:
-        if name in stored:
+    """The shared settings of the command line, as options of every run; the settings of an
+    evaluation; and what the arms depend on. Raises ValueError for what cannot be run."""
+    for name in ("launch", "options"):
+        if name not in cfg.given and getattr(cfg, name) != getattr(Config, name):
             raise ValueError(f"{cfg.path}: paper.{name}: expected on the command line only, since "
                              f"a config file must not start programs: pass --{name} instead")
-    stored = dataclasses.asdict(Shared()) | stored
-    shared = as_options({f.name: getattr(cfg, f.name) for f in dataclasses.fields(Shared)
-                         if f.name not in ("run", "seed", "key")
-                         and getattr(cfg, f.name) != stored[f.name]})
+    shared = as_options({f.name: getattr(cfg, f.name) for f in fields(Shared)
+                         if f.name in cfg.given and f.name not in ("run", "seed", "key")})
     evaluation = load_config(evaluate.Config, "evaluate", [str(cfg.path), *shared, *as_options(
         {"seed": cfg.seed, "prompts": cfg.prompts, "count": cfg.count})])
     m_config = len(cfg.key) - 1
@@ -98,9 +89,6 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
             raise ValueError(f"m, steps: expected 1 … {cfg.n}, the teacher's steps, got {m}: "
                              "correct --m or --steps")
     training = load_config(distill.Config, "distill", [str(cfg.path), *shlex.split(cfg.options)])
-    if cfg.other_seeds > cfg.seeds:
-        raise ValueError(f"other_seeds: expected at most seeds, {cfg.seeds}, got "
-                         f"{cfg.other_seeds}: correct --seeds or --other_seeds")
     methods = {name: getattr(cfg, name) or [training.lr, training.iterations]
                for name in tables.METHODS}
     for name, values in methods.items():
@@ -110,10 +98,10 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
     shared_lambda = training.lambda_adv if cfg.shared_lambda is None else cfg.shared_lambda
     return shared, evaluation, tables.Settings(
         n=cfg.n, times=time_grid(cfg.family, cfg.n, cfg.shift).tolist(), m=cfg.m or m_config,
-        m_config=m_config, ladder=cfg.steps, seeds=cfg.seeds, other_seeds=cfg.other_seeds,
-        iterations=training.iterations, lr=training.lr, lambda_adv=training.lambda_adv,
-        clips=cfg.preset == "tiny", traj_lr=cfg.traj_lr or training.lr,
-        shared_lambda=shared_lambda, methods=methods)
+        m_config=m_config, ladder=cfg.steps, seeds=range(cfg.seeds),
+        other_seeds=range(min(cfg.other_seeds, cfg.seeds)), iterations=training.iterations,
+        lr=training.lr, lambda_adv=training.lambda_adv, clips=cfg.preset == "tiny",
+        traj_lr=cfg.traj_lr or training.lr, shared_lambda=shared_lambda, methods=methods)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,17 +123,15 @@ def main(argv: list[str] | None = None) -> None:
     plan = Plan(os.path.relpath(cfg.path), out,
                 (f"synvid={trajectories}", *shared, *shlex.split(cfg.options)),
                 (*shared, *as_options(measured)), (*shared, *as_options(others)),
-                tuple(shlex.split(cfg.launch)), cfg.jobs, 1 if cfg.jobs > 1 else None)
+                tuple(shlex.split(cfg.launch)), cfg.jobs)
     with lock_folder(out):
         if cfg.synvid is None and (chosen != ("fig5",) or evaluation.prompts is None):
             launch = plan.launch if cfg.jobs == 1 else (
                 "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
-            run_all([Run("SynVid", plan.command("synvid.py", out, "keep=all", *shared,
-                                                launch=launch), trajectories,
-                         "manifest.json")],
-                    plan, "SynVid")
+            command = plan.command("synvid.py", out, "keep=all", *shared, launch=launch)
+            run_all([Run(command, trajectories, "manifest.json")], plan, "SynVid")
         training = [plan.train(arm, seed) for table in chosen for arm in tables.arms_of(table, s)
-                    for seed in arm.seed_range]
+                    for seed in arm.seeds]
         run_all(dict.fromkeys(training), plan, "training runs")  # once: tables share arms
         evaluations = list(dict.fromkeys(run for table in chosen
                                          for run in tables.evaluations_of(table, s, plan)))
@@ -153,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         run_all(evaluations[1:], plan, "evaluations")
         if "fig6" in chosen:
             command = plan.command("tools.taps", out / "fig6", *plan.options, s.key)
-            run_all([Run("features", command, out / "fig6", "taps/taps.json")], plan, "fig6")
+            run_all([Run(command, out / "fig6", "taps/taps.json")], plan, "fig6")
         sections = {name: make_section(cfg, name, plan, s, trajectories, evaluation.prompts)
                     for name in chosen}
         page = tables.write_paper(plan, sections, {
@@ -165,14 +151,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, trajectories: Path,
                  prompts: str | None) -> tables.Section:
-    """One table or figure, from what was measured; prompts, a file that fig5 may read instead of
+    """One table or figure, from what was measured; prompts, a file that fig5 reads if there are no
     trajectories."""
-    if name == "fig5" and prompts is not None and not (trajectories / "manifest.json").exists():
-        images = sizes_of(cfg.preset).takes_image
-        return tables.fig5(plan, [prompt.text for prompt in read_prompts(prompts, images)])
     if name == "fig5":
-        return tables.fig5(plan, [stored_prompt(path)
-                                  for path in sorted(trajectories.glob("*/*.safetensors"))])
+        texts = [stored_prompt(path) for path in sorted(trajectories.glob("*/*.safetensors"))]
+        return tables.fig5(plan, texts or [prompt.text for prompt in read_prompts(
+            prompts, sizes_of(cfg.preset).takes_image)])
     if name not in ("table3", "table4", "methods"):
         return {"search": tables.search_table, "fig6": tables.fig6, "fig8": tables.fig8,
                 "fig9": tables.fig9, "ladder": tables.ladder}[name](plan, s)
@@ -199,9 +183,10 @@ TEACHER_CLIPS, COMPARED_CLIPS = 2048, 256
 def mismatches(cfg: Config, plan: Plan, trajectories: Path) -> dict[str, tuple[float, float]]:
     """M of Eq. 4 for each set that a method learned from: mean and standard error over videos."""
     def clips(name: str) -> torch.Tensor:
-        return open_safetensors(plan.clips / f"{name}.safetensors")["latents"].read()
+        return open_safetensors(folder / f"{name}.safetensors")["latents"].read()
 
-    keep_clips(cfg, plan.clips / "training.safetensors", SIZE, 0, TEACHER_CLIPS,
+    folder = plan.folder / "clips"  # which the baselines share
+    keep_clips(cfg, folder / "training.safetensors", SIZE, 0, TEACHER_CLIPS,
                pick_device(cfg.device))
     files = sorted(trajectories.glob("*/*.safetensors"))[:COMPARED_CLIPS]
     sets = {name: clips(name)[:COMPARED_CLIPS] for name in ("matched", "mismatched")}

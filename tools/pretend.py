@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed import fake_pg
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import flop_registry
@@ -179,10 +179,7 @@ KINDS = {"_allgather_base_": "all-gather", "allgather_": "all-gather", "alltoall
 
 def tensors_in(values: Any) -> list[Tensor]:
     """The tensors in a value or in nested lists of them."""
-    if isinstance(values, Tensor):
-        return [values]
-    return [x for value in values for x in tensors_in(value)] if isinstance(
-        values, (list, tuple)) else []
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def total_bytes(tensors: Any) -> int:

@@ -11,20 +11,19 @@ Out: peak memory of a GPU and what it consists of, for distill next to its memor
 distill runs an iteration at k = m - 1 (with iterations=1 only this one) and one at k = 0, synvid a
 batch of two steps, sample a batch of two steps (the teacher's with teacher=true), with all encoders
 and the VAE. The stage's own functions run on tensors without data ("fake" tensors of torch), as
-rank 0 of a process group that moves nothing. Few blocks are run, at two depths (`--depth all`: all
-blocks): every figure is linear in the depth at each point of the run. What a GPU adds is not
-counted: the CUDA context, workspaces of kernels and NCCL, fragmentation of the allocator.
+rank 0 of a process group that moves nothing. Few blocks are run, at two depths: every figure is
+linear in the depth at each point of the run. What a GPU adds is not counted: the CUDA context,
+workspaces of kernels and NCCL, fragmentation of the allocator.
 """
 
 import common  # noqa: F401 (before torch, see common)
 import argparse
 import contextlib
-import dataclasses
 import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,17 +38,17 @@ import model
 import sample
 import synvid
 from artifacts.videos import Video
-from common.config import Shared, load_config
+from common.config import load_config
 from common.files import ROOT, append_log, read_log
 from common.prompts import Prompt
 from common.ranks import Ranks, cli, compute_dtype
 from frozen.image import Conditioner
 from model import check_model, key_times, latent_shape, load_dit, sizes_of, time_grid
-from tools.networks import random_states
+from tools.networks import random_states, tokens_of
 from tools.pretend import Figures, Meter, nothing, pretended_ranks, total_bytes
 from training import checkpoint
 from training.data import Loader, trained_steps
-from training.memory import USABLE_MEMORY, memory_parts, meta_student
+from training.memory import USABLE_MEMORY, memory_parts
 from training.monitor import step_flops
 
 GiB = 2 ** 30
@@ -68,12 +67,6 @@ class NoTrajectories:
 
     def read(self, i: int, ks: list[int]) -> tuple[Tensor, dict, str]:
         return torch.zeros(len(ks), *self.manifest["shape"]), self.cond, ""
-
-
-def tokens_of(cfg: Shared) -> tuple[nn.Module, int]:
-    """The config's DiT on the meta device, and its tokens of a sample."""
-    dit = meta_student(sizes_of(cfg.preset), None)
-    return dit, math.prod(dit.token_grid(*latent_shape(cfg.frames, cfg.height, cfg.width)[1:]))
 
 
 def rehearse_distill(cfg: distill.Config, ranks: Ranks, meter: Meter) -> None:
@@ -165,15 +158,15 @@ STAGES: dict[str, tuple[type, Callable]] = {  # by the module that defines the s
 def shallow(sizes: model.Sizes, depth: int) -> model.Sizes:
     """Sizes with fewer blocks; depth in units of the smallest that keeps the ratio of kinds."""
     if sizes.family == "wan":
-        return dataclasses.replace(sizes, num_layers=depth)
+        return replace(sizes, num_layers=depth)
     unit = math.gcd(sizes.num_double, sizes.num_single)
-    return dataclasses.replace(sizes, num_double=sizes.num_double // unit * depth,
+    return replace(sizes, num_double=sizes.num_double // unit * depth,
                                num_single=sizes.num_single // unit * depth)
 
 
 def run_at(cfg: Any, gpus: int, sizes: model.Sizes) -> Figures:
     """The figures with a DiT of these sizes."""
-    cfg, full = dataclasses.replace(cfg), sizes_of(cfg.preset).num_layers
+    cfg, full = replace(cfg), sizes_of(cfg.preset).num_layers
     for name in ("tap", "tap_data"):
         if (tap := getattr(cfg, name, None)) is not None:
             setattr(cfg, name, math.ceil((tap + 1) * sizes.num_layers / full) - 1)
@@ -186,14 +179,13 @@ def run_at(cfg: Any, gpus: int, sizes: model.Sizes) -> Figures:
     return meter.figures
 
 
-def rehearse(cfg: Any, gpus: int, complete: bool = False) -> Figures:
-    """The figures at the full depth, from two runs with fewer blocks, or of one with
-    all blocks if `complete`."""
+def rehearse(cfg: Any, gpus: int) -> Figures:
+    """The figures at the full depth, from two runs with fewer blocks, if the DiT is deep."""
     sizes = sizes_of(cfg.preset)
     # At least three blocks of a kind: a first, a middle and a last one. At k = 0 a tap is at 2/3.
     with_tap = sizes.family == "wan" and getattr(cfg, "iterations", 1) > 1
     few, more = (shallow(sizes, depth) for depth in (3, 6 if with_tap else 4))
-    if complete or more.num_layers >= sizes.num_layers:
+    if more.num_layers >= sizes.num_layers:
         return run_at(cfg, gpus, sizes)
     a, b = (run_at(cfg, gpus, s) for s in (few, more))
     slope = (sizes.num_layers - few.num_layers) / (more.num_layers - few.num_layers)
@@ -273,14 +265,6 @@ def table_config(row: str, sp: int) -> distill.Config:
         *settings])
 
 
-def rehearse_cell(row: str, sp: int, gpus: int) -> dict:
-    """A cell of the table: bytes at the peak, CPU seconds, received bytes by kind of collective."""
-    started, figures = time.process_time(), rehearse(table_config(row, sp), gpus)
-    return {"row": row, "sp": sp, "gpus": gpus, "peak": sum(peak_of(figures).values()),
-            "seconds": time.process_time() - started,
-            "traffic": {key[1]: n for key, n in figures.items() if key[0] == "traffic"}}
-
-
 def make_table(path: Path) -> str:
     """GiB of a GPU and how far the plan is from it; GB that a rank of the last column receives for
     a micro-batch at k = m - 1, and the formulas of docs/scaling.md; CPU seconds of a rehearsal.
@@ -291,9 +275,13 @@ def make_table(path: Path) -> str:
     possible = [(row, sp, gpus) for row, sp in ROWS for gpus in GPUS if sp <= gpus
                 and sizes_of(table_config(row, sp).preset).num_heads % sp == 0]
     missing = [cell for cell in possible if cell not in cells]
-    for cell in tqdm(missing, "rehearse", unit="cell"):
-        cells[cell] = rehearse_cell(*cell)
-        append_log(path, cells[cell])
+    for row, sp, gpus in tqdm(missing, "rehearse", unit="cell"):
+        started, figures = time.process_time(), rehearse(table_config(row, sp), gpus)
+        cells[row, sp, gpus] = {
+            "row": row, "sp": sp, "gpus": gpus, "peak": sum(peak_of(figures).values()),
+            "seconds": time.process_time() - started,
+            "traffic": {key[1]: n for key, n in figures.items() if key[0] == "traffic"}}
+        append_log(path, cells[row, sp, gpus])
     lines = ["| | `sp` | 1 GPU | 4 GPUs | 8 GPUs | FSDP2 | all-to-all | s |", "|---" * 8 + "|"]
     for row, sp in ROWS:
         if (row, sp, GPUS[-1]) not in cells:
@@ -331,7 +319,6 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default="distill")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gib", type=float, default=80)
-    parser.add_argument("--depth", choices=("few", "all"), default="few")
     parser.add_argument("--table", type=Path)
     own, rest = parser.parse_known_args()
     if own.table is not None:
@@ -340,7 +327,7 @@ def main() -> None:
     cfg = load_config(STAGES[own.stage][0], own.stage, [own.config, "--weights=random", *rest],
                       __doc__, "-m tools.rehearse")
     check_model(cfg)
-    figures = rehearse(cfg, own.gpus, own.depth == "all")
+    figures = rehearse(cfg, own.gpus)
     plan = plan_of(cfg, own.gpus) if own.stage == "distill" else {}
     print(f"{own.stage}: {cfg.origin} on {own.gpus} GPUs, rehearsed in "
           f"{time.perf_counter() - started:.0f} s\n{format_figures(figures, plan, own.gib)}")

@@ -5,6 +5,7 @@ command has finished there, so that the same call skips it. A claim compares two
 kinds of training runs, over the seeds that both have.
 """
 
+import math
 import os
 import shlex
 import signal
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from common.config import load_yaml
 from common.files import ROOT, abbreviate, open_own, read_json, write_json
 from evaluation.page import ALL_TITLES, COLUMN_TITLES, markdown_table, plus_minus
-from evaluation.statistics import difference, holm
+from evaluation.statistics import difference, holm, jackknife_error
 
 # ----------------------------------------------------------------------------------------- runs
 
@@ -32,22 +33,14 @@ class Arm:
     """A kind of training run: its folder's name, its label, the options that define it."""
     name: str
     label: str
-    m: int
     options: tuple[str, ...]
-    seeds: int
+    seeds: range
     script: str = "distill.py"
-    first_seed: int = 0
-
-    @property
-    def seed_range(self) -> range:
-        """The seeds of its runs."""
-        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass(frozen=True)
 class Run:
     """A command, the folder in which done.json records its end, and a file that it writes there."""
-    label: str
     command: tuple[str, ...]
     folder: Path
     output: str
@@ -62,13 +55,7 @@ class Plan:
     evaluation: tuple[str, ...]                   # options of every evaluation
     search_evaluation: tuple[str, ...]            # of the search's: other captions and noise
     launch: tuple[str, ...]                       # python, or torchrun with its options
-    at_once: int
-    threads: int | None                           # per process; None: torch's default
-
-    @property
-    def clips(self) -> Path:
-        """The folder in which the baselines share encoded clips."""
-        return self.folder / "clips"
+    at_once: int                                  # if several, each process has one thread
 
     def command(self, script: str, folder: Path, *options: str,
                 launch: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -79,21 +66,18 @@ class Plan:
     def train(self, arm: Arm, seed: int) -> Run:
         """The training run of one arm with one seed."""
         folder = self.folder / arm.name / f"seed{seed}"
-        clips = [f"clips={self.clips}"] if arm.script == "tools.baselines" else []
-        return Run(f"{arm.label}, seed {seed}",
-                   self.command(arm.script, folder, f"seed={seed}", *self.options, *clips,
+        clips = [f"clips={self.folder / 'clips'}"] if arm.script == "tools.baselines" else []
+        return Run(self.command(arm.script, folder, f"seed={seed}", *self.options, *clips,
                                 *arm.options), folder, "student.safetensors")
 
-    def measure(self, name: str, label: str, students: list[Path],
-                names: list[str] | None = None) -> Run:
+    def measure(self, name: str, students: list[Path], names: list[str] | None = None) -> Run:
         """The evaluation of some students in <paper>/<name>, with pictures if they have names."""
         folder = self.folder / name
         options = self.search_evaluation if name == "search" else (
             f"teacher_samples={self.folder / 'teacher.safetensors'}", *self.evaluation)
         pictures = f"names={','.join(names)}" if names else "pictures=false"
-        return Run(f"{label}, evaluation", self.command(
-            "evaluate.py", folder, f"students={','.join(map(str, students))}", *options, pictures),
-            folder / "evaluate", "table.json")
+        return Run(self.command("evaluate.py", folder, f"students={','.join(map(str, students))}",
+                                *options, pictures), folder / "evaluate", "table.json")
 
     def student(self, arm: Arm, seed: int, iteration: int | None = None) -> Path:
         """The student's file of a training run, at its end or after some iterations."""
@@ -130,14 +114,14 @@ def is_done(run: Run, config: str) -> bool:
     return True
 
 
-def start(command: tuple[str, ...], log: Path, threads: int | None) -> subprocess.Popen:
+def start(command: tuple[str, ...], log: Path, one_thread: bool) -> subprocess.Popen:
     """Start a command with this Python; its output is appended to `log`."""
     first = {"python": [sys.executable],
              "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(
         filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
+    if one_thread:
+        environment["OMP_NUM_THREADS"] = "1"
     log.parent.mkdir(parents=True, exist_ok=True)
     with open_own(log, "a") as file:
         return subprocess.Popen([*first.get(command[0], command[:1]), *command[1:]], stdout=file,
@@ -148,7 +132,7 @@ def finish(run: Run, process: subprocess.Popen, config: str) -> None:
     """Record the end of a run. Raises ValueError with the end of its log if it failed."""
     if process.returncode or not (run.folder / run.output).exists():
         log = run.folder / "log.txt"
-        raise ValueError(f"{run.label}: `{shlex.join(run.command)}`: expected exit status 0 and "
+        raise ValueError(f"{run.folder}: `{shlex.join(run.command)}`: expected exit status 0 and "
                          f"{run.output}, got {process.returncode}: see the end of {log}:\n"
                          f"{log.read_text(encoding='utf-8')[-2000:].strip()}")
     write_json(run.folder / "done.json", done_record(run, config))
@@ -170,7 +154,7 @@ def run_all(runs: Iterable[Run], plan: Plan, label: str) -> None:
         while waiting or running:
             while waiting and len(running) < plan.at_once:
                 run = waiting.pop(0)
-                running[run] = start(run.command, run.folder / "log.txt", plan.threads)
+                running[run] = start(run.command, run.folder / "log.txt", plan.at_once > 1)
             for run in [run for run, process in running.items() if process.poll() is not None]:
                 finish(run, running.pop(run), plan.config)
                 bar.update()
@@ -197,10 +181,6 @@ class Measured:
     teacher_m: dict
     rows: list[dict]
     command: str
-
-    @property
-    def m(self) -> int:
-        return self.teacher_m["m"]
 
     @property
     def all_rows(self) -> list[dict]:
@@ -254,13 +234,14 @@ def compare(ours: Measured, theirs: Measured, name: str) -> dict:
     column, shortfall = SHORTFALLS[name]
     values = [[shortfall(row[column][0]) for row in arm.rows] for arm in (ours, theirs)]
     if column == "c2st":  # the scatter of the test decisions, of which no replicates are kept
-        own = [sum(row[column][1] ** 2 for row in arm.rows) / len(arm.rows)
-               for arm in (ours, theirs)]
-        found = difference(*values, videos_variance=sum(own))
+        videos = sum(sum(row[column][1] ** 2 for row in arm.rows) / len(arm.rows)
+                     for arm in (ours, theirs)), math.inf
     else:
-        left = [shortfall(torch.tensor([row["left"][column] for row in arm.rows],
-                                       dtype=torch.float64)) for arm in (ours, theirs)]
-        found = difference(*values, *left)
+        pairs = min(map(len, values))
+        a, b = (shortfall(torch.tensor([row["left"][column] for row in arm.rows[:pairs]],
+                                       dtype=torch.float64)) for arm in (ours, theirs))
+        videos = jackknife_error((a - b).mean(0)) ** 2, a.shape[1] - 1
+    found = difference(*values, videos)
     half, mean = found["half"], found["difference"]
     return found | {"verdict": "undecided" if half is None or abs(mean) <= half else
                     "holds" if mean < 0 else "does not hold"}
@@ -287,9 +268,8 @@ def without_errors(row: dict) -> dict:
     return {name: (value[0], None) if name in ALL_TITLES else value for name, value in row.items()}
 
 
-def table_lines(rows: Iterable[dict]) -> list[str]:
+def table_lines(rows: list[dict]) -> list[str]:
     """A table of teachers and arms, mean ± standard error over seeds."""
-    rows = list(rows)
     columns = [name for name in (*COLUMN_TITLES, "all") if name in rows[0]]
     return markdown_table(
         ["", "seeds", *(ALL_TITLES[name] for name in columns)],

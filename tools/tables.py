@@ -34,8 +34,8 @@ class Settings:
     m: int                                        # steps of all tables but table4 and the ladder
     m_config: int                                 # the config's own steps
     ladder: list[int]                             # steps
-    seeds: int                                    # of table3
-    other_seeds: int                              # of table4, fig9 and other methods
+    seeds: range                                  # of table3
+    other_seeds: range                            # of table4, fig9 and other methods
     iterations: int
     lr: float
     lambda_adv: float
@@ -55,9 +55,9 @@ class Settings:
         return max(1, self.iterations // 4)
 
     @property
-    def fig9_iterations(self) -> list[int | None]:
-        """The points of fig9; None is the end of the run."""
-        return [*range(self.fig9_every, self.iterations, self.fig9_every), None]
+    def fig9_points(self) -> list[int]:
+        """The iterations that fig9 shows, to the end of the run."""
+        return [*range(self.fig9_every, self.iterations, self.fig9_every), self.iterations]
 
 
 def even_key(n: int, m: int) -> list[int]:
@@ -81,19 +81,18 @@ def key_option(key: list[int]) -> str:
     return f"key={','.join(map(str, key))}"
 
 
-def full_arm(s: Settings, m: int, seeds: int) -> Arm:
+def full_arm(s: Settings, m: int, seeds: range) -> Arm:
     """The complete method with m steps; it exports students over iterations for fig9."""
-    options = [key_option(even_key(s.n, m))]
-    if m == s.m:
-        options.append(f"export_every={s.fig9_every}")
-    return Arm(f"full-m{m}", "L_traj + L_adv, a head per timestep", m, tuple(options), seeds)
+    export = (f"export_every={s.fig9_every}",) if m == s.m else ()
+    return Arm(f"full-m{m}", "L_traj + L_adv, a head per timestep",
+               (key_option(even_key(s.n, m)), *export), seeds)
 
 
 def parts_arms(s: Settings) -> list[Arm]:
     """L_traj alone, one shared head and the complete method; each also with a control's setting:
     L_traj's own best learning rate, and a shared head that pulls as strongly as separate ones."""
     def arm(name: str, label: str, *options: str) -> Arm:
-        return Arm(f"{name}-m{s.m}", label, s.m, (s.key, *options), s.seeds)
+        return Arm(f"{name}-m{s.m}", label, (s.key, *options), s.seeds)
 
     rate, dose = f"lr={s.traj_lr:g}", f"lambda_adv={s.shared_lambda:g}"
     shared, full = "L_traj + L_adv, one shared head", "L_traj + L_adv, a head per timestep"
@@ -117,34 +116,33 @@ def method_arms(s: Settings) -> list[Arm]:
     for method, label in METHODS.items():
         lr, iterations = s.methods[method]
         captions = {"captions": "captions alone"} if method == "dmd" else {}
-        arms += [Arm(f"{method}-{name}", f"{label} on {title}", s.m,
+        arms += [Arm(f"{method}-{name}", f"{label} on {title}",
                      (*method_options(s, method, name), f"lr={lr:g}", f"iterations={iterations:g}"),
                      s.other_seeds, "tools.baselines")
                  for name, title in {**captions, **data}.items()]
     return arms
 
 
-SEARCHED = (1, 3, 10)  # learning rates in units of the config's; each with 1 and 2 times its length
-DOSES = (1, 1.5, 2)  # λ_adv of a shared head in units of the config's
-SEARCH_SEED = 100  # which no table has
+SEARCH_SEEDS = range(100, 101)  # which no table has
 
 
 def search_arms(s: Settings) -> list[Arm]:
-    """The same search for every method, on other captions and noise: rates and lengths, λ."""
+    """The same search for every method, on other captions and noise: learning rates and lengths,
+    and λ_adv of a shared head, in units of the config's."""
     kinds = {"traj": ("L_traj alone", "distill.py", (s.key, "adv=false")),
              "full": ("L_traj + L_adv", "distill.py", (s.key,))} | {
         method: (label, "tools.baselines",
                  method_options(s, method, "captions" if method == "dmd" else "samples"))
         for method, label in METHODS.items()}
-    arms = [Arm(f"search/shared-{dose}", f"one shared head, λ = {dose * s.lambda_adv:g}", s.m,
-                (s.key, "heads=shared", f"lambda_adv={dose * s.lambda_adv:g}"), 1,
-                first_seed=SEARCH_SEED) for dose in DOSES]
+    arms = [Arm(f"search/shared-{dose}", f"one shared head, λ = {dose * s.lambda_adv:g}",
+                (s.key, "heads=shared", f"lambda_adv={dose * s.lambda_adv:g}"), SEARCH_SEEDS)
+            for dose in (1, 1.5, 2)]
     for name, (label, script, options) in kinds.items():
-        for length, rate in itertools.product((1, 2), SEARCHED):
+        for length, rate in itertools.product((1, 2), (1, 3, 10)):
             lr, iterations = f"lr={rate * s.lr:g}", length * s.iterations
             arms.append(Arm(f"search/{name}-{rate}-{length}",
-                            f"{label}, {lr}, {iterations} iterations", s.m,
-                            (*options, lr, f"iterations={iterations}"), 1, script, SEARCH_SEED))
+                            f"{label}, {lr}, {iterations} iterations",
+                            (*options, lr, f"iterations={iterations}"), SEARCH_SEEDS, script))
     return arms
 
 
@@ -153,14 +151,14 @@ def arms_of(table: str, s: Settings) -> list[Arm]:
     if table == "search":
         return search_arms(s)
     if table == "ladder":
-        return [full_arm(s, m, 1) for m in s.ladder]
+        return [full_arm(s, m, range(1)) for m in s.ladder]
     if table == "table4":
         return [arm for m in dict.fromkeys((s.m_config, s.m)) for arm in (
             full_arm(s, m, s.seeds if m == s.m else s.other_seeds),
-            Arm(f"uniform-m{m}", "uniform key timesteps", m,
-                (key_option(uniform_key(s.times, m)),), s.other_seeds))]
+            Arm(f"uniform-m{m}", "uniform key timesteps", (key_option(uniform_key(s.times, m)),),
+                s.other_seeds))]
     parts, full = parts_arms(s), full_arm(s, s.m, s.seeds)
-    adv = Arm(f"adv-m{s.m}", "L_adv alone", s.m,
+    adv = Arm(f"adv-m{s.m}", "L_adv alone",
               (s.key, "traj=false", f"export_every={s.fig9_every}"), s.other_seeds)
     return {"table3": parts, "methods": [full, *method_arms(s)], "fig8": [parts[0], full],
             "fig9": [adv, full]}.get(table, [])
@@ -171,15 +169,14 @@ def evaluations_of(table: str, s: Settings, plan: Plan) -> list[Run]:
     arms = arms_of(table, s)
     if table in ("ladder", "fig8"):
         names = ["student"] * len(arms) if table == "ladder" else ["L_traj alone", "full"]
-        return [plan.measure(table, table, [plan.student(arm, 0) for arm in arms], names)]
+        return [plan.measure(table, [plan.student(arm, 0) for arm in arms], names)]
     if table == "search":
-        return [plan.measure(table, table, [plan.student(arm, SEARCH_SEED) for arm in arms])]
+        return [plan.measure(table, [plan.student(arm, *SEARCH_SEEDS) for arm in arms])]
     if table == "fig9":
-        return [plan.measure(f"{arm.name}-at-{i or s.iterations}",
-                             f"{arm.label}, iteration {i or s.iterations}",
-                             [plan.student(arm, seed, i) for seed in range(s.other_seeds)])
-                for arm in arms for i in s.fig9_iterations]
-    return [plan.measure(arm.name, arm.label, [plan.student(arm, seed) for seed in arm.seed_range])
+        return [plan.measure(f"{arm.name}-at-{i}", [
+            plan.student(arm, seed, i if i < s.iterations else None) for seed in s.other_seeds])
+            for arm in arms for i in s.fig9_points]
+    return [plan.measure(arm.name, [plan.student(arm, seed) for seed in arm.seeds])
             for arm in arms]
 
 
@@ -196,7 +193,7 @@ class Section:
 
 def all_numbers(arms: dict[str, Measured], claims: list[dict]) -> dict:
     """Every per-seed row of the arms, and the claims."""
-    return {"arms": {name: {"label": arm.label, "m": arm.m, "command": arm.command,
+    return {"arms": {name: {"label": arm.label, "m": arm.teacher_m["m"], "command": arm.command,
                             "teacher": [arm.teacher_n, arm.teacher_m], "seeds": arm.rows}
                      for name, arm in arms.items()}, "claims": claims}
 
@@ -255,8 +252,8 @@ def arms_table(plan: Plan, s: Settings, table: str) -> Section:
     claims = make_claims([(text, arms[ours], arms[theirs])
                           for text, ours, theirs in claims_of(table, s)])
     lines, pictures = [], []
-    for m in dict.fromkeys(arm.m for arm in arms.values()):
-        same_m = [arm for arm in arms.values() if arm.m == m]
+    for m in dict.fromkeys(arm.teacher_m["m"] for arm in arms.values()):
+        same_m = [arm for arm in arms.values() if arm.teacher_m["m"] == m]
         grids = {str(arm.teacher_m["endpoint"]): arm for arm in same_m}  # by key timesteps
         teachers = [arm.teacher_m if len(grids) == 1 else
                     arm.teacher_m | {"label": f"{arm.teacher_m['label']}, {arm.label}"}
@@ -274,14 +271,14 @@ def search_table(plan: Plan, s: Settings) -> Section:
 
     The dose is the mean norm of λ_adv · g_adv, L_adv's gradient at the student, over a run.
     """
-    measured, arms = read_measured(plan, "search", f"seed {SEARCH_SEED}"), search_arms(s)
+    measured, arms = read_measured(plan, "search", "one seed"), search_arms(s)
     teachers, doses = [measured.teacher_n, measured.teacher_m], {}
     rows = [row | {"label": arm.label} for arm, row in zip(arms, measured.rows, strict=True)]
     for arm in arms:
-        log = read_log(plan.student(arm, SEARCH_SEED).parent / "distill/log.jsonl", "step")
-        if norms := [line["grad_adv"] for line in log if "grad_adv" in line]:
-            doses[arm.label] = statistics.fmean(norms)
-    lines = [*table_lines(map(without_errors, (*teachers, *rows))), "",
+        path = plan.student(arm, *SEARCH_SEEDS).parent / "distill/log.jsonl"
+        if log := read_log(path, "grad_adv"):
+            doses[arm.label] = statistics.fmean(line["grad_adv"] for line in log)
+    lines = [*table_lines([*map(without_errors, (*teachers, *rows))]), "",
              *markdown_table(["run", "dose"], [[label, f"{x:.4f}"] for label, x in doses.items()])]
     return Section(f"How rates, lengths and λ_adv were chosen, m = {s.m}, one seed", lines,
                    {"rows": rows, "teacher": teachers, "doses": doses})
@@ -319,17 +316,17 @@ def fig8(plan: Plan, s: Settings) -> Section:
     """Pictures of teacher@m, L_traj alone and the complete method."""
     rows = read_measured(plan, "fig8", "seed 0").all_rows
     return Section(f"Figure 8: what one sees, m = {s.m}, seed 0",
-                   table_lines(map(without_errors, rows)), {"rows": rows},
+                   table_lines([*map(without_errors, rows)]), {"rows": rows},
                    [plan.folder / "fig8/evaluate/ladder.png"])
 
 
 def fig9(plan: Plan, s: Settings) -> Section:
     """L_adv alone against the complete method, over iterations."""
-    points, arms, curves = [i or s.iterations for i in s.fig9_iterations], {}, {}
+    arms, curves = {}, {}
     for arm, colour in zip(arms_of("fig9", s), ("#b3402f", BLUE), strict=True):
         curve = {f"{arm.name}-at-{i}": read_measured(
-            plan, f"{arm.name}-at-{i}", f"{arm.label}, iteration {i}") for i in points}
-        curves[arm.label] = colour, points, [measured.mean for measured in curve.values()]
+            plan, f"{arm.name}-at-{i}", f"{arm.label}, iteration {i}") for i in s.fig9_points}
+        curves[arm.label] = colour, s.fig9_points, [measured.mean for measured in curve.values()]
         arms |= curve
     adv, full = (arms[f"{name}-m{s.m}-at-{s.iterations}"] for name in ("adv", "full"))
     claims = make_claims([("with L_traj nearer than L_adv alone, at the end", full, adv)])
@@ -351,7 +348,7 @@ def ladder(plan: Plan, s: Settings) -> Section:
         curves[label] = colour, [row["m"] for row in curve], curve
     draw_arms(path, {"endpoint": "endpoint error", "hf": "HF, 1 = slow teacher's"}, curves, "steps")
     return Section("The ladder: fewer and fewer steps, seed 0",
-                   table_lines(map(without_errors, rows)), {"rows": rows},
+                   table_lines([*map(without_errors, rows)]), {"rows": rows},
                    [plan.folder / "ladder/evaluate/ladder.gif", path])
 
 

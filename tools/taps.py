@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import distill
@@ -30,7 +29,6 @@ from common.files import write_json
 from common.names import fingerprint
 from common.ranks import (
     Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, setup_distributed)
-from distill import features, head_loss, make_heads, tap_blocks
 from evaluation.page import drawing
 from model import check_model, collate, load_dit, sample_euler
 
@@ -42,10 +40,8 @@ from model import check_model, collate, load_dit, sample_euler
 class Config(distill.Config):
     """Settings of distill.py, and which features to examine."""
     student: str | None = field(None, "file of a student that generates; default: the teacher")
-    videos: int | None = field(None, "last trajectories to use; default 128, or all if fewer",
-                               "[8, inf)")
-    blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; default: 8 "
-                                     "spread evenly")
+    videos: int | None = field(None, "last trajectories to use; default: up to 128", "[8, inf)")
+    blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; default: 8 evenly")
     frames_kept: int = field(2, "latent frames of each video whose features are kept", "[1, inf)")
     updates: int = field(64, "updates of a head, with lr_heads", "[1, inf)")
 
@@ -81,13 +77,13 @@ def head_accuracy(cfg: Config, real: Tensor, fake: Tensor, key: tuple) -> float:
     """Accuracy of a head, by its mean logit over a video's patches, on the second half of the
     videos; it is trained for cfg.updates on the first. real, fake [N,F,D,h,w]."""
     half, g = len(real) // 2, generator("taps", *key)
-    head = make_heads(cfg, real.shape[2])[0].to(real.device)
+    head = distill.make_heads(cfg, real.shape[2])[0].to(real.device)
     lr = cfg.lr if cfg.lr_heads is None else cfg.lr_heads
     opt = torch.optim.AdamW(head.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=0.0)
     for _ in range(cfg.updates):
         pick = torch.randint(half, (min(cfg.batch, half),), generator=g)
-        loss = head_loss(head(real[pick].float().flatten(0, 1)),
-                         head(fake[pick].float().flatten(0, 1)), cfg.adv_form)
+        loss = distill.head_loss(head(real[pick].float().flatten(0, 1)),
+                                 head(fake[pick].float().flatten(0, 1)), cfg.adv_form)
         loss.backward()
         opt.step()
         opt.zero_grad()
@@ -112,7 +108,7 @@ def first_component(x: Tensor) -> Tensor:
 def frame_features(cfg: Config, teacher: nn.Module, x: Tensor, t: float, cond: dict,
                   block: int) -> Tensor:
     """Features of latents x [B,C,T,H,W] in a few evenly spaced frames: [B,F,D,h,w] on the CPU."""
-    f = features(teacher, x, t, cond, block).unflatten(0, (len(x), -1))
+    f = distill.features(teacher, x, t, cond, block).unflatten(0, (len(x), -1))
     frames = torch.linspace(0, f.shape[1] - 1, min(cfg.frames_kept, f.shape[1])).round().long()
     return f[:, frames].to("cpu", compute_dtype(f.device))
 
@@ -136,18 +132,16 @@ def examine(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[
     teacher = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks)
     teacher.requires_grad_(False)
     dit = teacher if cfg.student is None else load_student(cfg, Path(cfg.student), device, ranks)
-    t_key, stored, generated, conds, found = data.t_key, [], [], [], []
+    t_key, batches, found = data.t_key, [], []
     for x_key, noise, cond in tqdm(load_videos(cfg, data, device), "generate",
                                    disable=ranks.rank > 0 or None):
         states = sample_euler(dit, noise.to(device), t_key[::-1], cond)
-        generated.append([noise, *(x.cpu() for x in states)][::-1])
-        stored.append(x_key)
-        conds.append(cond)
+        batches.append((x_key, [noise, *(x.cpu() for x in states)][::-1], cond))
     pairs = list(itertools.product(range(len(t_key) - 1), blocks))
     for k, block in tqdm(pairs, "blocks", disable=ranks.rank > 0 or None):
         real, fake = (torch.cat([
-            frame_features(cfg, teacher, x[k].to(device), t_key[k], cond, block)
-            for x, cond in zip(latents, conds, strict=True)]) for latents in (stored, generated))
+            frame_features(cfg, teacher, batch[i][k].to(device), t_key[k], batch[2], block)
+            for batch in batches]) for i in (0, 1))
         means = [x.float().mean((1, 3, 4)).to(device) for x in (real, fake)]
         found.append({"k": k, "t": t_key[k], "block": block, "probe": probe_accuracy(*means),
                       "head": head_accuracy(cfg, real.to(device), fake.to(device), (k, block)),
@@ -207,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     blocks = cfg.blocks or [round((i + 1) * depth / count) - 1 for i in range(count)]
     with lock_run_folder(Path(cfg.run) / "taps"):
         out = announce(cfg, "taps", ranks.rank)
-        found, taps = examine(cfg, data, ranks, blocks), tap_blocks(cfg, depth)
+        found, taps = examine(cfg, data, ranks, blocks), distill.tap_blocks(cfg, depth)
         if ranks.rank == 0:
             generator_name = "teacher" if cfg.student is None else "student"
             write_json(out / "taps.json", {"config": asdict(cfg), "D7": taps, "found": found})

@@ -8,7 +8,7 @@
 
 In:  VBench's files of prompts; then the …_eval_results.json that it wrote.
 Out: vbench.jsonl, one line per video with prompt, seed and file name: 5 videos per prompt, 25 for
-     flickering; then the table on the terminal and as SCORES/vbench.md and vbench.json.
+     flickering; then the table, as Markdown on the terminal.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from artifacts.videos import name_error, read_named_videos, write_named_videos
-from common.files import NUMBER, abbreviate, read_json, shape_error, write_json, write_text
+from common.files import NUMBER, abbreviate, read_json, shape_error
 from common.prompts import read_prompts
 from common.ranks import cli, seed_of
 
@@ -91,8 +91,8 @@ DIMENSIONS = QUALITY | SEMANTIC
 PAPER_TOTALS = {"total": 83.26, "quality": 84.58, "semantic": 77.96}
 
 
-def read_scores(folder: Path) -> tuple[dict[str, float], list[Path]]:
-    """The score of each dimension found in a folder and those below it, from 0 to 1; the files.
+def read_scores(folder: Path) -> dict[str, float]:
+    """The score of each dimension found in a folder and those below it, from 0 to 1.
 
     Raises FileNotFoundError if there is no result file, ValueError naming one that is not as
     VBench writes it, or has a dimension that is unknown or that another file has too.
@@ -114,7 +114,7 @@ def read_scores(folder: Path) -> tuple[dict[str, float], list[Path]]:
                 raise ValueError(f"{file}: {name}: expected [score, …] with a score from 0 to 1, "
                                  f"got {abbreviate(entry)}: evaluate this dimension again")
             scores[name] = float(score)
-    return scores, files
+    return scores
 
 
 def score_totals(scores: dict[str, float]) -> dict[str, float | None]:
@@ -145,21 +145,7 @@ def vbench_table(scores: dict[str, float]) -> str:
                      f"{dimension.paper:.2f} |")
     if missing := [name for name in DIMENSIONS if name not in scores]:
         lines += ["", f"Missing, so that there is no total: {', '.join(missing)}."]
-    return "\n".join(lines) + "\n"
-
-
-def report_scores(folder: Path) -> None:
-    """Print Table 1's columns for VBench's results; write them there as vbench.md and .json."""
-    scores, files = read_scores(folder)
-    table = vbench_table(scores)
-    write_text(folder / "vbench.md", table)
-    write_json(folder / "vbench.json", {
-        **score_totals(scores),
-        "dimensions": {name: {"score": score, "normalised": DIMENSIONS[name].normalise(score)}
-                       for name, score in scores.items()},
-        "missing": [name for name in DIMENSIONS if name not in scores],
-        "files": [str(file) for file in files]})
-    print(f"{table}\nvbench.md and vbench.json are in {folder}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -175,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scores", type=Path, help="folder of VBench's results to print")
     args = parser.parse_args(argv)
     if args.scores is not None:
-        return report_scores(args.scores)
+        return print(vbench_table(read_scores(args.scores)))
     if args.info is None or args.out is None or args.out.suffix != ".jsonl":
         parser.error("give --info FILE and --out FILE.jsonl, or --scores DIR")
     videos = expected_videos(args.info, args.prompts, args.flickering, args.seed)

@@ -289,7 +289,10 @@ def main(argv: list[str] | None = None) -> None:
     measures.measure_videos(models, vae, indices, captions[first:stop], images, oracle, examples,
                             device)
 
-    *models, reference = [gather(samples) for samples in (*models, reference)]
+    # All latents are gathered; ranks other than the first keep those that table_rows needs there.
+    needed = {0, len(models), *range(ranks.world - 1 - ranks.rank, len(models), ranks.world)}
+    *models, reference = [samples if ranks.rank == 0 or i in needed else None
+                          for i, samples in enumerate(map(gather, (*models, reference)))]
     rows = table_rows(cfg, models, reference.latents, ranks)
     if ranks.rank == 0:
         launch = ["torchrun", f"--nproc-per-node={ranks.world}"] if ranks.world > 1 else ["python"]

@@ -134,7 +134,7 @@ def first_header(folder: Path) -> dict[str, Any]:
     for part in sorted(folder.glob("[0-9]*")):  # not all of a large folder is listed
         for i in sorted(find_trajectories(folder, part.name)):
             with contextlib.suppress(*READ_ERRORS):
-                return read_header(trajectory_path(folder, i))
+                return read_header(safetensors_header(trajectory_path(folder, i)))
     return {}
 
 
@@ -211,9 +211,10 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     replace_file(path, lambda aside: aside.write_bytes(data))
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a trajectory's file. Raises one of READ_ERRORS if it is damaged."""
-    metadata, entries, _ = safetensors_header(path)
+def read_header(contents: tuple[dict, dict, int]) -> dict[str, Any]:
+    """The header of a trajectory, in what safetensors_header returned of its file. Raises one of
+    READ_ERRORS if it is damaged."""
+    metadata, entries, _ = contents
     text = parse_json(metadata["synvid"], "its header", HEADER_TYPES)
     header = text["trajectory"]
     if text["crc32"] != crc32_of_json(header) or sorted(entries) != sorted(header["crc32"]):
@@ -233,7 +234,8 @@ def read_trajectory(folder: Path, manifest: dict, i: int, points: Iterable[int],
     path, latents = trajectory_path(folder, i), []
     try:
         # Read, not mapped: an error of a network disk would end the process by a signal.
-        header, tensors = read_header(path), open_safetensors(path)
+        contents = safetensors_header(path)
+        header, tensors = read_header(contents), open_safetensors(path, contents)
         recorded, expected = header["manifest"], manifest_checksum(manifest)
         if (header["index"], recorded) != (i, expected):
             raise ValueError(f"it is trajectory {header['index']} of manifest {recorded}, not "
@@ -292,7 +294,8 @@ class SynVid:
         self.count, self.encoders = len(existing), first_header(self.folder).get("encoders")
         if gap := first_gap(existing) if existing else range(1):
             raise ValueError(f"{trajectory_path(self.folder, gap[0])}: is missing, the first of a "
-                             f"gap of {len(gap)}; {self.count} trajectories exist: rerun synvid.py")
+                             f"gap of {len(gap)}; {self.count} trajectories exist: finish by the "
+                             "same `python synvid.py` command")
 
     def __len__(self) -> int:
         return self.count

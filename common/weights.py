@@ -111,9 +111,10 @@ def safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, dict], int
     return metadata, entries, 8 + length
 
 
-def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Names and lazy tensors of one safetensors file. Raises as safetensors_header does."""
-    _, entries, data = safetensors_header(path)
+def open_safetensors(path: Path, header: tuple | None = None) -> dict[str, LazyTensor]:
+    """Names and lazy tensors of one safetensors file; header, safetensors_header(path), which is
+    read if it is not given. Raises as safetensors_header does."""
+    _, entries, data = header or safetensors_header(path)
     tensors = {}
     for name, entry in entries.items():
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])

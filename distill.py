@@ -217,7 +217,8 @@ class Config(Shared):
     synvid: str | None = field(None, "folder of trajectories; default <run>/synvid")
     iterations: int = field(1200, "k-steps (D2); the paper's 1200", "[1, inf)")
     batch: int = field(32, "samples per iteration over all ranks; the paper's 32", "[1, 1000000]")
-    micro_batch: int = field(1, "samples of one forward; gradients accumulate to batch", "[1, inf)")
+    micro_batch: int = field(1, "most samples in one forward; gradients accumulate to batch",
+                             "[1, inf)")
     lr: float = field(5e-6, "AdamW learning rate of the student; the paper's 5e-6", "(0, inf)")
     lr_final: float = field(1.0, "fraction of lr at the last iteration, reached linearly (D15); "
                             "other than 1 it fixes iterations", "[0, inf)")
@@ -225,7 +226,8 @@ class Config(Shared):
     beta1: float = field(0.0, "AdamW first moment decay (not stated in the paper; D16)", "[0, 1)")
     beta2: float = field(0.999, "AdamW second moment decay (not stated)", "[0, 1)")
     weight_decay: float = field(0.0, "AdamW weight decay (not stated)", "[0, inf)")
-    clip: float | None = field(1.0, "largest gradient norm (not stated), or none", "(0, inf)")
+    clip: float | None = field(1.0, "largest gradient norm of an update (not stated), or none",
+                               "(0, inf)")
     lambda_adv: float = field(0.1, "weight of L_adv; the paper's 0.1", "[0, inf)")
     traj: bool = field(True, "train on L_traj, Eq. 6")
     adv: bool = field(True, "train on L_adv, Eq. 7")
@@ -233,24 +235,35 @@ class Config(Shared):
     head_dim: int = field(128, "channels inside a head", "[1, 65536]")
     adv_form: Literal["nonsaturating", "printed", "hinge"] = field("nonsaturating", "see D5")
     updates: Literal["literal", "separate", "combined"] = field("combined", "see D6")
-    tap: int | None = field(None, "feature block for t'_k > 0; default the last (D7)", "[0, inf)")
-    tap_data: int | None = field(None, "the same for t'_0; default 2/3 of the depth", "[0, inf)")
-    experts: Literal["both", "high", "low"] = field("both", "of Wan 2.2 A14B; high before low")
-    high_student: str | None = field(None, "for experts low: what high wrote, if not in <run>")
-    held_out: int = field(32, "last trajectories, for evaluation alone", "[1, 1000000]")
+    tap: int | None = field(None, "feature block for t'_k > 0, 0-based; default the last (D7)",
+                            "[0, inf)")
+    tap_data: int | None = field(None, "feature block for t'_0; default at 2/3 of the depth (D7)",
+                                 "[0, inf)")
+    experts: Literal["both", "high", "low"] = field(
+        "both", "Wan 2.2 A14B's experts that this run trains; of two runs the first takes high")
+    high_student: str | None = field(None, "for experts low: the file that experts high wrote; "
+                                     "default <run>/student_high_noise.safetensors")
+    held_out: int = field(32, "last trajectories kept from training, for evaluation",
+                          "[1, 1000000]")
     eval_every: int = field(100, "iterations between evaluations", "[1, inf)")
     save_every: int = field(50, "iterations between checkpoints", "[1, inf)")
     keep: int = field(2, "checkpoints kept", "[1, inf)")
-    checkpointing: bool = field(True, "recompute blocks, and L_adv's step, in backward")
+    checkpointing: bool = field(True, "recompute each block's activations in backward, and the "
+                                "student's step of L_adv after the teacher's backward")
     compile: bool = field(False, "torch.compile every block")
-    lora: int | None = field(None, "train a LoRA of this rank, with a larger lr", "[1, inf)")
+    lora: int | None = field(None, "train a LoRA of this rank, which wants a larger lr, and write "
+                             "student_lora.safetensors too; default: train all weights", "[1, inf)")
     offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
-    sp: int = field(1, "ranks that share each sample's tokens (Ulysses)", "[1, inf)")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)",
+                    "[1, inf)")
     force_plan: bool = field(False, "start even if the memory plan does not fit the GPU")
-    export: Literal["official", "diffusers"] = field("official", "diffusers: its folder, too")
+    export: Literal["official", "diffusers"] = field("official", "diffusers: also write a folder "
+                                                     "for it next to student.safetensors")
     export_dtype: Literal["bf16", "fp16", "fp32"] = field("bf16", "of the student's file")
-    export_every: int | None = field(None, "iterations between exports of the student", "[1, inf)")
-    peak_tflops: float | None = field(None, "the device's, such as 989, for MFU", "(0, inf)")
+    export_every: int | None = field(None, "iterations between exports such as "
+                                     "student_000100.safetensors, or none", "[1, inf)")
+    peak_tflops: float | None = field(None, "device's dense peak for MFU, such as 989; default: "
+                                      "MFU is not logged", "(0, inf)")
 
 
 def check_config(cfg: Config, replicas: int) -> None:

@@ -92,17 +92,22 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
 @dataclass
 class Config(Shared):
     """Settings of an evaluation."""
-    prompts: str | None = field(None, "held-out captions; default: <weights>/prompts_heldout.*")
-    students: str | None = field(None, "files, with commas; defaults to <run>/student.safetensors")
-    names: str | None = field(None, "names with commas; pictures show all students, no mean row")
+    prompts: str | None = field(None, "held-out captions (.jsonl with images for I2V); defaults to "
+                                "<weights>/prompts_heldout.txt or .jsonl")
+    students: str | None = field(None, "files, separated by commas; defaults to "
+                                 "<run>/student.safetensors")
+    names: str | None = field(None, "names of the students, separated by commas; with names the "
+                              "pictures show every student and the mean row is left out")
     teacher_steps: list[int] | None = field(None, "further rows: the teacher with these numbers of "
                                             "steps, by Euler and, for Wan, by UniPC", "[1, 10000]")
-    count: int = field(96, "videos of each model and of the reference", "[3, 100000]")
+    count: int = field(96, "videos of each model, and of the independent teacher samples",
+                       "[3, 100000]")
     batch: int = field(32, "videos denoised at once", "[1, 10000]")
     directions: int = field(128, "random directions of sliced W", "[1, 1000000]")
     c2st_steps: int = field(100, "training iterations of the classifier of C2ST", "[1, inf)")
     pictures: bool = field(True, "also write videos, pictures and the page")
-    teacher_samples: str | None = field(None, "file of teacher@n's latents, else in <run>/evaluate")
+    teacher_samples: str | None = field(None, "file that keeps teacher@n's latents; defaults to "
+                                        "<run>/evaluate/teacher.safetensors")
 
 
 # What teacher@n's latents depend on besides weights, prompts and device.
@@ -196,13 +201,12 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     All ranks' latents are kept in a file, which is read instead if it was made with the same
     settings and the same `identity` of weights and prompts.
     """
-    path, _ = teacher_file(cfg)
+    path, stored = on_first_rank(lambda: teacher_file(cfg))
     labels = [f"teacher@{cfg.n}", f"teacher@{cfg.n}, other noise"]
     made_from = {**identity, "labels": labels, "batch": cfg.batch, "device": ranks.device.type,
                  "cfg_scale": cfg.guidance,
                  **{name: getattr(cfg, name) for name in SAMPLE_SETTINGS}}
 
-    stored = on_first_rank(lambda: teacher_file(cfg)[1])
     if stored["about"] == json.loads(json.dumps(made_from)):
         evaluations, file = cfg.n * (1 if unconds is None else 2), open_safetensors(path)
         return [measures.Samples(label, "teacher_n", cfg.n,
@@ -235,17 +239,21 @@ def gather(samples: measures.Samples) -> measures.Samples:
 
 # ------------------------------------------------------------------------------------- measuring
 
+def measured_here(ranks: Ranks, count: int) -> range:
+    """The indices of those of `count` models that this rank measures as sets of videos. The first
+    rank has the fewest, since it draws the pictures."""
+    return range(ranks.world - 1 - ranks.rank, count, ranks.world)
+
+
 def table_rows(cfg: Config, models: list[measures.Samples], reference: Tensor,
                ranks: Ranks) -> list[dict]:
-    """The table: a row for each model, and after several unnamed students the row of their mean.
-
-    Each rank measures some models; the first rank has the fewest, since it draws the pictures.
-    """
-    own = models[ranks.world - 1 - ranks.rank::ranks.world]
-    parts = gather_values([measures.table_row(model, models[0], reference, cfg.directions,
-                                              cfg.c2st_steps, ranks.device) for model in own])
-    measured, rows = [parts[-1 - i % ranks.world][i // ranks.world] for i in range(len(models))], []
-    for kind, group in itertools.groupby(measured, key=lambda row: row["kind"]):
+    """The table: a row for each model, and after several unnamed students the row of their mean."""
+    parts = gather_values({i: measures.table_row(models[i], models[0], reference, cfg.directions,
+                                                 cfg.c2st_steps, ranks.device)
+                           for i in measured_here(ranks, len(models))})
+    measured, rows = {i: row for part in parts for i, row in part.items()}, []
+    ordered = (measured[i] for i in range(len(models)))
+    for kind, group in itertools.groupby(ordered, key=lambda row: row["kind"]):
         block = list(group)
         rows += block
         if kind == "student" and len(block) > 1 and cfg.names is None:
@@ -290,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
                             device)
 
     # All latents are gathered; ranks other than the first keep those that table_rows needs there.
-    needed = {0, len(models), *range(ranks.world - 1 - ranks.rank, len(models), ranks.world)}
+    needed = {0, len(models), *measured_here(ranks, len(models))}
     *models, reference = [samples if ranks.rank == 0 or i in needed else None
                           for i, samples in enumerate(map(gather, (*models, reference)))]
     rows = table_rows(cfg, models, reference.latents, ranks)

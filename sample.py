@@ -112,21 +112,27 @@ def peak_bytes(device: torch.device) -> int:
 class Config(Shared):
     """Settings of a sampling run."""
     prompt: str = field("", "one prompt; it takes precedence over prompt_file")
-    prompt_file: str | None = field(None, "one per line, or another form of common/prompts.py")
-    image: str | None = field(None, "first frame, with --prompt; the video gets its shape")
+    prompt_file: str | None = field(None, "a prompt per line, or any form of common/prompts.py; "
+                                    'with images, lines {"prompt": "…", "image": "photo.jpg"}')
+    image: str | None = field(None, "first frame for an image-to-video model, with --prompt; the "
+                              "video has about the config's area in the shape of its image")
     teacher: bool = field(False, "sample the teacher, along its grid, instead of the student")
-    student: str | None = field(None, "its file or folder; none: <run>/student.safetensors")
+    student: str | None = field(None, "a student's file or folder, sampled at its own times, "
+                                "without guidance; none: <run>/student.safetensors")
     lora: str | None = field(None, "any LoRA that makes the DiT of `weights` a student")
     lora_scale: float = field(1.0, "factor of the LoRA's change")
     how: str | None = field(None, "a student's file: print how other programs run it, and exit")
     steps: int | None = field(None, "steps of the teacher's grid; none: n", "[1, 10000]")
-    solver: Literal["euler", "unipc"] = field("euler", "unipc, for Wan: at times of its own")
+    solver: Literal["euler", "unipc"] = field("euler", "unipc, for Wan: at times of its own, which "
+                                              "are not a student's key timesteps")
     count: int = field(1, "videos per prompt, with seeds seed, seed + 1, …", "[1, 100000]")
     batch: int = field(1, "videos denoised at once", "[1, 10000]")
-    peak_tflops: float | None = field(None, "the device's, such as 989, for MFU", "(0, inf)")
+    peak_tflops: float | None = field(None, "peak of the device for MFU, as 989; none: no MFU",
+                                      "(0, inf)")
     compile: bool = field(False, "torch.compile every block; minutes, counted apart")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
-    sp: int = field(1, "ranks that share each sample's tokens and the DiT's weights", "[1, inf)")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses), the DiT's weights and the "
+                    "tiles of HunyuanVideo's VAE", "[1, inf)")
 
 
 def check_options(cfg: Config) -> None:

@@ -72,18 +72,24 @@ def sample_trajectories(cfg: "Config", teacher: nn.Module, noise: Tensor, stored
 @dataclass
 class Config(Shared):
     """Settings of one job of stage 1."""
-    prompts: str = field("assets/tiny/prompts.txt", "one per line; .jsonl with images for I2V")
+    prompts: str = field("assets/tiny/prompts.txt",
+                         "UTF-8 text, one prompt per line; .jsonl of prompt and image for I2V")
     start: int = field(0, "first trajectory of this job", "[0, 1000000000]")
-    count: int | None = field(None, "of this job; none: one per prompt", "[1, 10000000]")
+    count: int | None = field(None, "trajectories of this job; none: up to one per prompt",
+                              "[1, 10000000]")
     keep: Literal["key", "all"] = field("key", "latents to store")
-    dtype: Literal["fp16", "fp32"] = field("fp16", "of stored latents (bf16 is too coarse)")
-    batch: int = field(16, "trajectories denoised at once, b·batch to (b+1)·batch", "[1, 10000]")
-    sp: int = field(1, "ranks that share each sample's tokens and the DiT's weights", "[1, inf)")
+    dtype: Literal["fp16", "fp32"] = field("fp16", "of stored latents; bf16 would put 5% noise on "
+                                           "Eq. 6")
+    batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)",
+                       "[1, 10000]")
+    sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights",
+                    "[1, inf)")
     cfg_parallel: bool = field(False, "the two evaluations of guidance on two groups of ranks")
     compile: bool = field(False, "torch.compile every block")
     verify: bool = field(False, "only read this job's trajectories and list the faulty ones")
     repair: bool = field(False, "verify, then make only missing and damaged trajectories again")
-    videos: int = field(8, "first trajectories that are also decoded to .mp4", "[0, inf)")
+    videos: int = field(8, "number of the first trajectories that are also decoded to .mp4",
+                        "[0, inf)")
 
 
 def job_indices(cfg: Config, prompts: list[Prompt]) -> range:

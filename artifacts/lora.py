@@ -157,8 +157,9 @@ def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
                 unused.append(name)
     if not changes:
         what = "" if is_lora(tensors) else f"{describe_model(tensors)}; it is not a LoRA"
-        raise ValueError(f"{path}: none of its {len(tensors)} tensors (such as {[*tensors][:1]}) "
-                         f"changes one of this DiT's{what}: give a LoRA for the DiT of `weights`")
+        raise ValueError(f"{path}: none of its {len(tensors)} tensors (such as "
+                         f"{next(iter(tensors), 'none')}) changes one of this DiT's{what}: give a "
+                         "LoRA for the DiT of `weights`")
     return changes, unused
 
 

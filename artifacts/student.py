@@ -85,7 +85,8 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
         for name in ("family", "preset", "embedded_guidance"):
             if facts[name] != getattr(cfg, name):
                 raise ValueError(f"{path}: the student's {name} is {abbreviate(facts[name])}, the "
-                                 f"config's '{getattr(cfg, name)}': use its own config")
+                                 f"config's '{getattr(cfg, name)}': use the config that it was "
+                                 "distilled with")
         if same_teacher and facts["teacher"] != (teacher := fingerprint(cfg.weights)):
             raise ValueError(f"{path}: the student was distilled from teacher {facts['teacher']}, "
                              f"{cfg.weights} is {teacher}: point `weights` at its teacher")

@@ -157,9 +157,10 @@ def test_the_host_s_plan_is_a_checkpoint_s_copy_moments_and_waiting_latents(many
     for offload, copies in ((False, 3), (True, 5)):
         said = host_plan(settings(offload=offload), 2 ** 30, 2, shape, many_ranks(8))
         assert f"{4 * copies + waiting / 2 ** 30:.2f} GiB a node" in said
-    assert "MORE THAN" not in host_plan(settings(), 1000, 2, (16, 2, 2, 2), many_ranks(8))
-    said = host_plan(settings(offload=True), 2 ** 60, 2, shape, many_ranks(8))
-    assert "MORE THAN THE" in said and "leave out --offload" in said
+    assert "AVAILABLE" not in host_plan(settings(), 1000, 2, shape, many_ranks(8))
+    if Path("/proc/meminfo").exists():
+        said = host_plan(settings(offload=True), 2 ** 60, 2, shape, many_ranks(8))
+        assert "MORE THAN THE" in said and "leave out --offload" in said
 
 
 def test_the_disk_must_hold_the_students_that_are_still_to_be_exported(tmp_path, monkeypatch,

@@ -50,7 +50,8 @@ class Config(distill.Config):
         "matched", "clips like the teacher's own, clips of smaller objects, or SynVid's l_0")
     data_count: int = field(1024, "videos to learn from", "[1, inf)")
     clips: str | None = field(None, "folder for encoded clips; default <run>/clips")
-    fake_updates: int = field(5, "dmd: updates of the fake score per student update", "[1, inf)")
+    fake_updates: int = field(5, "dmd: updates of the fake score per update of the student",
+                              "[1, inf)")
     simulate: bool = field(True, "dmd: the student's inputs come from its own steps from noise, so "
                            "that only the captions of the data are used; else from noised data")
 

@@ -58,7 +58,8 @@ from training.monitor import step_flops
 @dataclass
 class Config(Shared):
     """Settings of a measurement."""
-    minutes: float | None = field(None, "of all rows; default: 8 on a GPU, else 2", "[0, 10000]")
+    minutes: float | None = field(None, "time for all rows; defaults to 8 on a GPU, 2 on a CPU",
+                                  "[0, 10000]")
     only: str = field("", "measure only rows whose name contains this text")
     out: str | None = field(None, "JSON file for the results; defaults to <run>/bench.json")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses)", "[1, inf)")

@@ -41,20 +41,24 @@ class Config(Shared):
     """Settings of a set of tables."""
     tables: str = field("all", "all, or some of ladder, table3, table4, methods, fig5, fig6, fig8, "
                         "fig9, separated by commas; or search, which compares settings")
-    m: int | None = field(None, "steps, not of table4, ladder; default: the config's", "[1, inf)")
+    m: int | None = field(None, "steps of all but table4 and the ladder; defaults to the config's",
+                          "[1, inf)")
     steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder", "[1, 10000]")
     seeds: int = field(8, "runs of each arm of table3", "[1, 1000]")
-    other_seeds: int = field(5, "the same of table4, fig9 and methods; at most seeds", "[1, inf)")
+    other_seeds: int = field(5, "runs of each arm of table4, fig9 and methods; at most seeds",
+                             "[1, inf)")
     traj_lr: float | None = field(None, "learning rate that suits L_traj alone, for the controls "
                                   "of table3; defaults to lr", "(0, inf)")
-    shared_lambda: float | None = field(None, "lambda_adv of one shared head that pulls as much as "
-                                        "separate ones; defaults to lambda_adv", "[0, inf)")
+    shared_lambda: float | None = field(None, "lambda_adv with which one shared head pulls as "
+                                        "strongly as separate heads; defaults to lambda_adv",
+                                        "[0, inf)")
     perflow: list[float] | None = field(None, "learning rate and iterations of PeRFlow; defaults "
                                         "to lr and iterations", "(0, inf)")
     pcm: list[float] | None = field(None, "the same of phased consistency", "(0, inf)")
     dmd: list[float] | None = field(None, "the same of distribution matching", "(0, inf)")
     jobs: int = field(1, "runs at once; with several each process has one CPU thread", "[1, inf)")
-    synvid: str | None = field(None, "SynVid made with --keep all; default: <run>/paper/synvid")
+    synvid: str | None = field(None, "trajectories for the runs, made with --keep all; by default "
+                               "they are made in <run>/paper/synvid")
     launch: str = field("python", "starts a run, such as `torchrun --nproc-per-node 8`; only on "
                         "the command line")
     options: str = field("", "options of every training run, such as `lr=1e-5 iterations=600`; "

@@ -40,8 +40,10 @@ from model import check_model, collate, load_dit, sample_euler
 class Config(distill.Config):
     """Settings of distill.py, and which features to examine."""
     student: str | None = field(None, "file of a student that generates; default: the teacher")
-    videos: int | None = field(None, "last trajectories to use; default: up to 128", "[8, inf)")
-    blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; default: 8 evenly")
+    videos: int | None = field(None, "last trajectories to use; default 128, or all if fewer",
+                               "[8, inf)")
+    blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; default: 8 "
+                                     "spread evenly")
     frames_kept: int = field(2, "latent frames of each video whose features are kept", "[1, inf)")
     updates: int = field(64, "updates of a head, with lr_heads", "[1, inf)")
 

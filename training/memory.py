@@ -2,8 +2,10 @@
 
 import math
 import os
+import sys
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,10 +93,11 @@ def host_plan(cfg: Any, parameters: int, moments: int, shape: tuple[int, ...],
     need = 4 * parameters * (1 + moments * (1 + cfg.offload)) * local_ranks / ranks.world
     need += local_ranks * waiting_latents(cfg, shape, ranks.dp_size)
     text = f"  host memory     {need / 2 ** 30:9.2f} GiB a node, most of it a checkpoint's copy"
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if memory < need:
-        text += (f": MORE THAN THE {memory / 2 ** 30:.0f} GiB THAT IT HAS; use more nodes"
-                 f"{', or leave out --offload' if cfg.offload else ''}")
+    lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
+    for line in lines:
+        if line.startswith("MemAvailable:") and int(line.split()[1]) * 1024 < need:
+            text += (f": MORE THAN THE {int(line.split()[1]) / 2 ** 20:.0f} GiB AVAILABLE; use "
+                     "more nodes" + (", or leave out --offload" if cfg.offload else ""))
     return text
 
 

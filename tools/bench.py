@@ -93,6 +93,7 @@ def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
     """The result of work(), the bytes of CPU tensors that it leaves, and their peak meanwhile.
 
     Counted from torch's allocations: the growth of the process depends on what it freed before.
+    What another thread frees, as gloo's may after a collective, is not recorded, and stays counted.
     """
     gc.collect()  # else what earlier work left is freed meanwhile, and counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -138,8 +138,8 @@ def test_a_large_matrix_s_randomised_decomposition_is_near_the_exact_one():
     assert torch.equal(A, again)
 
 
-def test_the_command_writes_file_table_and_plot_and_sample_uses_it(tiny_weights, make_config,
-                                                                   tmp_path, capsys):
+def test_the_command_writes_file_and_table_and_sample_uses_it(tiny_weights, make_config, tmp_path,
+                                                              capsys):
     config = make_config(n=4, key=[0, 1, 4], lora={"rank": 8})
     write_student(tmp_path / "run/student.safetensors", tiny_weights, moved=0.002, height=16,
                   width=16, frames=5, fps=8, dtype="fp32")
@@ -157,11 +157,7 @@ def test_the_command_writes_file_table_and_plot_and_sample_uses_it(tiny_weights,
     table = json.loads(out.with_suffix(".json").read_text())
     names = dict(build_dit("tiny").named_parameters())
     assert {row["name"] for row in table["rows"]} == names.keys()
-    layers = extract_lora.rows_by_layer(table["rows"])
-    assert len(layers) == 10 and "ffn.0" in layers
-    assert all([row["block"] for row in rows] == [0, 1, 2] for rows in layers.values())
     assert len(table["rows"]) == len(names) and table["energy"]["all"] == pytest.approx(1, abs=1e-3)
-    assert out.with_suffix(".png").stat().st_size > 1000
     videos = {}
     for who, options in {"student": [], "lora": ["--lora", out],
                          "none": ["--lora", out, "--lora_scale", "0"]}.items():

@@ -5,7 +5,7 @@
 
 In:  the teacher's weights and the student that distill.py made from them.
 Out: <run>/student_lora_rank32.safetensors (or --out), fp16, for ComfyUI, diffusers, LightX2V and
-     sample.py; next to it the energy that each layer keeps, as .json and as a plot.
+     sample.py; next to it a .json with the energy that each layer keeps.
 
 A matrix's difference Δ = W_student - W_teacher is cut to its first r singular values: Δ ≈ B·A with
 B = U√S, A = √S Vᵀ, the nearest of that rank (Eckart and Young). Of Wan, other parameters are stored
@@ -14,7 +14,6 @@ as full differences; of HunyuanVideo, the file has only the matrices of the bloc
 """
 
 import functools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from common.config import Shared, announce, field, load_config
 from common.files import replace_file, write_json
 from common.names import dit_tensors, fingerprint
 from common.ranks import cli, generator, pick_device
-from common.video import draw_panels
 from common.weights import LazyTensor, describe_model, lazy_tensor
 from experts import by_expert, with_level
 from model import check_model
@@ -139,42 +137,25 @@ def energy_kept(rows: list[dict]) -> float:
     return sum(row["square"] * row["energy"] for row in rows) / square if square else 1.0
 
 
-def rows_by_layer(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows of the blocks' matrices by their names inside a block, each with its block's number."""
-    layers: dict[str, list[dict]] = {}
-    for row in rows:
-        if row["form"] == "matrix" and (match := re.search(r"blocks\.(\d+)\.", row["name"])):
-            layer = row["name"].replace(f"{match[1]}.", "", 1).removesuffix(".weight")
-            layers.setdefault(layer.removeprefix("blocks."), []).append(
-                {"block": int(match[1]), **row})
-    return layers
-
-
 def write_energy(cfg: Config, rows: list[dict], out: Path, first: Path) -> None:
-    """Write the table as JSON and as a plot; print the sums. first, as in main."""
+    """Write the table as JSON; print the sums. first, as in main."""
     sums = {"all": energy_kept(rows),
             "matrices": energy_kept([row for row in rows if row["form"] == "matrix"])}
     write_json(out.with_suffix(".json"), {"energy": sums, "rank": cfg.rank, "rows": rows})
-    layers = rows_by_layer(rows).items()
-    draw_panels(out.with_suffix(".png"), {
-        title: [(column, layer, points, "o-") for layer, points in layers]
-        for title, column in ((f"energy kept at rank {cfg.rank}", "energy"),
-                              ("‖Δ‖ / ‖W‖", "relative"))}, x="block", linear=("energy",))
     print(f"energy kept: {sums['all']:.4f} of all that changed, {sums['matrices']:.4f} of the "
-          f"matrices in the file; per layer: {out.with_suffix('.json')}, .png")
+          f"matrices in the file; per layer: {out.with_suffix('.json')}")
     print(f"{first}: {first.stat().st_size / 1e6:.3g} MB; use it by `python sample.py {cfg.path} "
           f"--lora {first}`; in ComfyUI, diffusers and LightX2V as `python sample.py --how "
           f"{first}` prints")
 
 
 def check_out(out: Path, first: Path) -> None:
-    """Raise ValueError for a name without the suffix, or if the file, its table or its plot would
-    replace one of another kind: only a LoRA that this command extracted may be there."""
+    """Raise ValueError for a name without the suffix, or if the file or its table would replace one
+    of another kind: only a LoRA that this command extracted may be there."""
     if out.suffix != ".safetensors":
         raise ValueError(f"out: expected a name that ends in .safetensors, got {out}: add the "
                          "suffix")
-    existing = [path for path in (first, *map(out.with_suffix, (".json", ".png")))
-                if path.exists()]
+    existing = [path for path in (first, out.with_suffix(".json")) if path.exists()]
     ours = first.is_file() and "lora_rank" in facts_in(first)
     if existing and not ours:
         raise ValueError(f"out: {existing[0]} exists, and is not of a LoRA that this command "

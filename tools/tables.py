@@ -369,11 +369,8 @@ def fig5(plan: Plan, prompts: list[str]) -> Section:
         "prompts": len(lengths), "different": len(set(prompts)), "words": words}, [path])
 
 
-def fig6(plan: Plan, s: Settings) -> Section:
-    """How well features of the teacher's blocks detect few-step latents, by tools.taps.
-
-    The small world's features have 4×4 cells, which show nothing: there it has numbers only.
-    """
+def fig6(plan: Plan, _: Settings) -> Section:
+    """How well features of the teacher's blocks detect few-step latents, by tools.taps."""
     taps = read_json(plan.folder / "fig6/taps/taps.json",
                      {"found": [{"block": int, "k": int, "probe": NUMBER, "head": NUMBER}]})
     entries = {(entry["block"], entry["k"]): entry for entry in taps["found"]}
@@ -385,7 +382,7 @@ def fig6(plan: Plan, s: Settings) -> Section:
     lines = markdown_table(["block", *(f"t'_{k}: probe, head" for k in ks)], rows)
     return Section("Figure 6: how well the teacher's features detect few-step latents", lines,
                    {"D7": taps["D7"], "found": taps["found"]},
-                   [] if s.clips else [plan.folder / "fig6/taps/taps.png"])
+                   [plan.folder / "fig6/taps/taps.png"])
 
 
 # ----------------------------------------------------------------------------------------- page

@@ -5,7 +5,7 @@
 
 In:  <run>/synvid (or --synvid) and the teacher's folder; settings as in distill.py's section.
 Out: <run>/taps/taps.json and taps.png: by key timestep t'_k and block of the teacher, the accuracy
-     of a linear probe and of a head as in distill.py, and a picture of the features.
+     of a linear probe and of a head as in distill.py.
 Generated latents are the teacher's own in as few steps as `key` has, or a student's. Where both
 accuracies are high, a head can learn what to repair: use that block as `tap` (t'_k > 0) or
 `tap_data` (t'_0). Half of the videos train, the others test.
@@ -29,7 +29,7 @@ from common.files import write_json
 from common.names import fingerprint
 from common.ranks import (
     Ranks, cli, compute_dtype, draw_noise, generator, lock_run_folder, setup_distributed)
-from evaluation.page import drawing
+from common.video import draw_panels
 from model import check_model, collate, load_dit, sample_euler
 
 # N videos, F frames kept of each, D channels, h w the grid of features. Cost: two forwards of the
@@ -95,15 +95,6 @@ def head_accuracy(cfg: Config, real: Tensor, fake: Tensor, key: tuple) -> float:
     return float(torch.cat((logits[0] > 0, logits[1] < 0)).float().mean())
 
 
-def first_component(x: Tensor) -> Tensor:
-    """First principal component of features [F,D,h,w] over their positions: [F,h,w] in [0, 1]."""
-    rows = x.float().permute(0, 2, 3, 1).flatten(0, 2)
-    rows = rows - rows.mean(0)
-    _, _, v = torch.linalg.svd(rows, full_matrices=False)
-    values = (rows @ v[0]).view(x.shape[0], *x.shape[2:])
-    return (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
-
-
 # ---------------------------------------------------------------------------------- features
 
 @torch.no_grad()
@@ -129,7 +120,7 @@ def load_videos(cfg: Config, data: SynVid, device: torch.device) -> list[tuple]:
 
 
 def examine(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[dict]:
-    """For each block and k: accuracies of probe and head, and the picture of one video."""
+    """For each block and k: accuracies of probe and head."""
     device = ranks.device
     teacher = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks)
     teacher.requires_grad_(False)
@@ -146,41 +137,17 @@ def examine(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[
             for batch in batches]) for i in (0, 1))
         means = [x.float().mean((1, 3, 4)).to(device) for x in (real, fake)]
         found.append({"k": k, "t": t_key[k], "block": block, "probe": probe_accuracy(*means),
-                      "head": head_accuracy(cfg, real.to(device), fake.to(device), (k, block)),
-                      "picture": first_component(real[0])[-1].tolist()})
+                      "head": head_accuracy(cfg, real.to(device), fake.to(device), (k, block))})
     return found
 
 
 def draw(path: Path, found: list[dict], taps: list[int], title: str) -> None:
-    """Plot the accuracies by block and k, with D7's blocks framed, and the pictures."""
-    from matplotlib.patches import Rectangle
-
-    ks = sorted({entry["k"] for entry in found}, reverse=True)
-    blocks = sorted({entry["block"] for entry in found})
-    entries = {(entry["k"], entry["block"]): entry for entry in found}
-    with drawing(path, 3 + 3.3 * len(ks), 1.6 + 0.62 * len(blocks)) as figure:
-        left, right = figure.subfigures(1, 2, width_ratios=[2, 1.2])
-        for axes, name in zip(left.subplots(1, 2, sharey=True), ("probe", "head"), strict=True):
-            values = [[entries[k, block][name] for k in ks] for block in blocks]
-            axes.imshow(values, vmin=0.5, vmax=1.0, cmap="viridis", aspect="auto")
-            for i, line in enumerate(values):
-                for j, value in enumerate(line):
-                    axes.text(j, i, f"{value:.2f}", ha="center", va="center",
-                              color="white" if value < 0.8 else "black", fontsize=9)
-            for j, k in enumerate(ks):
-                if taps[k] in blocks:
-                    axes.add_patch(Rectangle((j - 0.48, blocks.index(taps[k]) - 0.48), 0.96, 0.96,
-                                             fill=False, ec="#d0342c", lw=2))
-            axes.set_xticks(range(len(ks)), [f"t'{k}" for k in ks])
-            axes.set_yticks(range(len(blocks)), [f"block {block}" for block in blocks])
-            axes.set_title({"probe": "linear probe", "head": "head"}[name])
-        grid = right.subplots(len(blocks), len(ks), squeeze=False)
-        for line, block in zip(grid, blocks, strict=True):
-            for axes, k in zip(line, ks, strict=True):
-                axes.imshow(entries[k, block]["picture"], cmap="magma")
-                axes.set(xticks=[], yticks=[])
-        right.suptitle("first principal component", fontsize=10)
-        figure.suptitle(f"{title}: fraction of videos classified correctly; red: D7", fontsize=10)
+    """Plot the accuracies over the blocks, a curve for each k."""
+    curves = [(f"t'_{k}, D7: block {tap}", [entry for entry in found if entry["k"] == k])
+              for k, tap in enumerate(taps)]
+    draw_panels(path, {
+        f"{title}, {name}": [(name, label, entries, "o-") for label, entries in curves]
+        for name in ("probe", "head")}, x="block", linear=(title,))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -208,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
             generator_name = "teacher" if cfg.student is None else "student"
             write_json(out / "taps.json", {"config": asdict(cfg), "D7": taps, "found": found})
             draw(out / "taps.png", found, taps,
-                 f"{generator_name}@{len(cfg.key) - 1} against teacher@{cfg.n}")
+                 f"accuracy on {generator_name}@{len(cfg.key) - 1} against teacher@{cfg.n}")
             for k in range(len(taps)):
                 heads = {entry["block"]: entry["head"] for entry in found if entry["k"] == k}
                 block = max(heads, key=heads.get)

@@ -8,7 +8,7 @@ starts from that folder's DiT, as Wan's image-to-video model did, and an image e
 
 In:   nothing; everything is drawn from `seed`.
 Out:  DIR (default <run>/teacher/weights) in the layout of the official Wan 2.1 folder, with
-      training.json (hours, gates) and curves.png; <run>/teacher/ has the log and training states.
+      training.json (hours, gates); <run>/teacher/ has the log and training states.
 """
 
 import io
@@ -33,7 +33,7 @@ from common.names import dit_tensors, fingerprint
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
     check_compiler, cli, device_name, draw_noise, generator, pick_device, prefer_attention, seed_of)
-from common.video import draw_panels, write_image
+from common.video import write_image
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from frozen.image import CLIPVision
 from frozen.load import Conditioner, load_conditioner, load_vae
@@ -442,17 +442,6 @@ def measure_gates(cfg: Config, out: Path) -> dict[str, dict]:
     return found | {"readings": readings}
 
 
-def draw_training(lines: list[dict], path: Path) -> None:
-    """Losses and held-out figures of the long stages, from the log's lines, as a PNG."""
-    vae, dit = ([line for line in lines if line["stage"] == stage] for stage in ("vae", "dit"))
-    panels = {"VAE: loss": [("loss", None, vae, "-")],
-              "VAE: PSNR of held-out clips, dB": [("psnr", None, vae, "o-")]} if vae else {}
-    panels |= {
-        "DiT: loss (Eq. 3)": [("loss", None, dit, "-")],
-        "DiT: held-out captions right": [(name, name, dit, "o-") for name in ("all", *ATTRIBUTES)]}
-    draw_panels(path, panels, x="iteration", linear=("VAE: PSNR", "DiT: held-out"))
-
-
 # -------------------------------------------------------------------------------------- main
 
 def copy_base(cfg: Config, out: Path) -> None:
@@ -509,18 +498,16 @@ def main(argv: list[str] | None = None) -> None:
             train_image(cfg, out)
         train_dit(cfg, out, load_vae(out, device), conditioner_of(cfg, out))
         found, seconds = measure_gates(cfg, out), {"encode": 0.0}
-        lines = read_log(folder(cfg) / "log.jsonl", "seconds")
-        for line in lines:
+        for line in read_log(folder(cfg) / "log.jsonl", "seconds"):
             done = seconds["encode"] if line["stage"] == "encode" else 0.0
             seconds[line["stage"]] = round(done + line["seconds"], 1)
         write_json(out / "training.json", {
             "command": " ".join(["python -m small_world.teacher", *given]), "config": asdict(cfg),
             "hardware": f"{device_name(device)}, {os.cpu_count()} cores",
             "seconds": seconds, "torch": torch.__version__, "gates": found})
-        draw_training(lines, out / "curves.png")
     for name, figures in found.items():
         print(f"{name}: {figures}")
-    print(f"weights, training.json and curves.png are in {out}")
+    print(f"weights and training.json are in {out}")
 
 
 if __name__ == "__main__":

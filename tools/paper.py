@@ -4,7 +4,7 @@
     python -m tools.paper CONFIG --launch "torchrun --nproc-per-node 8"
 
 In:  the weight folder and the prompts of stages 1 and 4.
-Out: <run>/paper/: report.html, paper.md, and paper.json with the numbers of every seed;
+Out: <run>/paper/: report.html, and paper.json with the numbers of every seed;
      <arm>/seed<s>/, a training run; <arm>/evaluate/, all seeds of an arm on the same captions
      and noise. The same call resumes: runs that have finished are skipped.
 """

@@ -248,14 +248,13 @@ def compare(ours: Measured, theirs: Measured, name: str) -> dict:
 
 
 def make_claims(texts: list[tuple[str, Measured, Measured]]) -> list[dict]:
-    """Claims that one arm is nearer to the teacher than another, by each shortfall that both have.
+    """Claims that one arm is nearer to the teacher than another, by each measured shortfall.
 
     Args: texts, what each claim says, our arm and theirs. p values are corrected over all of them.
     """
     claims = [{"claim": text, **{
         name: compare(ours, theirs, name) for name, (column, _) in SHORTFALLS.items()
-        if all(column in row for arm in (ours, theirs) for row in arm.rows)}}
-        for text, ours, theirs in texts]
+        if column in ours.rows[0]}} for text, ours, theirs in texts]
     results = [result for claim in claims for result in claim.values()
                if isinstance(result, dict) and result["p"] is not None]
     for result, p in zip(results, holm([result["p"] for result in results]), strict=True):
@@ -264,31 +263,30 @@ def make_claims(texts: list[tuple[str, Measured, Measured]]) -> list[dict]:
 
 
 def without_errors(row: dict) -> dict:
-    """A row without its standard errors over videos: a table's are over seeds."""
-    return {name: (value[0], None) if name in ALL_TITLES else value for name, value in row.items()}
+    """A row without its standard errors over videos; those of an arm are over seeds and stay."""
+    return row if "seeds" in row else {
+        name: (value[0], None) if name in ALL_TITLES else value for name, value in row.items()}
 
 
 def table_lines(rows: list[dict]) -> list[str]:
-    """A table of teachers and arms, mean ± standard error over seeds."""
+    """A table of teachers, students and arms; of arms, mean ± standard error over seeds."""
     columns = [name for name in (*COLUMN_TITLES, "all") if name in rows[0]]
     return markdown_table(
         ["", "seeds", *(ALL_TITLES[name] for name in columns)],
-        [[row["label"], str(row.get("seeds", "")),
-          *(plus_minus(*row[name]) for name in columns)] for row in rows])
+        [[row["label"], str(row.get("seeds", "")), *(plus_minus(*row[name]) for name in columns)]
+         for row in map(without_errors, rows)])
 
 
 def claim_lines(claims: list[dict]) -> list[str]:
     """Claims with the paired difference of each shortfall, its 95% interval and the verdict."""
-    names = [name for name in SHORTFALLS if any(name in claim for claim in claims)]
+    names = [name for name in SHORTFALLS if name in claims[0]]
 
-    def cell(result: dict | None) -> str:
-        if result is None:
-            return ""
+    def cell(result: dict) -> str:
         bold = "**" if result.get("holm", 1.0) < 0.05 else ""
         corrected = f" ({result['holm']:.2g})" if "holm" in result else ""
         return (f"{plus_minus(result['difference'], result['half'], sign='+')}: "
                 f"{bold}{result['verdict']}{bold}{corrected}")
 
     return markdown_table(["claim: … nearer to the teacher than …", *names],
-                          [[claim["claim"], *(cell(claim.get(name)) for name in names)]
+                          [[claim["claim"], *(cell(claim[name]) for name in names)]
                            for claim in claims])

@@ -4,8 +4,8 @@ A section is a function of what was measured, so that the page is redrawn in sec
 the numbers of steps of teacher and student, `s` the Settings.
 """
 
+import html
 import itertools
-import re
 import statistics
 import string
 from dataclasses import dataclass, field
@@ -278,7 +278,7 @@ def search_table(plan: Plan, s: Settings) -> Section:
         path = plan.student(arm, *SEARCH_SEEDS).parent / "distill/log.jsonl"
         if log := read_log(path, "grad_adv"):
             doses[arm.label] = statistics.fmean(line["grad_adv"] for line in log)
-    lines = [*table_lines([*map(without_errors, (*teachers, *rows))]), "",
+    lines = [*table_lines([*teachers, *rows]), "",
              *markdown_table(["run", "dose"], [[label, f"{x:.4f}"] for label, x in doses.items()])]
     return Section(f"How rates, lengths and λ_adv were chosen, m = {s.m}, one seed", lines,
                    {"rows": rows, "teacher": teachers, "doses": doses})
@@ -316,8 +316,7 @@ def fig8(plan: Plan, s: Settings) -> Section:
     """Pictures of teacher@m, L_traj alone and the complete method."""
     rows = read_measured(plan, "fig8", "seed 0").all_rows
     return Section(f"Figure 8: what one sees, m = {s.m}, seed 0",
-                   table_lines([*map(without_errors, rows)]), {"rows": rows},
-                   [plan.folder / "fig8/evaluate/ladder.png"])
+                   table_lines(rows), {"rows": rows}, [plan.folder / "fig8/evaluate/ladder.png"])
 
 
 def fig9(plan: Plan, s: Settings) -> Section:
@@ -333,8 +332,7 @@ def fig9(plan: Plan, s: Settings) -> Section:
     panels = {"endpoint": "endpoint error", "hf": "HF", "spread": "spread", "c2st": "C2ST"}
     path = plan.folder / "fig9.png"
     draw_arms(path, panels, curves, "iteration", (adv.teacher_m,))
-    lines = table_lines([*map(without_errors, (adv.teacher_n, adv.teacher_m)),
-                         *(arm.mean for arm in arms.values())])
+    lines = table_lines([adv.teacher_n, adv.teacher_m, *(arm.mean for arm in arms.values())])
     return Section(f"Figure 9: L_adv alone, m = {s.m}", [*lines, "", *claim_lines(claims)],
                    all_numbers(arms, claims), [path])
 
@@ -348,7 +346,7 @@ def ladder(plan: Plan, s: Settings) -> Section:
         curves[label] = colour, [row["m"] for row in curve], curve
     draw_arms(path, {"endpoint": "endpoint error", "hf": "HF, 1 = slow teacher's"}, curves, "steps")
     return Section("The ladder: fewer and fewer steps, seed 0",
-                   table_lines([*map(without_errors, rows)]), {"rows": rows},
+                   table_lines(rows), {"rows": rows},
                    [plan.folder / "ladder/evaluate/ladder.gif", path])
 
 
@@ -388,22 +386,18 @@ def fig6(plan: Plan, _: Settings) -> Section:
 # ----------------------------------------------------------------------------------------- page
 
 def write_paper(plan: Plan, sections: dict[str, Section], facts: dict) -> Path:
-    """Write paper.json, paper.md and report.html into the plan's folder; returns the page."""
+    """Write paper.json and report.html into the plan's folder; returns the page."""
     title, out = "The paper's tables and figures on this teacher", plan.folder
     write_json(out / "paper.json", {**facts, **{name: section.numbers for name, section
                                                 in sections.items()}})
-    lines = [f"`{facts['command']}`; {facts['device']}, {facts['seconds']} s in this call.", "",
-             HOW_TO_READ]
+    parts = [html_of(f"`{facts['command']}`; {facts['device']}, {facts['seconds']} s in this call."
+                     f"\n\n{HOW_TO_READ}")]
     for section in sections.values():
-        lines += ["", f"## {section.title}", ""]
-        for picture in section.pictures:
-            lines += [f"![{section.title}]({picture.relative_to(out)})", ""]
-        lines += section.lines
-    text = "\n".join(lines)
-    write_text(out / "paper.md", f"# {title}\n\n{text}\n")
-    body = re.sub(r"<p>## (.+)</p>", r"<h2>\1</h2>", html_of(text))
-    body = re.sub(r"<p>!\[(.+)\]\((.+)\)</p>", lambda match: (
-        f'<div class="wide"><img alt="{match[1]}" src="{data_uri(out / match[2])}"></div>'), body)
+        name = html.escape(section.title)
+        parts.append(f"<h2>{name}</h2>")
+        parts += [f'<div class="wide"><img alt="{name}" src="{data_uri(picture)}"></div>'
+                  for picture in section.pictures]
+        parts.append(html_of("\n".join(section.lines)))
     template = string.Template((ROOT / "assets/paper_template.html").read_text(encoding="utf-8"))
-    write_text(out / "report.html", template.substitute(title=title, body=body))
+    write_text(out / "report.html", template.substitute(title=title, body="\n".join(parts)))
     return out / "report.html"

@@ -1,14 +1,14 @@
 """Fig. 6 for your teacher: which of its features tell generated latents from real ones, for D7.
 
-    python -m tools.taps [CONFIG] [--student FILE] [--videos 128]
+    python -m tools.taps [CONFIG] [--videos 128]
     torchrun --nproc-per-node 8 -m tools.taps CONFIG    # the teacher is sharded over the ranks
 
 In:  <run>/synvid (or --synvid) and the teacher's folder; settings as in distill.py's section.
 Out: <run>/taps/taps.json and taps.png: by key timestep t'_k and block of the teacher, the accuracy
      of a linear probe and of a head as in distill.py.
-Generated latents are the teacher's own in as few steps as `key` has, or a student's. Where both
-accuracies are high, a head can learn what to repair: use that block as `tap` (t'_k > 0) or
-`tap_data` (t'_0). Half of the videos train, the others test.
+Generated latents are the teacher's own in as few steps as `key` has. Where both accuracies are
+high, a head can learn what to repair: use that block as `tap` (t'_k > 0) or `tap_data` (t'_0). Half
+of the videos train, the others test.
 """
 
 import itertools
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import distill
-from artifacts.student import load_student, student_facts
 from artifacts.trajectories import SynVid, open_trajectories
 from common.config import announce, field, load_config
 from common.files import write_json
@@ -39,7 +38,6 @@ from model import check_model, collate, load_dit, sample_euler
 @dataclass
 class Config(distill.Config):
     """Settings of distill.py, and which features to examine."""
-    student: str | None = field(None, "file of a student that generates; default: the teacher")
     videos: int | None = field(None, "last trajectories to use; default 128, or all if fewer",
                                "[8, inf)")
     blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; default: 8 "
@@ -106,29 +104,20 @@ def frame_features(cfg: Config, teacher: nn.Module, x: Tensor, t: float, cond: d
     return f[:, frames].to("cpu", compute_dtype(f.device))
 
 
-def load_videos(cfg: Config, data: SynVid, device: torch.device) -> list[tuple]:
-    """The videos in batches of micro_batch: (x_key in host memory, fresh noise, cond)."""
-    first, out = len(data) - cfg.videos, []
-    for start in range(first, len(data), cfg.micro_batch):
-        rows = range(start, min(start + cfg.micro_batch, len(data)))
-        items = [data.read(i) for i in rows]
-        x_key = torch.stack([x for x, _, _ in items], 1)                     # m+1 B C T H W
-        noise = draw_noise(x_key.shape[2:], [("taps", cfg.seed, i) for i in rows])
-        cond = {name: c.to(device) for name, c in collate([c for _, c, _ in items]).items()}
-        out.append((x_key, noise, cond))
-    return out
-
-
 def examine(cfg: Config, data: SynVid, ranks: Ranks, blocks: list[int]) -> list[dict]:
     """For each block and k: accuracies of probe and head."""
     device = ranks.device
     teacher = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device, ranks)
     teacher.requires_grad_(False)
-    dit = teacher if cfg.student is None else load_student(cfg, Path(cfg.student), device, ranks)
-    t_key, batches, found = data.t_key, [], []
-    for x_key, noise, cond in tqdm(load_videos(cfg, data, device), "generate",
-                                   disable=ranks.rank > 0 or None):
-        states = sample_euler(dit, noise.to(device), t_key[::-1], cond)
+    t_key, batches, found = data.t_key, [], []  # batches: real x_key, generated x_key, cond
+    starts = range(len(data) - cfg.videos, len(data), cfg.micro_batch)
+    for start in tqdm(starts, "generate", disable=ranks.rank > 0 or None):
+        rows = range(start, min(start + cfg.micro_batch, len(data)))
+        items = [data.read(i) for i in rows]
+        x_key = torch.stack([x for x, _, _ in items], 1)                     # m+1 B C T H W
+        noise = draw_noise(x_key.shape[2:], [("taps", cfg.seed, i) for i in rows])
+        cond = {name: c.to(device) for name, c in collate([c for _, c, _ in items]).items()}
+        states = sample_euler(teacher, noise.to(device), t_key[::-1], cond)
         batches.append((x_key, [noise, *(x.cpu() for x in states)][::-1], cond))
     pairs = list(itertools.product(range(len(t_key) - 1), blocks))
     for k, block in tqdm(pairs, "blocks", disable=ranks.rank > 0 or None):
@@ -156,8 +145,6 @@ def main(argv: list[str] | None = None) -> None:
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
     ranks = setup_distributed(cfg, teacher=teacher)
     distill.check_config(cfg, 1)
-    if cfg.student is not None:
-        student_facts(Path(cfg.student), cfg, same_teacher=True)
     data = open_trajectories(Path(cfg.synvid or f"{cfg.run}/synvid"), cfg)
     depth, count = sizes.num_layers, min(8, sizes.num_layers)
     if (cfg.videos or 8) > len(data):
@@ -172,10 +159,9 @@ def main(argv: list[str] | None = None) -> None:
         out = announce(cfg, "taps", ranks.rank)
         found, taps = examine(cfg, data, ranks, blocks), distill.tap_blocks(cfg, depth)
         if ranks.rank == 0:
-            generator_name = "teacher" if cfg.student is None else "student"
             write_json(out / "taps.json", {"config": asdict(cfg), "D7": taps, "found": found})
             draw(out / "taps.png", found, taps,
-                 f"accuracy on {generator_name}@{len(cfg.key) - 1} against teacher@{cfg.n}")
+                 f"accuracy on teacher@{len(cfg.key) - 1} against teacher@{cfg.n}")
             for k in range(len(taps)):
                 heads = {entry["block"]: entry["head"] for entry in found if entry["k"] == k}
                 block = max(heads, key=heads.get)

@@ -116,20 +116,6 @@ def test_work_and_tokens_are_what_torch_counts(tmp_path, ranks, monkeypatch):
     assert rows["VAE decode"].flop == counter.get_total_flops()
 
 
-def test_on_a_gpu_attention_is_timed_at_new_lengths_and_at_one(tmp_path, ranks, monkeypatch):
-    b = make_bench(ranks, tmp_path, "--family", "hunyuan", "--preset", "hunyuan-tiny")
-    lengths, real = [], bench.attention
-    monkeypatch.setattr(bench, "attention", lambda q, k, v: lengths.append(q.shape[1])
-                        or real(q, k, v))
-    for new_lengths in (True, False):
-        (run,) = b.attention(new_lengths)
-        run(), run()
-    assert [n - b.tokens for n in lengths] == [1, 2, 1, 1]
-    b.device = torch.device("cuda")
-    names = [row.name for row in bench.config_rows(b)]
-    assert sum(name.startswith("attention of a layer, forward + backward") for name in names) == 2
-
-
 def test_a_row_that_fails_is_reported_and_the_others_are_measured(ranks):
     def fails():
         raise torch.OutOfMemoryError("out of memory | tried to allocate 84 GiB")

@@ -46,7 +46,7 @@ from common.weights import save_tensors
 from evaluation.page import commit, markdown_table
 from experts import by_expert, with_level
 from model import (
-    attention, check_model, collate, key_times, latent_shape, sample_euler, sizes_of, time_grid)
+    check_model, collate, key_times, latent_shape, sample_euler, sizes_of, time_grid)
 from tools.networks import (
     VIDEO_SIZE, Call, diffusers_version, frozen_parts, make_vae, peer_dits, peer_sizes, peer_vaes,
     random_dit, random_network, random_states, tokens_of, vae_run)
@@ -221,19 +221,6 @@ class Bench:
                     dit.zero_grad()
         return [run]
 
-    def attention(self, new_lengths: bool) -> list[Call]:
-        """Attention of one layer, forward and backward; with `new_lengths` each run has a length
-        of prompt that is new, for which cuDNN first makes a plan (docs/scaling.md)."""
-        sizes, lengths = self.dit.cfg, itertools.count(1) if new_lengths else itertools.repeat(1)
-        heads, dim = sizes.num_heads // self.ranks.sp, sizes.dim // sizes.num_heads
-
-        def run() -> None:
-            shape = 3, 1, self.tokens + next(lengths), heads, dim
-            qkv = torch.randn(shape, device=self.device, dtype=compute_dtype(self.device),
-                              requires_grad=True)
-            attention(*qkv).sum().backward()
-        return [run]
-
     def k_step(self) -> list[Call]:
         """An iteration of Algorithm 1 with one micro-batch per rank, as distill.py runs it."""
         cfg, m = self.distill, len(self.cfg.key) - 1
@@ -316,11 +303,6 @@ def config_rows(b: Bench) -> Iterator[Row]:
     for name, part in parts.items():
         yield Row(name, partial(b.frozen_part, *part), work[name])
     yield Row("DiT forward + backward", partial(b.evaluation, backward=True), 3 * flop, tokens)
-    if gpu and cfg.family == "hunyuan":
-        for lengths, new in ("at a new length of prompt each time", True), ("at one length", False):
-            yield Row(f"attention of a layer, forward + backward, {lengths}",
-                      partial(b.attention, new),
-                      3 * 4 * tokens ** 2 * b.dit.cfg.dim / b.ranks.sp, tokens)
     for kind in (("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if gpu
                  else ("FLASH_ATTENTION", "MATH")):
         yield Row(f"DiT forward, {kind.lower()}", partial(b.evaluation, getattr(SDPBackend, kind)),

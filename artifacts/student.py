@@ -97,6 +97,8 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
                  "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
     if is_lora(tensors):
         check_lora(path, facts["teacher"], cfg.weights)
+    elif isinstance(getattr(cfg, "lora", None), str):  # lora_scale would have no effect
+        raise ValueError(f"lora: expected a LoRA, got {path}, a complete DiT: give it as --student")
     return facts
 
 

@@ -479,6 +479,9 @@ def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_w
         sample.main([config, *prompt, "--student", str(foreign)])
     with pytest.raises(ValueError, match="is a LoRA .* sample.py as --lora"):
         dit_tensors(foreign)
+    student = write_student(tmp_path / "run/student.safetensors", tiny_weights)
+    with pytest.raises(ValueError, match="lora: expected a LoRA, got .*: give it as --student"):
+        sample.main([config, *prompt, "--lora", str(student), "--lora_scale", "0.3"])
 
 
 def test_a_lora_made_on_other_weights_is_reported(make_config, tiny_weights, tmp_path, capsys):

@@ -138,6 +138,16 @@ def test_a_large_matrix_s_randomised_decomposition_is_near_the_exact_one():
     assert torch.equal(A, again)
 
 
+def test_a_lora_of_a_student_without_metadata_has_a_page_with_the_config_s_settings(
+        tiny_weights, make_config, tmp_path, capsys):
+    path, out = tmp_path / "release.safetensors", tmp_path / "lora.safetensors"
+    save_tensors(path, {name: t.read() for name, t in dit_tensors(tiny_weights).items()}, {})
+    extract_lora.main([str(make_config(n=4, key=[0, 1, 4])), f"--student={path}", f"--out={out}"])
+    sample.main(["--how", str(out)])
+    page = capsys.readouterr().out
+    assert "They are the steps 0, 1, 4 of its teacher's 4, shift 7." in page
+
+
 def test_the_command_writes_file_table_and_plot_and_sample_uses_it(tiny_weights, make_config,
                                                                    tmp_path, capsys):
     config = make_config(n=4, key=[0, 1, 4], lora={"rank": 8})

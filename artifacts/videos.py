@@ -69,13 +69,13 @@ def write_named_videos(path: Path, videos: list[dict[str, Any]]) -> None:
 
 
 def read_named_videos(path: Path) -> list[dict[str, Any]]:
-    """Seed and file of each prompt of a file that names its videos; [] for other prompt files.
+    """Seed and file of each prompt of a file whose first line has both; [] for other prompt files.
 
-    Raises ValueError for a line without either, and for a name that is not usable or not unique.
+    Raises ValueError for another line without either, and for a name that is unusable or repeated.
     """
     text = read_text(path, LARGEST) if path.suffix == ".jsonl" else ""
     lines = [line for line in text.split("\n") if line.strip()]
-    if not lines or '"file":' not in lines[0]:
+    if not lines or '"file":' not in lines[0] or '"seed":' not in lines[0]:
         return []
     videos, names = [], set()
     for i, line in enumerate(lines, 1):

@@ -273,6 +273,10 @@ def test_a_page_is_complete_for_every_family_and_key_timesteps(config, even, lor
     assert ("load_lora_weights" in text) == ("LoraLoaderModelOnly" in text) == lora
     assert ("from_single_file" in text) == ("--student student.saf" in text) == (not lora)
     assert "$" not in text and " \n" not in text and "\n\n\n" not in text
+    # Pipelines, Wan's prompts and the video's file need what diffusers does not install.
+    packages = re.search("pip install (.*?)`", text)[1].split()
+    assert {"transformers", "ftfy", "imageio", "imageio-ffmpeg"} <= set(packages)
+    assert ("peft" in packages) == lora
     assert "Tried with diffusers 0." in text and "frames per second" in text
     points = re.findall(r"interpolate_to_steps (\d+)", text)
     assert points == [str(len(facts_of(config, None if even else [0, 1, 20])["t_key"]) - 1)

@@ -103,7 +103,7 @@ def student_page(facts: dict[str, Any], file: str, lora: bool = False) -> str:
         f"({facts['width']}, {facts['height']}))" if image else "",
         "image_option": " --image photo.jpg" if image else "",
         "image_path": " --image_path photo.jpg" if image else "",
-        "whole_image": WHOLE_IMAGE if image and sizes.has_clip else "",
+        "pipe_settings": WHOLE_IMAGE if image and sizes.has_clip else "",
         "pipeline": "WanImageToVideoPipeline" if image else "WanPipeline",
         "set_sigmas": "" if stock or not wan else SET_SIGMAS.format(digits(t_key[:-1])),
         "scheduler": ", ".join(f"{k}={v}" for k, v in (stock or {"shift": 1.0}).items()),
@@ -148,6 +148,7 @@ def hunyuan_values(facts: dict[str, Any], values: dict[str, Any],
     embedded, shift, steps = facts["embedded_guidance"], simple_shift(facts), values["steps"]
     return {
         "pipeline": "HunyuanVideoPipeline", "guidance_scale": embedded,
+        "pipe_settings": "\npipe.vae.enable_tiling()  # as in the official code",
         "sigmas_setting": "" if stock else f', "sigmas": [{digits(facts["t_key"][:-1])}]',
         "sigmas_page": fill("student_sigmas.md", values) if shift is None else
         f"ModelSamplingSD3: shift {shift:g}. KSampler or BasicScheduler: sampler euler, scheduler "

@@ -72,6 +72,9 @@ SET_SIGMAS = """
 set_timesteps = pipe.scheduler.set_timesteps  # WanPipeline passes no sigmas: they are set here
 pipe.scheduler.set_timesteps = lambda steps, device=None: set_timesteps(
     sigmas=[{}], device=device)"""
+WHOLE_IMAGE = """
+pipe.image_processor.do_center_crop = False  # Wan's image encoder takes the whole image
+pipe.image_processor.size = {"height": 224, "width": 224}"""
 TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -95,9 +98,12 @@ def student_page(facts: dict[str, Any], file: str, lora: bool = False) -> str:
         "thousandths": [round(1000 * t) for t in t_key[:-1]], "teacher": teacher,
         "official": official, "task": "image to video" if image else "text to video",
         "task_option": "i2v" if image else "t2v", "guidance_scale": 1.0, "sigmas_setting": "",
-        "import_load_image": ", load_image" if image else "",
-        "image_argument": ', image=load_image("photo.jpg")' if image else "",
+        "import_load_image": ", load_image\nfrom PIL import ImageOps" if image else "",
+        "image_argument": ', image=ImageOps.fit(load_image("photo.jpg"), '
+        f"({facts['width']}, {facts['height']}))" if image else "",
         "image_option": " --image photo.jpg" if image else "",
+        "image_path": " --image_path photo.jpg" if image else "",
+        "pipe_settings": WHOLE_IMAGE if image and sizes.has_clip else "",
         "pipeline": "WanImageToVideoPipeline" if image else "WanPipeline",
         "set_sigmas": "" if stock or not wan else SET_SIGMAS.format(digits(t_key[:-1])),
         "scheduler": ", ".join(f"{k}={v}" for k, v in (stock or {"shift": 1.0}).items()),
@@ -142,6 +148,7 @@ def hunyuan_values(facts: dict[str, Any], values: dict[str, Any],
     embedded, shift, steps = facts["embedded_guidance"], simple_shift(facts), values["steps"]
     return {
         "pipeline": "HunyuanVideoPipeline", "guidance_scale": embedded,
+        "pipe_settings": "\npipe.vae.enable_tiling()  # as in the official code",
         "sigmas_setting": "" if stock else f', "sigmas": [{digits(facts["t_key"][:-1])}]',
         "sigmas_page": fill("student_sigmas.md", values) if shift is None else
         f"ModelSamplingSD3: shift {shift:g}. KSampler or BasicScheduler: sampler euler, scheduler "

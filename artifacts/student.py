@@ -49,7 +49,8 @@ from model import Sizes, empty_dit, key_times, sizes_of
 
 FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
 SETTINGS = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance", "height",
-            "width", "frames", "fps")  # of the config, which the page of instructions needs
+            "width", "frames", "fps")  # of the config
+PAGE_FACTS = tuple(dict.fromkeys((*FACTS, *SETTINGS, "dtype")))  # the page of instructions' needs
 FACT_TYPES = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int,
               "key": [int], "shift": NUMBER, "cfg_scale": NUMBER, "height": int, "width": int,
               "frames": int, "fps": NUMBER, "dtype": str, "embedded_guidance": NUMBER,
@@ -93,10 +94,12 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     else:
         if os.environ.get("RANK", "0") == "0":
             print(f"{path} does not say what it is: the config's key timesteps are used")
-        facts = {**{name: getattr(cfg, name, None) for name in FACTS},
+        facts = {**{name: getattr(cfg, name, None) for name in PAGE_FACTS}, "dtype": "bf16",
                  "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
     if is_lora(tensors):
         check_lora(path, facts["teacher"], cfg.weights)
+    elif isinstance(getattr(cfg, "lora", None), str):  # lora_scale would have no effect
+        raise ValueError(f"lora: expected a LoRA, got {path}, a complete DiT: give it as --student")
     return facts
 
 
@@ -488,7 +491,7 @@ def how_to_use(path: Path) -> str:
     file = path / "transformer" if (path / "transformer").is_dir() else path
     tensors = open_tensors(file)
     facts = facts_in(next((t.file for t in tensors.values()), file))
-    check_facts(path, facts, (*FACTS, *SETTINGS, "dtype"))
+    check_facts(path, facts, PAGE_FACTS)
     if (family := sizes_of(facts["preset"]).family) != facts["family"]:
         raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "
                          f"{facts['preset']} is {family}: distill it again")

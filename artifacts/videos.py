@@ -69,13 +69,13 @@ def write_named_videos(path: Path, videos: list[dict[str, Any]]) -> None:
 
 
 def read_named_videos(path: Path) -> list[dict[str, Any]]:
-    """Seed and file of each prompt of a file that names its videos; [] for other prompt files.
+    """Seed and file of each prompt of a file whose first line has both; [] for other prompt files.
 
-    Raises ValueError for a line without either, and for a name that is not usable or not unique.
+    Raises ValueError for another line without either, and for a name that is unusable or repeated.
     """
     text = read_text(path, LARGEST) if path.suffix == ".jsonl" else ""
     lines = [line for line in text.split("\n") if line.strip()]
-    if not lines or '"file":' not in lines[0]:
+    if not lines or '"file":' not in lines[0] or '"seed":' not in lines[0]:
         return []
     videos, names = [], set()
     for i, line in enumerate(lines, 1):
@@ -125,12 +125,14 @@ def list_videos(cfg: Any, who: str, settings: str) -> list[Video]:
     if named and cfg.count != 1:
         raise ValueError(f"count: got {cfg.count}; {cfg.prompt_file} names each video: leave "
                          "--count out")
-    videos = [Video(0, prompt, video["seed"], cfg.height, cfg.width, f"{who}/{video['file']}")
-              for prompt, video in zip(prompts, named, strict=False)]
-    for i, prompt in enumerate(prompts if not named else ()):
+    videos = []
+    for i, prompt in enumerate(prompts):
         size = cfg.height, cfg.width
         if prompt.image is not None:
             size = fit_size(*decode_image(prompt.image).shape[:2], cfg.height * cfg.width)
+        if named:
+            videos.append(Video(0, prompt, named[i]["seed"], *size, f"{who}/{named[i]['file']}"))
+            continue
         videos += [Video(i, prompt, seed, *size, f"{who}/{video_name(i, prompt, seed, settings)}")
                    for seed in range(cfg.seed, cfg.seed + cfg.count)]
     return videos

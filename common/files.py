@@ -30,7 +30,7 @@ TOKEN = secrets.token_hex(4)  # of this process: containers may have the same pr
 
 # ------------------------------------------------------------------------------------ writing
 
-WRITE_REMEDY = "check the space and the permissions there, or choose another --run"
+WRITE_REMEDY = "check the space and the permissions there, or choose another folder"
 
 
 def replace_file(path: str | Path, write: Callable[[Path], None]) -> None:

@@ -135,7 +135,8 @@ def table_prompts(text: str, delimiter: str = ",") -> Iterator[tuple[str, dict]]
         for row in rows:
             if None in row or None in row.values():
                 raise ValueError(f"line {rows.line_num}: expected {len(rows.fieldnames)} cells, as "
-                                 f"the header has: quote a prompt with {delimiter!r} in it")
+                                 f"the header has, with {delimiter!r} between them: quote a prompt "
+                                 "that contains it")
             if any(row.values()):
                 yield f"line {rows.line_num}", row
     except csv.Error as e:

@@ -213,7 +213,8 @@ def decode_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS}")
+                raise ValueError(f"{image.width}×{image.height} pixels are more than {MAX_PIXELS}: "
+                                 "make it smaller")
             if image.mode.startswith(("I", "F")):  # whose white is not known
                 raise ValueError("it has more than 8 bits of grey: convert it to 8 bits")
             image.getexif()  # cached; without the raw tags exif_transpose accepts broken ones

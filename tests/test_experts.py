@@ -407,13 +407,18 @@ def test_the_page_s_code_samples_at_uneven_times_in_diffusers(make_student, monk
     for block in blocks:
         exec(block.replace("bfloat16", "float32"), names)
     text = torch.randn(1, 16, 64, generator=generator("text"))
-    latents = names["pipe"](prompt_embeds=text, latents=random_noise(), height=32, width=48,
-                            num_frames=5, output_type="latent", **names["settings"]).frames
+    inputs = {"prompt_embeds": text, "height": 32, "width": 48, "num_frames": 5,
+              "output_type": "latent", **names["settings"]}
+    latents = names["pipe"](latents=random_noise(), **inputs).frames
     want = end_of(student, ALIGNED, {"text": text})
     near(latents, want, 2e-3 if lora else 1e-5)  # a LoRA's factors are fp16
     if lora:
         unchanged = end_of(two_experts(), ALIGNED, {"text": text})
         assert (unchanged - want).abs().max() > 10 * (latents - want).abs().max()
+        page = (ROOT / "docs/own_teacher.md").read_text()
+        exec(re.search(r"`(pipe.fuse_lora\(components=.*?\))`", page)[1], names)
+        names["pipe"].unload_lora_weights()
+        near(names["pipe"](latents=random_noise(), **inputs).frames, latents, 1e-5)
 
 
 def test_two_files_are_one_student_and_exchanged_or_mixed_ones_are_refused(make_student, tmp_path):
@@ -499,6 +504,11 @@ def test_the_page_says_where_every_program_switches(kind, lora):
     assert LIGHTX2V <= settings.keys() and settings["use_image_encoder"] is False
     assert ("lora_configs" in settings) == lora == ("load_into_transformer_2=True" in text)
     assert '"guidance_scale_2": 1.0' in text and f"(step {switch} of 10)" in text
+    assert '--save_result_path video.mp4`' in text and settings["fps"] == 16
+    assert ("--image_path photo.jpg" in text) == ("ImageOps.fit(" in text) == (kind == "i2v")
+    assert "do_center_crop" not in text  # Wan 2.2 has no image encoder
+    # CustomSigmas of KJNodes ends every list in 0: it takes all times, not those of an expert.
+    assert f"interpolate_to_steps 10, and divide them with SplitSigmas at step {switch}." in text
     assert "$" not in text and " \n" not in text and "\n\n\n" not in text
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, "student.md", "exec")

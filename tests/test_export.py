@@ -5,7 +5,9 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +24,7 @@ from common.files import write_text
 from common.names import official_names
 from common.ranks import AgreedError, generator
 from common.weights import save_tensors
+from frozen.image import CLIPVision
 from model import PRESETS
 
 # What LightX2V reads from its JSON without a default, besides weights and text_len.
@@ -137,13 +140,14 @@ def test_wan_i2v_in_diffusers_by_student_md_ends_where_ours_does(make_student, m
                                                                 folder):
     from diffusers import (
         AutoencoderKLWan, UniPCMultistepScheduler, WanImageToVideoPipeline)
+    from transformers import CLIPImageProcessorPil
     sizes = replace(PRESETS["tiny-i2v"], text_len=512)  # diffusers tells image rows apart by 512
     monkeypatch.setitem(PRESETS, "tiny-i2v", sizes)
     shift, key = EVEN["wan"]
     file, student = make_student("tiny-i2v", key[-1], shift, key, export="diffusers",
                                  export_dtype="fp32")
     save_pipeline(file.parent / "teacher-diffusers", WanImageToVideoPipeline, "tiny-i2v",
-                  vae=AutoencoderKLWan(base_dim=4),
+                  vae=AutoencoderKLWan(base_dim=4), image_processor=CLIPImageProcessorPil(),
                   scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0))
     names, draw = pasted(file, monkeypatch, folder), generator("noise")
     text, image = (torch.randn(1, n, c, generator=draw) for n, c in ((512, 64), (37, 32)))
@@ -157,6 +161,28 @@ def test_wan_i2v_in_diffusers_by_student_md_ends_where_ours_does(make_student, m
     _, frames = pipe.prepare_latents(pixels, 1, 16, 32, 48, 5, torch.float32, "cpu", None, noise)
     cond = {"text": text, "image": image, "frames": frames}
     near(latents, sampled(student, noise, t_key_of(file), cond), 1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_page_crops_a_photograph_and_shows_the_image_encoder_all_of_it(tmp_path, monkeypatch,
+                                                                          lora):
+    """diffusers would stretch it to the video's shape, and show the encoder its middle square."""
+    from transformers import CLIPImageProcessorPil
+    page, draw = page_of("wan-i2v-14b-480p", lora=lora), np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (80, 40, 3), np.uint8)
+    Image.fromarray(pixels).resize((800, 1600)).save(tmp_path / "photo.jpg", quality=95)
+    monkeypatch.chdir(tmp_path)
+    names = {"pipe": SimpleNamespace(image_processor=CLIPImageProcessorPil())}
+    for line in re.findall("^(?:from .*load_image|from PIL|pipe.image_processor).*", page, re.M):
+        exec(line, names)
+    picture = eval(re.search(r"image=(.*?\)\)),", page)[1], names)
+    assert picture.size == (832, 480)
+    middle = Image.open("photo.jpg").crop((0, 569, 800, 1031)).resize(picture.size)
+    assert np.abs(np.subtract(picture, middle, dtype=float)).mean() < 3
+    got = names["pipe"].image_processor(images=picture, return_tensors="pt").pixel_values
+    video = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    want = CLIPVision(8, 8, 1, 1).pixels(video)
+    assert (got - want).abs().mean() < 0.05 < want.abs().mean()
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -207,11 +233,13 @@ def test_the_exported_scheduler_has_the_key_timesteps_of_every_shipped_config(co
     ("wan-t2v-1.3b-480p", [1000, 986, 969, 948, 922, 886, 838, 767, 653, 438])])
 def test_lightx2v_s_step_list_is_the_known_one(config, steps):
     text = page_of(config)
+    image = " --image_path photo.jpg" * ("i2v" in config)  # it writes nothing without the last one
+    assert f'--prompt "…"{image} --save_result_path video.mp4`' in text
     settings = json.loads(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
     assert settings == {
         "infer_steps": 10, "denoising_step_list": steps, "sample_shift": 1, "enable_cfg": False,
         "sample_guide_scale": 1, "model_cls": "wan2.1_distill", "text_len": 512,
-        "dit_original_ckpt": "student.safetensors", "target_video_length": 81,
+        "dit_original_ckpt": "student.safetensors", "target_video_length": 81, "fps": 16,
         "target_height": 480, "target_width": 832, "self_attn_1_type": "torch_sdpa",
         "cross_attn_1_type": "torch_sdpa", "cross_attn_2_type": "torch_sdpa"}
 
@@ -245,6 +273,10 @@ def test_a_page_is_complete_for_every_family_and_key_timesteps(config, even, lor
     assert ("load_lora_weights" in text) == ("LoraLoaderModelOnly" in text) == lora
     assert ("from_single_file" in text) == ("--student student.saf" in text) == (not lora)
     assert "$" not in text and " \n" not in text and "\n\n\n" not in text
+    # Pipelines, Wan's prompts and the video's file need what diffusers does not install.
+    packages = re.search("pip install (.*?)`", text)[1].split()
+    assert {"transformers", "ftfy", "imageio", "imageio-ffmpeg"} <= set(packages)
+    assert ("peft" in packages) == lora and ("enable_tiling()" in text) != wan
     assert "Tried with diffusers 0." in text and "frames per second" in text
     points = re.findall(r"interpolate_to_steps (\d+)", text)
     assert points == [str(len(facts_of(config, None if even else [0, 1, 20])["t_key"]) - 1)

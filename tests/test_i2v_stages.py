@@ -354,6 +354,16 @@ def test_images_for_text_models_and_prompts_without_one_for_image_models_are_err
             videos.collect_prompts(cfg)
 
 
+def test_a_named_video_has_the_shape_of_its_image_too(tmp_path):
+    picture(tmp_path / "a.png", 32, 8)
+    (tmp_path / "v.jsonl").write_text(
+        '{"prompt": "a", "image": "a.png", "seed": 3, "file": "a-0.mp4"}\n')
+    cfg = sample.Config(preset="tiny-i2v", prompt_file=str(tmp_path / "v.jsonl"))
+    [video] = videos.list_videos(cfg, "student5", "x")
+    assert (video.height, video.width) == videos.fit_size(32, 8, cfg.height * cfg.width)
+    assert (video.seed, video.file) == (3, "student5/a-0.mp4")
+
+
 def test_an_image_that_many_lines_name_is_decoded_once(world, tmp_path, monkeypatch):
     path, calls, real = picture(tmp_path / "a.png", 16, 16), [], prompts.decode_image
     table = tmp_path / "prompts.jsonl"

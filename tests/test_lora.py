@@ -138,6 +138,16 @@ def test_a_large_matrix_s_randomised_decomposition_is_near_the_exact_one():
     assert torch.equal(A, again)
 
 
+def test_a_lora_of_a_student_without_metadata_has_a_page_with_the_config_s_settings(
+        tiny_weights, make_config, tmp_path, capsys):
+    path, out = tmp_path / "release.safetensors", tmp_path / "lora.safetensors"
+    save_tensors(path, {name: 1.01 * t.read() for name, t in dit_tensors(tiny_weights).items()}, {})
+    extract_lora.main([str(make_config(n=4, key=[0, 1, 4])), f"--student={path}", f"--out={out}"])
+    sample.main(["--how", str(out)])
+    page = capsys.readouterr().out
+    assert "They are the steps 0, 1, 4 of its teacher's 4, shift 7." in page
+
+
 def test_the_command_writes_file_and_table_and_sample_uses_it(tiny_weights, make_config, tmp_path,
                                                               capsys):
     config = make_config(n=4, key=[0, 1, 4], lora={"rank": 8})
@@ -475,6 +485,9 @@ def test_loras_where_they_do_not_belong_are_refused(make_config, foreign, tiny_w
         sample.main([config, *prompt, "--student", str(foreign)])
     with pytest.raises(ValueError, match="is a LoRA .* sample.py as --lora"):
         dit_tensors(foreign)
+    student = write_student(tmp_path / "run/student.safetensors", tiny_weights)
+    with pytest.raises(ValueError, match="lora: expected a LoRA, got .*: give it as --student"):
+        sample.main([config, *prompt, "--lora", str(student), "--lora_scale", "0.3"])
 
 
 def test_a_lora_made_on_other_weights_is_reported(make_config, tiny_weights, tmp_path, capsys):

@@ -104,6 +104,7 @@ def test_prompts_keep_what_their_form_can_hold(tmp_path):
     ("a.csv", "prompt,image,image_path\na,b,c", "line 2: expected one prompt and at most"),
     ("a.csv", 'prompt\n"a\nb"\na dog, running', "line 4: expected 1 cells.*quote a prompt"),
     ("a.csv", "prompt,id\na", "line 2: expected 2 cells"),
+    ("a.csv", "id;prompt\n1;a dog, running", "line 2: expected 1 cells.*with ',' between them"),
     ("a.csv", 'id,prompt\n1,a\n2,\n', "line 3: expected one prompt"),
     ("a.csv", 'prompt\na\n"b" c\n', "line 3 is not a row of a table"),
     ("a.csv", 'prompt\na\n"b\n', "line 3 is not a row of a table"),

@@ -8,6 +8,7 @@ from test_sample import KEY, N, fast_videos, write_student
 
 import sample
 from artifacts.videos import NAME_BYTES, read_named_videos
+from common.prompts import Prompt, read_prompts
 from common.ranks import seed_of
 from tools import vbench
 from tools.vbench import FLICKERING_VIDEOS, expected_videos
@@ -160,6 +161,12 @@ def test_bad_names_are_refused_before_anything_is_loaded(tmp_path, make_config, 
         sample.main([str(make_config()), f"--prompt_file={tmp_path}/v.jsonl", "--teacher",
                      *options])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_key_without_a_seed_is_one_of_a_data_set_s_other_keys(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"caption": "a fox", "file": "clips/1.mp4"}\n')
+    assert read_named_videos(path) == [] and read_prompts(path) == [Prompt("a fox")]
 
 
 def test_the_longest_name_is_written(tmp_path):

@@ -23,7 +23,6 @@ import shutil
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from common.files import (
     sync_to_disk, write_json, write_text)
 from common.names import EXPERTS, dit_tensors, expert_paths, fingerprint, official_names
 from common.ranks import (
-    AgreedError, Ranks, compute_dtype, errors_on_all_ranks, local_rows, print_line)
+    AgreedError, Ranks, compute_dtype, errors_on_all_ranks, local_rows, on_first_rank, print_line)
 from common.weights import (
     DTYPES, LazyTensor, load_module, open_tensors, safetensors_header, safetensors_metadata)
 from experts import by_expert, with_level
@@ -272,7 +271,7 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
         write_json(path.with_name(f"{name}_comfyui.json"),
                    comfyui_workflow(facts, f"{name}.safetensors"))
 
-    on_rank_0(write_pages, ranks)
+    on_first_rank(write_pages)
     return path
 
 
@@ -315,21 +314,16 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[st
         for t in tensors.values():
             bytes_of(t.read().flatten()[:1])  # waits for a GPU's part in the collective
 
-    on_rank_0(prepare, ranks)
+    on_first_rank(prepare)
     for retry in (True, False):
         try:
-            return on_rank_0(write, ranks, gather)
+            with errors_on_all_ranks():
+                return write() if ranks.rank == 0 else gather()
         except AgreedError as e:
             if not retry:
                 raise
             if e.args[0]:
                 print_line(f"{e}; trying once more")
-
-
-def on_rank_0(work: Callable, ranks: Ranks, elsewhere: Callable = lambda: None) -> None:
-    """Do `work` on rank 0, `elsewhere` on others; an error becomes an AgreedError on all."""
-    with errors_on_all_ranks():
-        (work if ranks.rank == 0 else elsewhere)()
 
 
 # ---------------------------------------------------------------------------- diffusers' folder
@@ -357,7 +351,7 @@ def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
         if sizes.boundary is not None and not (folder / "model_index.json").exists():
             write_json(aside / "model_index.json", pipeline_index(sizes))
 
-    on_rank_0(start, ranks)
+    on_first_rank(start)
     for level, tensors in parts.items():
         write_together(aside / SUBFOLDERS[level] / "diffusion_pytorch_model.safetensors",
                        official_names(tensors, "transformer", reverse=True), metadata[level], ranks)
@@ -376,7 +370,7 @@ def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
             raise ValueError(f"{folder}: cannot be written ({error_summary(e)}): rename it, and "
                              "export again by the same command") from e
 
-    on_rank_0(finish, ranks)
+    on_first_rank(finish)
 
 
 def transformer_config(sizes: Sizes) -> dict[str, Any]:

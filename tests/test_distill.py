@@ -575,5 +575,5 @@ def test_a_missing_synvid_of_another_preset_is_an_error_that_names_the_command(
     monkeypatch.setitem(model.PRESETS, "small", SMALL)
     cfg = distill.Config(preset="small", run=str(tmp_path))
     cfg.path = "my.yaml"
-    with pytest.raises(FileNotFoundError, match="python synvid.py my.yaml"):
+    with pytest.raises(ValueError, match="python synvid.py my.yaml"):
         loading.open_synvid(cfg)

@@ -479,9 +479,8 @@ def how_to_use(path: Path) -> str:
 
     Raises FileNotFoundError if there is none, ValueError if it says too little.
     """
-    file = path / "transformer" if (path / "transformer").is_dir() else path
-    tensors = open_tensors(file)
-    facts = facts_in(next((t.file for t in tensors.values()), file))
+    tensors = open_student(path)
+    facts = facts_of(tensors)
     check_facts(path, facts, (*FACTS, *SETTINGS, "dtype"))
     if (family := sizes_of(facts["preset"]).family) != facts["family"]:
         raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "

@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from common.config import Shared
 from common.files import (
     NUMBER, abbreviate, crc32_of_json, error_summary, parse_json, read_json,
-    replace_file, shape_error, write_json)
+    shape_error, write_json)
 from common.names import fingerprint
 from common.ranks import Ranks, draw_noise, gather_values, on_first_rank, progress_bar, require_same
-from common.weights import open_safetensors, safetensors_header
+from common.weights import open_safetensors, safetensors_header, save_tensors
 from model import key_times, latent_shape, sizes_of, time_grid
 
 VERSION = 2  # of the format on disk; 1 also held the number and the digest of the prompts
@@ -207,8 +206,7 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     # One metadata key, because safetensors writes several in random order. Not by save_file,
     # because its temporary file has a random name, which no later run could recognise.
     text = json.dumps({"trajectory": header, "crc32": crc32_of_json(header)}, ensure_ascii=False)
-    data = save({"x": x.contiguous(), **conds}, {"synvid": text})
-    replace_file(path, lambda aside: aside.write_bytes(data))
+    save_tensors(path, {"x": x, **conds}, {"synvid": text})
 
 
 def read_header(contents: tuple[dict, dict, int]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from common.names import fingerprint
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, generator, limit_waiting, local_rows,
     lock_run_folder, on_first_rank, print_line, progress_bar, setup_distributed)
-from experts import expert_at, expert_name
+from experts import expert_at
 from model import check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, velocity
 from training import checkpoint, monitor, optimizer
 from training.data import Batch, Loader, fresh_noise, open_synvid, trained_steps
@@ -309,14 +309,16 @@ class TrainState:
 
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3; D13."""
-    dtype, only = compute_dtype(ranks.device), expert_name(cfg.experts)
-    student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype, only)
-               if cfg.lora is None else load_lora_student(cfg, ranks, dtype, only))
+    dtype = compute_dtype(ranks.device)
+    student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype,
+                        cfg.experts)
+               if cfg.lora is None else load_lora_student(cfg, ranks, dtype))
     if cfg.experts == "both":
         teacher = frozen_copy(student, cfg.preset, dtype, ranks)
     else:  # the last of the steps for high noise ends where the features are the low expert's
         teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks,
-                           only=None if cfg.experts == "high" else only).requires_grad_(False)
+                           experts="both" if cfg.experts == "high" else "low")
+        teacher.requires_grad_(False)
     if cfg.experts == "low":
         student.high_noise_model = load_high_student(cfg, fingerprint(cfg.weights), dtype, ranks)
     for block in [*student.blocks, *teacher.blocks]:

@@ -97,11 +97,6 @@ def crossing_note(grid: list[float], key: list[int], boundary: float | None) -> 
             f"boundary between the experts: with {first_low} as a key timestep none does")
 
 
-def expert_name(experts: str) -> str | None:
-    """The one expert of a run that trains both | high | low; None for both."""
-    return None if experts == "both" else f"{experts}_noise_model"
-
-
 def steps_of(t_key: list[float], boundary: float | None, experts: str) -> list[int]:
     """The k of the student's steps that a run trains, from noise to data: all m of them, or those
     whose start t'_{k+1} belongs to one expert.
@@ -136,10 +131,11 @@ def check_sizes(weights: str | Path, sizes: Any, preset: str) -> None:
 
 
 def preset_tensors(weights: str | Path, sizes: Any, preset: str,
-                   only: str | None = None) -> dict[str, LazyTensor]:
-    """The DiT tensors of `weights`, `only` of this one of EXPERTS. Raises as check_sizes."""
+                   experts: str = "both") -> dict[str, LazyTensor]:
+    """The DiT tensors of `weights`; experts, as in model.build_dit. Raises as check_sizes."""
     check_sizes(weights, sizes, preset)
-    return {name: t for name, t in dit_tensors(weights).items() if name.startswith(only or "")}
+    return {name: t for name, t in dit_tensors(weights).items()
+            if experts == "both" or name.startswith(experts)}
 
 
 def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -262,11 +262,11 @@ class LoRALinear(Linear):
         return super().forward(x) + linear(linear(x, self.lora_A), self.lora_B)
 
 
-def build_student(preset: str, rank: int | None, only: str | None = None) -> nn.Module:
-    """A student's DiT on the meta device; with a rank, only the factors of its LoRA learn. only, as
-    in model.build_dit."""
+def build_student(preset: str, rank: int | None, experts: str = "both") -> nn.Module:
+    """A student's DiT on the meta device; with a rank, only the factors of its LoRA learn. experts,
+    as in model.build_dit."""
     with torch.device("meta"):
-        dit = build_dit(preset, only)
+        dit = build_dit(preset, experts)
     if rank is None:
         return dit
     for block in dit.blocks:
@@ -278,14 +278,13 @@ def build_student(preset: str, rank: int | None, only: str | None = None) -> nn.
     return dit
 
 
-def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype,
-                      only: str | None = None) -> nn.Module:
+def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype) -> nn.Module:
     """A student with a fresh LoRA of rank cfg.lora on the DiT of `weights`, fp32, sharded.
 
     A is uniform within 1/√in, by the seed and its name; B is 0. Raises as model.load_dit.
     """
-    dit = shard_dit(build_student(cfg.preset, cfg.lora, only), ranks, compute_dtype)
-    tensors = preset_tensors(cfg.weights, dit.cfg, cfg.preset, only)
+    dit = shard_dit(build_student(cfg.preset, cfg.lora, cfg.experts), ranks, compute_dtype)
+    tensors = preset_tensors(cfg.weights, dit.cfg, cfg.preset, cfg.experts)
     file = next(iter(tensors.values())).file
     for name, p in dit.named_parameters():
         if name.endswith(FACTORS):

@@ -230,7 +230,7 @@ def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) 
         if facts[key] != value:
             raise ValueError(f"high_student: {path}: {key}: expected {abbreviate(value)}, got "
                              f"{abbreviate(facts[key])}: distill it by this config, --experts high")
-    dit = empty_dit(cfg.preset, dtype, ranks, only=EXPERTS[0]).high_noise_model
+    dit = empty_dit(cfg.preset, dtype, ranks, experts="high").high_noise_model
     tensors = official_names(open_tensors(path), "transformer")
     return load_module(dit, tensors, str(path), device=ranks.device).requires_grad_(False)
 
@@ -479,8 +479,9 @@ def how_to_use(path: Path) -> str:
 
     Raises FileNotFoundError if there is none, ValueError if it says too little.
     """
-    tensors = open_student(path)
-    facts = facts_of(tensors)
+    file = path / "transformer" if (path / "transformer").is_dir() else path
+    tensors = open_tensors(file)
+    facts = facts_in(next((t.file for t in tensors.values()), file))
     check_facts(path, facts, (*FACTS, *SETTINGS, "dtype"))
     if (family := sizes_of(facts["preset"]).family) != facts["family"]:
         raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "

@@ -14,7 +14,6 @@ import torch.nn as nn
 from artifacts.lora import build_student
 from artifacts.student import bytes_a_parameter
 from common.ranks import Ranks, compute_dtype, on_first_rank
-from experts import expert_name
 from model import sizes_of
 from training.checkpoint import check_disk, checkpoints, run_folder
 
@@ -35,7 +34,7 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
     Of two experts one computes at a time. A run that trains only one of them also holds the other
     in the dtype of computation: the teacher's, or for low noise the student's.
     """
-    dit = meta_student(sizes_of(cfg.preset), cfg.lora, expert_name(cfg.experts))
+    dit = meta_student(sizes_of(cfg.preset), cfg.lora, cfg.experts)
     held, frozen = len(dit.blocks) // dit.cfg.num_layers, 1 if cfg.experts == "both" else 2
     wide, replicas = compute_dtype(device).itemsize, world // sp
     count, *blocks = (sum(p.numel() for p in net.parameters()) for net in (dit, *dit.blocks))
@@ -86,7 +85,7 @@ def waiting_latents(cfg: Any, shape: tuple[int, ...], replicas: int) -> int:
 def student_size(cfg: Any) -> tuple[int, int, int]:
     """The student's numbers of trainable and of frozen parameters, and AdamW's moments per
     trainable one."""
-    dit = meta_student(sizes_of(cfg.preset), cfg.lora, expert_name(cfg.experts))
+    dit = meta_student(sizes_of(cfg.preset), cfg.lora, cfg.experts)
     trainable = sum(trainable_sizes(dit))
     frozen = sum(p.numel() for p in dit.parameters()) - trainable
     return trainable, frozen, 4 if cfg.updates == "separate" else 2

@@ -6,7 +6,7 @@
 In:   the weight folder, one or more students (each may be a LoRA), held-out captions.
 Out:  <run>/evaluate/: report.html, one page with everything; table.md, table.json, table.png;
       videos.mp4, .gif, .png with teacher@n, teacher@m and student@m; with students of several
-      numbers of steps also ladder.png and ladder.gif with all models; teacher.safetensors, the
+      numbers of steps also ladder.mp4, .gif, .png with all models; teacher.safetensors, the
       teacher's latents, which the next evaluation reads instead of sampling them again.
 Cost: 2 · `count` trajectories of the teacher (target and reference) and the decodes.
 """

@@ -8,7 +8,7 @@ In:  the weight folder `weights` (text encoder and VAE; the DiT for --teacher an
      the student that distill.py wrote, <run>/student.safetensors.
 Out: in <run>/samples or --out, where <who> is student5, teacher50, lora5, teacher50_unipc, …:
      <who>/*.mp4, named by prompt and seed; <who>.jsonl, the record of all finished videos;
-     <who>.json and <who>.png, prompts, files, seconds and a contact sheet of the last command.
+     <who>.json, prompts, files and seconds of the last command.
 """
 
 import common  # noqa: F401 (before torch, see common)
@@ -242,8 +242,8 @@ def main(argv: list[str] | None = None) -> None:
         new = {line["file"]: line for result in results for line in result["videos"]}
         lines = [(finished | new)[video.file] for video in videos]
         write_report(cfg, record, times, lines, results, ranks)
-        print(f"{len(new)} of {len(lines)} videos were made now; see {record.with_suffix('.png')} "
-              f"(contact sheet), .json (seconds) and {out / lines[0]['file']}")
+        print(f"{len(new)} of {len(lines)} videos were made now; see {out / lines[0]['file']} and "
+              f"{record.with_suffix('.json')} (seconds)")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from common.config import Shared
 from common.files import ROOT, replace_file, write_json, write_text
-from common.video import write_video
+from common.video import write_image, write_video
 from evaluation.measures import Samples, endpoint_error, gates
-from evaluation.sheets import Rows, comparison_sheet, data_uri, side_by_side, video_table
+from evaluation.sheets import Rows, data_uri, side_by_side, stills, video_table
 from small_world.clips import ATTRIBUTES
 from small_world.oracle import caption_attributes
 
@@ -178,16 +178,16 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
             for i in chosen]))
     title = (f"captions at quantiles of {labels[1]}'s endpoint error" if any(chosen.values()) else
              f"one caption per colour, of median error of {labels[1]} among its colour and shape")
-    if len(lines) > 3:
-        comparison_sheet(out / "ladder.png", headings, lines, title)
-        write_video(out / "ladder.gif", video_table(headings, lines), cfg.fps)
-    first_three = video_table(headings, lines[:3])
-    write_video(out / "videos.gif", first_three, cfg.fps)
-    write_video(out / "videos.mp4", first_three, cfg.fps, LOOP_SECONDS)
+    for name, shown in (("videos", lines[:3]), ("ladder", lines)):
+        if name == "videos" or len(lines) > 3:
+            table_of_videos = video_table(headings, shown)
+            write_video(out / f"{name}.gif", table_of_videos, cfg.fps)
+            write_video(out / f"{name}.mp4", table_of_videos, cfg.fps, LOOP_SECONDS)
+            write_image(out / f"{name}.png", video_table(headings, [
+                (label, [(stills(video), note) for video, note in cells])
+                for label, cells in shown])[0])
     examples = list(zip(headings, zip(*(cells for _, cells in lines[:3]), strict=True),
                         strict=True))  # (caption, (video, note) of each of the three)
-    comparison_sheet(out / "videos.png", labels[:3], examples,
-                     f"{title}: first, middle and last frame")
     write_page(cfg, out, examples, labels[:3], compared, table, len(lines) > 3,
                {**facts, "shown": title})
 

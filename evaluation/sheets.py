@@ -1,4 +1,4 @@
-"""Videos next to each other: sheets of stills, tables of videos, and files inside a page.
+"""Videos next to each other: stills, tables of videos, and files inside a page.
 
 Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3].
 """
@@ -10,26 +10,22 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.video import picture_sheet, to_uint8
+from common.video import thumbnail, to_uint8
 
 Rows = list[tuple[str, list[tuple[Tensor, str]]]]  # (label, [(video, note), …, one per heading])
 
 
-def comparison_sheet(path: str | Path, headings: list[str], rows: Rows, title: str) -> None:
-    """Write a PNG with one column per heading and one row per label: first, middle and last frame
-    of each video over its note."""
-    picture_sheet(path, [(label, [(still_strip(video), note) for video, note in cells])
-                         for label, cells in rows], 3.6, title, headings)
-
-
-def still_strip(video: Tensor | np.ndarray) -> np.ndarray:
-    """First, middle and last frame of a video next to each other, uint8 [H, W, 3]."""
-    frames = to_uint8(video)
-    times = dict.fromkeys((0, len(frames) // 2, len(frames) - 1))
-    return join([frames[t] for t in times], max(1, frames.shape[2] // 48))
+def stills(video: Tensor) -> Tensor:
+    """First, middle and last frame of a video [3,T,H,W], at most about 128 pixels high, next to
+    each other: a video of one frame."""
+    video = thumbnail(video, 128)
+    frames = video[:, [0, video.shape[1] // 2, -1]]                          # 3 3 H W
+    frames = F.pad(frames, (0, max(1, video.shape[3] // 48)), value=1.0)     # with a white gap
+    return frames.transpose(1, 2).flatten(2).unsqueeze(1)                    # 3 1 H 3W
 
 
 def side_by_side(videos: list[Tensor]) -> np.ndarray:

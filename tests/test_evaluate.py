@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from test_sample import KEY, N, write_student
+from pixels import read_video
 from torch import Tensor
 
 import evaluate
 from artifacts.student import load_student
 from common.ranks import generator
-from common.video import read_video, write_image
+from common.video import write_image
 from evaluation.measures import (
     c2st, distances, edge_correlation, endpoint_error, energy_distance, gates, is_small_world,
     mean_row, projections, set_distances, sliced_wasserstein, spread)

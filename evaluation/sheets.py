@@ -28,23 +28,10 @@ def stills(video: Tensor) -> Tensor:
     return frames.transpose(1, 2).flatten(2).unsqueeze(1)                    # 3 1 H 3W
 
 
-def side_by_side(videos: list[Tensor]) -> np.ndarray:
-    """One video of several of one shape, uint8 [T, H, W, 3], left to right, at least 192 pixels
-    high."""
-    return join([enlarge(video, 192) for video in videos], 4)
-
-
 def enlarge(video: Tensor, height: int) -> np.ndarray:
     """A video's frames, uint8 [T, H, W, 3], in whole pixels enlarged to at least `height`."""
     scale = max(1, -(-height // video.shape[2]))
     return to_uint8(video).repeat(scale, axis=1).repeat(scale, axis=2)
-
-
-def join(pictures: list[np.ndarray], gap: int) -> np.ndarray:
-    """Pictures uint8 [..., H, w, 3] from left to right, with a white gap between them."""
-    border = [(0, 0)] * (pictures[0].ndim - 2) + [(0, gap), (0, 0)]
-    padded = [np.pad(picture, border, constant_values=255) for picture in pictures]
-    return np.concatenate(padded, axis=-2)[..., :-gap, :]
 
 
 def video_table(headings: list[str], rows: Rows) -> np.ndarray:

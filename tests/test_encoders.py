@@ -25,7 +25,7 @@ from common.names import official_names
 from common.ranks import generator
 from common.video import read_frames, to_uint8, write_video
 from common.weights import save_tensors
-from evaluation.sheets import side_by_side, stills, video_table
+from evaluation.sheets import stills, video_table
 from frozen.load import load_text, load_vae
 from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text
 from frozen.vae import HunyuanVAE, WanVAE
@@ -636,15 +636,6 @@ def test_stills_are_the_first_the_middle_and_the_last_frame():
         assert np.array_equal(picture[:, :48], to_uint8(video)[t])
         assert (picture[:, 48:] == 255).all()
     assert stills(torch.zeros(3, 2, 480, 832)).shape == (3, 1, 160, 3 * (277 + 5))
-
-
-def test_videos_side_by_side_are_enlarged_by_whole_pixels():
-    video = moving_square(4)
-    frames, out = to_uint8(video), side_by_side([video, video.flip(1)])
-    assert out.dtype == np.uint8 and out.shape == (4, 192, 192 + 4 + 192, 3)
-    assert np.array_equal(out[:, ::4, :192:4], frames)
-    assert np.array_equal(out[:, 3::4, -192::4], frames[::-1])
-    assert (out[:, :, 192:196] == 255).all()
 
 
 def test_a_table_of_videos_has_a_row_a_label_and_a_column_a_heading():

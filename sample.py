@@ -127,8 +127,6 @@ class Config(Shared):
                                               "are not a student's key timesteps")
     count: int = field(1, "videos per prompt, with seeds seed, seed + 1, …", "[1, 100000]")
     batch: int = field(1, "videos denoised at once", "[1, 10000]")
-    peak_tflops: float | None = field(None, "peak of the device for MFU, as 989; none: no MFU",
-                                      "(0, inf)")
     compile: bool = field(False, "torch.compile every block; minutes, counted apart")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses), the DiT's weights and the "

@@ -188,7 +188,7 @@ def write_report(cfg: Any, record: Path, times: list[float], lines: list[dict[st
 
     Args: lines, the record's lines of these videos; results, of sample.sample_videos by rank.
     """
-    cost = dit_cost(cfg, lines, ranks)
+    cost = dit_cost(cfg, lines)
     spent = [{key: result[key] for key in ("seconds", "peak_bytes")} for result in results]
     write_json(record.with_suffix(".json"), {
         "who": record.stem, "times": times, "device": device_name(ranks.device), **cost,
@@ -197,8 +197,8 @@ def write_report(cfg: Any, record: Path, times: list[float], lines: list[dict[st
         print(speed_text(results, cost))
 
 
-def dit_cost(cfg: Any, videos: list[dict], ranks: Ranks) -> dict[str, float]:
-    """Tokens, TFLOP and seconds of one evaluation, means over videos, and the part of the peak."""
+def dit_cost(cfg: Any, videos: list[dict]) -> dict[str, float]:
+    """Tokens, TFLOP and seconds of one evaluation, means over videos."""
     with torch.device("meta"):
         dit = build_dit(cfg.preset)
     sizes = [math.prod(dit.token_grid(*latent_shape(cfg.frames, v["height"], v["width"])[1:]))
@@ -206,11 +206,8 @@ def dit_cost(cfg: Any, videos: list[dict], ranks: Ranks) -> dict[str, float]:
     tflop = sum(map(dit.flops, sizes)) / len(sizes) / 1e12
     seconds = (sum(sum(v["seconds"]["steps"]) for v in videos)
                / sum(v["evaluations"] for v in videos))
-    cost = {"tokens": round(sum(sizes) / len(sizes)), "tflop_an_evaluation": tflop,
+    return {"tokens": round(sum(sizes) / len(sizes)), "tflop_an_evaluation": tflop,
             "seconds_an_evaluation": seconds}
-    if cfg.peak_tflops is not None:
-        cost["mfu"] = tflop / seconds / cfg.peak_tflops / ranks.sp
-    return cost
 
 
 def speed_text(results: list[dict], cost: dict[str, float]) -> str:
@@ -219,8 +216,7 @@ def speed_text(results: list[dict], cost: dict[str, float]) -> str:
     slowest = max(results, key=lambda result: sum(result["seconds"].values()))
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in slowest["seconds"].items())
     peak = max(result["peak_bytes"] for result in results) / 2 ** 30
-    mfu = f", {cost['mfu']:.1%} of the peak" if "mfu" in cost else ""
     return (f"{len(videos)} videos, {videos[0]['evaluations']} evaluations per video; the slowest "
             f"process: {phases} for {len(slowest['videos'])} videos; peak memory {peak:.2f} GiB\n"
             f"{cost['tokens']} tokens, {cost['tflop_an_evaluation']:.4g} TFLOP and "
-            f"{cost['seconds_an_evaluation']:.3f} s per evaluation{mfu}")
+            f"{cost['seconds_an_evaluation']:.3f} s per evaluation")

@@ -281,11 +281,6 @@ def file_metadata(facts: dict, level: str) -> dict[str, str]:
     return {"format": "pt", "accvideo": json.dumps(own), "crc32": CHECKSUM}
 
 
-def bytes_a_parameter(cfg: Any) -> int:
-    """Bytes that a student's files take for each of its parameters."""
-    return EXPORT_DTYPES[cfg.export_dtype].itemsize * (2 if cfg.export == "diffusers" else 1)
-
-
 def check_export_range(student: nn.Module, dtype: torch.dtype) -> None:
     """Raise AgreedError on all ranks if a weight would be infinite in dtype; each rank checks its
     own rows."""

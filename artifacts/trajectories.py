@@ -115,13 +115,12 @@ def open_manifest(folder: Path, expected: dict, write: bool = True) -> dict[str,
         return stored
     except (ValueError, FileNotFoundError):
         recorded = first_header(folder).get("manifest")
-        if not write or (recorded is None and stored is not None):
+        fits = recorded == manifest_checksum(expected)
+        if not write or (stored is not None and not fits):
             raise
-        if recorded not in (None, manifest_checksum(expected)):
-            if path.exists():
-                raise
-            raise ValueError(f"{path}: is missing, and the trajectories of the folder were made "
-                             f"with other settings: {remedy}") from None
+        if recorded is not None and not fits:
+            raise ValueError(f"{path}: is missing or damaged, and the trajectories of the folder "
+                             f"were made with other settings: {remedy}") from None
     write_json(path, expected)
     if recorded is not None:
         print(f"{path}: was missing or damaged; written again from the config")

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from artifacts.lora import build_student
-from artifacts.student import bytes_a_parameter
+from artifacts.student import EXPORT_DTYPES
 from common.ranks import Ranks, compute_dtype, on_first_rank
 from model import sizes_of
 from training.checkpoint import check_disk, checkpoints, run_folder
@@ -162,7 +162,8 @@ def check_resources(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> None:
         trainable, frozen, moments = student_size(cfg)
         done, every = max(checkpoints(run_folder(cfg)), default=0), cfg.export_every
         students = 1 + (max((cfg.iterations - 1) // every - done // every, 0) if every else 0)
-        check_disk(run_folder(cfg), trainable, moments, cfg.keep,
-                   students * bytes_a_parameter(cfg) * (trainable + frozen))
+        students *= 2 if cfg.export == "diffusers" else 1
+        export = students * EXPORT_DTYPES[cfg.export_dtype].itemsize * (trainable + frozen)
+        check_disk(run_folder(cfg), trainable, moments, cfg.keep, export)
 
     on_first_rank(check)

@@ -268,7 +268,8 @@ class SynVid:
     """The trajectories of a folder, checked against the trainer's config and read on demand.
 
     Args: folder, <run>/synvid; cfg, the trainer's config.
-    Attributes: manifest; t_key[k] = t'_k, times of the key timesteps (k = 0 data, k = m noise).
+    Attributes: manifest and its checksum; t_key[k] = t'_k, times of the key timesteps (k = 0 data,
+    k = m noise).
     Raises FileNotFoundError if there is no SynVid; ValueError if it was made with another teacher,
     grid, guidance or resolution, lacks a key timestep, or has a gap.
     """
@@ -276,6 +277,7 @@ class SynVid:
     def __init__(self, folder: str | Path, cfg: Shared):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder, cfg.path)
+        self.checksum = manifest_checksum(self.manifest)
         path = self.folder / "manifest.json"
         check_same(path, self.manifest, teacher_settings(cfg),
                    "train with the config that made these trajectories, or make others by `python "

@@ -125,7 +125,7 @@ def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks, checkpointing):
     for k, head in enumerate(heads):
         head.register_forward_hook(lambda *_, k=k: events.append(("head", k)))
     noise = loading.fresh_noise
-    monkeypatch.setattr(distill, "fresh_noise", lambda *a: events.append(("noise",)) or noise(*a))
+    monkeypatch.setattr(loading, "fresh_noise", lambda *a: events.append(("noise",)) or noise(*a))
     monkeypatch.setattr(distill, "functional_call", lambda head, params, args: head(*args))
 
     def data(step):

@@ -82,21 +82,6 @@ def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) ->
     return dit
 
 
-def steps_of(t_key: list[float], boundary: float | None, experts: str) -> list[int]:
-    """The k of the student's steps that a run trains, from noise to data: all m of them, or those
-    whose start t'_{k+1} belongs to one expert.
-
-    Args: t_key[k] = t'_k; experts, both | high | low. Raises ValueError if there is none.
-    """
-    ks = list(reversed(range(len(t_key) - 1)))
-    if experts != "both":
-        ks = [k for k in ks if (t_key[k + 1] >= boundary) == (experts == "high")]
-    if not ks:
-        raise ValueError(f"key: no step starts in the range of the expert for {experts} noise, "
-                         f"whose boundary is {boundary}: choose other key timesteps")
-    return ks
-
-
 def check_sizes(weights: str | Path, sizes: Any, preset: str) -> None:
     """Raise ValueError if `weights` has another number of DiTs than a preset, or if a folder's JSON
     files contain other sizes than the preset's `sizes`, or another boundary."""

@@ -31,13 +31,13 @@ from common.names import EXPERTS, dit_tensors, fingerprint, official_names
 from common.prompts import Prompt, read_prompts
 from common.ranks import Ranks, generator
 from common.weights import load_module, save_tensors
-from experts import by_expert, steps_of
+from experts import by_expert
 from frozen.image import image_cond
 from frozen.load import load_conditioner
 from frozen.unipc import sample_unipc, unipc_grid
 from frozen.vae import WanVAE
 from model import PRESETS, WanConfig, build_dit, load_dit
-from training.data import Loader
+from training.data import Loader, trained_steps
 from training.monitor import held_out_errors
 
 # --------------------------------------------------------------------- the official numbers
@@ -172,8 +172,10 @@ def test_each_step_belongs_to_the_expert_in_whose_range_it_starts(row):
     t_key = [grid[j] for j in key][::-1]
     assert [round(1000 * t, 2) for t in t_key[::-1]] == row["t"]
     assert next(j for j, t in enumerate(grid) if t < boundary) == row["first_low_index"]
-    high, low = (steps_of(t_key, boundary, experts) for experts in ("high", "low"))
-    assert high + low == steps_of(t_key, boundary, "both")
+    preset = {0.875: "wan22-t2v-a14b", 0.9: "wan22-i2v-a14b"}[boundary]
+    high, low, both = (trained_steps(distill.Config(preset=preset, experts=experts), t_key)
+                       for experts in ("high", "low", "both"))
+    assert high + low == both
     assert "H" * len(high) + "L" * len(low) == row["start"]
     assert row["features"] == "".join("HL"[t < boundary] for t in t_key[-2::-1])
 
@@ -473,7 +475,8 @@ def test_the_low_noise_run_starts_where_the_frozen_student_for_high_noise_ends(m
     assert [name for name, p in both.named_parameters() if p.requires_grad] == [
         name for name, _ in both.named_parameters() if name.startswith("low_noise_model.")]
     t_key = model.key_times("wan", N, 1.0, ALIGNED)[::-1]
-    assert steps_of(t_key, 0.5, "low") == [1, 0]
+    cfg = distill.Config(preset="tiny-experts", experts="low")
+    assert trained_steps(cfg, t_key) == [1, 0]
     *_, want = model.sample_euler(high, random_noise(), t_key[2:][::-1], cond_of())
     assert torch.equal(distill.first_latent(both, random_noise(), t_key, 1, cond_of()), want)
     assert torch.equal(distill.first_latent(both, random_noise(), t_key, 3, cond_of()),

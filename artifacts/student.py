@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import struct
 import zlib
 from collections import deque
@@ -34,8 +33,8 @@ from artifacts.instructions import comfyui_workflow, stock_scheduler, student_pa
 from artifacts.lora import is_lora, lora_changes, lora_file, student_tensors, with_lora
 from common.config import Shared
 from common.files import (
-    NUMBER, abbreviate, crc32_of_file, error_summary, parse_json, replace_file, shape_error,
-    sync_to_disk, write_json, write_text)
+    NUMBER, abbreviate, crc32_of_file, parse_json, replace_file, shape_error, write_json,
+    write_text)
 from common.names import EXPERTS, dit_tensors, expert_paths, fingerprint, official_names
 from common.ranks import (
     AgreedError, Ranks, compute_dtype, errors_on_all_ranks, local_rows, on_first_rank, print_line)
@@ -330,42 +329,23 @@ def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
                      metadata: dict[str, dict[str, str]], sizes: Sizes, t_key: list[float],
                      ranks: Ranks) -> None:
     """Write a folder with transformer/ and scheduler/ as diffusers loads them; for an expert for
-    low noise transformer_2/, and model_index.json with the boundary. All files are written aside,
-    then moved: an earlier export is replaced, other files of the folder are kept.
+    low noise transformer_2/, and model_index.json with the boundary. An earlier export is replaced
+    file by file, other files of the folder are kept.
 
     Args: parts, tensors under official names, and metadata of each file, by expert; t_key from 1 to
     0. Raises AgreedError on all ranks if it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.part")
-
-    def start() -> None:
-        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
+    def write_settings() -> None:
         for level in parts:
-            write_json(aside / SUBFOLDERS[level] / "config.json", transformer_config(sizes))
-        write_json(aside / "scheduler/scheduler_config.json", scheduler_config(sizes, t_key))
+            write_json(folder / SUBFOLDERS[level] / "config.json", transformer_config(sizes))
+        write_json(folder / "scheduler/scheduler_config.json", scheduler_config(sizes, t_key))
         if sizes.boundary is not None and not (folder / "model_index.json").exists():
-            write_json(aside / "model_index.json", pipeline_index(sizes))
+            write_json(folder / "model_index.json", pipeline_index(sizes))
 
-    on_first_rank(start)
+    on_first_rank(write_settings)
     for level, tensors in parts.items():
-        write_together(aside / SUBFOLDERS[level] / "diffusion_pytorch_model.safetensors",
+        write_together(folder / SUBFOLDERS[level] / "diffusion_pytorch_model.safetensors",
                        official_names(tensors, "transformer", reverse=True), metadata[level], ranks)
-
-    def finish() -> None:
-        try:
-            for old in folder.glob("transformer*/diffusion_pytorch_model*.safetensors*"):
-                old.unlink()  # another program's export may be in shards, with other names
-            for file in [path for path in aside.rglob("*") if path.is_file()]:
-                target = folder / file.relative_to(aside)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
-                sync_to_disk(target.parent)
-            shutil.rmtree(aside)
-        except OSError as e:
-            raise ValueError(f"{folder}: cannot be written ({error_summary(e)}): rename it, and "
-                             "export again by the same command") from e
-
-    on_first_rank(finish)
 
 
 def transformer_config(sizes: Sizes) -> dict[str, Any]:

@@ -213,13 +213,10 @@ def write_page(cfg: Shared, out: Path, compared: list[dict], table: str, facts: 
                   f"{name}_bar": f"{100 * row['endpoint'][0] / longest:.1f}%",
                   f"{name}_cost": f"{row['evaluations']} evaluations, {row['seconds']:.3f} s"}
     parts = {"videos": data_uri(out / "videos.mp4"), "stills": data_uri(out / "videos.png"),
-             "table": html_of(table), "curves": "", "words": ""}
+             "table": html_of(table), "curves": ""}
     if (curves := Path(cfg.run) / "distill/curves.png").is_file():
         parts["curves"] = ('<h2>How the student learned</h2><img alt="Losses, accuracy of the '
                            f'heads, gradients, held-out error" src="{data_uri(curves)}">')
-    if "all" in compared[0]:
-        words = "".join(f"<li>{name}: {', '.join(values)}" for name, values in ATTRIBUTES.items())
-        parts["words"] = f"<p>The small world knows these words:</p><ul>{words}</ul>"
     template = (ROOT / "assets/report_template.html").read_text(encoding="utf-8")
     write_text(out / "report.html", string.Template(template).substitute(
         {name: html.escape(str(text)) for name, text in texts.items()}, **parts))

@@ -35,18 +35,15 @@ from torch.func import functional_call
 from artifacts.lora import load_lora_student
 from artifacts.student import (
     check_replaceable, export_student, exported_path, high_checksum, load_high_student)
-from artifacts.trajectories import manifest_checksum
 from common.config import Shared, announce, field, load_config
 from common.names import fingerprint
 from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, generator, limit_waiting, local_rows,
     lock_run_folder, on_first_rank, print_line, progress_bar, setup_distributed)
-from experts import expert_at, expert_name
+from experts import expert_at
 from model import check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, velocity
-from training import checkpoint, monitor, optimizer
-from training.data import Batch, Loader, fresh_noise, open_synvid, trained_steps
+from training import checkpoint, data, monitor, optimizer
 from training.memory import check_resources
-from training.monitor import Log
 
 # ----------------------------------------------------------------------------------- losses
 # Latents are [B,C,T,H,W], normalised as the DiT sees them; cond is the prompt's conditioning.
@@ -125,17 +122,17 @@ def adv_losses(head: nn.Module, teacher: nn.Module, x_gen: Tensor, x_real: Tenso
 
 # ------------------------------------------------------------------------------- Algorithm 1
 
-def algorithm_1(cfg: Config, state: TrainState,
-                loader: Callable[[int], list[Batch]]) -> Iterator[tuple[int, int, Log]]:
+def algorithm_1(cfg: Config, state: TrainState, loader: Callable[[int], list[data.Batch]]
+                ) -> Iterator[tuple[int, int, monitor.Log]]:
     """Distill, in the paper's order and symbols; yields (step, k, log) after each k-step.
 
     loader(step) returns the micro-batches of an iteration. The first column of tags is the line
     of Algorithm 1; build() has lines 1 and 3, model.key_times line 2.
     """
     student, teacher, heads, queues = state.student, state.teacher, state.heads, state.queues
-    t_key, ks = state.t_key, trained_steps(cfg, state.t_key)             # m-1 … 0, or one expert's
+    t_key, ks = state.t_key, data.trained_steps(cfg, state.t_key)        # m-1 … 0, or one expert's
     for step in range(state.step, cfg.iterations):                       # 4  while train       D2
-        k, log = ks[step % len(ks)], Log(student)                        # 5  for k = m-1 … 0
+        k, log = ks[step % len(ks)], monitor.Log(student)                # 5  for k = m-1 … 0
         batches = loader(step)                                           # 7  {l_t'} ~ SynVid
         log.lap("data")
         if cfg.traj:
@@ -147,7 +144,7 @@ def algorithm_1(cfg: Config, state: TrainState,
         if cfg.adv:
             for b in batches:
                 if k == ks[0]:
-                    z = fresh_noise(cfg, step, b)                        # 11 z ~ N(0, I)       D4
+                    z = data.fresh_noise(cfg, step, b)                   # 11 z ~ N(0, I)       D4
                     x = first_latent(student, z, t_key, k, b.cond)       #    z if k = m-1
                     queues[k + 1].append((x, b.x_key, b.cond))           # 12 Q_m.push
                 x, x_key, cond = queues[k + 1].popleft()                 # 15 Q_{k+1}.pop
@@ -174,7 +171,8 @@ def first_latent(student: nn.Module, z: Tensor, t_key: list[float], k: int,
     return [z, *sample_euler(student, z, t_key[k + 1:][::-1], cond)][-1]
 
 
-def update_student(cfg: Config, state: TrainState, loss: str, step: int, log: Log) -> None:
+def update_student(cfg: Config, state: TrainState, loss: str, step: int,
+                   log: monitor.Log) -> None:
     """Update β after the backward passes of one loss, "traj" or "adv". D6."""
     log.lap(loss)
     params = [p for p in state.student.parameters() if p.grad is not None]
@@ -193,7 +191,7 @@ def update_student(cfg: Config, state: TrainState, loss: str, step: int, log: Lo
     log.lap("optimizer")
 
 
-def update_heads(cfg: Config, state: TrainState, step: int, log: Log) -> None:
+def update_heads(cfg: Config, state: TrainState, step: int, log: monitor.Log) -> None:
     """Update H_k. Heads are small, so every rank keeps all of them and averages the gradients."""
     params = [p for p in state.heads.parameters() if p.grad is not None]
     for p in params:
@@ -309,14 +307,16 @@ class TrainState:
 
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3; D13."""
-    dtype, only = compute_dtype(ranks.device), expert_name(cfg.experts)
-    student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype, only)
-               if cfg.lora is None else load_lora_student(cfg, ranks, dtype, only))
+    dtype = compute_dtype(ranks.device)
+    student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype,
+                        cfg.experts)
+               if cfg.lora is None else load_lora_student(cfg, ranks, dtype))
     if cfg.experts == "both":
         teacher = frozen_copy(student, cfg.preset, dtype, ranks)
     else:  # the last of the steps for high noise ends where the features are the low expert's
         teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks,
-                           only=None if cfg.experts == "high" else only).requires_grad_(False)
+                           experts="both" if cfg.experts == "high" else "low")
+        teacher.requires_grad_(False)
     if cfg.experts == "low":
         student.high_noise_model = load_high_student(cfg, fingerprint(cfg.weights), dtype, ranks)
     for block in [*student.blocks, *teacher.blocks]:
@@ -373,8 +373,8 @@ def is_export_step(cfg: Config, step: int) -> bool:
     return bool(cfg.export_every) and step % cfg.export_every == 0 and 0 < step < cfg.iterations
 
 
-def train(cfg: Config, state: TrainState, loader: Loader, ranks: Ranks, meta: dict,
-          folder: Path) -> None:
+def train(cfg: Config, state: TrainState, loader: data.Loader, ranks: Ranks,
+          meta: dict, folder: Path) -> None:
     """Run Algorithm 1 until its last iteration or a signal, then export the student.
 
     Args: meta, what checkpoints store besides tensors; folder, <run>/distill.
@@ -434,16 +434,16 @@ def main(argv: list[str] | None = None) -> None:
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
     with lock_run_folder(checkpoint.run_folder(cfg)):
         on_first_rank(lambda: check_replaceable(exported_path(cfg, experts=cfg.experts)))
-        data = open_synvid(cfg)
-        loader = Loader(cfg, data, ranks)
+        trajectories = data.open_synvid(cfg)
+        loader = data.Loader(cfg, trajectories, ranks)
         meta = {"config": asdict(cfg), "teacher": teacher, "count": loader.count,
-                "synvid": manifest_checksum(data.manifest)}
+                "synvid": trajectories.checksum}
         if cfg.experts == "low":
             meta["high"] = on_first_rank(lambda: high_checksum(cfg))
         if ranks.rank == 0:
             monitor.print_bill(cfg, tap_blocks(cfg, sizes.num_layers), loader.shape)
         check_resources(cfg, loader.shape, ranks)
-        state = build(cfg, data.t_key, ranks)
+        state = build(cfg, trajectories.t_key, ranks)
         checkpoint.resume(cfg, state, loader, ranks, meta)
         train(cfg, state, loader, ranks, meta, announce(cfg, checkpoint.run_folder(cfg).name,
                                                         ranks.rank))

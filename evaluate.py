@@ -5,9 +5,9 @@
 
 In:   the weight folder, one or more students (each may be a LoRA), held-out captions.
 Out:  <run>/evaluate/: report.html, one page with everything; table.md, table.json, table.png;
-      videos.mp4, .gif, .png with teacher@n, teacher@m and student@m; with students of several
-      numbers of steps also ladder.png and ladder.gif with all models; teacher.safetensors, the
-      teacher's latents, which the next evaluation reads instead of sampling them again.
+      videos.mp4, .gif, .png with a row for teacher@n and each teacher@m and student@m;
+      teacher.safetensors, the teacher's latents, which the next evaluation reads instead of
+      sampling them again.
 Cost: 2 · `count` trajectories of the teacher (target and reference) and the decodes.
 """
 

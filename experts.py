@@ -5,7 +5,6 @@ samples share a time, needs one. Source: Wan 2.2's release, text2video.py and im
 The sharding of a DiT, and the check of weights against a preset's sizes, are here too.
 """
 
-import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -83,40 +82,6 @@ def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) ->
     return dit
 
 
-def crossing_note(grid: list[float], key: list[int], boundary: float | None) -> str:
-    """A line if a step of the student crosses the boundary: there its high-noise expert has to
-    learn what the teacher's low-noise one does. "" if none does.
-
-    Args: grid, the teacher's times; key, indices into it.
-    """
-    first_low = next((j for j, t in enumerate(grid) if boundary and t < boundary), None)
-    if first_low is None or first_low in key:
-        return ""
-    start, stop = next(pair for pair in itertools.pairwise(key) if pair[1] > first_low)
-    return (f"key: the student's step from {start} to {stop} of the teacher's grid crosses the "
-            f"boundary between the experts: with {first_low} as a key timestep none does")
-
-
-def expert_name(experts: str) -> str | None:
-    """The one expert of a run that trains both | high | low; None for both."""
-    return None if experts == "both" else f"{experts}_noise_model"
-
-
-def steps_of(t_key: list[float], boundary: float | None, experts: str) -> list[int]:
-    """The k of the student's steps that a run trains, from noise to data: all m of them, or those
-    whose start t'_{k+1} belongs to one expert.
-
-    Args: t_key[k] = t'_k; experts, both | high | low. Raises ValueError if there is none.
-    """
-    ks = list(reversed(range(len(t_key) - 1)))
-    if experts != "both":
-        ks = [k for k in ks if (t_key[k + 1] >= boundary) == (experts == "high")]
-    if not ks:
-        raise ValueError(f"key: no step starts in the range of the expert for {experts} noise, "
-                         f"whose boundary is {boundary}: choose other key timesteps")
-    return ks
-
-
 def check_sizes(weights: str | Path, sizes: Any, preset: str) -> None:
     """Raise ValueError if `weights` has another number of DiTs than a preset, or if a folder's JSON
     files contain other sizes than the preset's `sizes`, or another boundary."""
@@ -136,10 +101,11 @@ def check_sizes(weights: str | Path, sizes: Any, preset: str) -> None:
 
 
 def preset_tensors(weights: str | Path, sizes: Any, preset: str,
-                   only: str | None = None) -> dict[str, LazyTensor]:
-    """The DiT tensors of `weights`, `only` of this one of EXPERTS. Raises as check_sizes."""
+                   experts: str = "both") -> dict[str, LazyTensor]:
+    """The DiT tensors of `weights`; experts, as in model.build_dit. Raises as check_sizes."""
     check_sizes(weights, sizes, preset)
-    return {name: t for name, t in dit_tensors(weights).items() if name.startswith(only or "")}
+    return {name: t for name, t in dit_tensors(weights).items()
+            if experts == "both" or name.startswith(experts)}
 
 
 def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -765,30 +765,31 @@ def check_model(cfg: Shared) -> Sizes:
 
 # ---------------------------------------------------------------------- building and loading
 
-def build_dit(preset: str | Sizes, only: str | None = None) -> WanDiT | HunyuanDiT | Experts:
-    """A DiT by preset name or sizes, with torch's initialisation; `only` this one of EXPERTS.
-    Raises as sizes_of."""
+def build_dit(preset: str | Sizes, experts: str = "both") -> WanDiT | HunyuanDiT | Experts:
+    """A DiT by preset name or sizes, with torch's initialisation; of two experts both, or the one
+    for high or low noise. Raises as sizes_of."""
     sizes = sizes_of(preset) if isinstance(preset, str) else preset
     if sizes.boundary is not None:
-        return Experts({name: WanDiT(sizes) for name in ((only,) if only else EXPERTS)})
+        return Experts({name: WanDiT(sizes) for name in EXPERTS
+                        if experts == "both" or name.startswith(experts)})
     return (WanDiT if sizes.family == "wan" else HunyuanDiT)(sizes)
 
 
 def empty_dit(preset: str, dtype: torch.dtype, ranks: Ranks | None,
-              forward_dtype: torch.dtype | None = None, only: str | None = None) -> nn.Module:
+              forward_dtype: torch.dtype | None = None, experts: str = "both") -> nn.Module:
     """A DiT on the meta device, sharded if `ranks` is given; arguments as in load_dit."""
     with torch.device("meta"):
-        dit = build_dit(preset, only).to(dtype)
+        dit = build_dit(preset, experts).to(dtype)
     return dit if ranks is None else shard_dit(dit, ranks, forward_dtype)
 
 
 def load_dit(weights: str | Path, preset: str, dtype: torch.dtype = torch.float32,
              device: str | torch.device = "cpu", ranks: Ranks | None = None,
-             forward_dtype: torch.dtype | None = None, only: str | None = None) -> nn.Module:
+             forward_dtype: torch.dtype | None = None, experts: str = "both") -> nn.Module:
     """Build a DiT on the meta device, shard it if `ranks` is given, and read its weights.
 
     Args: weights, a folder or a file; forward_dtype of the sharded blocks' gathered weights (None:
-    dtype); only, as in build_dit. Raises as common.names and load_module."""
-    dit = empty_dit(preset, dtype, ranks, forward_dtype, only)
-    tensors = preset_tensors(weights, dit.cfg, preset, only)
+    dtype); experts, as in build_dit. Raises as common.names and load_module."""
+    dit = empty_dit(preset, dtype, ranks, forward_dtype, experts)
+    tensors = preset_tensors(weights, dit.cfg, preset, experts)
     return load_module(dit, tensors, f"DiT from {weights}", device=device)

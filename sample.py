@@ -8,7 +8,7 @@ In:  the weight folder `weights` (text encoder and VAE; the DiT for --teacher an
      the student that distill.py wrote, <run>/student.safetensors.
 Out: in <run>/samples or --out, where <who> is student5, teacher50, lora5, teacher50_unipc, …:
      <who>/*.mp4, named by prompt and seed; <who>.jsonl, the record of all finished videos;
-     <who>.json and <who>.png, prompts, files, seconds and a contact sheet of the last command.
+     <who>.json, prompts, files and seconds of the last command.
 """
 
 import common  # noqa: F401 (before torch, see common)
@@ -127,8 +127,6 @@ class Config(Shared):
                                               "are not a student's key timesteps")
     count: int = field(1, "videos per prompt, with seeds seed, seed + 1, …", "[1, 100000]")
     batch: int = field(1, "videos denoised at once", "[1, 10000]")
-    peak_tflops: float | None = field(None, "peak of the device for MFU, as 989; none: no MFU",
-                                      "(0, inf)")
     compile: bool = field(False, "torch.compile every block; minutes, counted apart")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses), the DiT's weights and the "
@@ -242,8 +240,8 @@ def main(argv: list[str] | None = None) -> None:
         new = {line["file"]: line for result in results for line in result["videos"]}
         lines = [(finished | new)[video.file] for video in videos]
         write_report(cfg, record, times, lines, results, ranks)
-        print(f"{len(new)} of {len(lines)} videos were made now; see {record.with_suffix('.png')} "
-              f"(contact sheet), .json (seconds) and {out / lines[0]['file']}")
+        print(f"{len(new)} of {len(lines)} videos were made now; see {out / lines[0]['file']} and "
+              f"{record.with_suffix('.json')} (seconds)")
 
 
 if __name__ == "__main__":

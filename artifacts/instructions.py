@@ -106,9 +106,7 @@ def student_page(facts: dict[str, Any], file: str, lora: bool = False) -> str:
         "pipe_settings": WHOLE_IMAGE if image and sizes.has_clip else "",
         "pipeline": "WanImageToVideoPipeline" if image else "WanPipeline",
         "set_sigmas": "" if stock or not wan else SET_SIGMAS.format(digits(t_key[:-1])),
-        "scheduler": ", ".join(f"{k}={v}" for k, v in (stock or {"shift": 1.0}).items()),
-        "scheduler_note": f" `{stem}_diffusers/scheduler`\nholds the same." if stock and not lora
-        else "" if stock else " No stock\nscheduler has these times: the sigmas are passed to it."}
+        "scheduler": ", ".join(f"{k}={v}" for k, v in (stock or {"shift": 1.0}).items())}
     if sizes.boundary is not None:
         values |= split_times(facts, file)
         values |= parts(f"student_experts_{'loras' if lora else 'files'}", values)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,30 +68,28 @@ def module_names(tensors: Iterable[str]) -> dict[str, str]:
     return {name.replace(".", "_"): official for name, official in names.items()} | names
 
 
+# A part of a change as it is read: all of it in fp32, or the rows that are given.
+Change = Callable[[slice | None], Tensor]
+
+
 def low_rank_product(up: LazyTensor, down: LazyTensor, scale: float,
-                     shape: tuple[int, ...]) -> LazyTensor:
-    """scale · up · down in fp32, in the shape of the weight that it changes; some rows if asked."""
-    def read(rows: slice | None = None) -> Tensor:
+                     shape: tuple[int, ...]) -> Change:
+    """scale · up · down in the shape of the weight that it changes."""
+    def read(rows: slice | None) -> Tensor:
         change = up.read(rows).float().flatten(1) @ down.read().float().flatten(1)
         return scale * change.unflatten(1, shape[1:])
 
-    return LazyTensor(shape, torch.float32, up.file, read)
+    return read
 
 
-def scaled(tensor: LazyTensor, scale: float) -> LazyTensor:
-    """scale · tensor in fp32."""
-    return LazyTensor(tensor.shape, torch.float32, tensor.file,
-                      lambda rows=None: scale * tensor.read(rows).float())
-
-
-def summed(first: LazyTensor, *others: LazyTensor) -> LazyTensor:
-    """The sum of tensors of one shape, in fp32."""
-    return LazyTensor(first.shape, torch.float32, first.file, lambda rows=None: sum(
-        (other.read(rows) for other in others), first.read(rows).float()))
+def changed(weight: LazyTensor, changes: list[Change]) -> LazyTensor:
+    """A weight with its changes added, in fp32."""
+    return replace(weight, dtype=torch.float32, read=lambda rows=None: sum(
+        (change(rows) for change in changes), weight.read(rows).float()))
 
 
 def lora_changes(path: Path, shapes: dict[str, tuple[int, ...]],
-                 scale: float = 1.0) -> tuple[dict[str, list[LazyTensor]], list[str]]:
+                 scale: float = 1.0) -> tuple[dict[str, list[Change]], list[str]]:
     """What a LoRA file adds to each parameter of a DiT, and the names of what cannot be added.
 
     Args: path, of two experts one of the two files; shapes, of the DiT's parameters by official
@@ -111,7 +110,7 @@ def lora_changes(path: Path, shapes: dict[str, tuple[int, ...]],
 
 
 def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
-                   scale: float) -> tuple[dict[str, list[LazyTensor]], list[str]]:
+                   scale: float) -> tuple[dict[str, list[Change]], list[str]]:
     """lora_changes for one DiT."""
     tensors, modules = open_tensors(path), module_names(shapes)
     parts: dict[str, dict[str, tuple[str, LazyTensor]]] = {}  # by official module
@@ -132,7 +131,7 @@ def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
                              ": save one LoRA, in 16 bits, in the file")
         else:
             parts[official][part] = name, tensor
-    changes: dict[str, list[LazyTensor]] = {}
+    changes: dict[str, list[Change]] = {}
     factor = peft_factor(path, tensors)
     for module, found in parts.items():
         weight, times = f"{module}.weight", 1.0
@@ -152,7 +151,8 @@ def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
             target = module if module in shapes else f"{module}.{part.removeprefix('up_')}"
             if shapes.get(target) == tensor.shape and part not in ("up", "down", "alpha"):
                 by = scale * (times if part == "up_bias" else 1.0)  # it is scaled as B·A is
-                changes.setdefault(target, []).append(scaled(tensor, by))
+                changes.setdefault(target, []).append(
+                    lambda rows, t=tensor, by=by: by * t.read(rows).float())
             else:
                 unused.append(name)
     if not changes:
@@ -212,7 +212,7 @@ def with_lora(dit: dict[str, LazyTensor], path: Path, scale: float = 1.0) -> dic
         names = ", ".join(unused[:4]) + (" …" if len(unused) > 4 else "")
         print(f"{path}: {len(unused)} tensor(s) are not applied, for this DiT has none of that "
               f"name and shape: {names}")
-    return {name: summed(t, *changes[name]) if name in changes else t for name, t in dit.items()}
+    return {name: changed(t, changes[name]) if name in changes else t for name, t in dit.items()}
 
 
 # --------------------------------------------------------------------------------- our own files
@@ -262,11 +262,11 @@ class LoRALinear(Linear):
         return super().forward(x) + linear(linear(x, self.lora_A), self.lora_B)
 
 
-def build_student(preset: str, rank: int | None, only: str | None = None) -> nn.Module:
-    """A student's DiT on the meta device; with a rank, only the factors of its LoRA learn. only, as
-    in model.build_dit."""
+def build_student(preset: str, rank: int | None, experts: str = "both") -> nn.Module:
+    """A student's DiT on the meta device; with a rank, only the factors of its LoRA learn. experts,
+    as in model.build_dit."""
     with torch.device("meta"):
-        dit = build_dit(preset, only)
+        dit = build_dit(preset, experts)
     if rank is None:
         return dit
     for block in dit.blocks:
@@ -278,30 +278,29 @@ def build_student(preset: str, rank: int | None, only: str | None = None) -> nn.
     return dit
 
 
-def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype,
-                      only: str | None = None) -> nn.Module:
+def load_lora_student(cfg: Any, ranks: Ranks, compute_dtype: torch.dtype) -> nn.Module:
     """A student with a fresh LoRA of rank cfg.lora on the DiT of `weights`, fp32, sharded.
 
     A is uniform within 1/√in, by the seed and its name; B is 0. Raises as model.load_dit.
     """
-    dit = shard_dit(build_student(cfg.preset, cfg.lora, only), ranks, compute_dtype)
-    tensors = preset_tensors(cfg.weights, dit.cfg, cfg.preset, only)
+    dit = shard_dit(build_student(cfg.preset, cfg.lora, cfg.experts), ranks, compute_dtype)
+    tensors = preset_tensors(cfg.weights, dit.cfg, cfg.preset, cfg.experts)
     file = next(iter(tensors.values())).file
     for name, p in dit.named_parameters():
         if name.endswith(FACTORS):
-            tensors[name] = fresh_factor(name, tuple(p.shape), cfg.seed, file)
+            shape = tuple(p.shape)
+            tensors[name] = LazyTensor(shape, torch.float32, file, functools.partial(
+                fresh_factor, name, shape, cfg.seed))
     return load_module(dit, tensors, f"DiT from {cfg.weights}", device=ranks.device)
 
 
-def fresh_factor(name: str, shape: tuple[int, ...], seed: int, file: Path) -> LazyTensor:
-    """The initial A or B, to be read as if it were in a file."""
-    def read(rows: slice | None = None) -> Tensor:
-        value, bound = torch.zeros(shape), shape[1] ** -0.5
-        if name.endswith("lora_A"):
-            value.uniform_(-bound, bound, generator=generator("lora", seed, name))
-        return value[rows] if rows else value
-
-    return LazyTensor(shape, torch.float32, file, read)
+def fresh_factor(name: str, shape: tuple[int, ...], seed: int,
+                 rows: slice | None = None) -> Tensor:
+    """The initial A or B, or some rows of it, fp32."""
+    value, bound = torch.zeros(shape), shape[1] ** -0.5
+    if name.endswith("lora_A"):
+        value.uniform_(-bound, bound, generator=generator("lora", seed, name))
+    return value[rows] if rows else value
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -331,7 +330,7 @@ def student_tensors(student: nn.Module, path: Path, dtype: torch.dtype) -> dict[
                for name, p in student.named_parameters()}
     merged = {name: t for name, t in tensors.items() if not name.endswith(FACTORS)}
     for name, A, B in factor_pairs(tensors):
-        merged[name] = summed(merged[name], low_rank_product(B, A, 1.0, merged[name].shape))
+        merged[name] = changed(merged[name], [low_rank_product(B, A, 1.0, merged[name].shape)])
     return {name: LazyTensor(t.shape, dtype, path, lambda rows=None, t=t: t.read(rows).to(dtype))
             for name, t in merged.items()}
 

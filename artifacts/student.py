@@ -19,11 +19,9 @@ import itertools
 import json
 import math
 import os
-import shutil
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +33,11 @@ from artifacts.instructions import comfyui_workflow, stock_scheduler, student_pa
 from artifacts.lora import is_lora, lora_changes, lora_file, student_tensors, with_lora
 from common.config import Shared
 from common.files import (
-    NUMBER, abbreviate, crc32_of_file, error_summary, parse_json, replace_file, shape_error,
-    sync_to_disk, write_json, write_text)
+    NUMBER, abbreviate, crc32_of_file, parse_json, replace_file, shape_error, write_json,
+    write_text)
 from common.names import EXPERTS, dit_tensors, expert_paths, fingerprint, official_names
 from common.ranks import (
-    AgreedError, Ranks, compute_dtype, errors_on_all_ranks, local_rows, print_line)
+    AgreedError, Ranks, compute_dtype, errors_on_all_ranks, on_first_rank, print_line)
 from common.weights import (
     DTYPES, LazyTensor, load_module, open_tensors, safetensors_header, safetensors_metadata)
 from experts import by_expert, with_level
@@ -234,7 +232,7 @@ def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) 
         if facts[key] != value:
             raise ValueError(f"high_student: {path}: {key}: expected {abbreviate(value)}, got "
                              f"{abbreviate(facts[key])}: distill it by this config, --experts high")
-    dit = empty_dit(cfg.preset, dtype, ranks, only=EXPERTS[0]).high_noise_model
+    dit = empty_dit(cfg.preset, dtype, ranks, experts="high").high_noise_model
     tensors = official_names(open_tensors(path), "transformer")
     return load_module(dit, tensors, str(path), device=ranks.device).requires_grad_(False)
 
@@ -252,8 +250,6 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
               "dtype": cfg.export_dtype}
     if sizes.boundary is not None:
         facts |= {"boundary": sizes.boundary, "cfg_scale_low": cfg.cfg_scale_low}
-    if dtype == torch.float16:
-        check_export_range(state.student, dtype)
     parts = by_expert(student_tensors(state.student, path, dtype))
     if cfg.experts != "both":  # the frozen one is of another run
         parts = {cfg.experts: parts[cfg.experts]}
@@ -275,7 +271,7 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
         write_json(path.with_name(f"{name}_comfyui.json"),
                    comfyui_workflow(facts, f"{name}.safetensors"))
 
-    on_rank_0(write_pages, ranks)
+    on_first_rank(write_pages)
     return path
 
 
@@ -283,23 +279,6 @@ def file_metadata(facts: dict, level: str) -> dict[str, str]:
     """The metadata of a student's or LoRA's file; level, of an expert, or "" for the only DiT."""
     own = facts | ({"expert": level} if level else {})
     return {"format": "pt", "accvideo": json.dumps(own), "crc32": CHECKSUM}
-
-
-def bytes_a_parameter(cfg: Any) -> int:
-    """Bytes that a student's files take for each of its parameters."""
-    return EXPORT_DTYPES[cfg.export_dtype].itemsize * (2 if cfg.export == "diffusers" else 1)
-
-
-def check_export_range(student: nn.Module, dtype: torch.dtype) -> None:
-    """Raise AgreedError on all ranks if a weight would be infinite in dtype; each rank checks its
-    own rows."""
-    with errors_on_all_ranks():
-        for name, p in student.named_parameters():
-            local = local_rows(p)[0].detach()
-            if local.numel() and local.to(dtype).isinf().any():
-                raise ValueError(f"export_dtype: got fp16; {name} holds {local.abs().max():.4g}, "
-                                 f"and fp16 ends at {torch.finfo(dtype).max:.0f}: export by the "
-                                 "same command with --export_dtype bf16")
 
 
 def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
@@ -318,21 +297,16 @@ def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[st
         for t in tensors.values():
             bytes_of(t.read().flatten()[:1])  # waits for a GPU's part in the collective
 
-    on_rank_0(prepare, ranks)
+    on_first_rank(prepare)
     for retry in (True, False):
         try:
-            return on_rank_0(write, ranks, gather)
+            with errors_on_all_ranks():
+                return write() if ranks.rank == 0 else gather()
         except AgreedError as e:
             if not retry:
                 raise
             if e.args[0]:
                 print_line(f"{e}; trying once more")
-
-
-def on_rank_0(work: Callable, ranks: Ranks, elsewhere: Callable = lambda: None) -> None:
-    """Do `work` on rank 0, `elsewhere` on others; an error becomes an AgreedError on all."""
-    with errors_on_all_ranks():
-        (work if ranks.rank == 0 else elsewhere)()
 
 
 # ---------------------------------------------------------------------------- diffusers' folder
@@ -344,42 +318,23 @@ def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
                      metadata: dict[str, dict[str, str]], sizes: Sizes, t_key: list[float],
                      ranks: Ranks) -> None:
     """Write a folder with transformer/ and scheduler/ as diffusers loads them; for an expert for
-    low noise transformer_2/, and model_index.json with the boundary. All files are written aside,
-    then moved: an earlier export is replaced, other files of the folder are kept.
+    low noise transformer_2/, and model_index.json with the boundary. An earlier export is replaced
+    file by file, other files of the folder are kept.
 
     Args: parts, tensors under official names, and metadata of each file, by expert; t_key from 1 to
     0. Raises AgreedError on all ranks if it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.part")
-
-    def start() -> None:
-        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
+    def write_settings() -> None:
         for level in parts:
-            write_json(aside / SUBFOLDERS[level] / "config.json", transformer_config(sizes))
-        write_json(aside / "scheduler/scheduler_config.json", scheduler_config(sizes, t_key))
+            write_json(folder / SUBFOLDERS[level] / "config.json", transformer_config(sizes))
+        write_json(folder / "scheduler/scheduler_config.json", scheduler_config(sizes, t_key))
         if sizes.boundary is not None and not (folder / "model_index.json").exists():
-            write_json(aside / "model_index.json", pipeline_index(sizes))
+            write_json(folder / "model_index.json", pipeline_index(sizes))
 
-    on_rank_0(start, ranks)
+    on_first_rank(write_settings)
     for level, tensors in parts.items():
-        write_together(aside / SUBFOLDERS[level] / "diffusion_pytorch_model.safetensors",
+        write_together(folder / SUBFOLDERS[level] / "diffusion_pytorch_model.safetensors",
                        official_names(tensors, "transformer", reverse=True), metadata[level], ranks)
-
-    def finish() -> None:
-        try:
-            for old in folder.glob("transformer*/diffusion_pytorch_model*.safetensors*"):
-                old.unlink()  # another program's export may be in shards, with other names
-            for file in [path for path in aside.rglob("*") if path.is_file()]:
-                target = folder / file.relative_to(aside)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, target)
-                sync_to_disk(target.parent)
-            shutil.rmtree(aside)
-        except OSError as e:
-            raise ValueError(f"{folder}: cannot be written ({error_summary(e)}): rename it, and "
-                             "export again by the same command") from e
-
-    on_rank_0(finish, ranks)
 
 
 def transformer_config(sizes: Sizes) -> dict[str, Any]:
@@ -492,9 +447,6 @@ def how_to_use(path: Path) -> str:
     tensors = open_tensors(file)
     facts = facts_in(next((t.file for t in tensors.values()), file))
     check_facts(path, facts, PAGE_FACTS)
-    if (family := sizes_of(facts["preset"]).family) != facts["family"]:
-        raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "
-                         f"{facts['preset']} is {family}: distill it again")
     name = path.name if path.suffix == ".safetensors" else "student.safetensors"
     return student_page(facts, name.replace(f"_{facts.get('expert')}_noise", ""),
                         is_lora(tensors))

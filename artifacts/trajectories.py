@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from common.config import Shared
 from common.files import (
     NUMBER, abbreviate, crc32_of_json, error_summary, parse_json, read_json,
-    replace_file, shape_error, write_json)
+    shape_error, write_json)
 from common.names import fingerprint
 from common.ranks import Ranks, draw_noise, gather_values, on_first_rank, progress_bar, require_same
-from common.weights import open_safetensors, safetensors_header
+from common.weights import open_safetensors, safetensors_header, save_tensors
 from model import key_times, latent_shape, sizes_of, time_grid
 
 VERSION = 2  # of the format on disk; 1 also held the number and the digest of the prompts
@@ -116,13 +115,12 @@ def open_manifest(folder: Path, expected: dict, write: bool = True) -> dict[str,
         return stored
     except (ValueError, FileNotFoundError):
         recorded = first_header(folder).get("manifest")
-        if not write or (recorded is None and stored is not None):
+        fits = recorded == manifest_checksum(expected)
+        if not write or (stored is not None and not fits):
             raise
-        if recorded not in (None, manifest_checksum(expected)):
-            if path.exists():
-                raise
-            raise ValueError(f"{path}: is missing, and the trajectories of the folder were made "
-                             f"with other settings: {remedy}") from None
+        if recorded is not None and not fits:
+            raise ValueError(f"{path}: is missing or damaged, and the trajectories of the folder "
+                             f"were made with other settings: {remedy}") from None
     write_json(path, expected)
     if recorded is not None:
         print(f"{path}: was missing or damaged; written again from the config")
@@ -207,8 +205,7 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
     # One metadata key, because safetensors writes several in random order. Not by save_file,
     # because its temporary file has a random name, which no later run could recognise.
     text = json.dumps({"trajectory": header, "crc32": crc32_of_json(header)}, ensure_ascii=False)
-    data = save({"x": x.contiguous(), **conds}, {"synvid": text})
-    replace_file(path, lambda aside: aside.write_bytes(data))
+    save_tensors(path, {"x": x, **conds}, {"synvid": text})
 
 
 def read_header(contents: tuple[dict, dict, int]) -> dict[str, Any]:
@@ -271,7 +268,8 @@ class SynVid:
     """The trajectories of a folder, checked against the trainer's config and read on demand.
 
     Args: folder, <run>/synvid; cfg, the trainer's config.
-    Attributes: manifest; t_key[k] = t'_k, times of the key timesteps (k = 0 data, k = m noise).
+    Attributes: manifest and its checksum; t_key[k] = t'_k, times of the key timesteps (k = 0 data,
+    k = m noise).
     Raises FileNotFoundError if there is no SynVid; ValueError if it was made with another teacher,
     grid, guidance or resolution, lacks a key timestep, or has a gap.
     """
@@ -279,6 +277,7 @@ class SynVid:
     def __init__(self, folder: str | Path, cfg: Shared):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder, cfg.path)
+        self.checksum = manifest_checksum(self.manifest)
         path = self.folder / "manifest.json"
         check_same(path, self.manifest, teacher_settings(cfg),
                    "train with the config that made these trajectories, or make others by `python "

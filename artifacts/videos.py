@@ -3,7 +3,7 @@
 <who>/<slug>_<checksum>_seed<seed>.mp4   a video; the checksum covers all that it is made from
 <who>.jsonl                              the record: a line for each finished video, and one for
                                          each set of settings, which the others name by checksum
-<who>.json, <who>.png                    prompts, files, seconds and a contact sheet of one command
+<who>.json                               prompts, files and seconds of one command
 FILE.jsonl                               a prompt file whose lines give prompt, seed and file name,
                                          as `python -m tools.vbench` writes it
 """
@@ -15,9 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from common.files import (
     append_log, crc32_of_file, crc32_of_json, parse_json, read_log, read_text, remove_leftovers,
@@ -25,12 +23,11 @@ from common.files import (
 from common.names import fingerprint, fingerprint_files
 from common.prompts import LARGEST, Prompt, heldout_prompts, read_prompts
 from common.ranks import Ranks, device_name
-from common.video import decode_image, picture_sheet, read_video, thumbnail, to_uint8
+from common.video import decode_image
 from model import build_dit, latent_shape, sizes_of
 
 # The bytes of a file name that leave room for what replace_file adds while it writes.
 NAME_BYTES = 255 - len(".." + "4194304-01234567" + ".part.mp4")
-SHEET_ROWS = 12  # videos on a contact sheet: the first ones
 
 
 class Video(NamedTuple):
@@ -189,36 +186,21 @@ def finished_videos(record: Path, videos: list[Video],
 
 def write_report(cfg: Any, record: Path, times: list[float], lines: list[dict[str, Any]],
                  results: list[dict[str, Any]], ranks: Ranks) -> None:
-    """Write the JSON and the contact sheet of one command's videos next to the record, and print
-    the seconds.
+    """Write the JSON of one command's videos next to the record, and print the seconds.
 
     Args: lines, the record's lines of these videos; results, of sample.sample_videos by rank.
     """
-    cost = dit_cost(cfg, lines, ranks)
+    cost = dit_cost(cfg, lines)
     spent = [{key: result[key] for key in ("seconds", "peak_bytes")} for result in results]
     write_json(record.with_suffix(".json"), {
         "who": record.stem, "times": times, "device": device_name(ranks.device), **cost,
         "ranks": spent, "config": asdict(cfg), "videos": lines})
-    rows = [(f"{line['prompt']} (seed {line['seed']})",
-             thumbnail(read_video(record.parent / line["file"]))) for line in lines[:SHEET_ROWS]]
-    sizes = dict.fromkeys(f"{line['width']}×{line['height']}" for line in lines[:SHEET_ROWS])
-    contact_sheet(record.with_suffix(".png"), rows, title=f"{record.stem}, {', '.join(sizes)}")
     if results:
-        print(timing_table(results, cost))
+        print(speed_text(results, cost))
 
 
-def contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], title: str) -> None:
-    """Write a PNG with one row per (label, video): up to 9 frames from first to last."""
-    cells = []
-    for label, video in rows:
-        frames = to_uint8(video)
-        times = np.linspace(0, len(frames) - 1, min(9, len(frames))).round().astype(int)
-        cells.append((label, [(frames[t], f"frame {t}") for t in times]))
-    picture_sheet(path, cells, 1.1, title)
-
-
-def dit_cost(cfg: Any, videos: list[dict], ranks: Ranks) -> dict[str, float]:
-    """Tokens, TFLOP and seconds of one evaluation, means over videos, and the part of the peak."""
+def dit_cost(cfg: Any, videos: list[dict]) -> dict[str, float]:
+    """Tokens, TFLOP and seconds of one evaluation, means over videos."""
     with torch.device("meta"):
         dit = build_dit(cfg.preset)
     sizes = [math.prod(dit.token_grid(*latent_shape(cfg.frames, v["height"], v["width"])[1:]))
@@ -226,27 +208,17 @@ def dit_cost(cfg: Any, videos: list[dict], ranks: Ranks) -> dict[str, float]:
     tflop = sum(map(dit.flops, sizes)) / len(sizes) / 1e12
     seconds = (sum(sum(v["seconds"]["steps"]) for v in videos)
                / sum(v["evaluations"] for v in videos))
-    cost = {"tokens": round(sum(sizes) / len(sizes)), "tflop_an_evaluation": tflop,
+    return {"tokens": round(sum(sizes) / len(sizes)), "tflop_an_evaluation": tflop,
             "seconds_an_evaluation": seconds}
-    if cfg.peak_tflops is not None:
-        cost["mfu"] = tflop / seconds / cfg.peak_tflops / ranks.sp
-    return cost
 
 
-def timing_table(results: list[dict], cost: dict[str, float]) -> str:
-    """Seconds by phase as text: of the slowest rank, and per video; then the DiT's cost."""
+def speed_text(results: list[dict], cost: dict[str, float]) -> str:
+    """Seconds of the slowest rank by phase, memory, and the DiT's cost as two lines."""
     videos = [video for result in results for video in result["videos"]]
     slowest = max(results, key=lambda result: sum(result["seconds"].values()))
-    steps = len(videos[0]["seconds"]["steps"])
-    lines = [f"{'':<10}{'seconds':>10}{'per video':>11}"]
-    for name, seconds in slowest["seconds"].items():
-        each = "" if name == "load" else f"{seconds / len(slowest['videos']):11.3f}"
-        lines.append(f"{f'{steps} steps' if name == 'steps' else name:<10}{seconds:10.2f}{each}")
-    step = sum(sum(v["seconds"]["steps"]) for v in videos) / len(videos) / steps
+    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in slowest["seconds"].items())
     peak = max(result["peak_bytes"] for result in results) / 2 ** 30
-    mfu = f", {cost['mfu']:.1%} of the peak" if "mfu" in cost else ""
-    return "\n".join([
-        *lines, f"{len(videos)} videos, {videos[0]['evaluations']} evaluations per video, "
-        f"{step:.3f} s per step, peak memory {peak:.2f} GiB per process",
-        f"{cost['tokens']} tokens, {cost['tflop_an_evaluation']:.4g} TFLOP and "
-        f"{cost['seconds_an_evaluation']:.3f} s per evaluation{mfu}"])
+    return (f"{len(videos)} videos, {videos[0]['evaluations']} evaluations per video; the slowest "
+            f"process: {phases} for {len(slowest['videos'])} videos; peak memory {peak:.2f} GiB\n"
+            f"{cost['tokens']} tokens, {cost['tflop_an_evaluation']:.4g} TFLOP and "
+            f"{cost['seconds_an_evaluation']:.3f} s per evaluation")

@@ -249,9 +249,9 @@ def limit_waiting(ranks: Ranks, timeout: timedelta) -> None:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def end_all(error: Exception) -> NoReturn:
-    """End all ranks by an error that all of them have; the first one prints it."""
-    raise error if dist.get_rank() == 0 else SystemExit(1)
+def end_all(message: str) -> NoReturn:
+    """End all ranks by an error that all of them have found; the first one prints it."""
+    raise ValueError(message if dist.get_rank() == 0 else "")
 
 
 def require_same(facts: dict[str, Any]) -> None:
@@ -263,42 +263,15 @@ def require_same(facts: dict[str, Any]) -> None:
     for rank, other in enumerate(others, 1):
         for name in first | other:
             if other.get(name) != first.get(name):
-                end_all(ValueError(
-                    f"{name}: rank {rank} has {other.get(name)!r}, rank 0 {first.get(name)!r}: "
-                    "give all ranks the same settings and files; nothing was written"))
+                end_all(f"{name}: rank {rank} has {other.get(name)!r}, rank 0 "
+                        f"{first.get(name)!r}: give all ranks the same settings and files; nothing "
+                        "was written")
 
 
-def on_first_rank(work: Callable[[], Any]) -> Any:
-    """The result of `work` on rank 0, sent to all; its error ends all ranks and is printed once."""
-    result = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            result = [work(), None]
-        except (ValueError, OSError) as e:
-            result = [None, e]
-    dist.broadcast_object_list(result)
-    if result[1] is not None:
-        end_all(result[1])
-    return result[0]
-
-
-SIGHT = 60  # seconds after which a network disk shows a new file on all nodes (NFS: acdirmax)
-
-
-def require_shared_folder(folder: Path) -> None:
-    """Raise ValueError if a rank does not see the file that rank 0 writes into the folder."""
-    if dist.get_world_size() == 1:
-        return
-    name = f".shared.{os.getpid()}-{TOKEN}.part"  # removed as a leftover if this is killed
-    path = folder / on_first_rank(lambda: write_text(folder / name, name) or name)
-    for _ in range(SIGHT):
-        if not path.exists():
-            time.sleep(1)
-    blind = [rank for rank, sees in enumerate(gather_values(path.exists())) if not sees]
-    path.unlink(missing_ok=True)
-    if blind:
-        end_all(ValueError(f"{folder}: rank(s) {', '.join(map(str, blind))} do not see what rank 0 "
-                           "writes there: put --run on a disk that all nodes share"))
+def error_text(error: Exception) -> str:
+    """An error's message; the system's errors about a file begin with its name."""
+    of_file = isinstance(error, OSError) and error.filename and error.strerror
+    return f"{error.filename}: {error.strerror}" if of_file else str(error)
 
 
 class AgreedError(ValueError):
@@ -318,7 +291,36 @@ def errors_on_all_ranks() -> Iterator[None]:
     first = torch.tensor(rank if error is not None else dist.get_world_size())
     dist.all_reduce(first, dist.ReduceOp.MIN)
     if first < dist.get_world_size():
-        raise AgreedError(str(error) if first == rank else "") from error
+        raise AgreedError(error_text(error) if first == rank else "") from error
+
+
+def on_first_rank(work: Callable[[], Any]) -> Any:
+    """The result of `work` on rank 0, sent to all. Raises its error as errors_on_all_ranks."""
+    result = [None]
+    with errors_on_all_ranks():
+        if dist.get_rank() == 0:
+            result = [work()]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+SIGHT = 60  # seconds after which a network disk shows a new file on all nodes (NFS: acdirmax)
+
+
+def require_shared_folder(folder: Path) -> None:
+    """Raise ValueError if a rank does not see the file that rank 0 writes into the folder."""
+    if dist.get_world_size() == 1:
+        return
+    name = f".shared.{os.getpid()}-{TOKEN}.part"  # removed as a leftover if this is killed
+    path = folder / on_first_rank(lambda: write_text(folder / name, name) or name)
+    for _ in range(SIGHT):
+        if not path.exists():
+            time.sleep(1)
+    blind = [rank for rank, sees in enumerate(gather_values(path.exists())) if not sees]
+    path.unlink(missing_ok=True)
+    if blind:
+        end_all(f"{folder}: rank(s) {', '.join(map(str, blind))} do not see what rank 0 writes "
+                "there: put --run on a disk that all nodes share")
 
 
 @contextlib.contextmanager
@@ -394,8 +396,7 @@ def cli(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as e:
-        of_file = isinstance(e, OSError) and e.filename and e.strerror
-        if text := f"{e.filename}: {e.strerror}" if of_file else str(e):
+        if text := error_text(e):
             print_error(text)
         elif dist.is_initialized():
             wait_for_message()

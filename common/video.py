@@ -1,12 +1,10 @@
-"""Files for people to look at: videos, sheets of frames, curves; and images as input.
+"""Files for people to look at: videos, curves, images; and images as input.
 
 Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3]; image [3, H, W].
 """
 
 import re
 import subprocess
-import textwrap
-import unicodedata
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -110,59 +108,7 @@ def check_ffmpeg() -> None:
                          "ffmpeg again, or set IMAGEIO_FFMPEG_EXE to one with libx264") from e
 
 
-def read_video(path: str | Path) -> Tensor:
-    """All frames of a video file, float [3, T, H, W] in [-1, 1].
-
-    Raises ValueError if it is missing or corrupt, or has no frame.
-    """
-    try:
-        frames = torch.from_numpy(read_frames(Path(path)))
-    except OSError as e:
-        raise ValueError(f"{path} cannot be read as a video ({e}): make it again") from e
-    return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-# ------------------------------------------------------------------------ sheets of frames, curves
-
-def drawable(text: str) -> str:
-    """A text with "…" for characters that the figures' font lacks; they would be drawn as boxes."""
-    from matplotlib import font_manager
-
-    glyphs = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    text = unicodedata.normalize("NFC", text)
-    return re.sub("\0+", "…", "".join(c if c == "\n" or ord(c) in glyphs else "\0" for c in text))
-
-
-def picture_sheet(path: str | Path, rows: list[tuple[str, list[tuple[np.ndarray, str]]]],
-                  inches: float, title: str | None, headings: list[str] = ()) -> None:
-    """Write a PNG with one row per label, of pictures uint8 [H, W, 3] over their notes.
-
-    inches: width of a picture. headings: of the columns, if any.
-    """
-    from matplotlib.figure import Figure  # takes half a second, so only when something is drawn
-
-    columns = max(len(cells) for _, cells in rows)
-    heights = [max(cells[0][0].shape[0] / cells[0][0].shape[1], 0.1) for _, cells in rows]
-    size = 2 + inches * columns, 0.6 + sum(inches * height + 0.25 for height in heights)
-    figure = Figure(size, dpi=140, layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
-    for heading, axes in zip(headings, grid[0], strict=False):
-        heading = textwrap.fill(heading, round(7 * inches))  # narrower than its column
-        axes.set_title(heading, fontsize=13, weight="bold", parse_math=False)
-    for (label, cells), line in zip(rows, grid, strict=True):
-        wrapped = [textwrap.fill(part, 26, max_lines=6) for part in drawable(label).split("\n")]
-        line[0].set_ylabel("\n".join(wrapped), rotation=0, ha="right", va="center", fontsize=10,
-                           parse_math=False)
-        for axes in line:
-            axes.set(xticks=[], yticks=[], frame_on=False)
-        for axes, (picture, note) in zip(line, cells, strict=False):  # a row may have fewer
-            axes.imshow(picture, interpolation="nearest")
-            axes.set_xlabel(drawable(note), fontsize=9, parse_math=False)
-    if title:
-        figure.suptitle(drawable(title), fontsize=12, parse_math=False)
-    replace_file(path, lambda aside: figure.savefig(aside, format="png",
-                                                    metadata={"Software": None}))
-
+# ------------------------------------------------------------------------ curves, small videos
 
 def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tuple[str, ...] = (),
                 colours: int = 10) -> None:
@@ -189,9 +135,9 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
     replace_file(path, lambda aside: fig.savefig(aside, dpi=90, format="png"))
 
 
-def thumbnail(video: Tensor) -> Tensor:
-    """Video [3,T,H,W] made smaller by an integer factor, to a height of about 256 at most."""
-    factor = max(1, video.shape[-2] // 256)
+def thumbnail(video: Tensor, height: int = 256) -> Tensor:
+    """Video [3,T,H,W] made smaller by an integer factor, to about `height` at most."""
+    factor = max(1, video.shape[-2] // height)
     return F.avg_pool2d(video.transpose(0, 1), factor).transpose(0, 1)
 
 
@@ -234,9 +180,10 @@ def read_image(path: str | Path) -> Tensor:
     return torch.from_numpy(decode_image(path)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def write_image(path: str | Path, image: Tensor) -> None:
-    """Write an image [3, H, W] in [-1, 1] as a PNG. Raises ValueError if it cannot be written."""
-    pixels = Image.fromarray(to_uint8(image.unsqueeze(1))[0])
+def write_image(path: str | Path, image: Tensor | np.ndarray) -> None:
+    """Write an image, [3, H, W] in [-1, 1] or uint8 [H, W, 3], as a PNG. Raises ValueError if it
+    cannot be written."""
+    pixels = Image.fromarray(to_uint8(image.unsqueeze(1))[0] if torch.is_tensor(image) else image)
     replace_file(path, lambda aside: pixels.save(aside, "PNG"))
 
 

@@ -6,7 +6,6 @@ import re
 import shlex
 import string
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from common.config import Shared
 from common.files import ROOT, replace_file, write_json, write_text
-from common.video import write_video
+from common.video import write_image, write_video
 from evaluation.measures import Samples, endpoint_error, gates
-from evaluation.sheets import Rows, comparison_sheet, data_uri, side_by_side, video_table
+from evaluation.sheets import data_uri, stills, video_table
 from small_world.clips import ATTRIBUTES
 from small_world.oracle import caption_attributes
 
@@ -160,7 +159,7 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
                    facts: dict) -> None:
     """Write the table as a picture, videos and stills of the models, and the page.
 
-    videos.* have teacher@n, teacher@m and the first student, ladder.* all models if there are more.
+    videos.* have a row of videos for teacher@n, and for each teacher@m and student.
     Args: compared, the rows of teacher@n, teacher@m and the student; chosen by choose_examples;
     table, the text of table.md.
     """
@@ -178,18 +177,12 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
             for i in chosen]))
     title = (f"captions at quantiles of {labels[1]}'s endpoint error" if any(chosen.values()) else
              f"one caption per colour, of median error of {labels[1]} among its colour and shape")
-    if len(lines) > 3:
-        comparison_sheet(out / "ladder.png", headings, lines, title)
-        write_video(out / "ladder.gif", video_table(headings, lines), cfg.fps)
-    first_three = video_table(headings, lines[:3])
-    write_video(out / "videos.gif", first_three, cfg.fps)
-    write_video(out / "videos.mp4", first_three, cfg.fps, LOOP_SECONDS)
-    examples = list(zip(headings, zip(*(cells for _, cells in lines[:3]), strict=True),
-                        strict=True))  # (caption, (video, note) of each of the three)
-    comparison_sheet(out / "videos.png", labels[:3], examples,
-                     f"{title}: first, middle and last frame")
-    write_page(cfg, out, examples, labels[:3], compared, table, len(lines) > 3,
-               {**facts, "shown": title})
+    videos = video_table(headings, lines)
+    write_video(out / "videos.gif", videos, cfg.fps)
+    write_video(out / "videos.mp4", videos, cfg.fps, LOOP_SECONDS)
+    frames = [(label, [(stills(video), note) for video, note in cells]) for label, cells in lines]
+    write_image(out / "videos.png", video_table(headings, frames)[0])
+    write_page(cfg, out, compared, table, {**facts, "shown": title})
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -210,43 +203,20 @@ def html_of(text: str) -> str:
     return "\n".join(blocks)
 
 
-def html_example(caption: str, cells: list[tuple[Tensor, str]], labels: list[str],
-                 fps: float) -> str:
-    """One example: its (video, note) of each model, under the models' names."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "video.mp4"
-        write_video(path, side_by_side([video for video, _ in cells]), fps, LOOP_SECONDS)
-        source = data_uri(path)
-    heads = "".join(f"<div><b>{html.escape(label)}</b><br>{note}</div>"
-                    for label, (_, note) in zip(labels, cells, strict=True))
-    return (f"<figure><figcaption>{html.escape(caption)}</figcaption>"
-            f'<div class="three">{heads}</div>'
-            f'<video autoplay loop muted playsinline src="{source}"></video></figure>')
-
-
-def write_page(cfg: Shared, out: Path, examples: Rows, labels: list[str], compared: list[dict],
-               table: str, ladder: bool, facts: dict) -> None:
-    """Fill in assets/report_template.html; the page needs no other file."""
+def write_page(cfg: Shared, out: Path, compared: list[dict], table: str, facts: dict) -> None:
+    """Fill in assets/report_template.html with the pictures in `out`; the page needs no other file.
+    """
     texts = {**facts, "n": compared[0]["m"], "m": compared[1]["m"], "count": cfg.count}
     longest = max(row["endpoint"][0] for row in compared) or 1.0
     for name, row in zip(("teacher_n", "teacher_m", "student"), compared, strict=True):
         texts |= {f"{name}_label": row["label"], f"{name}_error": f"{row['endpoint'][0]:.3f}",
                   f"{name}_bar": f"{100 * row['endpoint'][0] / longest:.1f}%",
                   f"{name}_cost": f"{row['evaluations']} evaluations, {row['seconds']:.3f} s"}
-    parts = {"videos": "\n".join(html_example(*e, labels, cfg.fps) for e in examples),
-             "stills": data_uri(out / "videos.png"), "table": html_of(table),
-             "ladder": "", "curves": "", "words": ""}
-    if ladder:
-        parts["ladder"] = (
-            "<h2>All models</h2><p>Each column has one caption and one noise. The first row is the "
-            'target: which of the rows below keep it?</p><div class="wide"><img alt="A row for '
-            f'each model, a column for each caption" src="{data_uri(out / "ladder.gif")}"></div>')
+    parts = {"videos": data_uri(out / "videos.mp4"), "stills": data_uri(out / "videos.png"),
+             "table": html_of(table), "curves": ""}
     if (curves := Path(cfg.run) / "distill/curves.png").is_file():
         parts["curves"] = ('<h2>How the student learned</h2><img alt="Losses, accuracy of the '
                            f'heads, gradients, held-out error" src="{data_uri(curves)}">')
-    if "all" in compared[0]:
-        words = "".join(f"<li>{name}: {', '.join(values)}" for name, values in ATTRIBUTES.items())
-        parts["words"] = f"<p>The small world knows these words:</p><ul>{words}</ul>"
     template = (ROOT / "assets/report_template.html").read_text(encoding="utf-8")
     write_text(out / "report.html", string.Template(template).substitute(
         {name: html.escape(str(text)) for name, text in texts.items()}, **parts))

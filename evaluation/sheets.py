@@ -1,4 +1,4 @@
-"""Videos next to each other: sheets of stills, tables of videos, and files inside a page.
+"""Videos next to each other: stills, tables of videos, and files inside a page.
 
 Shapes: video float [3, T, H, W] in [-1, 1], or frames uint8 [T, H, W, 3].
 """
@@ -10,45 +10,28 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.video import picture_sheet, to_uint8
+from common.video import thumbnail, to_uint8
 
 Rows = list[tuple[str, list[tuple[Tensor, str]]]]  # (label, [(video, note), …, one per heading])
 
 
-def comparison_sheet(path: str | Path, headings: list[str], rows: Rows, title: str) -> None:
-    """Write a PNG with one column per heading and one row per label: first, middle and last frame
-    of each video over its note."""
-    picture_sheet(path, [(label, [(still_strip(video), note) for video, note in cells])
-                         for label, cells in rows], 3.6, title, headings)
-
-
-def still_strip(video: Tensor | np.ndarray) -> np.ndarray:
-    """First, middle and last frame of a video next to each other, uint8 [H, W, 3]."""
-    frames = to_uint8(video)
-    times = dict.fromkeys((0, len(frames) // 2, len(frames) - 1))
-    return join([frames[t] for t in times], max(1, frames.shape[2] // 48))
-
-
-def side_by_side(videos: list[Tensor]) -> np.ndarray:
-    """One video of several of one shape, uint8 [T, H, W, 3], left to right, at least 192 pixels
-    high."""
-    return join([enlarge(video, 192) for video in videos], 4)
+def stills(video: Tensor) -> Tensor:
+    """First, middle and last frame of a video [3,T,H,W], at most about 128 pixels high, next to
+    each other: a video of one frame."""
+    video = thumbnail(video, 128)
+    frames = video[:, [0, video.shape[1] // 2, -1]]                          # 3 3 H W
+    frames = F.pad(frames, (0, max(1, video.shape[3] // 48)), value=1.0)     # with a white gap
+    return frames.transpose(1, 2).flatten(2).unsqueeze(1)                    # 3 1 H 3W
 
 
 def enlarge(video: Tensor, height: int) -> np.ndarray:
     """A video's frames, uint8 [T, H, W, 3], in whole pixels enlarged to at least `height`."""
     scale = max(1, -(-height // video.shape[2]))
     return to_uint8(video).repeat(scale, axis=1).repeat(scale, axis=2)
-
-
-def join(pictures: list[np.ndarray], gap: int) -> np.ndarray:
-    """Pictures uint8 [..., H, w, 3] from left to right, with a white gap between them."""
-    border = [(0, 0)] * (pictures[0].ndim - 2) + [(0, gap), (0, 0)]
-    padded = [np.pad(picture, border, constant_values=255) for picture in pictures]
-    return np.concatenate(padded, axis=-2)[..., :-gap, :]
 
 
 def video_table(headings: list[str], rows: Rows) -> np.ndarray:

@@ -129,18 +129,15 @@ class Conditioner:
                 image = read_image(prompt.image)
                 if self.crop:
                     image = centre_crop(image, height, width)
-                image_part = self.encode_images(image[None], height, width)
-                cond |= {name: value[0] for name, value in image_part.items()}
+                cond |= self.encode_image(image, height, width)
                 lap("image")
         cond_of = dict(zip(unique, conds, strict=True))
         return [cond_of[prompt] for prompt in prompts]
 
-    def encode_images(self, images: Tensor, height: int, width: int) -> dict[str, Tensor]:
-        """image_cond of each of the first frames [B, 3, h, w], stacked."""
-        device = next(self.vae.parameters()).device
-        conds = [image_cond(image.to(device), self.vae, self.clip, self.frames, height, width)
-                 for image in images]
-        return {name: torch.stack([cond[name] for cond in conds]) for name in conds[0]}
+    def encode_image(self, image: Tensor, height: int, width: int) -> dict[str, Tensor]:
+        """image_cond of a first frame [3, h, w]."""
+        image = image.to(next(self.vae.parameters()).device)
+        return image_cond(image, self.vae, self.clip, self.frames, height, width)
 
     def with_text(self, text: str, conds: list[dict]) -> list[dict]:
         """The conds with another text: a negative prompt keeps the image."""

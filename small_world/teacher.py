@@ -276,7 +276,9 @@ def encode_part(cfg: Config, conditioner: Conditioner, vae: nn.Module,
         device = pick_device(cfg.device)
         part = {"latents": torch.cat([vae.encode(some.to(device)) for some in clips.split(4)])}
         if conditioner.clip is not None:
-            part |= conditioner.encode_images(clips[:, :, 0], cfg.height, cfg.width)
+            firsts = [conditioner.encode_image(first, cfg.height, cfg.width)
+                      for first in clips[:, :, 0]]
+            part |= {name: torch.stack([cond[name] for cond in firsts]) for name in firsts[0]}
     part = {name: value.half().cpu() for name, value in part.items()}
     save_tensors(path, part, mark)
     note(cfg, stage="encode", iteration=start + count, seconds=time.perf_counter() - begun)

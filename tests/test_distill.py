@@ -125,7 +125,7 @@ def test_calls_follow_algorithm_1_for_m_3(monkeypatch, ranks, checkpointing):
     for k, head in enumerate(heads):
         head.register_forward_hook(lambda *_, k=k: events.append(("head", k)))
     noise = loading.fresh_noise
-    monkeypatch.setattr(distill, "fresh_noise", lambda *a: events.append(("noise",)) or noise(*a))
+    monkeypatch.setattr(loading, "fresh_noise", lambda *a: events.append(("noise",)) or noise(*a))
     monkeypatch.setattr(distill, "functional_call", lambda head, params, args: head(*args))
 
     def data(step):
@@ -575,5 +575,5 @@ def test_a_missing_synvid_of_another_preset_is_an_error_that_names_the_command(
     monkeypatch.setitem(model.PRESETS, "small", SMALL)
     cfg = distill.Config(preset="small", run=str(tmp_path))
     cfg.path = "my.yaml"
-    with pytest.raises(FileNotFoundError, match="python synvid.py my.yaml"):
+    with pytest.raises(ValueError, match="python synvid.py my.yaml"):
         loading.open_synvid(cfg)

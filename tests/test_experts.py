@@ -31,13 +31,13 @@ from common.names import EXPERTS, dit_tensors, fingerprint, official_names
 from common.prompts import Prompt, read_prompts
 from common.ranks import Ranks, generator
 from common.weights import load_module, save_tensors
-from experts import by_expert, crossing_note, steps_of
+from experts import by_expert
 from frozen.image import image_cond
 from frozen.load import load_conditioner
 from frozen.unipc import sample_unipc, unipc_grid
 from frozen.vae import WanVAE
 from model import PRESETS, WanConfig, build_dit, load_dit
-from training.data import Loader
+from training.data import Loader, trained_steps
 from training.monitor import held_out_errors
 
 # --------------------------------------------------------------------- the official numbers
@@ -166,17 +166,16 @@ TABLE = json.loads((FIXTURES / "wan22_key_timesteps.json").read_text())
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda r: f"{r['model']}-{r['n']}-{r['m']}-{r['kind']}")
-def test_no_step_of_aligned_key_timesteps_crosses_the_boundary(row):
+def test_each_step_belongs_to_the_expert_in_whose_range_it_starts(row):
     grid, key, boundary = (model.time_grid("wan", row["n"], row["shift"]).tolist(), row["key"],
                            row["boundary"])
     t_key = [grid[j] for j in key][::-1]
     assert [round(1000 * t, 2) for t in t_key[::-1]] == row["t"]
-    note = crossing_note(grid, key, boundary)
-    assert bool(note) == (row["first_low_index"] not in key)
-    assert not note or f"with {row['first_low_index']} as a key timestep none does" in note
-    assert not crossing_note(grid, key, None)
-    high, low = (steps_of(t_key, boundary, experts) for experts in ("high", "low"))
-    assert high + low == steps_of(t_key, boundary, "both")
+    assert next(j for j, t in enumerate(grid) if t < boundary) == row["first_low_index"]
+    preset = {0.875: "wan22-t2v-a14b", 0.9: "wan22-i2v-a14b"}[boundary]
+    high, low, both = (trained_steps(distill.Config(preset=preset, experts=experts), t_key)
+                       for experts in ("high", "low", "both"))
+    assert high + low == both
     assert "H" * len(high) + "L" * len(low) == row["start"]
     assert row["features"] == "".join("HL"[t < boundary] for t in t_key[-2::-1])
 
@@ -186,7 +185,7 @@ def test_no_step_of_aligned_key_timesteps_crosses_the_boundary(row):
 def test_shipped_configs_have_aligned_key_timesteps(config, low):
     cfg = load_config(sample.Config, "sample", [f"configs/{config}.yaml", "weights=assets/tiny"])
     grid = model.time_grid("wan", cfg.n, cfg.shift).tolist()
-    assert low in cfg.key and not crossing_note(grid, cfg.key, PRESETS[cfg.preset].boundary)
+    assert low in cfg.key
     assert grid[low] < PRESETS[cfg.preset].boundary <= grid[low - 1]
 
 
@@ -481,7 +480,8 @@ def test_the_low_noise_run_starts_where_the_frozen_student_for_high_noise_ends(m
     assert [name for name, p in both.named_parameters() if p.requires_grad] == [
         name for name, _ in both.named_parameters() if name.startswith("low_noise_model.")]
     t_key = model.key_times("wan", N, 1.0, ALIGNED)[::-1]
-    assert steps_of(t_key, 0.5, "low") == [1, 0]
+    cfg = distill.Config(preset="tiny-experts", experts="low")
+    assert trained_steps(cfg, t_key) == [1, 0]
     *_, want = model.sample_euler(high, random_noise(), t_key[2:][::-1], cond_of())
     assert torch.equal(distill.first_latent(both, random_noise(), t_key, 1, cond_of()), want)
     assert torch.equal(distill.first_latent(both, random_noise(), t_key, 3, cond_of()),

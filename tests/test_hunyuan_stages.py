@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pixels import read_video
 from processes import run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -16,7 +17,6 @@ import model
 from common.config import load_config
 from common.names import OFFICIAL_DITS, official_names
 from common.ranks import generator
-from common.video import read_video
 from frozen.load import load_text
 
 PROMPTS = ["a red circle moves left", "the children run on the beach", "a circle"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import randomise
 from PIL import Image, ImageOps
+from pixels import read_video
 from processes import run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from common.names import fingerprint
 from common.names import official_names
 from common.prompts import read_prompts
 from common.ranks import generator
-from common.video import centre_crop, read_image, read_video, write_image
+from common.video import centre_crop, read_image, write_image
 from common.weights import save_tensors
 from frozen.load import load_conditioner
 from frozen.vae import WanVAE

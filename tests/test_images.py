@@ -1,13 +1,11 @@
 """Images and texts of unusual size and script."""
 
-import warnings
 
 import pytest
 import torch
 from PIL import Image
 
-from artifacts.videos import contact_sheet
-from common.video import drawable, read_image
+from common.video import read_image
 from evaluation.sheets import video_table
 
 
@@ -16,15 +14,6 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):
     assert (tmp_path / "a.png").stat().st_size < 50_000
     with pytest.raises(ValueError, match="a.png .*13300×13300 pixels are more than"):
         read_image(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("text, drawn", [
-    ("a café", "a café"), ("一只狐狸", "…"), ("a 狐狸 runs\n狗", "a … runs\n…"), ("Кот", "Кот")])
-def test_characters_missing_in_the_font_are_replaced_without_warnings(text, drawn, tmp_path):
-    assert drawable(text) == drawn
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        contact_sheet(tmp_path / "a.png", [(text, torch.zeros(3, 2, 8, 8))], title=text)
 
 
 def test_a_heading_over_videos_has_no_boxes_for_characters_missing_in_the_font():

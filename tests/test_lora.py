@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pixels import read_video
 from processes import in_processes
 from test_sample import write_student
 
@@ -20,7 +21,6 @@ from artifacts.student import write_together
 from common.config import load_config
 from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import generator
-from common.video import read_video
 from common.weights import open_tensors, safetensors_metadata, save_tensors
 from model import HunyuanConfig, WanConfig, build_dit, key_times
 from tools import extract_lora

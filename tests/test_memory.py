@@ -20,7 +20,7 @@ from common.weights import save_tensors
 from model import HunyuanConfig, WanConfig, key_times
 from tools.bench import allocated
 from training.data import Loader
-from training.memory import check_resources, host_plan, memory_parts, memory_plan, print_plans
+from training.memory import check_resources, host_plan, memory_parts, print_plan, shortage
 
 PEAK = 80 * 2 ** 30
 KEY = [0, 2, 4, 6]
@@ -139,13 +139,11 @@ def settings(**own):
 
 def test_a_plan_that_does_not_fit_suggests_settings_that_do(many_ranks):
     cfg, shape = settings(), model.latent_shape(129, 720, 1280)
-    assert "fits in 80 GiB" in memory_plan(cfg, model.latent_shape(93, 544, 960), many_ranks(64),
-                                           PEAK)
-    said = memory_plan(cfg, shape, many_ranks(8), PEAK)
-    assert "DOES NOT FIT in 80 GiB: --sp 2 needs" in said
-    tight = memory_plan(cfg, shape, many_ranks(4, 4), PEAK)
-    assert "DOES NOT FIT in 80 GiB: --sp" in tight and "--offload true needs" in tight
-    alone = memory_plan(cfg, shape, many_ranks(1), PEAK)
+    assert shortage(cfg, model.latent_shape(93, 544, 960), many_ranks(64), PEAK) is None
+    assert "in 80 GiB: --sp 2 needs" in shortage(cfg, shape, many_ranks(8), PEAK)
+    tight = shortage(cfg, shape, many_ranks(4, 4), PEAK)
+    assert "in 80 GiB: --sp" in tight and "--offload true needs" in tight
+    alone = shortage(cfg, shape, many_ranks(1), PEAK)
     assert "not even with --sp and --offload: use more GPUs" in alone
 
 
@@ -154,12 +152,16 @@ def test_the_host_s_plan_is_a_checkpoint_s_copy_moments_and_waiting_latents(many
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     shape = model.latent_shape(93, 544, 960)
     waiting = 2 * 4 * 32 * 6 * math.prod(shape)  # two batches of six key latents, fp32
+    parameters = [2 ** 30, 0, 2]
+    monkeypatch.setattr(training.memory, "student_size", lambda cfg: parameters)
     for offload, copies in ((False, 3), (True, 5)):
-        said = host_plan(settings(offload=offload), 2 ** 30, 2, shape, many_ranks(8))
+        said = host_plan(settings(offload=offload), shape, many_ranks(8))
         assert f"{4 * copies + waiting / 2 ** 30:.2f} GiB a node" in said
-    assert "AVAILABLE" not in host_plan(settings(), 1000, 2, shape, many_ranks(8))
+    parameters[0] = 1000
+    assert "AVAILABLE" not in host_plan(settings(), shape, many_ranks(8))
     if Path("/proc/meminfo").exists():
-        said = host_plan(settings(offload=True), 2 ** 60, 2, shape, many_ranks(8))
+        parameters[0] = 2 ** 60
+        said = host_plan(settings(offload=True), shape, many_ranks(8))
         assert "MORE THAN THE" in said and "leave out --offload" in said
 
 
@@ -192,9 +194,9 @@ def test_the_first_line_of_each_large_config_is_a_run_that_fits_8_gpus_of_80_gib
     assert line[at + 1] == f"configs/{path.name}" and line[3] == "8"
     cfg = load_config(distill.Config, "distill", [str(path), *line[at + 2:]])
     shape = model.latent_shape(cfg.frames, cfg.height, cfg.width)
-    print_plans(cfg, shape, many_ranks(8, cfg.sp), PEAK)
+    print_plan(cfg, shape, many_ranks(8, cfg.sp), PEAK)
     assert "fits in 80 GiB" in capsys.readouterr().out
     with pytest.raises(ValueError, match="memory plan: .* in 8 GiB: .* --force_plan true"):
-        print_plans(cfg, shape, many_ranks(8, cfg.sp), 2 ** 33)
-    print_plans(replace(cfg, force_plan=True), shape, many_ranks(8, cfg.sp), 2 ** 33)
+        print_plan(cfg, shape, many_ranks(8, cfg.sp), 2 ** 33)
+    print_plan(replace(cfg, force_plan=True), shape, many_ranks(8, cfg.sp), 2 ** 33)
     assert "DOES NOT FIT in 8 GiB" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def differing(ranks, folder: Path) -> None:
         try:
             distill.main(args)
             said = "trained"
-        except (ValueError, SystemExit) as e:
+        except ValueError as e:
             said = str(e)
         with (folder / f"said{ranks.rank}.txt").open("a") as f:
             f.write(f"{said}\n")
@@ -81,7 +81,7 @@ def test_a_rank_with_other_settings_or_weights_is_named_before_training_starts(
     names = [override.partition("=")[0] for override in OVERRIDES] + ["teacher"]
     assert [line.partition(":")[0] for line in said] == names
     assert all("rank 1 has" in line and "nothing was written" in line for line in said)
-    assert (folder / "said1.txt").read_text() == "1\n" * len(names)  # only rank 0 has a message
+    assert (folder / "said1.txt").read_text() == "\n" * len(names)  # only rank 0 has a message
     assert not (folder / "new").exists()
 
 

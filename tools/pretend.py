@@ -116,7 +116,7 @@ REPLACED: dict[Any, dict[str, Any]] = {
     frozen.vae: {"gather_values": decoded_shapes},
     frozen.image: {"read_image": lambda _: torch.zeros(3, 720, 1280)},
     distill: {"fingerprint": nothing, "load_high_student": lambda cfg, _, dtype, ranks:
-              without_reading(model.empty_dit(cfg.preset, dtype, ranks, only=EXPERTS[0])
+              without_reading(model.empty_dit(cfg.preset, dtype, ranks, experts="high")
                               ).requires_grad_(False).high_noise_model},
     artifacts.lora: {"load_module": without_reading},
     common.ranks: {"pick_device": lambda _: torch.device(DEVICE, 0)},

@@ -316,7 +316,7 @@ def fig8(plan: Plan, s: Settings) -> Section:
     """Pictures of teacher@m, L_traj alone and the complete method."""
     rows = read_measured(plan, "fig8", "seed 0").all_rows
     return Section(f"Figure 8: what one sees, m = {s.m}, seed 0",
-                   table_lines(rows), {"rows": rows}, [plan.folder / "fig8/evaluate/ladder.png"])
+                   table_lines(rows), {"rows": rows}, [plan.folder / "fig8/evaluate/videos.png"])
 
 
 def fig9(plan: Plan, s: Settings) -> Section:
@@ -347,7 +347,7 @@ def ladder(plan: Plan, s: Settings) -> Section:
     draw_arms(path, {"endpoint": "endpoint error", "hf": "HF, 1 = slow teacher's"}, curves, "steps")
     return Section("The ladder: fewer and fewer steps, seed 0",
                    table_lines(rows), {"rows": rows},
-                   [plan.folder / "ladder/evaluate/ladder.gif", path])
+                   [plan.folder / "ladder/evaluate/videos.gif", path])
 
 
 def fig5(plan: Plan, prompts: list[str]) -> Section:

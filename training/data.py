@@ -16,7 +16,6 @@ from artifacts.trajectories import SynVid, find_trajectories, open_trajectories,
 from common.config import Shared, load_yaml
 from common.files import ROOT
 from common.ranks import Ranks, draw_noise, errors_on_all_ranks, generator, on_first_rank
-from experts import steps_of
 from model import collate, sizes_of
 
 
@@ -81,8 +80,18 @@ class Batch:
 
 
 def trained_steps(cfg: Any, t_key: list[float]) -> list[int]:
-    """The k that a run trains, from m - 1 to 0, or those of the one expert that it trains."""
-    return steps_of(t_key, sizes_of(cfg.preset).boundary, cfg.experts)
+    """The k of the student's steps that a run trains, from noise to data: all m of them, or those
+    whose start t'_{k+1} belongs to the one expert that it trains.
+
+    Args: t_key[k] = t'_k. Raises ValueError if there is none.
+    """
+    ks, boundary = list(reversed(range(len(t_key) - 1))), sizes_of(cfg.preset).boundary
+    if cfg.experts != "both":
+        ks = [k for k in ks if (t_key[k + 1] >= boundary) == (cfg.experts == "high")]
+    if not ks:
+        raise ValueError(f"key: no step starts in the range of the expert for {cfg.experts} noise, "
+                         f"whose boundary is {boundary}: choose other key timesteps")
+    return ks
 
 
 @lru_cache(maxsize=2)

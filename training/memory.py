@@ -12,9 +12,8 @@ import torch
 import torch.nn as nn
 
 from artifacts.lora import build_student
-from artifacts.student import bytes_a_parameter
+from artifacts.student import EXPORT_DTYPES
 from common.ranks import Ranks, compute_dtype, on_first_rank
-from experts import expert_name
 from model import sizes_of
 from training.checkpoint import check_disk, checkpoints, run_folder
 
@@ -35,7 +34,7 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
     Of two experts one computes at a time. A run that trains only one of them also holds the other
     in the dtype of computation: the teacher's, or for low noise the student's.
     """
-    dit = meta_student(sizes_of(cfg.preset), cfg.lora, expert_name(cfg.experts))
+    dit = meta_student(sizes_of(cfg.preset), cfg.lora, cfg.experts)
     held, frozen = len(dit.blocks) // dit.cfg.num_layers, 1 if cfg.experts == "both" else 2
     wide, replicas = compute_dtype(device).itemsize, world // sp
     count, *blocks = (sum(p.numel() for p in net.parameters()) for net in (dit, *dit.blocks))
@@ -83,12 +82,19 @@ def waiting_latents(cfg: Any, shape: tuple[int, ...], replicas: int) -> int:
     return 8 * cfg.batch // replicas * math.prod(shape) * len(cfg.key)
 
 
-def host_plan(cfg: Any, parameters: int, moments: int, shape: tuple[int, ...],
-              ranks: Ranks) -> str:
-    """A line on what a node's host memory must hold, apart from the processes themselves.
+def student_size(cfg: Any) -> tuple[int, int, int]:
+    """The student's numbers of trainable and of frozen parameters, and AdamW's moments per
+    trainable one."""
+    dit = meta_student(sizes_of(cfg.preset), cfg.lora, cfg.experts)
+    trainable = sum(trainable_sizes(dit))
+    frozen = sum(p.numel() for p in dit.parameters()) - trainable
+    return trainable, frozen, 4 if cfg.updates == "separate" else 2
 
-    Args: parameters, trainable ones; moments, AdamW's per parameter, held twice with --offload.
-    """
+
+def host_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> str:
+    """A line on what a node's host memory must hold, apart from the processes themselves: the copy
+    of a checkpoint, with --offload the moments again, and waiting trajectories."""
+    parameters, _, moments = student_size(cfg)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     need = 4 * parameters * (1 + moments * (1 + cfg.offload)) * local_ranks / ranks.world
     need += local_ranks * waiting_latents(cfg, shape, ranks.dp_size)
@@ -124,52 +130,40 @@ def shortage(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -
         fitting, "not even with --sp and --offload: use more GPUs")
 
 
-def memory_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -> str:
-    """The plan as text: GiB per rank, computed from the shapes, without the framework's own memory.
+def print_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -> None:
+    """Print GiB per rank, computed from the shapes, without the framework's own memory, and the
+    host's; in one line if they are small.
 
-    Args: have, bytes of the GPU's memory, or None. If they are too few, the text says which of --sp
-    and --offload would do.
+    Args: have, bytes of the GPU's memory, or None. Raises ValueError with settings that would do if
+    the run does not fit, unless force_plan.
     """
     parts = memory_parts(cfg, shape, ranks.device, ranks.world, ranks.sp)
-    lines = [f"  {name:<16}{size / 2 ** 30:9.2f} GiB" for name, size in parts.items()]
-    lines.append(f"  {'together':<16}{sum(parts.values()) / 2 ** 30:9.2f} GiB a rank")
+    together = sum(parts.values())
+    if together < 2 ** 30:
+        print(f"memory plan: {together / 2 ** 20:.0f} MiB a rank")
+        return
+    print("memory plan")
+    for name, size in parts.items():
+        print(f"  {name:<16}{size / 2 ** 30:9.2f} GiB")
+    print(f"  {'together':<16}{together / 2 ** 30:9.2f} GiB a rank")
+    print(host_plan(cfg, shape, ranks))
     lacks = shortage(cfg, shape, ranks, have)
+    if lacks and not cfg.force_plan:
+        raise ValueError(f"memory plan: the run does not fit {lacks}: choose settings that fit, or "
+                         "start anyway with --force_plan true")
     if have is not None:
-        lines.append(f"  DOES NOT FIT {lacks}" if lacks else f"  fits in {have / 2 ** 30:.0f} GiB")
-    return "memory plan\n" + "\n".join(lines)
-
-
-def print_plans(cfg: Any, shape: tuple[int, ...], ranks: Ranks,
-                have: int | None) -> tuple[int, int, int]:
-    """Print both plans, in one line if they are small; have, as in memory_plan.
-
-    Returns the student's number of trainable and of frozen parameters, and AdamW's moments per
-    trainable one. Raises ValueError if the run does not fit the GPU, unless force_plan.
-    """
-    dit = meta_student(sizes_of(cfg.preset), cfg.lora, expert_name(cfg.experts))
-    count = sum(trainable_sizes(dit))
-    frozen = sum(p.numel() for p in dit.parameters()) - count
-    moments = 4 if cfg.updates == "separate" else 2
-    need = sum(memory_parts(cfg, shape, ranks.device, ranks.world, ranks.sp).values())
-    if need < 2 ** 30:
-        print(f"memory plan: {need / 2 ** 20:.0f} MiB a rank")
-    else:
-        print(memory_plan(cfg, shape, ranks, have))
-        print(host_plan(cfg, count, moments, shape, ranks))
-        lacks = shortage(cfg, shape, ranks, have)
-        if lacks and not cfg.force_plan:
-            raise ValueError(f"memory plan: the run does not fit {lacks}: choose settings that "
-                             "fit, or start anyway with --force_plan true")
-    return count, frozen, moments
+        print(f"  DOES NOT FIT {lacks}" if lacks else f"  fits in {have / 2 ** 30:.0f} GiB")
 
 
 def check_resources(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> None:
     """Print the memory plan. Raises ValueError if the run will not fit the GPU or the disk."""
     def check() -> None:
-        trainable, frozen, moments = print_plans(cfg, shape, ranks, gpu_bytes(ranks))
+        print_plan(cfg, shape, ranks, gpu_bytes(ranks))
+        trainable, frozen, moments = student_size(cfg)
         done, every = max(checkpoints(run_folder(cfg)), default=0), cfg.export_every
         students = 1 + (max((cfg.iterations - 1) // every - done // every, 0) if every else 0)
-        check_disk(run_folder(cfg), trainable, moments, cfg.keep,
-                   students * bytes_a_parameter(cfg) * (trainable + frozen))
+        students *= 2 if cfg.export == "diffusers" else 1
+        export = students * EXPORT_DTYPES[cfg.export_dtype].itemsize * (trainable + frozen)
+        check_disk(run_folder(cfg), trainable, moments, cfg.keep, export)
 
     on_first_rank(check)

@@ -95,9 +95,9 @@ def check_finite(line: dict, folder: Path) -> None:
     """Raise ValueError if a figure is not finite; all ranks have the same line and stop."""
     bad = [name for name, value in line.items() if not math.isfinite(value)]
     if bad:
-        end_all(ValueError(f"iteration {line['step']}, k={line['k']}: {bad[0]} is {line[bad[0]]}: "
-                           f"rerun the same command to resume from the last good checkpoint in "
-                           f"{folder}; if it comes again, lower lr or set clip in another --run"))
+        end_all(f"iteration {line['step']}, k={line['k']}: {bad[0]} is {line[bad[0]]}: rerun the "
+                f"same command to resume from the last good checkpoint in {folder}; if it comes "
+                "again, lower lr or set clip in another --run")
 
 
 class Journal:

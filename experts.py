@@ -5,6 +5,7 @@ samples share a time, needs one. Source: Wan 2.2's release, text2video.py and im
 The sharding of a DiT, and the check of weights against a preset's sizes, are here too.
 """
 
+import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) ->
             fully_shard(block, mp_policy=replace(policy, param_dtype=dtype), **options)
         fully_shard(part, mp_policy=policy, **options)
     return dit
+
+
+def crossing_note(grid: list[float], key: list[int], boundary: float | None) -> str:
+    """A line if a step of the student crosses the boundary: there its high-noise expert has to
+    learn what the teacher's low-noise one does. "" if none does.
+
+    Args: grid, the teacher's times; key, indices into it.
+    """
+    first_low = next((j for j, t in enumerate(grid) if boundary and t < boundary), None)
+    if first_low is None or first_low in key:
+        return ""
+    start, stop = next(pair for pair in itertools.pairwise(key) if pair[1] > first_low)
+    return (f"key: the student's step from {start} to {stop} of the teacher's grid crosses the "
+            f"boundary between the experts: with {first_low} as a key timestep none does")
 
 
 def check_sizes(weights: str | Path, sizes: Any, preset: str) -> None:

@@ -40,6 +40,7 @@ from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, draw_noise, lock_run_folder, on_first_rank,
     progress_bar, setup_distributed)
 from common.video import check_ffmpeg, write_video
+from experts import crossing_note
 from frozen.load import load_conditioner, load_vae
 from model import (
     build_dit, check_model, collate, euler_step, load_dit, sizes_of, time_grid, velocity)
@@ -128,6 +129,9 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
         print(f"synvid: trajectories {gap[0]} to {gap[-1]} do not exist and are not of this job: "
               f"distill.py needs them too: make them with --start {gap[0]} --count {len(gap)}, "
               "unless another job does")
+    times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
+    if note := crossing_note(times, cfg.key, sizes.boundary):
+        print(f"synvid: {note}")
     if need > free:
         raise ValueError(f"{folder}: {len(todo)} trajectories need up to {need / 1e9:.3g} GB, got "
                          f"{free / 1e9:.3g} GB: free some space, or choose another --run")

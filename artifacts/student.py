@@ -325,6 +325,9 @@ def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
     0. Raises AgreedError on all ranks if it cannot be written.
     """
     def write_settings() -> None:
+        for pattern in ("*-of-*.safetensors", "*.safetensors.index.json"):
+            for shard in folder.glob(f"transformer*/{pattern}"):  # would be loaded instead
+                shard.unlink()
         for level in parts:
             write_json(folder / SUBFOLDERS[level] / "config.json", transformer_config(sizes))
         write_json(folder / "scheduler/scheduler_config.json", scheduler_config(sizes, t_key))

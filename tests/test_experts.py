@@ -31,7 +31,7 @@ from common.names import EXPERTS, dit_tensors, fingerprint, official_names
 from common.prompts import Prompt, read_prompts
 from common.ranks import Ranks, generator
 from common.weights import load_module, save_tensors
-from experts import by_expert
+from experts import by_expert, crossing_note
 from frozen.image import image_cond
 from frozen.load import load_conditioner
 from frozen.unipc import sample_unipc, unipc_grid
@@ -166,11 +166,15 @@ TABLE = json.loads((FIXTURES / "wan22_key_timesteps.json").read_text())
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda r: f"{r['model']}-{r['n']}-{r['m']}-{r['kind']}")
-def test_each_step_belongs_to_the_expert_in_whose_range_it_starts(row):
+def test_no_step_of_aligned_key_timesteps_crosses_the_boundary(row):
     grid, key, boundary = (model.time_grid("wan", row["n"], row["shift"]).tolist(), row["key"],
                            row["boundary"])
     t_key = [grid[j] for j in key][::-1]
     assert [round(1000 * t, 2) for t in t_key[::-1]] == row["t"]
+    note = crossing_note(grid, key, boundary)
+    assert bool(note) == (row["first_low_index"] not in key)
+    assert not note or f"with {row['first_low_index']} as a key timestep none does" in note
+    assert not crossing_note(grid, key, None)
     assert next(j for j, t in enumerate(grid) if t < boundary) == row["first_low_index"]
     preset = {0.875: "wan22-t2v-a14b", 0.9: "wan22-i2v-a14b"}[boundary]
     high, low, both = (trained_steps(distill.Config(preset=preset, experts=experts), t_key)
@@ -185,7 +189,7 @@ def test_each_step_belongs_to_the_expert_in_whose_range_it_starts(row):
 def test_shipped_configs_have_aligned_key_timesteps(config, low):
     cfg = load_config(sample.Config, "sample", [f"configs/{config}.yaml", "weights=assets/tiny"])
     grid = model.time_grid("wan", cfg.n, cfg.shift).tolist()
-    assert low in cfg.key
+    assert low in cfg.key and not crossing_note(grid, cfg.key, PRESETS[cfg.preset].boundary)
     assert grid[low] < PRESETS[cfg.preset].boundary <= grid[low - 1]
 
 

@@ -329,8 +329,13 @@ def test_a_diffusers_folder_holds_the_student_and_loads_in_both_programs(make_st
     kept = [folder / name for name in ("model_index.json", "vae/config.json", "transformer/NOTE")]
     for path in kept:
         write_text(path, '{"of": "a person"}')
+    stale = [folder / f"transformer/diffusion_pytorch_model{end}" for end in
+             ("-00001-of-00099.safetensors", ".safetensors.index.json")]
+    for path in stale:
+        write_text(path, "{}")
     make_student(preset, 6, 5.0, [0, 2, 4, 6], export="diffusers")  # once more, over it
     assert [path.read_text() for path in kept] == ['{"of": "a person"}'] * 3
+    assert not any(path.exists() for path in stale)
     (folder / "vae/config.json").unlink()
     network = getattr(diffusers, student_file.transformer_config(PRESETS[preset])["_class_name"])
     theirs, info = network.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16,

@@ -38,7 +38,7 @@ from artifacts.student import (
 from common.config import Shared, announce, field, load_config
 from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compile_blocks, compute_dtype, generator, limit_waiting, local_rows,
+    Ranks, cli, compile_blocks, generator, limit_waiting, local_rows,
     lock_run_folder, on_first_rank, print_line, progress_bar, setup_distributed)
 from experts import expert_at
 from model import check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, velocity
@@ -307,7 +307,7 @@ class TrainState:
 
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     """β ← θ, frozen teacher, heads, optimizers, empty queues. Alg. 1, lines 1-3; D13."""
-    dtype = compute_dtype(ranks.device)
+    dtype = ranks.dtype
     student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype,
                         cfg.experts)
                if cfg.lora is None else load_lora_student(cfg, ranks, dtype))

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from artifacts.student import exported_path, facts_in, load_student, student_facts
 from common.config import Shared, announce, field, load_config
-from common.names import fingerprint, fingerprint_files
-from common.prompts import Prompt, digest_texts, heldout_prompts, read_prompts
+from common.names import fingerprint_files
+from common.prompts import Prompt, fingerprints, heldout_prompts, read_prompts
 from common.ranks import (
-    Ranks, Timer, cli, compute_dtype, device_name, draw_noise, gather_values, on_first_rank,
+    Ranks, Timer, cli, device_name, draw_noise, gather_values, on_first_rank,
     progress_bar, setup_distributed)
 from common.video import check_ffmpeg
 from common.weights import open_safetensors, save_tensors
@@ -56,7 +56,7 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
                                              for i, prompt in zip(indices, prompts, strict=True)])
                           for name in ("evaluate", "evaluate, reference"))
     grids = grid_suffixes(students)
-    dit = load_dit(cfg.weights, cfg.preset, compute_dtype(device), device)
+    dit = load_dit(cfg.weights, cfg.preset, ranks.dtype, device)
     dit.requires_grad_(False)
     sample = partial(sample_model, cfg, noise=noise, conds=conds, unconds=unconds, device=device)
 
@@ -275,8 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = [held_out[i * stride % len(held_out)] for i in range(cfg.count)]
     if cfg.pictures:
         check_ffmpeg()
-    identity = {"teacher": fingerprint(cfg.weights), "encoders": fingerprint_files(cfg.weights),
-                "prompts": digest_texts(prompts)}
+    identity = fingerprints(cfg.weights, prompts)
     ranks = setup_distributed(
         cfg, **identity, students=[fingerprint_files(student["file"]) for student in students])
     if cfg.count < ranks.world:
@@ -291,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     captions = [prompt.text for prompt in prompts]
     errors = gather_values(measures.endpoint_error(models[1].latents, models[0].latents))
     examples = page.choose_examples(torch.cat(errors), captions)
-    vae = load_vae(cfg.weights, device, compute_dtype(device), cfg.family)
+    vae = load_vae(cfg.weights, device, ranks.dtype, cfg.family)
     images = measures.first_frames(prompts[first:stop], cfg)
     oracle = measures.is_small_world(captions, cfg)
     measures.measure_videos(models, vae, indices, captions[first:stop], images, oracle, examples,

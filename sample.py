@@ -30,7 +30,7 @@ from artifacts.videos import Video, finished_videos, list_videos, video_settings
 from common.config import Shared, announce, field, load_config
 from common.files import append_log, crc32_of_json
 from common.ranks import (
-    Ranks, Timer, cli, compile_blocks, compute_dtype, draw_noise, gather_values, lock_run_folder,
+    Ranks, Timer, cli, compile_blocks, draw_noise, gather_values, lock_run_folder,
     on_first_rank, progress_bar, setup_distributed)
 from common.video import check_ffmpeg, write_video
 from frozen.load import encode_prompts, load_vae
@@ -195,7 +195,7 @@ def sampling_times(cfg: Config) -> list[float]:
 
 def load_networks(cfg: Config, ranks: Ranks) -> tuple[nn.Module, nn.Module]:
     """The frozen DiT (the teacher, or the student, which may be a LoRA) and the VAE."""
-    dtype, shards = compute_dtype(ranks.device), ranks.sp_ranks
+    dtype, shards = ranks.dtype, ranks.sp_ranks
     if cfg.teacher:
         dit = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, shards).requires_grad_(False)
     else:

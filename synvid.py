@@ -34,10 +34,9 @@ from artifacts.trajectories import (
     LATENT_DTYPES, check_encoders, find_trajectories, first_gap, make_manifest, open_manifest,
     read_trajectory, trajectory_path, verify, write_trajectory)
 from common.config import Shared, announce, field, load_config
-from common.names import fingerprint, fingerprint_files
-from common.prompts import Prompt, digest_texts, read_prompts
+from common.prompts import Prompt, fingerprints, read_prompts
 from common.ranks import (
-    Ranks, cli, compile_blocks, compute_dtype, draw_noise, lock_run_folder, on_first_rank,
+    Ranks, cli, compile_blocks, draw_noise, lock_run_folder, on_first_rank,
     progress_bar, setup_distributed)
 from common.video import check_ffmpeg, write_video
 from experts import crossing_note
@@ -102,7 +101,7 @@ def job_indices(cfg: Config, prompts: list[Prompt]) -> range:
 
 # ---------------------------------------------------------------------------------- planning
 
-def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torch.device,
+def plan(cfg: Config, folder: Path, indices: range, manifest: dict, dtype: torch.dtype,
          damaged: Iterable[int]) -> list[int]:
     """The indices of trajectories to make; prints their bytes and FLOPs, and a gap before them.
 
@@ -112,7 +111,7 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, device: torc
     todo = [i for i in indices if i not in existing]
     sizes, shape = sizes_of(cfg.preset), manifest["shape"]
     latents = len(manifest["stored"]) * math.prod(shape) * LATENT_DTYPES[cfg.dtype].itemsize
-    condition = sizes.text_len * sizes.text_dim * compute_dtype(device).itemsize
+    condition = sizes.text_len * sizes.text_dim * dtype.itemsize
     if sizes.takes_image:  # fp32: image features, and 4 mask channels on the 16 of a latent
         condition += 4 * (sizes.image_len * sizes.image_dim + math.prod(shape) * 20 // 16)
     need = len(todo) * (latents + condition + 2000)  # the header with the prompt
@@ -163,21 +162,20 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     for i in todo:
         missing.setdefault(i // cfg.batch, []).append(i)
     own = list(missing)[ranks.dp_rank::ranks.dp_size]
-    dtype = compute_dtype(ranks.device)
     with_video = {i for i in indices[:max(cfg.videos - cfg.start, 0)]
                   if ranks.is_writer and not (folder / f"videos/{i:06d}.mp4").exists()}
     if with_video:
-        vae = load_vae(cfg.weights, ranks.device, dtype, cfg.family)
+        vae = load_vae(cfg.weights, ranks.device, ranks.dtype, cfg.family)
         for i in sorted(with_video.difference(todo))[ranks.dp_rank::ranks.dp_size]:
             decode_trajectory(cfg, folder, manifest, vae, i)
     if not todo:
         return
-    conditioner, uncond = load_conditioner(cfg, ranks.device, dtype, crop=True), None
+    conditioner, uncond = load_conditioner(cfg, ranks.device, ranks.dtype, crop=True), None
     encoders = conditioner.identity()
     on_first_rank(lambda: check_encoders(folder, encoders))
     if not own:
         return
-    teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks.sp_ranks)
+    teacher = load_dit(cfg.weights, cfg.preset, ranks.dtype, ranks.device, ranks.sp_ranks)
     teacher.requires_grad_(False)
     if cfg.compile:
         compile_blocks(teacher)
@@ -223,8 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         check_ffmpeg()
     ranks = setup_distributed(
         cfg, cfg.sp, sizes.num_heads, cfg_parallel=cfg.cfg_parallel and cfg.guidance != 1,
-        teacher=fingerprint(cfg.weights), encoders=fingerprint_files(cfg.weights),
-        prompts=digest_texts(prompts))
+        **fingerprints(cfg.weights, prompts))
     folder = Path(cfg.run) / "synvid"
     with lock_run_folder(folder, indices.start, indices.stop) if writes else nullcontext():
         manifest = on_first_rank(lambda: open_manifest(folder, make_manifest(cfg), writes))
@@ -234,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise SystemExit(1)
             return
         announce(cfg, "synvid", ranks.rank)
-        todo = on_first_rank(lambda: plan(cfg, folder, indices, manifest, ranks.device, damaged))
+        todo = on_first_rank(lambda: plan(cfg, folder, indices, manifest, ranks.dtype, damaged))
         torch.set_num_threads(1)  # with more, matrix products round differently: use more ranks
         generate(cfg, prompts, folder, manifest, indices, todo, ranks)
         # All ranks leave together: torchrun's store may end with the node that hosts it.

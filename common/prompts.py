@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.files import abbreviate, parse_json, read_text
+from common.names import fingerprint, fingerprint_files
 from common.video import decode_image
 
 TEXT_KEYS = ("prompt", "prompt_en", "caption", "text")  # prompt_en: VBench's
@@ -45,6 +46,12 @@ def digest_texts(prompts: list[Prompt]) -> str:
                for image in {image for _, image in prompts}}
     lines = [[text, digests[image]] for text, image in prompts]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
+def fingerprints(weights: str | Path, prompts: list[Prompt]) -> dict[str, str]:
+    """Fingerprints of the files that the teacher's latents are made from."""
+    return {"teacher": fingerprint(weights), "encoders": fingerprint_files(weights),
+            "prompts": digest_texts(prompts)}
 
 
 def heldout_prompts(weights: str | Path, images: bool) -> Path:

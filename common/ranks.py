@@ -52,6 +52,11 @@ class Ranks:
     cfg_group: dist.ProcessGroup | None = None  # this rank and its counterpart in the other group
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that networks compute in on this rank's device."""
+        return compute_dtype(self.device)
+
+    @property
     def replica_size(self) -> int:
         return self.sp * (1 if self.cfg_group is None else 2)
 

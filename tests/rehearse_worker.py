@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import common.ranks
 import distill
 import experts
 import model
@@ -80,7 +81,7 @@ def allocated_really(cfg: distill.Config, ranks: Ranks) -> int:
 
 def measure(ranks: Ranks, folder: Path) -> None:
     """Peak bytes of an iteration in bf16, allocated and rehearsed."""
-    for module in (distill, model):
+    for module in (common.ranks, model):
         module.compute_dtype = lambda device: torch.bfloat16
     model.PRESETS |= SIZES
     for family in SIZES:

@@ -10,6 +10,7 @@ import torch
 from memory_worker import FEW, MANY, load, share
 from processes import in_processes
 
+import common.ranks
 import distill
 import model
 import training.memory
@@ -54,7 +55,7 @@ class FakeSynVid:
 def test_the_plan_is_within_a_tenth_of_what_the_allocator_gives(
         family, checkpointing, dtype, tmp_path, ranks, monkeypatch):
     monkeypatch.setitem(model.PRESETS, "small", SIZES[family])
-    for module in (distill, training.memory):  # bf16 as on a GPU
+    for module in (common.ranks, training.memory):  # bf16 as on a GPU
         monkeypatch.setattr(module, "compute_dtype", lambda device: dtype)
     dit = model.build_dit("small")
     dit.init_weights(generator("teacher"))

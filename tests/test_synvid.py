@@ -627,7 +627,7 @@ def test_a_disk_that_fills_up_is_reported_and_the_same_command_ends_with_the_sam
 
 def test_a_run_folder_that_cannot_be_written_is_named(make_config, tmp_path, tmpfs):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"file/synvid: cannot be written .*--run"):
+    with pytest.raises(ValueError, match=r"file/synvid: cannot be written .*another folder"):
         generate(make_config(run=str(tmp_path / "file")))
     subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
     with pytest.raises(ValueError, match=r"run/synvid: cannot be written .*[Rr]ead-only.*--run"):

@@ -52,13 +52,16 @@ class Shared:
     n: int = field(50, "steps of the teacher's grid", "[1, 10000]")
     shift: float = field(7.0, "time shift of the teacher's grid", "(0, 1000]")
     cfg_scale: float = field(1.0, "teacher's guidance; 1: one evaluation per step", "[0, 1000]")
-    cfg_scale_low: float | None = field(None, "low-noise expert's; none: cfg_scale", "[0, 1000]")
-    embedded_guidance: float = field(6.016, "HunyuanVideo's; its 6 acts as 6.016", "[0, 1000]")
+    cfg_scale_low: float | None = field(None, "guidance of the expert for low noise, for a teacher "
+                                        "with two (Wan 2.2 A14B); default cfg_scale", "[0, 1000]")
+    embedded_guidance: float = field(6.016, "HunyuanVideo's guidance, an input of its DiT; its "
+                                     "release's 6 acts as 6.016", "[0, 1000]")
     negative_prompt: str = field("", "text of the teacher's unconditional branch")
     key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
     seed: int = field(0, "base seed of everything drawn")
     device: str = field("auto", "cpu, cuda, or auto: a GPU if there is one")
-    attention: Literal["auto", "flash", "cudnn"] = field("auto", "kernels that a GPU tries first")
+    attention: Literal["auto", "flash", "cudnn"] = field(
+        "auto", "kernels that attention on a GPU tries first; auto: cudnn on Hopper, else flash")
 
     # Without types, hence not fields: where the values come from, for messages and other stages.
     origin, path = "the defaults", ROOT / "configs/tiny.yaml"

@@ -630,5 +630,6 @@ def test_a_run_folder_that_cannot_be_written_is_named(make_config, tmp_path, tmp
     with pytest.raises(ValueError, match=r"file/synvid: cannot be written .*another folder"):
         generate(make_config(run=str(tmp_path / "file")))
     subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
-    with pytest.raises(ValueError, match=r"run/synvid: cannot be written .*[Rr]ead-only.*another folder"):
+    with pytest.raises(ValueError,
+                       match=r"run/synvid: cannot be written .*[Rr]ead-only.*another folder"):
         generate(make_config(run=str(tmpfs / "run")))

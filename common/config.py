@@ -17,6 +17,7 @@ import typing
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +92,9 @@ def check_within(value: Any, interval: str | None, key: str, where: str) -> None
 
 BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True),
             **dict.fromkeys(("false", "0", "no", "off"), False)}
+# Exact at any size, 1e3 and 2.0 too; 010 is 8 to some; limited, since Fraction expands powers.
+INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,39})(\.[0-9]{0,39})?([eE][+-]?[0-9]{1,2})?")
+DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][+-]?[0-9]+)?")  # not 1_0
 
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
@@ -111,10 +115,10 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
             return BOOLEANS[text.lower()]
         if kind is str and (text or value == "") and not isinstance(value, bool):
             return text
-        if kind is float and math.isfinite(float(text)):
-            return float(text)
-        if kind is int and float(text).is_integer():  # 1e3 and 2.0 too
-            return int(text) if text.lstrip("+-").isdecimal() else int(float(text))
+        if kind is float and DECIMAL.fullmatch(text.strip()) and math.isfinite(x := float(text)):
+            return x
+        if kind is int and INTEGER.fullmatch(text) and (x := Fraction(text)).denominator == 1:
+            return int(x)
     name = " | ".join(arguments) if origin is Literal else str(kind) if origin else kind.__name__
     raise ValueError(f"{where}: {key}: expected {name}, got {abbreviate(value)}")
 

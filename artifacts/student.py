@@ -37,7 +37,7 @@ from common.files import (
     write_text)
 from common.names import EXPERTS, dit_tensors, expert_paths, fingerprint, official_names
 from common.ranks import (
-    AgreedError, Ranks, compute_dtype, errors_on_all_ranks, on_first_rank, print_line)
+    AgreedError, Ranks, compute_dtype, errors_on_all_ranks, local_rows, on_first_rank, print_line)
 from common.weights import (
     DTYPES, LazyTensor, load_module, open_tensors, safetensors_header, safetensors_metadata)
 from experts import by_expert, with_level
@@ -250,6 +250,8 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
               "dtype": cfg.export_dtype}
     if sizes.boundary is not None:
         facts |= {"boundary": sizes.boundary, "cfg_scale_low": cfg.cfg_scale_low}
+    if dtype == torch.float16:
+        check_export_range(state.student, dtype)
     parts = by_expert(student_tensors(state.student, path, dtype))
     if cfg.experts != "both":  # the frozen one is of another run
         parts = {cfg.experts: parts[cfg.experts]}
@@ -279,6 +281,18 @@ def file_metadata(facts: dict, level: str) -> dict[str, str]:
     """The metadata of a student's or LoRA's file; level, of an expert, or "" for the only DiT."""
     own = facts | ({"expert": level} if level else {})
     return {"format": "pt", "accvideo": json.dumps(own), "crc32": CHECKSUM}
+
+
+def check_export_range(student: nn.Module, dtype: torch.dtype) -> None:
+    """Raise AgreedError on all ranks if a weight would be infinite in dtype; each rank checks its
+    own rows."""
+    with errors_on_all_ranks():
+        for name, p in student.named_parameters():
+            local = local_rows(p)[0].detach()
+            if local.numel() and local.to(dtype).isinf().any():
+                raise ValueError(f"export_dtype: got fp16; {name} holds {local.abs().max():.4g}, "
+                                 f"and fp16 ends at {torch.finfo(dtype).max:.0f}: export by the "
+                                 "same command with --export_dtype bf16")
 
 
 def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],

@@ -22,7 +22,7 @@ from artifacts.instructions import comfyui_workflow, stock_scheduler, student_pa
 from common import weights
 from common.files import write_text
 from common.names import official_names
-from common.ranks import generator
+from common.ranks import AgreedError, generator
 from common.weights import save_tensors
 from frozen.image import CLIPVision
 from model import PRESETS
@@ -38,7 +38,7 @@ EVEN = {"wan": (5.0, [0, 2, 4, 6, 7]), "hunyuan": (7.0, [0, 2, 4, 6])}
 @pytest.fixture
 def make_student(tmp_path, ranks):
     """make_student(preset, n, shift, key, **settings) exports a random student: file and DiT."""
-    def make(preset: str, n: int, shift: float, key: list[int],
+    def make(preset: str, n: int, shift: float, key: list[int], scale: float = 1.0,
              **settings) -> tuple[Path, torch.nn.Module]:
         dit, draw = model.build_dit(preset), generator("export")
         with torch.no_grad():
@@ -46,6 +46,7 @@ def make_student(tmp_path, ranks):
                 p.copy_(torch.randn(p.shape, generator=draw) * 0.5 * p.shape[-1] ** -0.5)
                 if "norm" in name and name.endswith("weight"):
                     p.add_(1)
+            next(dit.parameters()).mul_(scale)
         save_tensors(tmp_path / "teacher.safetensors", dit.state_dict(), {})
         cfg = distill.Config(
             family=PRESETS[preset].family, preset=preset, n=n, shift=shift, key=key, device="cpu",
@@ -305,8 +306,6 @@ def test_a_student_is_bf16_under_official_names_half_the_size_and_says_its_dtype
     full, _ = make_student("tiny", 6, 5.0, [0, 2, 4, 6], export_dtype="fp32")
     assert half / full.stat().st_size == pytest.approx(0.5, abs=0.01)
     assert all(torch.equal(p, exact[name].full_tensor()) for name, p in load_file(full).items())
-    file, _ = make_student("tiny", 6, 5.0, [0, 2, 4, 6], export_dtype="fp16")
-    assert {p.dtype for p in load_file(file).values()} == {torch.float16}
     assert not list(file.parent.glob("*diffusers*"))
 
 
@@ -319,6 +318,17 @@ def test_a_student_that_was_damaged_on_its_way_is_not_sampled(make_student):
     file.write_bytes(data)
     with pytest.raises(ValueError, match=f"{file.name}: is damaged: .*copy it again, or export"):
         student_file.student_facts(file, cfg)
+
+
+def test_a_weight_that_fp16_cannot_hold_is_named_and_nothing_is_written(make_student):
+    file, _ = make_student("tiny", 6, 5.0, [0, 2, 4, 6], export_dtype="fp16")
+    assert {p.dtype for p in load_file(file).values()} == {torch.float16}
+    file.unlink()
+    with pytest.raises(AgreedError, match="fp16; patch_embedding.weight holds .*--export_dtype bf"):
+        make_student("tiny", 6, 5.0, [0, 2, 4, 6], scale=1e6, export_dtype="fp16")
+    assert not file.exists()
+    make_student("tiny", 6, 5.0, [0, 2, 4, 6], scale=1e6)
+    assert torch.isfinite(load_file(file)["patch_embedding.weight"]).all()
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-i2v", "hunyuan-tiny"])

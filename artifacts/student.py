@@ -464,6 +464,9 @@ def how_to_use(path: Path) -> str:
     tensors = open_tensors(file)
     facts = facts_in(next((t.file for t in tensors.values()), file))
     check_facts(path, facts, PAGE_FACTS)
+    if (family := sizes_of(facts["preset"]).family) != facts["family"]:
+        raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "
+                         f"{facts['preset']} is {family}: distill it again")
     name = path.name if path.suffix == ".safetensors" else "student.safetensors"
     return student_page(facts, name.replace(f"_{facts.get('expert')}_noise", ""),
                         is_lora(tensors))

@@ -36,7 +36,7 @@ def messages() -> Iterator[tuple[str, str]]:
 
 def test_the_messages_are_found():
     found = list(messages())
-    assert len({where for where, _ in found}) > 150
+    assert len({where for where, _ in found}) > 200
     assert any("python distill.py" in text for _, text in found)
 
 

@@ -122,11 +122,12 @@ def list_videos(cfg: Any, who: str, settings: str) -> list[Video]:
     if named and cfg.count != 1:
         raise ValueError(f"count: got {cfg.count}; {cfg.prompt_file} names each video: leave "
                          "--count out")
+    sizes = {image: (cfg.height, cfg.width) if image is None else
+             fit_size(*decode_image(image).shape[:2], cfg.height * cfg.width)
+             for image in dict.fromkeys(prompt.image for prompt in prompts)}  # each decoded once
     videos = []
     for i, prompt in enumerate(prompts):
-        size = cfg.height, cfg.width
-        if prompt.image is not None:
-            size = fit_size(*decode_image(prompt.image).shape[:2], cfg.height * cfg.width)
+        size = sizes[prompt.image]
         if named:
             videos.append(Video(0, prompt, named[i]["seed"], *size, f"{who}/{named[i]['file']}"))
             continue

@@ -81,7 +81,7 @@ def make_heads(cfg: Config, dim: int) -> nn.ModuleList:
         nn.Conv2d(dim, c, 1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(min(8, c), c),
         nn.SiLU(), nn.Conv2d(c, 1, 3, padding=1)) for _ in range(count))
     for name, p in heads.named_parameters():
-        if p.ndim > 1 and p.shape[0] > 1:
+        if p.ndim > 1 and not name.endswith(".5.weight"):  # of the last layer: 0, D11
             nn.init.kaiming_uniform_(p, 5 ** 0.5, generator=generator("head", cfg.seed, name))
         elif not name.endswith("3.weight"):  # the GroupNorm's weight stays at 1
             nn.init.zeros_(p)
@@ -430,7 +430,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "distill", argv, __doc__)
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
     ranks = setup_distributed(cfg, cfg.sp, sizes.num_heads, STARTUP_TIMEOUT, teacher=teacher)
-    check_config(cfg, ranks.dp_size)
+    on_first_rank(lambda: check_config(cfg, ranks.dp_size))
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
     with lock_run_folder(checkpoint.run_folder(cfg)):
         on_first_rank(lambda: check_replaceable(exported_path(cfg, experts=cfg.experts)))

@@ -10,11 +10,12 @@ import signal
 from collections import deque
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run_script
+from processes import in_processes, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -178,6 +179,9 @@ def test_fresh_heads_are_undecided_and_differ_by_seed_alone():
     a, b = distill.make_heads(cfg, 24), distill.make_heads(cfg, 24)
     assert len(a) == 5 and len(distill.make_heads(distill.Config(heads="shared"), 24)) == 1
     assert a[2](torch.randn(2, 24, 4, 5)).abs().max() == 0
+    for c in (1, 8):  # only the last layer's weight is zero: the others would never learn
+        [head] = distill.make_heads(distill.Config(heads="shared", head_dim=c), 24)
+        assert [bool(p.any()) for p in head.parameters() if p.ndim > 1] == [True, True, False]
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
     assert not torch.equal(a[0][0].weight, a[1][0].weight)
@@ -637,6 +641,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(undisturbed, run_s
                                           .read_text().splitlines())]
     kept = [int(p.name[5:]) for p in (tmp_path / "e/distill").glob("step_*")]
     assert kept and max(kept) == steps[-1]  # though it was still being written
+
+
+def refused(ranks, folder, argv):
+    """One of two processes: settings that cannot work, of which each rank has the same error."""
+    errors = []
+    for change in ("sp=3", "batch=3", "held_out=10"):
+        with pytest.raises(ValueError) as error:
+            distill.main([*argv, change])
+        errors.append(str(error.value))
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(errors))
+
+
+def test_an_error_that_all_ranks_have_is_printed_by_one(undisturbed, tmp_path):
+    folder, config = undisturbed
+    argv = [str(config), f"run={tmp_path / 'run'}", f"synvid={folder / 'a/synvid'}"]
+    in_processes(2, partial(refused, argv=argv), tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert [text.split(":")[0] for text in first] == ["sp, cfg_parallel", "batch", "held_out"]
+    assert second == ["", "", ""]
 
 
 def test_a_missing_synvid_of_another_preset_is_an_error_that_names_the_command(

@@ -201,6 +201,20 @@ def test_the_cost_is_printed_before_the_start_and_after_the_first_batch(make_con
            "make them with --start 5 --count 3" in capsys.readouterr().out
 
 
+def test_other_prompts_and_settings_without_effect_are_reported(make_config, tmp_path, capsys):
+    config = make_config(synvid={"count": 2, "batch": 2})
+    generate(config)
+    generate(config, "--count", 3)  # more of the same
+    out = capsys.readouterr().out
+    assert "another prompt" not in out and "no effect" not in out
+    other = tmp_path / "other.txt"
+    other.write_text("a blue ring\na red disc\n", encoding="utf-8")
+    generate(config, "--prompts", other, "--negative_prompt", "blurry")
+    out = capsys.readouterr().out
+    assert f"trajectory 0 exists, from another prompt than the one in {other}: existing" in out
+    assert "negative_prompt has no effect at cfg_scale 1" in out
+
+
 def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
     folder, _, _ = made
     manifest = trajectories.read_manifest(folder)

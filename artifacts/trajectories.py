@@ -291,16 +291,19 @@ class SynVid:
         self.manifest = read_manifest(self.folder, cfg.path)
         self.checksum = manifest_checksum(self.manifest)
         path = self.folder / "manifest.json"
-        check_same(path, self.manifest, teacher_settings(cfg),
-                   "train with the config that made these trajectories, or make others by `python "
-                   "synvid.py CONFIG` in another --run")
+        remedy = ("train with the config that made these trajectories, or make others by `python "
+                  "synvid.py CONFIG` in another --run")
+        check_same(path, self.manifest, teacher_settings(cfg), remedy)
         self.points = cfg.key[::-1]  # of the teacher's grid; points[k] belongs to t'_k
         self.t_key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1]
-        lacking = [j for j in self.points if j not in (0, *self.manifest["stored"])]
+        times = dict(zip(self.manifest["stored"], self.manifest["t"], strict=False))
+        lacking = [j for j in self.points if j not in (0, *times)]
         if lacking:
             raise ValueError(f"{path}: key {cfg.key} needs the latent after step {lacking[-1]}, "
                              f"the trajectories hold those after {self.manifest['stored']}: make "
                              "others with this key, or --keep all, in another --run")
+        check_same(path, {"t": [times[j] for j in self.points if j]}, {"t": self.t_key[:-1]},
+                   remedy)  # differs if time_grid was edited
         existing = find_trajectories(self.folder)
         self.count, self.encoders = len(existing), first_header(self.folder).get("encoders")
         if gap := first_gap(existing) if existing else range(1):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import common.files
 import common.ranks
+import model
 import synvid
 from artifacts import trajectories
 from artifacts.trajectories import SynVid, initial_noise, trajectory_path
@@ -460,6 +461,14 @@ def test_a_key_timestep_that_is_not_stored_is_named(made):
     folder, _, args = made
     with pytest.raises(ValueError, match=r"latent after step 3.*those after \[2, 4\].*--keep all"):
         SynVid(folder, config_of(*args, "--key", "0,3,4"))
+
+
+def test_times_that_the_code_does_not_compute_any_more_are_an_error(made, monkeypatch):
+    folder, cfg, _ = made
+    grid = model.time_grid
+    monkeypatch.setattr(model, "time_grid", lambda *args: grid(*args) ** 1.001)
+    with pytest.raises(ValueError, match=r"manifest.json: t: expected \[.*, got \[0.0, "):
+        SynVid(folder, cfg)
 
 
 def test_missing_empty_and_unfinished_folders_are_named_with_the_command(made, tmp_path):

@@ -275,14 +275,13 @@ def check_config(cfg: Config, replicas: int) -> None:
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
     sizes = sizes_of(cfg.preset)
-    depth, D = sizes.num_layers, sizes.dim
-    if sizes.boundary is None and cfg.experts != "both":
-        raise ValueError(f"experts: got {cfg.experts}; preset '{cfg.preset}' has one DiT: leave it "
-                         "out")
+    last, D = sizes.num_layers - 1, sizes.dim
     for key, valid, expected in (
+            ("experts", cfg.experts == "both" or sizes.boundary is not None,
+             f"both, since preset '{cfg.preset}' has one DiT"),
             ("head_dim", cfg.head_dim % min(8, cfg.head_dim) == 0, "a multiple of 8, or fewer"),
-            ("tap", cfg.tap is None or cfg.tap < depth, f"a block 0 … {depth - 1}"),
-            ("tap_data", cfg.tap_data is None or cfg.tap_data < depth, f"a block 0 … {depth - 1}"),
+            ("tap", cfg.tap is None or cfg.tap <= last, f"a block 0 … {last}"),
+            ("tap_data", cfg.tap_data is None or cfg.tap_data <= last, f"a block 0 … {last}"),
             ("lora", cfg.lora is None or cfg.lora <= D, f"a rank 1 … {D}, or none")):
         if not valid:
             raise ValueError(f"{key}: expected {expected}, got {getattr(cfg, key)}")

@@ -661,9 +661,7 @@ class HunyuanDiT(nn.Module):
             raise ValueError(f"cond: expected widths {c.text_dim} and {c.pooled_dim} for this DiT, "
                              f"got text {tuple(text.shape)}, pooled {tuple(cond['pooled'].shape)}")
         time = sinusoid(t.double() * 1000, c.freq_dim, torch.float32)
-        guidance = sinusoid(cond["guidance"].double() * 1000, c.freq_dim, torch.float32)
-        vec = (silu_mlp(self.time_in["mlp"], time) + silu_mlp(self.guidance_in["mlp"], guidance)
-               + silu_mlp(self.vector_in.values(), cond["pooled"]))             # B D
+        vec = self.modulation_vector(time, cond)                                # B D
         text = self.txt_in(text, time, mask)                                    # B S D
         h = embed_patches(x, self.img_in["proj"], grid)                         # B L D
         L = h.shape[1]
@@ -683,6 +681,12 @@ class HunyuanDiT(nn.Module):
         out = out.view(B, *grid, -1, pt, ph, pw)                                # channels first
         v = out.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, -1, T, H, W)         # B C T H W
         return (v, features) if taps else v
+
+    def modulation_vector(self, time: Tensor, cond: dict[str, Tensor]) -> Tensor:
+        """The source of shifts, scales and gates: time + guidance + pooled text. [B,D]"""
+        guidance = sinusoid(cond["guidance"].double() * 1000, self.cfg.freq_dim, torch.float32)
+        return (silu_mlp(self.time_in["mlp"], time) + silu_mlp(self.guidance_in["mlp"], guidance)
+                + silu_mlp(self.vector_in.values(), cond["pooled"]))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill with the official initialisation, every draw from `generator`."""

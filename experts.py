@@ -53,11 +53,6 @@ class Experts(nn.Module):
                              f"{t.tolist()}: evaluate each expert separately")
         return experts.pop()(x, t, *args, **kwargs)
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every expert as its own init_weights does."""
-        for dit in self.children():
-            dit.init_weights(generator)
-
 
 def expert_at(dit: nn.Module, t: float) -> nn.Module:
     """The network that computes at time t: one of two experts, or the only DiT."""

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config
-from common.files import lock_folder, read_log, replace_file, write_json, write_text
+from common.files import (
+    lock_folder, read_log, replace_file, write_json, write_json_lines, write_text)
 from common.names import dit_tensors, fingerprint
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
@@ -382,9 +383,9 @@ def write_prompts(cfg: Config, out: Path) -> None:
             clips, captions, _ = make_clips(cfg.seed, start, min(PER_FILE, count - start),
                                             cfg.height, cfg.frames, name == "prompts_heldout")
             for i, (clip, text) in enumerate(zip(clips, captions, strict=True), start):
-                lines.append(json.dumps({"prompt": text, "image": f"images/{name}_{i:04d}.png"}))
-                write_image(out / f"images/{name}_{i:04d}.png", clip[:, 0])
-        write_text(out / f"{name}.jsonl", "\n".join(lines) + "\n")
+                lines.append({"prompt": text, "image": f"images/{name}_{i:04d}.png"})
+                write_image(out / lines[-1]["image"], clip[:, 0])
+        write_json_lines(out / f"{name}.jsonl", lines)
 
 
 def held_out(cfg: Config, out: Path) -> list[Prompt]:

@@ -184,6 +184,9 @@ def test_the_mean_of_students_has_the_error_over_students():
     assert (mean["label"], mean["kind"], mean["m"]) == ("student@5, mean of 2", "mean", 5)
     assert mean["endpoint"] == pytest.approx((0.03, 0.01))
     assert mean["hf"] == pytest.approx((1.05, 0.05)) and mean["seconds"] == pytest.approx(0.1)
+    assert mean["endpoint"][0] == pytest.approx(0.03, rel=1e-14)  # in float64
+    one = mean_row([row("student@5", 0.02, 0.0, 1.0)])
+    assert one["endpoint"] == (0.02, None)
 
 
 # ---------------------------------------------------------------------------------- the examples

@@ -45,14 +45,10 @@ from model import Sizes, empty_dit, key_times, sizes_of
 
 # ------------------------------------------------------------------- what a student's file says
 
-FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
-SETTINGS = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance", "height",
-            "width", "frames", "fps")  # of the config
-PAGE_FACTS = tuple(dict.fromkeys((*FACTS, *SETTINGS, "dtype")))  # the page of instructions' needs
-FACT_TYPES = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int,
-              "key": [int], "shift": NUMBER, "cfg_scale": NUMBER, "height": int, "width": int,
-              "frames": int, "fps": NUMBER, "dtype": str, "embedded_guidance": NUMBER,
-              "boundary": NUMBER}
+SETTINGS = {"family": str, "preset": str, "key": [int], "n": int, "shift": NUMBER,
+            "cfg_scale": NUMBER, "embedded_guidance": NUMBER, "height": int, "width": int,
+            "frames": int, "fps": NUMBER}  # of the config
+FACTS = {**SETTINGS, "teacher": str, "t_key": [NUMBER], "dtype": str}
 
 
 def student_facts(path: Path, cfg: Shared, foreign: bool = False,
@@ -63,9 +59,9 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     another project and say nothing, as AccVideo's own release does: then the config's key timesteps
     are taken, and teacher is None; same_teacher, whether `weights` must hold the DiT that it was
     distilled from, which sampling does not need.
-    Returns FACTS and more: teacher is the fingerprint of its weights, t_key are the times from 1
-    (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not
-    fit.
+    Returns FACTS and more: teacher is the fingerprint of the teacher's weights, t_key are the times
+    from 1 (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what
+    does not fit.
     """
     if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path}: no such student or LoRA: make it by `python distill.py "
@@ -92,8 +88,8 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     else:
         if os.environ.get("RANK", "0") == "0":
             print(f"{path} does not say what it is: the config's key timesteps are used")
-        facts = {**{name: getattr(cfg, name, None) for name in PAGE_FACTS}, "dtype": "bf16",
-                 "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
+        facts = {**{name: getattr(cfg, name) for name in SETTINGS}, "teacher": None,
+                 "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key), "dtype": "bf16"}
     if is_lora(tensors):
         check_lora(path, facts["teacher"], cfg.weights)
     elif isinstance(getattr(cfg, "lora", None), str):  # lora_scale would have no effect
@@ -135,15 +131,11 @@ def official_tensors(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
             for name, t in official_names(part, "transformer").items()}
 
 
-def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> None:
-    """Raise ValueError if a student says too little about itself, or has no valid times."""
-    absent = [name for name in required if name not in facts]
-    if absent:
-        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}: give a "
-                         "student (to sample another DiT, make it `weights`, with --teacher)")
-    types = {name: kind for name, kind in FACT_TYPES.items() if name in facts}
-    if error := shape_error(facts, types):
-        raise ValueError(f"{path}: 'accvideo' metadata: {error}: distill it again")
+def check_facts(path: Path, facts: dict) -> None:
+    """Raise ValueError unless what a student says about itself has all FACTS, and valid times."""
+    if error := shape_error(facts, FACTS):
+        raise ValueError(f"{path}: 'accvideo' metadata: {error}: give a student that distill.py "
+                         "wrote (to sample another DiT, make it `weights`, with --teacher)")
     t = facts["t_key"]
     if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
         raise ValueError(f"{path}: t_key: expected times falling from 1 (noise) to 0 (data), got "
@@ -226,12 +218,13 @@ def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) 
     distilled from the teacher with this fingerprint."""
     path = high_student(cfg)
     facts = facts_in(path)
-    check_facts(path, facts, (*FACTS, "expert"))
+    check_facts(path, facts)
     for key, value in {"expert": "high", "teacher": teacher, "preset": cfg.preset,
                        "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}.items():
-        if facts[key] != value:
+        if facts.get(key) != value:
             raise ValueError(f"high_student: {path}: {key}: expected {abbreviate(value)}, got "
-                             f"{abbreviate(facts[key])}: distill it by this config, --experts high")
+                             f"{abbreviate(facts.get(key))}: distill it by this config, --experts "
+                             "high")
     dit = empty_dit(cfg.preset, dtype, ranks, experts="high").high_noise_model
     tensors = official_names(open_tensors(path), "transformer")
     return load_module(dit, tensors, str(path), device=ranks.device).requires_grad_(False)
@@ -463,7 +456,7 @@ def how_to_use(path: Path) -> str:
     file = path / "transformer" if (path / "transformer").is_dir() else path
     tensors = open_tensors(file)
     facts = facts_in(next((t.file for t in tensors.values()), file))
-    check_facts(path, facts, PAGE_FACTS)
+    check_facts(path, facts)
     if (family := sizes_of(facts["preset"]).family) != facts["family"]:
         raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "
                          f"{facts['preset']} is {family}: distill it again")

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
                 (*shared, *as_options(measured)), (*shared, *as_options(others)),
                 tuple(shlex.split(cfg.launch)), cfg.jobs)
     with lock_folder(out):
-        if cfg.synvid is None and (chosen != ("fig5",) or evaluation.prompts is None):
+        if cfg.synvid is None and chosen != ("fig5",):
             launch = plan.launch if cfg.jobs == 1 else (
                 "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
             command = plan.command("synvid.py", out, "keep=all", *shared, launch=launch)
@@ -144,8 +144,11 @@ def main(argv: list[str] | None = None) -> None:
         if "fig6" in chosen:
             command = plan.command("tools.taps", out / "fig6", *plan.options, s.key)
             run_all([Run(command, out / "fig6", "taps/taps.json")], plan, "fig6")
-        sections = {name: make_section(cfg, name, plan, s, trajectories, evaluation.prompts)
-                    for name in chosen}
+        # Fig. 5 is of SynVid's prompts; alone, it may be of any file, and needs no SynVid.
+        file = cfg.prompts if chosen == ("fig5",) else None
+        if not any(trajectories.glob("*/*.safetensors")):
+            file = file or training_prompts
+        sections = {name: make_section(cfg, name, plan, s, trajectories, file) for name in chosen}
         page = tables.write_paper(plan, sections, {
             "command": shlex.join(["python", "-m", "tools.paper", *argv]), "commit": commit(),
             "device": device_name(pick_device(cfg.device)), "torch": torch.__version__,
@@ -154,13 +157,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, trajectories: Path,
-                 prompts: str | None) -> tables.Section:
-    """One table or figure, from what was measured; prompts, a file that fig5 reads if there are no
-    trajectories."""
+                 file: str | None) -> tables.Section:
+    """One table or figure, from what was measured.
+
+    Args: file, the prompts of fig5; by default they are those of the trajectories.
+    """
+    if name == "fig5" and file is None:
+        files = sorted(trajectories.glob("*/*.safetensors"))
+        return tables.fig5(plan, [stored_prompt(path) for path in files])
     if name == "fig5":
-        texts = [stored_prompt(path) for path in sorted(trajectories.glob("*/*.safetensors"))]
-        return tables.fig5(plan, texts or [prompt.text for prompt in read_prompts(
-            prompts, sizes_of(cfg.preset).takes_image)])
+        prompts = read_prompts(file, sizes_of(cfg.preset).takes_image)
+        return tables.fig5(plan, [prompt.text for prompt in prompts])
     if name not in ("table3", "table4", "methods"):
         return {"search": tables.search_table, "fig6": tables.fig6, "fig8": tables.fig8,
                 "fig9": tables.fig9, "ladder": tables.ladder}[name](plan, s)

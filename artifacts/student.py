@@ -1,4 +1,4 @@
-"""A student's file: what it says about itself, loading, export, and its page of instructions.
+"""A student's file: the facts in its metadata, loading, export, and its page of instructions.
 
 <name>.safetensors       the DiT under official names; its metadata "accvideo" holds the times
                          t_key from 1 (noise) to 0 (data), the reverse of distill.py's t_key[k],
@@ -43,7 +43,7 @@ from common.weights import (
 from experts import by_expert, with_level
 from model import Sizes, empty_dit, key_times, sizes_of
 
-# ------------------------------------------------------------------- what a student's file says
+# ----------------------------------------------------------------- the facts in a student's file
 
 SETTINGS = {"family": str, "preset": str, "key": [int], "n": int, "shift": NUMBER,
             "cfg_scale": NUMBER, "embedded_guidance": NUMBER, "height": int, "width": int,
@@ -53,12 +53,12 @@ FACTS = {**SETTINGS, "teacher": str, "t_key": [NUMBER], "dtype": str}
 
 def student_facts(path: Path, cfg: Shared, foreign: bool = False,
                   same_teacher: bool = False) -> dict:
-    """What a student says about itself, checked against the config.
+    """The facts in a student's metadata, checked against the config.
 
     Args: path, a file, an index of shards or a folder of them; foreign, whether it may come from
-    another project and say nothing, as AccVideo's own release does: then the config's key timesteps
-    are taken, and teacher is None; same_teacher, whether `weights` must hold the DiT that it was
-    distilled from, which sampling does not need.
+    another project and contain no facts, as AccVideo's own release does: then the config's key
+    timesteps are used, and teacher is None; same_teacher, whether `weights` must hold the DiT that
+    it was distilled from, which sampling does not need.
     Returns FACTS and more: teacher is the fingerprint of the teacher's weights, t_key are the times
     from 1 (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what
     does not fit.
@@ -87,7 +87,7 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
                              f"{cfg.weights} is {teacher}: point `weights` at its teacher")
     else:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{path} does not say what it is: the config's key timesteps are used")
+            print(f"{path} has no metadata of this project: the config's key timesteps are used")
         facts = {**{name: getattr(cfg, name) for name in SETTINGS}, "teacher": None,
                  "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key), "dtype": "bf16"}
     if is_lora(tensors):
@@ -132,7 +132,7 @@ def official_tensors(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def check_facts(path: Path, facts: dict) -> None:
-    """Raise ValueError unless what a student says about itself has all FACTS, and valid times."""
+    """Raise ValueError unless a student's metadata has all FACTS, with valid times."""
     if error := shape_error(facts, FACTS):
         raise ValueError(f"{path}: 'accvideo' metadata: {error}: give a student that distill.py "
                          "wrote (to sample another DiT, make it `weights`, with --teacher)")
@@ -143,7 +143,7 @@ def check_facts(path: Path, facts: dict) -> None:
 
 
 def facts_of(tensors: dict[str, LazyTensor]) -> dict:
-    """What a student says about itself, in whichever of its files; {} if in none. Raises ValueError
+    """The facts in the first of a student's files that has some; {} if none has. Raises ValueError
     if the files of two experts are exchanged, or of two students."""
     found: dict = {}
     for level, part in by_expert(tensors).items():
@@ -162,7 +162,7 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
 
 
 def facts_in(file: Path) -> dict:
-    """What a student's file says about itself; {} for nothing. ValueError if it is damaged."""
+    """The facts in a student's file; {} if there are none. Raises ValueError if it is damaged."""
     text = safetensors_metadata(file).get("accvideo", "{}")
     return parse_json(text, f"{file}: 'accvideo' metadata", remedy="distill it again")
 
@@ -449,9 +449,9 @@ def check_data(path: Path) -> None:
 # --------------------------------------------------------------------- the page of instructions
 
 def how_to_use(path: Path) -> str:
-    """The text of a student's student.md, from what the header of its file says about itself.
+    """The text of a student's student.md, made from the metadata of its file.
 
-    Raises FileNotFoundError if there is none, ValueError if it says too little.
+    Raises FileNotFoundError if there is no such file, ValueError if facts are missing.
     """
     file = path / "transformer" if (path / "transformer").is_dir() else path
     tensors = open_tensors(file)

@@ -134,7 +134,7 @@ def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
 # -------------------------------------------------------------------------------- the record
 
 def video_settings(cfg: Any, who: str, dit: str | Path, times: list[float]) -> dict[str, Any]:
-    """What all videos of a run share: identities of the networks, and the settings that count.
+    """What all videos of a run share: identities of the networks, and settings that change videos.
 
     Args: dit, the folder or file of the DiT that is sampled, without its LoRA.
     """

@@ -7,7 +7,7 @@ x50; y are the reference, other teacher@n samples of the same captions, with oth
   energy       2 E|x − y| − E|x − x'| − E|y − y'| over pairs of different videos, |·| root mean
                square over latent elements, minus the same for teacher@n
   sliced W     mean over fixed random unit directions of the Wasserstein-1 distance of x to y, minus
-               the same for teacher@n: by itself it is biased, equal distributions are not at 0
+               the same for teacher@n, since the mean itself is above 0 for equal distributions
   HF           power of the videos above half the Nyquist frequency, divided by teacher@n's
   edges        correlation of the videos' spatial gradients with teacher@n's: HF says how strong
                edges are, this says whether they are in their places

@@ -386,7 +386,7 @@ def test_a_student_of_another_project_takes_the_config_s_key_timesteps(run, stud
         run("--prompt", "a red disc", "--out", str(run.folder / out), *options)
     own, foreign = (next((run.folder / out).glob("*/*.mp4")) for out in ("own", "foreign"))
     assert own.name == foreign.name and own.read_bytes() == foreign.read_bytes()
-    assert "does not say what it is" in capsys.readouterr().out
+    assert "has no metadata of this project" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options, message", [

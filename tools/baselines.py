@@ -36,7 +36,7 @@ from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from frozen.load import encode_prompts, load_conditioner, load_vae
 from model import check_model, collate, key_times, latent_shape, load_dit, time_grid
 from small_world.clips import SIZE, make_captions, make_clips
-from training.data import epoch_order
+from training.data import trajectories_of
 from training.optimizer import adamw, apply_update
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # v(x, t), t [B]
@@ -276,10 +276,8 @@ def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ra
             for update in range(updates):
                 for part in range(each):
                     first = (part * ranks.dp_size + ranks.dp_rank) * cfg.micro_batch
-                    positions = [divmod(step * cfg.batch + first + slot, len(data.latents))
-                                 for slot in range(cfg.micro_batch)]
-                    picked = [epoch_order(cfg.seed, epoch, len(data.latents))[position]
-                              for epoch, position in positions]
+                    slots = range(first, first + cfg.micro_batch)
+                    picked = trajectories_of(cfg, step, slots, len(data.latents))
                     v = velocities(cfg, state, fake, data, picked, device)
                     draw = generator(cfg.method, cfg.seed, step, name, update, first)
                     loss = compute_loss(cfg, v, data.latents[picked].to(device), grid, draw,

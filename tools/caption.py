@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
                     line["error"] = error
                 elif images:
                     image = images / f"{Path(video).stem[:80]}_{crc32_of_json(video)}.png"
-                    write_image(image, torch.tensor(frames[0]).permute(2, 0, 1) / 127.5 - 1)
+                    write_image(image, frames[0])
                     line["image"] = os.path.relpath(image, out.parent)
                 append_log(folder / f"{settings}/rank{ranks.rank:03d}.jsonl", line)
             bar.update(min(args.batch, len(todo) - start))

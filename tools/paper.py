@@ -21,7 +21,7 @@ import torch
 import distill
 import evaluate
 import synvid
-from common.config import Shared, field, load_config
+from common.config import Shared, as_options, field, load_config
 from common.files import lock_folder, parse_json
 from common.prompts import read_prompts
 from common.ranks import cli, device_name, pick_device
@@ -54,8 +54,8 @@ class Config(Shared):
                                         "[0, inf)")
     perflow: list[float] | None = field(None, "learning rate and iterations of PeRFlow; defaults "
                                         "to lr and iterations", "(0, inf)")
-    pcm: list[float] | None = field(None, "the same of phased consistency", "(0, inf)")
-    dmd: list[float] | None = field(None, "the same of distribution matching", "(0, inf)")
+    pcm: list[float] | None = field(None, "the same for phased consistency", "(0, inf)")
+    dmd: list[float] | None = field(None, "the same for distribution matching", "(0, inf)")
     jobs: int = field(1, "runs at once; with several each process has one CPU thread", "[1, inf)")
     synvid: str | None = field(None, "trajectories for the runs, made with --keep all; by default "
                                "they are made in <run>/paper/synvid")
@@ -67,13 +67,8 @@ class Config(Shared):
     count: int | None = field(None, "videos per model, as in evaluate.py; default: the config's")
 
 
-EVALUATION = ("seed", "prompts", "count", "batch", "directions", "c2st_steps")  # in every command
-
-
-def as_options(values: dict) -> list[str]:
-    """Settings as words of a command line; None is left out."""
-    return [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-            for name, value in values.items() if value is not None]
+# Settings that the command of each evaluation contains, whether they were given or not.
+EVALUATION = ("seed", "prompts", "count", "batch", "directions", "c2st_steps")
 
 
 def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Settings]:

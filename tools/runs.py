@@ -200,7 +200,7 @@ def read_measured(plan: Plan, name: str, label: str) -> Measured:
     return Measured(label, teacher_n, teacher_m, rows, table["command"])
 
 
-# What a claim compares: a column and how far its value is from the teacher's, less is better.
+# What a claim compares: a column, and how far its value is from the teacher's (less is better).
 SHORTFALLS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "endpoint error": ("endpoint", lambda value: value),
     "energy": ("energy", lambda value: value),

@@ -1,4 +1,4 @@
-"""Fig. 6 for your teacher: which of its features tell generated latents from real ones, for D7.
+"""Fig. 6 for your teacher: which of its features separate generated latents from real ones; D7.
 
     python -m tools.taps [CONFIG] [--videos 128]
     torchrun --nproc-per-node 8 -m tools.taps CONFIG    # the teacher is sharded over the ranks

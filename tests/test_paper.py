@@ -396,6 +396,7 @@ def test_a_table_and_a_figure_are_one_command_that_resumes_with_the_same_numbers
     (("seeds=0",), "seeds: .*got 0"),
     (("pcm=1e-3",), "pcm: expected a learning rate and a number of iterations"),
     (("m=9",), "expected 1 … 4, .* got 9"),
+    (("key=0,1,4",), r"key: expected \[0, 2, 4\], .* got \[0, 1, 4\]: .*--m"),
     (("count=2",), "count: .*got 2"),
     (("options=lambada_adv=1",), "unknown option 'lambada_adv=1'.*lambda_adv"),
 ])

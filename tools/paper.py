@@ -87,6 +87,9 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
         if not 1 <= m <= cfg.n:
             raise ValueError(f"m, steps: expected 1 … {cfg.n}, the teacher's steps, got {m}: "
                              "correct --m or --steps")
+    if "key" in cfg.given and cfg.key != (even := tables.even_key(cfg.n, m_config)):
+        raise ValueError(f"key: expected {even}, as the tables space key timesteps evenly, got "
+                         f"{cfg.key}: leave --key out, and give the number of steps by --m")
     training = load_config(distill.Config, "distill", [str(cfg.path), *shlex.split(cfg.options)])
     methods = {name: getattr(cfg, name) or [training.lr, training.iterations]
                for name in tables.METHODS}

@@ -74,6 +74,12 @@ class Shared:
         return self.cfg_scale if low in (None, self.cfg_scale) else [self.cfg_scale, low]
 
 
+def as_options(values: dict[str, Any]) -> list[str]:
+    """Settings as words of a command line; those that are None are left out."""
+    return [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in values.items() if value is not None]
+
+
 def nearest(name: str, names: Any) -> str:
     """"; did you mean …?" with the closest of the names, or ""."""
     close = difflib.get_close_matches(name, list(names), 1, 0.6)

@@ -26,7 +26,6 @@ def open_synvid(cfg: Any) -> SynVid:
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
     if cfg.preset == "tiny" and cfg.synvid is None:
         on_first_rank(lambda: make_small_synvid(cfg, folder))
-
     return open_trajectories(folder, cfg)
 
 

@@ -18,7 +18,6 @@ workspaces of kernels and NCCL, fragmentation of the allocator.
 
 import common  # noqa: F401 (before torch, see common)
 import argparse
-import contextlib
 import math
 import time
 from collections import Counter, deque
@@ -119,7 +118,7 @@ def rehearse_synvid(cfg: synvid.Config, ranks: Ranks, meter: Meter) -> None:
             synvid, load_dit=lambda *args: meter.watch(load_dit(*args), "DiT"),
             write_trajectory=nothing, write_video=nothing,
             read_trajectory=lambda *_: (torch.zeros(1, *shape), {}, ""), print_cost=nothing,
-            trajectory_path=lambda *_: Path(__file__)), contextlib.redirect_stdout(None):
+            shared_queue=lambda count, _: iter(range(count)), limit_waiting=nothing):
         synvid.generate(cfg, [PROMPT], Path("random"), manifest, range(cfg.batch),
                         list(range(cfg.batch)), ranks)
     count_evaluations(cfg, ranks, meter)

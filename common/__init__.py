@@ -6,6 +6,6 @@ A stage imports this before torch, whose import takes seconds: its parent may en
 import os
 
 LAUNCHER = os.getppid()  # torchrun's, for ranks.watch_launcher
-# Prompts of many lengths would split a GPU's memory until a tensor no longer fits, after days. torch
-# reads this once; PYTORCH_CUDA_ALLOC_CONF, if it is set, takes precedence.
+# Prompts of many lengths would fragment a GPU's memory until, after hours or days, a tensor no
+# longer fits. torch reads this once; the user's PYTORCH_CUDA_ALLOC_CONF takes precedence.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

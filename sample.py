@@ -35,7 +35,7 @@ from common.ranks import (
 from common.video import check_ffmpeg, write_video
 from frozen.load import encode_prompts, load_vae
 from frozen.unipc import sample_batch, unipc_grid
-from model import check_model, latent_shape, load_dit, sizes_of, time_grid
+from model import check_model, latent_shape, load_dit, time_grid
 
 
 # ---------------------------------------------------------------- sampling: Eq. 5, batch by batch
@@ -167,7 +167,7 @@ def student_path(cfg: Config) -> Path:
     return Path(cfg.lora or cfg.student or exported_path(cfg))
 
 
-def sampling_times(cfg: Config) -> list[float]:
+def sampling_times(cfg: Config, takes_image: bool) -> list[float]:
     """The times to sample along, falling to 0; the student's file is checked here.
 
     Euler takes the teacher's grid or a student's key timesteps. UniPC takes a grid of its own with
@@ -189,8 +189,7 @@ def sampling_times(cfg: Config) -> list[float]:
                          f"{len(times) - 1} steps: leave --steps out, or distill with other `key`")
     if not unipc:
         return times
-    text_to_video = not sizes_of(cfg.preset).takes_image
-    return unipc_grid(len(times) - 1, facts["shift"], twice=text_to_video).tolist()
+    return unipc_grid(len(times) - 1, facts["shift"], twice=not takes_image).tolist()
 
 
 def load_networks(cfg: Config, ranks: Ranks) -> tuple[nn.Module, nn.Module]:
@@ -216,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = check_model(cfg)
     check_options(cfg)
     drop_guidance(cfg)
-    times = sampling_times(cfg)
+    times = sampling_times(cfg, sizes.takes_image)
     who = f"{'teacher' if cfg.teacher else 'lora' if cfg.lora else 'student'}{len(times) - 1}"
     who = who if cfg.solver == "euler" else f"{who}_{cfg.solver}"
     dit = cfg.weights if cfg.teacher or cfg.lora else student_path(cfg)

@@ -471,7 +471,8 @@ def test_a_lora_without_metadata_takes_the_config_s_key_timesteps(make_config, f
     report = json.loads((tmp_path / "run/samples/lora2.json").read_text())
     assert report["times"] == key_times("wan", 4, 7.0, [0, 2, 4])
     monkeypatch.setenv("RANK", "1")  # the first rank has printed it
-    assert sample.sampling_times(load_config(sample.Config, "sample", args)) == report["times"]
+    cfg = load_config(sample.Config, "sample", args)
+    assert sample.sampling_times(cfg, False) == report["times"]
     assert not capsys.readouterr().out
 
 
@@ -500,10 +501,10 @@ def test_a_lora_made_on_other_weights_is_reported(make_config, tiny_weights, tmp
     save_tensors(other / "diffusion_pytorch_model.safetensors", tensors, {})
     cfg = load_config(sample.Config, "sample", [config, "--lora", str(
         tmp_path / "run/student_lora_rank2.safetensors")])
-    sample.sampling_times(cfg)
+    sample.sampling_times(cfg, False)
     assert "was made on" not in capsys.readouterr().out
     cfg.weights = str(other)
-    sample.sampling_times(cfg)
+    sample.sampling_times(cfg, False)
     assert "was made on the DiT" in capsys.readouterr().out
     with pytest.raises(ValueError, match="was distilled from teacher"):
         extract_lora.main([config, "--weights", str(other)])

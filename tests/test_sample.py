@@ -162,7 +162,7 @@ def test_guidance_given_for_a_student_is_reported_and_changes_no_file(run, stude
     assert "no effect for a student, which has guidance built in: cfg_scale, negative_prom" in said
     assert len(list(out.glob("*/*.mp4"))) == 1
     cfg = load_config(sample.Config, "sample", [str(run.config), "--shift", "3"])
-    sample.sampling_times(cfg)
+    sample.sampling_times(cfg, False)
     assert "sampled at its own times, not by the config's shift 3.0" in capsys.readouterr().out
 
 

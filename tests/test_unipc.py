@@ -20,7 +20,7 @@ from common.ranks import generator
 from common.weights import load_module
 from frozen import unipc
 from frozen.unipc import sample_unipc, unipc_grid
-from model import build_dit, collate, key_times, sample_euler
+from model import build_dit, collate, key_times, sample_euler, sizes_of
 
 TENSOR, CONFIG, _ = fixture_file("wan_schedule")
 SCHEDULES = {s["name"]: s for s in CONFIG["schedules"] if s["solver"] == "unipc"}
@@ -193,7 +193,7 @@ def sampling_times(config: str, *options: str) -> list[float]:
     """The times of sample.py with a shipped config."""
     cfg = load_config(sample.Config, "sample", [str(ROOT / f"configs/{config}.yaml"), *options])
     sample.check_options(cfg)
-    return sample.sampling_times(cfg)
+    return sample.sampling_times(cfg, sizes_of(cfg.preset).takes_image)
 
 
 @pytest.mark.parametrize("config, want", [

@@ -182,8 +182,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     if cfg.compile:
         compile_blocks(teacher)
 
-    ends, longest = list(itertools.accumulate(map(len, missing.values()))), 0.0
-    bar = progress_bar(len(todo), "synvid", ranks.rank, unit="trajectory")  # of all ranks
+    longest, bar = 0.0, progress_bar(len(batches), "synvid", ranks.rank, unit="batch")
     for number in turns:
         b, started = batches[number], time.perf_counter()
         # The complete batch is computed, even if little of it is missing: same rounding and bytes.
@@ -205,7 +204,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
             print_cost(time.perf_counter() - started, cfg.batch, len(batches), ranks)
         for i in with_video.intersection(missing[b]):
             decode_trajectory(cfg, folder, manifest, vae, i)
-        bar.update(ends[number] - bar.n)
+        bar.update(number + 1 - bar.n)  # the others take batches as well
         longest = max(longest, time.perf_counter() - started)
     bar.close()
     if longest:  # the others still load or are a batch behind, or their node was lost

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, _sdpa_kernel
 from tqdm import tqdm
 
 from common.config import Shared, settings_to_compare
@@ -146,9 +146,6 @@ def join_processes(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-SDPA_ORDER: list[Any] = []  # keeps the context alive: it would be left when collected
-
-
 def prefer_attention(kernels: str, device: torch.device) -> None:
     """From here on, attention on a GPU tries one kind of kernel first; the others remain available.
 
@@ -163,8 +160,7 @@ def prefer_attention(kernels: str, device: torch.device) -> None:
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     if kernels == "cudnn" or kernels == "auto" and hopper:
         order[:2] = order[1], order[0]
-    SDPA_ORDER[:] = [sdpa_kernel(order, set_priority=True)]
-    SDPA_ORDER[0].__enter__()  # and never left
+    _sdpa_kernel(order, set_priority=True)  # torch's public context manager would end
 
 
 class Timer:
@@ -259,20 +255,16 @@ def limit_waiting(ranks: Ranks, timeout: timedelta) -> None:
 def shared_queue(count: int, ranks: Ranks) -> Iterator[int]:
     """The numbers 0 … count - 1, each for the ranks of one replica. A replica gets its next number
     when it asks for it, so that none waits long for a slower one at the end. Collective."""
-    store = dist.distributed_c10d._get_default_store()
+    store, turns = dist.distributed_c10d._get_default_store(), itertools.count()
     name = on_first_rank(lambda: secrets.token_hex(8))  # torchrun keeps its store through restarts
 
-    def numbers() -> Iterator[int]:
-        for turn in itertools.count():
-            key = f"{name} replica {ranks.dp_rank} turn {turn}"
-            if ranks.is_writer:
-                store.set(key, str(store.add(name, 1) - 1))
-            number = int(store.get(key))
-            if number >= count:
-                return
-            yield number
+    def take() -> int:
+        key = f"{name} replica {ranks.dp_rank} turn {next(turns)}"
+        if ranks.is_writer:
+            store.set(key, str(min(store.add(name, 1) - 1, count)))
+        return int(store.get(key))
 
-    return numbers()
+    return iter(take, count)
 
 
 def end_all(message: str) -> NoReturn:

@@ -100,6 +100,13 @@ class Residual(nn.Module):
         return self.shortcut(x) + run(self.residual, x, past)
 
 
+def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a 2D layer to every frame of x [B, C, T, H, W]."""
+    B, _, T, _, _ = x.shape
+    y = layer(x.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
 class FrameAttention(nn.Module):
     """One attention head over the H*W positions of each frame."""
 
@@ -109,21 +116,15 @@ class FrameAttention(nn.Module):
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, _, T, H, W = x.shape
-        y = x.transpose(1, 2).flatten(0, 1)                      # B*T C H W
-        qkv = self.to_qkv(self.norm(y)).flatten(2)               # B*T 3C H*W
+    def attention(self, x: Tensor) -> Tensor:
+        """x [B*T, C, H, W] -> the same shape."""
+        qkv = self.to_qkv(self.norm(x)).flatten(2)               # B*T 3C H*W
         q, k, v = qkv.transpose(1, 2).unsqueeze(1).chunk(3, -1)  # B*T 1 H*W C, three times
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)   # B*T H*W C
-        y = self.proj(y.transpose(1, 2).unflatten(2, (H, W)))    # B*T C H W
-        return x + y.unflatten(0, (B, T)).transpose(1, 2)        # B C T H W
+        return self.proj(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
-
-def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a 2D layer to every frame of x [B, C, T, H, W]."""
-    B, _, T, _, _ = x.shape
-    y = layer(x.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (B, T)).transpose(1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        return x + per_frame(self.attention, x)
 
 
 class Down(nn.Module):

@@ -390,11 +390,11 @@ def test_resuming_gives_the_same_bits_at_every_k(weights, tmp_path, ranks):
 def test_checkpoint_after_an_evaluation_holds_every_optimizer_state(weights, tmp_path, ranks):
     cfg = settings(weights, tmp_path)
     nets, _ = run(cfg, ranks, steps=1)
-    names = tensors_of(nets, {}).keys(), tensors_of(nets, {})["opt_traj"].keys()
+    names = tensors_of(nets, {}).keys()
     held_out_errors(cfg, nets.student, loading.Loader(cfg, FakeSynVid(M3), ranks), ranks)
-    after = tensors_of(nets, {})
-    assert (after.keys(), after["opt_traj"].keys()) == names
-    assert len(names[1]) == 3 * len(list(nets.student.parameters()))
+    assert tensors_of(nets, {}).keys() == names
+    moments = [name for name in names if name.startswith("opt_traj/")]
+    assert len(moments) == 3 * len(list(nets.student.parameters()))
 
 
 def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_path, ranks):
@@ -439,8 +439,8 @@ def test_operations_of_an_iteration_are_those_torch_counts(weights, tmp_path, ra
     tokens = math.prod(nets.student.token_grid(2, 4, 4))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run(cfg, ranks, steps=1, nets=nets)
-    assert counter.get_total_flops() == pytest.approx(step_flops(cfg, nets, 2, tokens),
-                                                      rel=0.35)
+    assert counter.get_total_flops() == pytest.approx(
+        step_flops(cfg, nets.student, nets.taps[2], tokens), rel=0.35)
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -29,6 +29,7 @@ from evaluation.sheets import stills, video_table
 from frozen.load import load_text, load_vae
 from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text
 from frozen.vae import HunyuanVAE, WanVAE
+from model import collate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -384,13 +385,13 @@ def test_states_do_not_depend_on_company_and_padding_is_zero(tokenizer_folders):
                        Tokenizer(tokenizer_folders["both"], max_len=16))
     prompts = ["a red circle", "", "two children run on a beach"]
     each = text.encode_each(prompts)
-    together = text.encode_prompts(prompts)["text"]
+    together = collate(text.encode_each(prompts))["text"]
     assert together.dtype == torch.float32
     assert together.shape == (3, max(c["text"].shape[0] for c in each), 24)
     ids, mask = text.tokenizer(prompts)
     for i, (prompt, cond) in enumerate(zip(prompts, each, strict=True)):
         length = int(mask[i].sum())
-        assert torch.equal(cond["text"], text.encode_prompts([prompt])["text"][0])
+        assert torch.equal(cond["text"], collate(text.encode_each([prompt]))["text"][0])
         assert torch.equal(cond["text"], together[i, :length])
         assert not together[i, length:].any()
     batched = text.encoder(ids, mask)  # and a masked batch gives the same, up to rounding
@@ -453,7 +454,7 @@ def test_official_and_diffusers_folders_load_and_give_equal_outputs(folders):
     prompts = ["a red circle", "一只猫"]
     texts = [load_text(root / layout, dtype=torch.float32, text_len=16)
              for layout in ("official", "diffusers")]
-    states = [text.encode_prompts(prompts)["text"] for text in texts]
+    states = [collate(text.encode_each(prompts))["text"] for text in texts]
     assert torch.equal(*states)
     assert_same_umt5(texts[0].encoder, folders[2])
     assert load_text(root / "official", dtype=torch.bfloat16).encoder.norm.weight.dtype \

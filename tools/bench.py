@@ -6,8 +6,7 @@
 
 In:   the sizes of CONFIG and the settings of its synvid: and distill: sections.
 Out:  a Markdown table, and <run>/bench.json (or --out FILE), which is written after each row.
-Cost: about --minutes; the most important rows come first, rows that are left out are listed. It
-      needs disk space for one DiT in the temporary folder, which it removes.
+Cost: about --minutes; the most important rows come first, rows that are left out are listed.
 
 docs/scaling.md, "Measure your machine", explains the columns and the comparison with diffusers.
 """
@@ -25,8 +24,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill
+import experts
 from common.config import Shared, field, load_config
 from common.files import error_summary, read_json, write_json
 from common.linear import linear
@@ -42,14 +42,12 @@ from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     setup_distributed)
 from common.video import write_video
-from common.weights import save_tensors
 from evaluation.page import commit, markdown_table
-from experts import by_expert, with_level
 from model import (
-    check_model, collate, key_times, latent_shape, sample_euler, sizes_of, time_grid)
+    check_model, collate, key_times, latent_shape, sample_euler, time_grid)
 from tools.networks import (
     VIDEO_SIZE, Call, diffusers_version, frozen_parts, make_vae, peer_dits, peer_sizes, peer_vaes,
-    random_dit, random_network, random_states, tokens_of, vae_run)
+    random_dit, random_network, random_states, random_tensors, tokens_of, vae_run)
 from training.data import Batch, Latents, pinned
 from training.memory import gpu_bytes, memory_parts, meta_student, shortage
 from training.monitor import step_flops
@@ -180,12 +178,9 @@ class Bench:
 
     def __init__(self, cfg: Config, ranks: Ranks, folder: Path):
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, ranks.device, folder
-        level = "" if sizes_of(cfg.preset).boundary is None else "high"  # of the file it names
-        shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)} | {
-            "weights": str(folder / with_level("dit.safetensors", level))}
         self.distill = replace(
             load_config(distill.Config, "distill", [str(cfg.path), "weights=random"]),
-            iterations=10 ** 6, sp=cfg.sp, **shared)
+            iterations=10 ** 6, sp=cfg.sp, **{f.name: getattr(cfg, f.name) for f in fields(Shared)})
         self.distill.micro_batch = min(self.distill.micro_batch,
                                        max(self.distill.batch // ranks.dp_size, 1))
         self.distill.batch = self.distill.micro_batch * ranks.dp_size
@@ -227,12 +222,10 @@ class Bench:
         lacks = shortage(cfg, self.shape, self.ranks, gpu_bytes(self.ranks))
         if lacks and not cfg.force_plan:
             raise ValueError(f"memory plan: does not fit {lacks}")
-        on_first_rank(lambda: [
-            save_tensors(self.folder / with_level("dit.safetensors", level), part, {})
-            for level, part in by_expert(
-                random_dit(self.cfg, self.device, None).state_dict()).items()])
         t_key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1]
-        state = distill.build(cfg, t_key, self.ranks)
+        with patch.multiple(experts, check_sizes=lambda *_: None,
+                            dit_tensors=lambda _: random_tensors(self.dit)):
+            state = distill.build(cfg, t_key, self.ranks)
         slots, (_, _, cond) = list(range(cfg.micro_batch)), self.inputs(cfg.micro_batch)
 
         def loader(step: int) -> list[Batch]:
@@ -244,10 +237,9 @@ class Bench:
 
     def k_step_flops(self) -> float:
         """Floating-point operations of a k-step per rank, the mean over k."""
-        cfg, taps = self.distill, distill.tap_blocks(self.distill, self.dit.cfg.num_layers)
-        state = SimpleNamespace(student=self.dit, teacher=self.dit, taps=taps)
-        return statistics.mean(step_flops(cfg, state, k, self.tokens)
-                               for k in range(len(cfg.key) - 1)) / self.ranks.world
+        taps = distill.tap_blocks(self.distill, self.dit.cfg.num_layers)
+        return statistics.mean(step_flops(self.distill, self.dit, tap, self.tokens)
+                               for tap in taps) / self.ranks.world
 
     def prompt_to_video(self, times: list[float], guided: bool) -> list[Call]:
         """Text encoders, Euler steps, VAE and video file, with all networks in memory."""

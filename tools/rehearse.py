@@ -98,11 +98,9 @@ def rehearse_distill(cfg: distill.Config, ranks: Ranks, meter: Meter) -> None:
         _, _, log = next(distill.algorithm_1(cfg, state, loader))
         log.gather()
         meter.figures["FLOP", "formula", f"k={k}"] = step_flops(
-            cfg, state, k, tokens_of(cfg)[1], recomputed=True) / ranks.world
+            cfg, state.student, state.taps[k], tokens_of(cfg)[1], recomputed=True) / ranks.world
     meter.begin("checkpoint")
-    tensors, _ = checkpoint.Saver.copy_to_host(
-        SimpleNamespace(ranks=ranks, group=None),
-        dict(checkpoint.flatten(checkpoint.tensors_of(state, {}))))
+    tensors, _ = checkpoint.copy_to_host(checkpoint.tensors_of(state, {}), ranks, None)
     meter.figures["checkpoint",] = total_bytes(list(tensors.values()))
 
 

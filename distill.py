@@ -38,10 +38,10 @@ from artifacts.student import (
 from common.config import Shared, announce, field, load_config
 from common.names import fingerprint
 from common.ranks import (
-    Ranks, cli, compile_blocks, generator, limit_waiting, local_rows,
-    lock_run_folder, on_first_rank, print_line, progress_bar, setup_distributed)
+    Ranks, cli, compile_blocks, generator, limit_waiting, lock_run_folder, on_first_rank,
+    print_line, progress_bar, setup_distributed)
 from experts import expert_at
-from model import check_model, empty_dit, euler_step, load_dit, sample_euler, sizes_of, velocity
+from model import check_model, euler_step, load_dit, sample_euler, sizes_of, velocity
 from training import checkpoint, data, monitor, optimizer
 from training.memory import check_resources
 
@@ -81,7 +81,7 @@ def make_heads(cfg: Config, dim: int) -> nn.ModuleList:
         nn.Conv2d(dim, c, 1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(min(8, c), c),
         nn.SiLU(), nn.Conv2d(c, 1, 3, padding=1)) for _ in range(count))
     for name, p in heads.named_parameters():
-        if p.ndim > 1 and p.shape[0] > 1:
+        if p.ndim > 1 and not name.endswith(".5.weight"):  # of the last layer: 0, D11
             nn.init.kaiming_uniform_(p, 5 ** 0.5, generator=generator("head", cfg.seed, name))
         elif not name.endswith("3.weight"):  # the GroupNorm's weight stays at 1
             nn.init.zeros_(p)
@@ -312,12 +312,9 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype,
                         cfg.experts)
                if cfg.lora is None else load_lora_student(cfg, ranks, dtype))
-    if cfg.experts == "both":
-        teacher = frozen_copy(student, cfg.preset, dtype, ranks)
-    else:  # the last of the steps for high noise ends where the features are the low expert's
-        teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks,
-                           experts="both" if cfg.experts == "high" else "low")
-        teacher.requires_grad_(False)
+    # The last of the steps for high noise ends where the features are the low expert's.
+    teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks,
+                       experts="low" if cfg.experts == "low" else "both").requires_grad_(False)
     if cfg.experts == "low":
         student.high_noise_model = load_high_student(cfg, fingerprint(cfg.weights), dtype, ranks)
     for block in [*student.blocks, *teacher.blocks]:
@@ -331,15 +328,6 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
         opts["adv"] = optimizer.adamw(cfg, student, cfg.offload)
     return TrainState(student, teacher, heads, opts, t_key,
                       tap_blocks(cfg, teacher.cfg.num_layers), [deque() for _ in t_key])
-
-
-@torch.no_grad()
-def frozen_copy(dit: nn.Module, preset: str, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
-    """A frozen copy of a sharded DiT in another dtype, from memory: files are read only once."""
-    copy = empty_dit(preset, dtype, ranks).requires_grad_(False).to_empty(device=ranks.device)
-    for name, p in copy.named_parameters():  # without the extra parameters of a LoRA
-        local_rows(p)[0].copy_(local_rows(dit.get_parameter(name))[0])
-    return copy
 
 
 def tap_blocks(cfg: Config, depth: int) -> list[int]:
@@ -431,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(Config, "distill", argv, __doc__)
     sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
     ranks = setup_distributed(cfg, cfg.sp, sizes.num_heads, STARTUP_TIMEOUT, teacher=teacher)
-    check_config(cfg, ranks.dp_size)
+    on_first_rank(lambda: check_config(cfg, ranks.dp_size))
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
     with lock_run_folder(checkpoint.run_folder(cfg)):
         on_first_rank(lambda: check_replaceable(exported_path(cfg, experts=cfg.experts)))

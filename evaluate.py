@@ -136,10 +136,10 @@ def read_students(cfg: Config) -> list[dict]:
                          f"{len(names)}: correct --names")
     for student, name in zip(students, names, strict=True):
         student["name"] = name
-        for key in ("n", "shift", "cfg_scale", "cfg_scale_low"):
+        for key in ("n", "shift", "cfg_scale", "cfg_scale_low", "negative_prompt"):
             if student.get(key, value := getattr(cfg, key)) != value:
-                raise ValueError(f"{student['file']}: {key}: expected the config's {value}, got "
-                                 f"{student[key]}: evaluate it with the config that it was "
+                raise ValueError(f"{student['file']}: {key}: expected the config's {value!r}, got "
+                                 f"{student[key]!r}: evaluate it with the config that it was "
                                  "distilled with")
     grouped = []
     for t_key, suffix in grid_suffixes(students).items():

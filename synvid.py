@@ -32,18 +32,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts.trajectories import (
-    LATENT_DTYPES, check_encoders, find_trajectories, first_gap, make_manifest, open_manifest,
-    read_trajectory, trajectory_path, verify, write_trajectory)
+    check_encoders, decode_trajectory, find_trajectories, first_gap, first_header, initial_noise,
+    make_manifest, open_manifest, verify, write_trajectory)
 from common.config import Shared, announce, field, load_config
 from common.prompts import Prompt, fingerprints, read_prompts
 from common.ranks import (
-    Ranks, cli, compile_blocks, draw_noise, limit_waiting, lock_run_folder, on_first_rank,
-    progress_bar, setup_distributed, shared_queue)
-from common.video import check_ffmpeg, write_video
+    Ranks, cli, compile_blocks, limit_waiting, lock_run_folder, on_first_rank, progress_bar,
+    setup_distributed, shared_queue)
+from common.video import check_ffmpeg
 from experts import crossing_note
 from frozen.load import load_conditioner, load_vae
-from model import (
-    build_dit, check_model, collate, euler_step, load_dit, sizes_of, time_grid, velocity)
+from model import build_dit, check_model, collate, euler_step, load_dit, time_grid, velocity
 
 
 # ------------------------------------------------------------------------------ trajectories
@@ -55,7 +54,7 @@ def sample_trajectories(cfg: "Config", teacher: nn.Module, noise: Tensor, stored
     """Denoise along the teacher's grid 1 = t_n > … > t_0 = 0 and keep the stored latents. Eq. 5.
 
     Args: noise [B,C,T,H,W]; stored, indices into the grid; cond, uncond and cfg_group as in
-    model.velocity. Returns [B,S,C,T,H,W] on the CPU, S = len(stored).
+    model.velocity. Returns fp32 [B,S,C,T,H,W] on the CPU, S = len(stored).
     """
     times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     x, latents = noise, []
@@ -63,7 +62,7 @@ def sample_trajectories(cfg: "Config", teacher: nn.Module, noise: Tensor, stored
         v = velocity(teacher, x, t, cond, uncond, cfg.guidance, cfg_group)      # v_θ(l_t, t)
         x = euler_step(x, v, t, t_next)                                         # Eq. 5
         if j in stored:
-            latents.append(x.to("cpu", LATENT_DTYPES[cfg.dtype]))
+            latents.append(x.cpu())
     return torch.stack(latents, 1)
 
 
@@ -102,23 +101,24 @@ def job_indices(cfg: Config, prompts: list[Prompt]) -> range:
 
 # ---------------------------------------------------------------------------------- planning
 
-def plan(cfg: Config, folder: Path, indices: range, manifest: dict, dtype: torch.dtype,
-         damaged: Iterable[int]) -> list[int]:
-    """The indices of trajectories to make; prints their bytes and FLOPs, and a gap before them.
+def plan(cfg: Config, prompts: list[Prompt], folder: Path, indices: range, manifest: dict,
+         dtype: torch.dtype, damaged: Iterable[int]) -> list[int]:
+    """The indices of trajectories to make; prints their bytes and FLOPs, and what the user may not
+    expect: a gap before them, other prompts, a setting without effect.
 
     Raises ValueError if the disk is too small.
     """
     existing = find_trajectories(folder).difference(damaged)
     todo = [i for i in indices if i not in existing]
-    sizes, shape = sizes_of(cfg.preset), manifest["shape"]
-    latents = len(manifest["stored"]) * math.prod(shape) * LATENT_DTYPES[cfg.dtype].itemsize
+    with torch.device("meta"):
+        dit = build_dit(cfg.preset)
+    sizes, shape = dit.cfg, manifest["shape"]
+    latents = len(manifest["stored"]) * math.prod(shape) * (2 if cfg.dtype == "fp16" else 4)
     condition = sizes.text_len * sizes.text_dim * dtype.itemsize
     if sizes.takes_image:  # fp32: image features, and 4 mask channels on the 16 of a latent
         condition += 4 * (sizes.image_len * sizes.image_dim + math.prod(shape) * 20 // 16)
     need = len(todo) * (latents + condition + 2000)  # the header with the prompt
     free = shutil.disk_usage(folder).free
-    with torch.device("meta"):
-        dit = build_dit(cfg.preset)
     evaluations = cfg.n * (1 if cfg.guidance == 1 else 2)
     flop = len(todo) * evaluations * dit.flops(math.prod(dit.token_grid(*shape[1:])))
     print(f"synvid: {len(todo)} trajectories to make, {len(indices) - len(todo)} of {len(indices)} "
@@ -129,6 +129,13 @@ def plan(cfg: Config, folder: Path, indices: range, manifest: dict, dtype: torch
         print(f"synvid: trajectories {gap[0]} to {gap[-1]} do not exist and are not of this job: "
               f"distill.py needs them too: make them with --start {gap[0]} --count {len(gap)}, "
               "unless another job does")
+    first = first_header(folder)
+    if first and first["prompt"] != prompts[first["index"] % len(prompts)].text:
+        print(f"synvid: trajectory {first['index']} exists, from another prompt than the one in "
+              f"{cfg.prompts}: existing trajectories keep theirs; to make all from this file, "
+              "choose another --run")
+    if cfg.negative_prompt and cfg.guidance == 1:
+        print("synvid: negative_prompt has no effect at cfg_scale 1")
     times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     if note := crossing_note(times, cfg.key, sizes.boundary):
         print(f"synvid: {note}")
@@ -149,17 +156,9 @@ def print_cost(seconds: float, batch: int, batches: int, ranks: Ranks) -> None:
 
 # -------------------------------------------------------------------------------- generation
 
-def decode_trajectory(cfg: Config, folder: Path, manifest: dict, vae: nn.Module, i: int) -> None:
-    """Decode the stored latents of trajectory i to videos/NNNNNN.mp4."""
-    x, _, _ = read_trajectory(folder, manifest, i, [manifest["n"]])
-    with torch.no_grad():
-        video = vae.decode(x.to(vae.dtype).to(next(vae.parameters()).device))
-    write_video(folder / f"videos/{i:06d}.mp4", video[0], cfg.fps)
-
-
 def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, indices: range,
              todo: list[int], ranks: Ranks) -> None:
-    """Make this rank's share of the trajectories `todo` and of the missing videos."""
+    """Make the trajectories `todo`, whose batches all replicas share, and missing videos."""
     missing: dict[int, list[int]] = {}  # indices by the number of their batch
     for i in todo:
         missing.setdefault(i // cfg.batch, []).append(i)
@@ -168,7 +167,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     if with_video:
         vae = load_vae(cfg.weights, ranks.device, ranks.dtype, cfg.family)
         for i in sorted(with_video.difference(todo))[ranks.dp_rank::ranks.dp_size]:
-            decode_trajectory(cfg, folder, manifest, vae, i)
+            decode_trajectory(folder, manifest, i, vae, cfg.fps)
     if not todo:
         return
     conditioner, uncond = load_conditioner(cfg, ranks.device, ranks.dtype, crop=True), None
@@ -191,8 +190,8 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
         conds = conditioner.encode_each(chosen, cfg.height, cfg.width)
         if cfg.guidance != 1:
             uncond = collate(conditioner.with_text(cfg.negative_prompt, conds))
-        noise = draw_noise(manifest["shape"], [("synvid", cfg.seed, i, prompt.text)
-                                               for i, prompt in zip(batch, chosen, strict=True)])
+        noise = torch.stack([initial_noise(cfg.seed, i, prompt.text, manifest["shape"])
+                             for i, prompt in zip(batch, chosen, strict=True)])
         x = sample_trajectories(cfg, teacher, noise.to(ranks.device), manifest["stored"],
                                 collate(conds), uncond, ranks.cfg_group)
         check_encoders(folder, encoders)
@@ -203,7 +202,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
         if longest == 0 and ranks.rank == 0:
             print_cost(time.perf_counter() - started, cfg.batch, len(batches), ranks)
         for i in with_video.intersection(missing[b]):
-            decode_trajectory(cfg, folder, manifest, vae, i)
+            decode_trajectory(folder, manifest, i, vae, cfg.fps)
         bar.update(number + 1 - bar.n)  # the others take batches as well
         longest = max(longest, time.perf_counter() - started)
     bar.close()
@@ -232,15 +231,15 @@ def main(argv: list[str] | None = None) -> None:
                 raise SystemExit(1)
             return
         announce(cfg, "synvid", ranks.rank)
-        todo = on_first_rank(lambda: plan(cfg, folder, indices, manifest, ranks.dtype, damaged))
+        todo = on_first_rank(lambda: plan(cfg, prompts, folder, indices, manifest,
+                                          ranks.dtype, damaged))
         torch.set_num_threads(1)  # with more, matrix products round differently: use more ranks
         started = time.perf_counter()
         generate(cfg, prompts, folder, manifest, indices, todo, ranks)
         # All ranks leave together: torchrun's store may end with the node that hosts it.
         dist.barrier()
     if todo and ranks.rank == 0:
-        size = trajectory_path(folder, todo[0]).stat().st_size
-        print(f"synvid: made {len(todo)} trajectories of {size / 1e6:.3g} MB in "
+        print(f"synvid: made {len(todo)} trajectories in "
               f"{tqdm.format_interval(time.perf_counter() - started)}: {folder}")
 
 

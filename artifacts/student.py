@@ -250,6 +250,8 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
               "dtype": cfg.export_dtype}
     if sizes.boundary is not None:
         facts |= {"boundary": sizes.boundary, "cfg_scale_low": cfg.cfg_scale_low}
+    if cfg.guidance != 1:  # the target of an evaluation depends on it
+        facts |= {"negative_prompt": cfg.negative_prompt}
     if dtype == torch.float16:
         check_export_range(state.student, dtype)
     parts = by_expert(student_tensors(state.student, path, dtype))

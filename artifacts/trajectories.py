@@ -3,6 +3,7 @@
     <run>/synvid/manifest.json            what all trajectories of the folder share
     <run>/synvid/000/000123.safetensors   trajectory 123: `x` [S,C,T,H,W], latents from noise to
                                           data; `cond.*` as the encoders made it, without padding
+    <run>/synvid/videos/000123.mp4        its last latent decoded, for the first trajectories
 
 The manifest holds only what follows from the config and never changes, so that it can be written
 again when it is lost or damaged. Everything else is in the header of each trajectory's file: its
@@ -31,6 +32,7 @@ from common.files import (
     shape_error, write_json)
 from common.names import fingerprint
 from common.ranks import Ranks, draw_noise, gather_values, on_first_rank, progress_bar, require_same
+from common.video import write_video
 from common.weights import open_safetensors, safetensors_header, save_tensors
 from model import key_times, latent_shape, sizes_of, time_grid
 
@@ -107,8 +109,8 @@ def open_manifest(folder: Path, expected: dict, write: bool = True) -> dict[str,
     Raises ValueError if the folder contains trajectories of other settings.
     """
     path, stored = folder / "manifest.json", None
-    remedy = ("a folder holds trajectories of one teacher, grid, guidance, size and dtype: choose "
-              "another one with --run, or delete it to make it again")
+    remedy = ("a folder holds trajectories of one teacher, grid, guidance, size, dtype and seed: "
+              "choose another one with --run, or delete it to make it again")
     try:
         stored = read_manifest(folder)
         check_same(path, stored, expected, remedy)
@@ -186,11 +188,12 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
                      cond: dict[str, Tensor], encoders: str, image: Path | None = None) -> None:
     """Write trajectory i.
 
-    Args: x [S,C,T,H,W] in the manifest's dtype; cond without batch dimension; encoders, the
-    Conditioner.identity of those that made it; image, the file of the first frame for
-    image-to-video. Raises ValueError if a latent is not finite or the file cannot be written.
+    Args: x [S,C,T,H,W], stored in the manifest's dtype; cond without batch dimension; encoders,
+    the Conditioner.identity of those that made it; image, the file of the first frame for
+    image-to-video. Raises ValueError if a latent is not finite in that dtype or the file cannot be
+    written.
     """
-    path = trajectory_path(folder, i)
+    path, x = trajectory_path(folder, i), x.to(LATENT_DTYPES[manifest["dtype"]])
     for j, latent in zip(manifest["stored"], x, strict=True):
         if not torch.isfinite(latent).all():
             raise ValueError(f"{path}: the latent after step {j} contains NaN or infinity as "
@@ -262,6 +265,15 @@ def read_trajectory(folder: Path, manifest: dict, i: int, points: Iterable[int],
     return torch.stack([latent.float() for latent in latents]), cond, header["prompt"]
 
 
+@torch.no_grad()
+def decode_trajectory(folder: Path, manifest: dict, i: int, vae: torch.nn.Module,
+                      fps: float) -> None:
+    """Decode the last latent of trajectory i to videos/NNNNNN.mp4."""
+    x, _, _ = read_trajectory(folder, manifest, i, [manifest["n"]])
+    video = vae.decode(x.to(next(vae.parameters()).device, vae.dtype))
+    write_video(folder / f"videos/{i:06d}.mp4", video[0], fps)
+
+
 # ------------------------------------------------------------------------ reader for training
 
 class SynVid:
@@ -279,16 +291,19 @@ class SynVid:
         self.manifest = read_manifest(self.folder, cfg.path)
         self.checksum = manifest_checksum(self.manifest)
         path = self.folder / "manifest.json"
-        check_same(path, self.manifest, teacher_settings(cfg),
-                   "train with the config that made these trajectories, or make others by `python "
-                   "synvid.py CONFIG` in another --run")
+        remedy = ("train with the config that made these trajectories, or make others by `python "
+                  "synvid.py CONFIG` in another --run")
+        check_same(path, self.manifest, teacher_settings(cfg), remedy)
         self.points = cfg.key[::-1]  # of the teacher's grid; points[k] belongs to t'_k
         self.t_key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1]
-        lacking = [j for j in self.points if j not in (0, *self.manifest["stored"])]
+        times = dict(zip(self.manifest["stored"], self.manifest["t"], strict=False))
+        lacking = [j for j in self.points if j not in (0, *times)]
         if lacking:
             raise ValueError(f"{path}: key {cfg.key} needs the latent after step {lacking[-1]}, "
                              f"the trajectories hold those after {self.manifest['stored']}: make "
                              "others with this key, or --keep all, in another --run")
+        check_same(path, {"t": [times[j] for j in self.points if j]}, {"t": self.t_key[:-1]},
+                   remedy)  # differs if time_grid was edited
         existing = find_trajectories(self.folder)
         self.count, self.encoders = len(existing), first_header(self.folder).get("encoders")
         if gap := first_gap(existing) if existing else range(1):

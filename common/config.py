@@ -101,10 +101,10 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
     """A value of YAML or the command line as its field's type. Raises ValueError naming the key."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # X | None
-        is_none = value is None or value in ("none", "null", "~", "")
+        is_none = value is None or str(value).lower() in ("none", "null", "~", "")
         return None if is_none else coerce(value, arguments[0], key, where)
     if origin is list and isinstance(value, str):
-        value = value.replace(",", " ").split()
+        value = value.strip("[]").replace(",", " ").split()  # [0, 25, 50] as in a file, or 0,25,50
     if origin is list and isinstance(value, list):
         return [coerce(item, arguments[0], key, where) for item in value]
     if origin is Literal and value in arguments:

@@ -120,8 +120,8 @@ def setup_distributed(cfg: Shared, sp: int = 1, heads: int = 1,
     require_same(settings_to_compare(cfg) | contents)
     replica = sp * (1 + cfg_parallel)
     if world % replica or heads % sp:
-        raise ValueError(f"sp, cfg_parallel: expected replicas of {replica} rank(s) to divide the "
-                         f"{world} rank(s), and sp={sp} the {heads} attention heads")
+        end_all(f"sp, cfg_parallel: expected replicas of {replica} rank(s) to divide the {world} "
+                f"rank(s), and sp={sp} the {heads} attention heads")
     # The ranks of a batch's tokens are successive; a pair has the same tokens in both groups.
     pairs = [[a + j, a + j + sp] for a in range(0, world, 2 * sp) for j in range(sp)]
     sp_group = dist.new_subgroups(sp, timeout=timeout)[0] if sp > 1 else None

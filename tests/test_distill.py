@@ -1,5 +1,6 @@
 """Stage 2: Algorithm 1 in the paper's order, its losses, its data order, and resuming."""
 
+import copy
 import itertools
 import json
 import math
@@ -9,11 +10,12 @@ import signal
 from collections import deque
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run_script
+from processes import in_processes, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -29,7 +31,7 @@ from model import WanConfig, key_times
 from training import data as loading
 from training import monitor
 from training.checkpoint import Saver, check_same_run, resume, save_state, tensors_of
-from training.monitor import Journal, Log, held_out_errors, step_flops, teacher_errors
+from training.monitor import Journal, held_out_errors, step_flops, teacher_errors
 
 SMALL = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=3, text_dim=8, text_len=4,
                   freq_dim=16)
@@ -177,6 +179,9 @@ def test_fresh_heads_are_undecided_and_differ_by_seed_alone():
     a, b = distill.make_heads(cfg, 24), distill.make_heads(cfg, 24)
     assert len(a) == 5 and len(distill.make_heads(distill.Config(heads="shared"), 24)) == 1
     assert a[2](torch.randn(2, 24, 4, 5)).abs().max() == 0
+    for c in (1, 8):  # only the last layer's weight is zero: the others would never learn
+        [head] = distill.make_heads(distill.Config(heads="shared", head_dim=c), 24)
+        assert [bool(p.any()) for p in head.parameters() if p.ndim > 1] == [True, True, False]
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
     assert not torch.equal(a[0][0].weight, a[1][0].weight)
@@ -294,39 +299,107 @@ def test_activation_checkpointing_changes_no_parameter(weights, tmp_path, ranks)
     assert (parameters(plain) - parameters(saved)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("start,bound", [(lambda nets: nets, 1e-6), (lively, 1e-4)],
-                         ids=["as built", "lively"])  # 1e-4: a tenth of a step, see test_parallel
-@pytest.mark.parametrize("updates", ["literal", "separate", "combined"])
-def test_updates_of_the_student_are_those_of_d6(updates, start, bound, weights, tmp_path, ranks):
-    cfg = settings(weights, tmp_path, updates=updates)
-    nets, _ = run(cfg, ranks, steps=4, nets=start(distill.build(cfg, M3, ranks)))
-    # the same four iterations by hand
-    ours = start(distill.build(cfg, M3, ranks))
-    loader, student = loading.Loader(cfg, FakeSynVid(M3), ranks), ours.student
-    first = torch.optim.AdamW(student.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
-                              weight_decay=0)
-    second = torch.optim.AdamW(student.parameters(), cfg.lr, (cfg.beta1, cfg.beta2),
-                              weight_decay=0)
-    second = {"literal": first, "separate": second, "combined": first}[updates]
-    for step in range(4):
-        k, [b] = 2 - step % 3, loader.read(step)
-        distill.traj_loss(student, b.x_key, M3, k, b.cond).backward()
-        if updates != "combined":
-            first.step()
-            first.zero_grad()
-        if k == 2:
-            x, pushed = loading.fresh_noise(cfg, step, b), b
-        v = model.velocity(student, x, M3[k + 1], pushed.cond)
-        x = model.euler_step(x, v, M3[k + 1], M3[k])
-        loss, loss_head, _, _ = distill.adv_losses(
-            ours.heads[k], ours.teacher, x, pushed.x_key[k], M3[k], pushed.cond, ours.taps[k],
-            cfg.adv_form)
-        (cfg.lambda_adv * (loss + loss_head)).backward()
-        second.step()
-        second.zero_grad()
-        distill.update_heads(cfg, ours, step, Log(student))
-        x = x.detach()
-    assert (parameters(nets) - parameters(ours)).abs().max() < bound
+def algorithm_1_by_hand(cfg, student, teacher, heads, t, batches, noises, taps):
+    """Algorithm 1 in plain torch, from the paper and docs/decisions.md alone; returns the log.
+
+    Args: t[k] = t'_k; of each iteration, batches its (l by k, cond) and noises its z.
+    """
+    def adamw(net):
+        return torch.optim.AdamW(net.parameters(), betas=(cfg.beta1, cfg.beta2),
+                                 weight_decay=cfg.weight_decay)
+
+    def update(opt, base, step):
+        params = opt.param_groups[0]["params"]
+        norm = torch.cat([p.grad.flatten() for p in params]).norm()
+        for p in params:
+            p.grad *= 1 if cfg.clip is None else min(1, cfg.clip / (norm + 1e-6))
+        progress = step / (len(batches) - 1)
+        opt.param_groups[0]["lr"] = base * ((1 - progress) + progress * cfg.lr_final)
+        opt.step()
+        opt.zero_grad()
+        return norm.item()
+
+    def velocity(x, s, cond):
+        return student(x, torch.full((len(x),), s, dtype=torch.float64), cond)
+
+    def features(x, s, cond, tap):
+        frames, rows, columns = x.shape[2], x.shape[3] // 2, x.shape[4] // 2
+        f = teacher(x, torch.full((len(x),), s, dtype=torch.float64), cond, taps=(tap,))[1][0]
+        f = (f - f.mean(-1, keepdim=True)) / (f.var(-1, False, keepdim=True) + 1e-5).sqrt()
+        return f.reshape(len(x) * frames, rows, columns, -1).movedim(-1, 1)
+
+    m, queues, lines = len(t) - 1, {k: [] for k in range(len(t))}, []
+    by_traj = adamw(student)
+    by_adv = adamw(student) if cfg.updates == "separate" else by_traj
+    by_head = [adamw(head) for head in heads]
+    for step, (latents, cond) in enumerate(batches):
+        k, line = m - 1 - step % m, {}
+        slope = (latents[k] - latents[k + 1]) / (t[k] - t[k + 1])                     # Eq. 6
+        loss_traj = (velocity(latents[k + 1], t[k + 1], cond) - slope).square().mean()
+        loss_traj.backward()
+        if cfg.updates != "combined":
+            line["grad_traj"] = update(by_traj, cfg.lr, step)
+        if k == m - 1:
+            queues[m].append((noises[step], latents, cond))
+        x, latents, cond = queues[k + 1].pop()
+        x_gen = x + (t[k] - t[k + 1]) * velocity(x, t[k + 1], cond)                   # Eq. 5
+        queues[k].append((x_gen.detach(), latents, cond))
+        index = 0 if cfg.heads == "shared" else k
+        f_gen = features(x_gen, t[k], cond, taps[k])
+        fake = copy.deepcopy(heads[index]).requires_grad_(False)(f_gen)
+        loss_adv = {"nonsaturating": -fake.sigmoid().log(), "hinge": -fake,           # Eq. 7
+                    "printed": (1 - fake.sigmoid()).log()}[cfg.adv_form].mean()
+        (cfg.lambda_adv * loss_adv).backward()
+        fake = heads[index](f_gen.detach())                                           # Eq. 8
+        real = heads[index](features(latents[k], t[k], cond, taps[k]))
+        if cfg.adv_form == "hinge":
+            loss_head = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
+        else:
+            loss_head = -(real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean())
+        (cfg.lambda_adv * loss_head).backward()
+        name = "grad_sum" if cfg.updates == "combined" else "grad_adv"
+        line[name] = update(by_adv, cfg.lr, step)
+        line["grad_head"] = update(by_head[index], cfg.lr_heads or cfg.lr, step)
+        lines.append({**line, "k": k, "loss_traj": loss_traj.item(), "loss_adv": loss_adv.item(),
+                      "loss_head": loss_head.item(), "acc_real": (real > 0).float().mean().item(),
+                      "acc_fake": (fake < 0).float().mean().item()})
+    return lines
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"updates": "literal", "adv_form": "printed", "heads": "shared", "clip": 0.5, "beta1": 0.9,
+     "lr_heads": 3e-3, "lr_final": 0.2, "weight_decay": 0.1},
+    {"updates": "separate", "adv_form": "hinge", "micro_batch": 1, "tap": 1, "tap_data": 0},
+    {"micro_batch": 2, "checkpointing": True, "clip": 1.0, "lambda_adv": 1.0}],
+    ids=["combined", "literal", "separate", "accumulated"])
+def test_two_passes_over_k_equal_algorithm_1_by_hand(changes, weights, tmp_path, ranks):
+    key, count = [0, 1, 4, 6], 9  # uneven; trajectories without those held out
+    cfg = settings(weights, tmp_path, key=key, head_dim=16, **changes)
+    t_key = key_times("wan", 6, 5.0, key)[::-1]
+    data = FakeSynVid(t_key)
+    nets = lively(distill.build(cfg, t_key, ranks))
+    student, teacher = (model.load_dit(weights, "small") for _ in range(2))
+    heads = copy.deepcopy(nets.heads)
+    order = torch.cat([torch.randperm(count, generator=generator("order", 0, epoch))
+                       for epoch in range(3)]).tolist()
+    batches, noises = [], []
+    for step in range(6):
+        x, conds, _ = zip(*map(data.read, order[4 * step:4 * step + 4]), strict=True)
+        text = nn.utils.rnn.pad_sequence([cond["text"] for cond in conds], batch_first=True)
+        batches.append((torch.stack(x, 1), {"text": text}))
+        noises.append(torch.stack([torch.randn(16, 2, 4, 4, generator=generator(
+            "z", 0, step, slot)) for slot in range(4)]))
+    taps = (cfg.tap_data, cfg.tap, cfg.tap) if "tap" in changes else (1, 2, 2)
+    by_hand = algorithm_1_by_hand(cfg, student, teacher.requires_grad_(False), heads, t_key,
+                                  batches, noises, taps)
+    lines = [{"k": k, **log.gather()} for _, k, log in distill.algorithm_1(
+        cfg, nets, loading.Loader(cfg, data, ranks))]
+    for line, other in zip(lines, by_hand, strict=True):
+        assert {name: line[name] for name in other} == pytest.approx(other, rel=1e-4, abs=1e-5)
+    for net, other in ((nets.student, student), (nets.heads, heads)):
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            assert (local_rows(p)[0] - q).abs().max() < 5e-5  # a step is 1e-3
 
 
 def test_switching_a_loss_off_leaves_its_calls_out(weights, tmp_path, ranks):
@@ -568,6 +641,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(undisturbed, run_s
                                           .read_text().splitlines())]
     kept = [int(p.name[5:]) for p in (tmp_path / "e/distill").glob("step_*")]
     assert kept and max(kept) == steps[-1]  # though it was still being written
+
+
+def refused(ranks, folder, argv):
+    """One of two processes: settings that cannot work, of which each rank has the same error."""
+    errors = []
+    for change in ("sp=3", "batch=3", "held_out=10"):
+        with pytest.raises(ValueError) as error:
+            distill.main([*argv, change])
+        errors.append(str(error.value))
+    (folder / f"{ranks.rank}.json").write_text(json.dumps(errors))
+
+
+def test_an_error_that_all_ranks_have_is_printed_by_one(undisturbed, tmp_path):
+    folder, config = undisturbed
+    argv = [str(config), f"run={tmp_path / 'run'}", f"synvid={folder / 'a/synvid'}"]
+    in_processes(2, partial(refused, argv=argv), tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert [text.split(":")[0] for text in first] == ["sp, cfg_parallel", "batch", "held_out"]
+    assert second == ["", "", ""]
 
 
 def test_a_missing_synvid_of_another_preset_is_an_error_that_names_the_command(

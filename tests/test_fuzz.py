@@ -28,7 +28,7 @@ from common.config import load_config
 from common.files import append_log, crc32_of_json, read_log, write_json
 from common.names import dit_tensors, read_list, role_file
 from common.prompts import read_prompts
-from common.ranks import cli
+from common.ranks import cli, draw_noise
 from common.weights import save_tensors
 from experts import check_sizes
 from model import PRESETS, check_model
@@ -219,7 +219,7 @@ def store(config, tmp_path, monkeypatch):
     manifest = trajectories.make_manifest(cfg)
     trajectories.open_manifest(folder, manifest)
     for i in range(2):
-        x = synvid.draw_noise((len(manifest["stored"]), *manifest["shape"]), [("x", i)])[0].half()
+        x = draw_noise((len(manifest["stored"]), *manifest["shape"]), [("x", i)])[0].half()
         trajectories.write_trajectory(folder, manifest, i, f"prompt {i}", x,
                                       {"text": torch.ones(3, 4)}, "")
 

@@ -17,6 +17,7 @@ from processes import run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import evaluate
 import model
 import sample
 from artifacts import videos
@@ -116,6 +117,16 @@ def test_both_losses_train_the_image_s_keys_and_values_too(distilled):
     still = [name for name in teacher if torch.equal(student[name], teacher[name])]
     assert not [name for name in still if "img" in name and name.endswith("weight")]
     assert len(still) < 0.1 * len(teacher)
+
+
+def test_a_student_is_evaluated_only_with_the_negative_prompt_of_its_trajectories(distilled):
+    path, _ = distilled
+    argv = [str(path), "negative_prompt=a cross"]
+    with pytest.raises(ValueError, match="negative_prompt: expected the config's 'a cross', got "
+                                         "'a ring': evaluate it with the config that"):
+        evaluate.read_students(load_config(evaluate.Config, "evaluate", argv))
+    [student] = evaluate.read_students(load_config(evaluate.Config, "evaluate", argv[:1]))
+    assert student["label"] == "student@3"
 
 
 def test_sample_makes_a_video_in_each_image_s_shape_near_the_config_s_area(distilled, run_stage):

@@ -755,6 +755,7 @@ def test_a_config_is_its_defaults_its_file_and_its_command_line_in_this_order(tm
     (["--queue", "none"], "queue", None), (["--queue", "3"], "queue", 3),
     (["--lr", "5e-6"], "lr", 5e-6), (["--lr", "1"], "lr", 1.0), (["--steps", "1e3"], "steps", 1000),
     (["--scales", "1 2"], "scales", [1.0, 2.0]), (["--scales=0.5,2"], "scales", [0.5, 2.0]),
+    (["--scales=[0.5, 2]"], "scales", [0.5, 2.0]), (["--queue", "None"], "queue", None),
     (["--seed", str(2 ** 62 + 1)], "seed", 2 ** 62 + 1), (["--heads="], "heads", ""),
     (["--shift", "3"], "shift", 3.0), (["--shift", ".5e1"], "shift", 5.0),
     (["--form=printed"], "form", "printed"),

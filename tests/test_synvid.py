@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import common.files
 import common.ranks
+import model
 import synvid
 from artifacts import trajectories
 from artifacts.trajectories import SynVid, initial_noise, trajectory_path
@@ -199,6 +200,20 @@ def test_the_cost_is_printed_before_the_start_and_after_the_first_batch(make_con
     generate(config, "--start", 8, "--count", 1)
     assert "trajectories 5 to 7 do not exist and are not of this job: distill.py needs them too: " \
            "make them with --start 5 --count 3" in capsys.readouterr().out
+
+
+def test_other_prompts_and_settings_without_effect_are_reported(make_config, tmp_path, capsys):
+    config = make_config(synvid={"count": 2, "batch": 2})
+    generate(config)
+    generate(config, "--count", 3)  # more of the same
+    out = capsys.readouterr().out
+    assert "another prompt" not in out and "no effect" not in out
+    other = tmp_path / "other.txt"
+    other.write_text("a blue ring\na red disc\n", encoding="utf-8")
+    generate(config, "--prompts", other, "--negative_prompt", "blurry")
+    out = capsys.readouterr().out
+    assert f"trajectory 0 exists, from another prompt than the one in {other}: existing" in out
+    assert "negative_prompt has no effect at cfg_scale 1" in out
 
 
 def test_trajectories_that_are_not_finite_are_not_written(made, tmp_path):
@@ -446,6 +461,14 @@ def test_a_key_timestep_that_is_not_stored_is_named(made):
     folder, _, args = made
     with pytest.raises(ValueError, match=r"latent after step 3.*those after \[2, 4\].*--keep all"):
         SynVid(folder, config_of(*args, "--key", "0,3,4"))
+
+
+def test_times_that_the_code_does_not_compute_any_more_are_an_error(made, monkeypatch):
+    folder, cfg, _ = made
+    grid = model.time_grid
+    monkeypatch.setattr(model, "time_grid", lambda *args: grid(*args) ** 1.001)
+    with pytest.raises(ValueError, match=r"manifest.json: t: expected \[.*, got \[0.0, "):
+        SynVid(folder, cfg)
 
 
 def test_missing_empty_and_unfinished_folders_are_named_with_the_command(made, tmp_path):

@@ -36,6 +36,7 @@ import distill
 import model
 import sample
 import synvid
+from artifacts import trajectories
 from artifacts.videos import Video
 from common.config import load_config
 from common.files import ROOT, append_log, read_log
@@ -114,9 +115,10 @@ def rehearse_synvid(cfg: synvid.Config, ranks: Ranks, meter: Meter) -> None:
     meter.begin("synvid")
     with patch.object(Conditioner, "identity", nothing), patch.multiple(
             synvid, load_dit=lambda *args: meter.watch(load_dit(*args), "DiT"),
-            write_trajectory=nothing, write_video=nothing,
-            read_trajectory=lambda *_: (torch.zeros(1, *shape), {}, ""), print_cost=nothing,
-            shared_queue=lambda count, _: iter(range(count)), limit_waiting=nothing):
+            write_trajectory=nothing, print_cost=nothing, limit_waiting=nothing,
+            shared_queue=lambda count, _: iter(range(count))), patch.multiple(
+            trajectories, read_trajectory=lambda *_: (torch.zeros(1, *shape), {}, ""),
+            write_video=nothing):
         synvid.generate(cfg, [PROMPT], Path("random"), manifest, range(cfg.batch),
                         list(range(cfg.batch)), ranks)
     count_evaluations(cfg, ranks, meter)

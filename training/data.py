@@ -15,7 +15,8 @@ from torch import Tensor
 from artifacts.trajectories import SynVid, find_trajectories, open_trajectories, read_manifest
 from common.config import Shared, load_yaml
 from common.files import ROOT
-from common.ranks import Ranks, draw_noise, errors_on_all_ranks, generator, on_first_rank
+from common.ranks import (
+    Ranks, draw_noise, end_all, errors_on_all_ranks, generator, on_first_rank)
 from model import collate, sizes_of
 
 
@@ -89,8 +90,8 @@ def trained_steps(cfg: Any, t_key: list[float]) -> list[int]:
     if cfg.experts != "both":
         ks = [k for k in ks if (t_key[k + 1] >= boundary) == (cfg.experts == "high")]
     if not ks:
-        raise ValueError(f"key: no step starts in the range of the expert for {cfg.experts} noise, "
-                         f"whose boundary is {boundary}: choose other key timesteps")
+        end_all(f"key: no step starts in the range of the expert for {cfg.experts} noise, whose "
+                f"boundary is {boundary}: choose other key timesteps")
     return ks
 
 
@@ -112,8 +113,8 @@ class Loader:
         self.shape = tuple(data.manifest["shape"])                            # C T H W
         self.count = len(data) - cfg.held_out
         if self.count < 1:
-            raise ValueError(f"held_out: expected fewer than the {len(data)} trajectories, got "
-                             f"{cfg.held_out}: lower it, or make more trajectories")
+            end_all(f"held_out: expected fewer than the {len(data)} trajectories, got "
+                    f"{cfg.held_out}: lower it, or make more trajectories")
         size, each = cfg.micro_batch, cfg.batch // (cfg.micro_batch * ranks.dp_size)
         self.ks = trained_steps(cfg, data.t_key)
         starts = [(a * ranks.dp_size + ranks.dp_rank) * size for a in range(each)]

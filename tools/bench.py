@@ -11,7 +11,6 @@ Cost: about --minutes; the most important rows come first, rows that are left ou
 docs/scaling.md, "Measure your machine", explains the columns and the comparison with diffusers.
 """
 
-import contextlib
 import gc
 import itertools
 import math
@@ -29,7 +28,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -195,10 +193,9 @@ class Bench:
         return x.to(self.device), t.to(self.device), {
             name: c.to(self.device) for name, c in cond.items()}
 
-    def evaluation(self, backend: SDPBackend | None = None, compiled: bool = False,
-                   backward: bool = False) -> list[Call]:
-        """One evaluation, with the attention kernels of `backend` or with the preferred ones; or
-        also its `backward` to all weights, with distill.py's activation checkpointing."""
+    def evaluation(self, compiled: bool = False, backward: bool = False) -> list[Call]:
+        """One evaluation, and maybe its `backward` to all weights with distill.py's activation
+        checkpointing."""
         dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs()
         dit.requires_grad_(backward)
         for block in dit.blocks:
@@ -209,11 +206,10 @@ class Bench:
 
         @torch.set_grad_enabled(backward)
         def run() -> None:
-            with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
-                v = dit(*inputs)
-                if backward:
-                    v.square().mean().backward()
-                    dit.zero_grad()
+            v = dit(*inputs)
+            if backward:
+                v.square().mean().backward()
+                dit.zero_grad()
         return [run]
 
     def k_step(self) -> list[Call]:
@@ -279,7 +275,7 @@ class Bench:
 
 def config_rows(b: Bench) -> Iterator[Row]:
     """The rows of a config, the most important first."""
-    cfg, tokens, gpu = b.cfg, b.tokens, b.device.type == "cuda"
+    cfg, tokens = b.cfg, b.tokens
     flop, evaluations = b.dit.flops(tokens) / b.ranks.sp, 1 if cfg.guidance == 1 else 2
     key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     parts = frozen_parts(cfg)
@@ -295,14 +291,10 @@ def config_rows(b: Bench) -> Iterator[Row]:
     for name, part in parts.items():
         yield Row(name, partial(b.frozen_part, *part), work[name])
     yield Row("DiT forward + backward", partial(b.evaluation, backward=True), 3 * flop, tokens)
-    for kind in (("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if gpu
-                 else ("FLASH_ATTENTION", "MATH")):
-        yield Row(f"DiT forward, {kind.lower()}", partial(b.evaluation, getattr(SDPBackend, kind)),
-                  flop, tokens)
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     yield Row(f"prompt to video, {cfg.n} steps", partial(b.prompt_to_video, grid, evaluations > 1),
               flop * evaluations * cfg.n + rest, tokens, runs=1)
-    if not gpu:
+    if b.device.type != "cuda":
         yield from peer_rows()
     yield Row("DiT forward, compiled", partial(b.evaluation, compiled=True), flop, tokens)
 

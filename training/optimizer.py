@@ -40,11 +40,12 @@ def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.Ada
 
 @torch.no_grad()
 def step(opt: torch.optim.AdamW) -> None:
-    """opt.step() with torch's fused kernel; offloaded moments are copied in and out by groups."""
+    """opt.step() with torch's fused kernel; with offloaded moments one parameter after the other,
+    whose moments are copied to the device and back."""
     (group,) = opt.param_groups
     params = [p for p in group["params"] if p.grad is not None]
     offloaded = any(opt.state[p]["exp_avg"].device != p.device for p in params)
-    for part in groups_of(params) if offloaded else [params]:
+    for part in [[p] for p in params] if offloaded else [params]:
         rows = [local_part(p) for p in part]
         states = [opt.state[p] for p in part]
         moments = [[local_part(state[name]) for state in states]
@@ -59,20 +60,7 @@ def step(opt: torch.optim.AdamW) -> None:
             for x, value in zip(kind, moved, strict=True):
                 if x.device != value.device:
                     x.copy_(value)
-        del on_device, moved, value  # free them before the next group is copied in
-
-
-def groups_of(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in order, in as few groups as possible, none larger than the largest of them."""
-    groups, room, largest = [], 0, max(local_part(p).numel() for p in params)
-    for p in params:
-        size = local_part(p).numel()
-        if not groups or size > room:
-            groups.append([])
-            room = largest
-        groups[-1].append(p)
-        room -= size
-    return groups
+        del on_device, moved, value  # free them before the next ones are copied in
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:

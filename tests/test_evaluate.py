@@ -27,6 +27,7 @@ from evaluation.sheets import data_uri
 from evaluation.statistics import jackknife_error, leave_one_out, mean_and_error
 from small_world.clips import make_captions, make_clips
 from small_world.oracle import caption_attributes, high_frequency, oracle_hits
+from tools.bench import allocated
 
 
 def normal(*shape: int, key: str = "x") -> Tensor:
@@ -369,6 +370,14 @@ def test_the_teacher_s_latents_are_read_again_unless_something_that_made_them_ha
     with pytest.raises(ValueError, match="student.safetensors: expected latents of teacher@4"):
         run(f"teacher_samples={student}")
     assert student.read_bytes() == before
+
+
+def test_latents_of_many_large_videos_are_never_all_in_float64():
+    x, y = normal(256, 16384).float(), normal(256, 16384, key="y").float()
+    for work in (lambda: endpoint_error(x, y), lambda: distances(x, y), lambda: projections(x, 2),
+                 lambda: spread(x, y)):
+        _, _, peak = allocated(work)
+        assert peak < 1.5 * x.nbytes  # x and y in float64 have 4 times the bytes of x
 
 
 def test_an_interrupted_evaluation_continues_with_the_teacher_s_next_batch(run, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from processes import in_processes, run_script
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -504,6 +505,26 @@ def test_trajectories_added_later_change_nothing(weights, tmp_path, ranks):
     resume(cfg, fresh, more, ranks, meta)
     list(distill.algorithm_1(cfg, fresh, more))
     assert torch.equal(parameters(fresh), parameters(undisturbed))
+
+
+@pytest.mark.parametrize("m", [2, 3, 5])
+def test_curves_of_a_panel_differ_in_colour_but_those_of_one_k_do_not(m, tmp_path, monkeypatch):
+    drawn, plot = {}, Axes.plot
+
+    def noted(axes, *args, **options):
+        drawn.setdefault(axes, []).append((options["label"], options["color"]))
+        return plot(axes, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    names = ("loss_traj", "acc_real", "acc_fake", "grad_traj", "grad_adv", "grad_sum", "grad_head",
+             "endpoint", "endpoint_teacher")
+    line = {"step": 1, "velocity": [0.5] * m, **dict.fromkeys(names, 0.5)}
+    monitor.draw_curves(tmp_path / "a.png", [{**line, "k": k} for k in range(m)])
+    assert [len(curves) for curves in drawn.values()] == [m, 2 * m, 4, 2]
+    for curves in drawn.values():
+        labelled = [colour for label, colour in curves if label]
+        assert len(set(labelled)) == len(labelled)
+        assert [colour for label, colour in curves if not label] in ([], labelled)
 
 
 def test_operations_of_an_iteration_are_those_torch_counts(weights, tmp_path, ranks):

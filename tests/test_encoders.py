@@ -21,8 +21,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import frozen.load
+from common.config import Shared
 from common.names import official_names
-from common.ranks import generator
+from common.ranks import Timer, generator
 from common.video import read_frames, to_uint8, write_video
 from common.weights import save_tensors
 from evaluation.sheets import stills, video_table
@@ -402,6 +403,23 @@ def test_a_tokenizer_of_another_model_is_an_error(tokenizer_folders):
     with pytest.raises(ValueError, match="got .*: copy both from one model"):
         TextEncoder(UMT5Encoder(**{**SMALL_T5, "vocab_size": 100}),
                     Tokenizer(tokenizer_folders["both"]))
+
+
+def test_each_prompt_of_a_size_is_encoded_once_and_waits_in_host_memory(monkeypatch):
+    class Conditioner:
+        encoded: list[tuple] = []
+
+        def encode_each(self, prompts, height, width, lap):
+            assert len(prompts) == 1  # more would be on the GPU at once
+            self.encoded.append((prompts[0], height, width))
+            return [{"text": torch.full((1,), float(len(self.encoded)))}]
+
+    monkeypatch.setattr(frozen.load, "load_conditioner", lambda *args: Conditioner())
+    prompts, sizes = list("abab"), [(16, 16), (16, 16), (16, 16), (32, 16)]
+    cpu = torch.device("cpu")
+    conds, unconds = frozen.load.encode_prompts(Shared(), prompts, sizes, True, cpu, Timer(cpu))
+    assert Conditioner.encoded == [("a", 16, 16), ("b", 16, 16), ("b", 32, 16)]
+    assert [float(cond["text"]) for cond in conds] == [1, 2, 1, 3] and unconds is None
 
 
 # -------------------------------------------------------------------------------- weight folders

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from processes import PATIENCE, in_processes, run_script, start_script
 from safetensors.torch import load_file, save_file
 
+import common
 import distill
 from artifacts.trajectories import trajectory_path
 from common import weights
@@ -141,6 +143,15 @@ def failing(ranks, folder: Path) -> None:
 def test_an_error_of_some_ranks_is_raised_on_all_and_printed_once(tmp_path):
     in_processes(3, failing, tmp_path)
     assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["", "rank 1 is ill", ""]
+
+
+@pytest.mark.parametrize("given", [None, "max_split_size_mb:64"])
+def test_a_gpu_s_memory_has_expandable_segments_unless_the_user_sets_others(given, monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    if given:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", given)
+    importlib.reload(common)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == (given or "expandable_segments:True")
 
 
 def sharing(ranks, folder: Path) -> None:

@@ -3,9 +3,9 @@
     python distill.py [CONFIG]        torchrun --nproc-per-node 8 distill.py CONFIG
 
 In:  the teacher's weights and <run>/synvid (for the small world, made by stage 1 if missing).
-Out: <run>/student.safetensors (of two experts student_high_noise and student_low_noise), with
-     student.md on how to run it in other programs; <run>/distill/ with log.jsonl, curves.png and
-     checkpoints. The same command resumes.
+Out: <run>/student.safetensors (for a teacher of two experts two files, student_high_noise and
+     student_low_noise) and student.md, how other programs run it; <run>/distill/ with log.jsonl,
+     curves.png and checkpoints. The same command resumes.
 
 v_θ teacher · s_β student · H_k heads[k] · t'_k t_key[k] · l_{t'_k} x_key[k] · l^gen x_gen · Q_k
 queues[k] · λ_adv lambda_adv · m steps of the student, n of the teacher; k = m noise, k = 0 data.
@@ -15,7 +15,6 @@ Tags D1 … D16: departures from the paper and open points, decided in docs/deci
 from __future__ import annotations
 
 import common  # noqa: F401 (before torch, see common)
-import dataclasses
 import math
 import signal
 from collections import deque
@@ -184,7 +183,7 @@ def update_student(cfg: Config, state: TrainState, loss: str, step: int,
         log.add(grad_traj=norms[0], grad_adv=norms[1])
         for p, grad in zip(params, state.traj_grads, strict=True):
             optimizer.local_part(p.grad).add_(optimizer.local_part(grad))
-        state.traj_grads, loss = [], "sum"
+        state.traj_grads, loss = None, "sum"
     opt = state.opts[loss if loss in state.opts else "traj"]
     lr = learning_rate(cfg, step, cfg.lr)
     log.add(**{f"grad_{loss}": optimizer.apply_update(opt, params, lr, cfg.clip)})
@@ -197,7 +196,7 @@ def update_heads(cfg: Config, state: TrainState, step: int, log: monitor.Log) ->
     for p in params:
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
-    lr = learning_rate(cfg, step, cfg.lr if cfg.lr_heads is None else cfg.lr_heads)
+    lr = learning_rate(cfg, step, cfg.lr_heads or cfg.lr)
     log.add(grad_head=optimizer.apply_update(state.opts["heads"], params, lr, cfg.clip))
     log.lap("optimizer")
 
@@ -238,7 +237,7 @@ class Config(Shared):
     tap_data: int | None = field(None, "feature block for t'_0; default at 2/3 of the depth (D7)",
                                  "[0, inf)")
     experts: Literal["both", "high", "low"] = field(
-        "both", "Wan 2.2 A14B's experts that this run trains; of two runs the first takes high")
+        "both", "experts of Wan 2.2 A14B that this run trains; for one after the other: high first")
     high_student: str | None = field(None, "for experts low: the file that experts high wrote; "
                                      "default <run>/student_high_noise.safetensors")
     held_out: int = field(32, "last trajectories kept from training, for evaluation",
@@ -249,7 +248,7 @@ class Config(Shared):
     checkpointing: bool = field(True, "recompute each block's activations in backward, and the "
                                 "student's step of L_adv after the teacher's backward")
     compile: bool = field(False, "torch.compile every block")
-    lora: int | None = field(None, "train a LoRA of this rank, which wants a larger lr, and write "
+    lora: int | None = field(None, "train a LoRA of this rank, which needs a larger lr, and write "
                              "student_lora.safetensors too; default: train all weights", "[1, inf)")
     offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)",
@@ -277,14 +276,13 @@ def check_config(cfg: Config, replicas: int) -> None:
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
     sizes = sizes_of(cfg.preset)
-    depth, D = sizes.num_layers, sizes.dim
-    if sizes.boundary is None and cfg.experts != "both":
-        raise ValueError(f"experts: got {cfg.experts}; preset '{cfg.preset}' has one DiT: leave it "
-                         "out")
+    last, D = sizes.num_layers - 1, sizes.dim
     for key, valid, expected in (
+            ("experts", cfg.experts == "both" or sizes.boundary is not None,
+             f"both, since preset '{cfg.preset}' has one DiT"),
             ("head_dim", cfg.head_dim % min(8, cfg.head_dim) == 0, "a multiple of 8, or fewer"),
-            ("tap", cfg.tap is None or cfg.tap < depth, f"a block 0 … {depth - 1}"),
-            ("tap_data", cfg.tap_data is None or cfg.tap_data < depth, f"a block 0 … {depth - 1}"),
+            ("tap", cfg.tap is None or cfg.tap <= last, f"a block 0 … {last}"),
+            ("tap_data", cfg.tap_data is None or cfg.tap_data <= last, f"a block 0 … {last}"),
             ("lora", cfg.lora is None or cfg.lora <= D, f"a rank 1 … {D}, or none")):
         if not valid:
             raise ValueError(f"{key}: expected {expected}, got {getattr(cfg, key)}")
@@ -294,7 +292,7 @@ def check_config(cfg: Config, replicas: int) -> None:
 
 @dataclass
 class TrainState:
-    """Everything that changes during a run, and what it needs in memory."""
+    """The networks, optimizers and queues of a run, and its position."""
     student: nn.Module
     teacher: nn.Module
     heads: nn.ModuleList
@@ -303,7 +301,7 @@ class TrainState:
     taps: list[int]                          # by k
     queues: list[deque]                      # by k, of (x_gen, x_key, cond)
     step: int = 0
-    traj_grads: list[Tensor] = dataclasses.field(default_factory=list)  # until L_adv's are there
+    traj_grads: list[Tensor] | None = None   # of L_traj until those of L_adv exist, D6 combined
 
 
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
@@ -341,8 +339,8 @@ def tap_blocks(cfg: Config, depth: int) -> list[int]:
 def catch_signals() -> list[int]:
     """A list that collects the signals to stop, so that the current iteration can finish.
 
-    SIGUSR1 and SIGUSR2 are SLURM's usual warnings. A second Ctrl-C ends the process at once. A
-    SIGHUP that is ignored, as nohup has it, stays so.
+    SIGUSR1 and SIGUSR2 are SLURM's usual warnings. A second Ctrl-C ends the process at once.
+    SIGHUP stays ignored if it is, as under nohup.
     """
     caught: list[int] = []
 
@@ -398,7 +396,7 @@ def train(cfg: Config, state: TrainState, loader: data.Loader, ranks: Ranks,
             if stop:
                 break
     if state.step < cfg.iterations:
-        if ranks.rank == 0:  # with lr_final the number of iterations is fixed
+        if ranks.rank == 0:  # lr_final fixes the number of iterations
             export = f", or with iterations={state.step} to export the student"
             print_line(f"stopped by a signal after iteration {state.step}: rerun the same command "
                        f"to resume{export if cfg.lr_final == 1 else ''}")

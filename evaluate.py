@@ -45,11 +45,12 @@ from model import check_model, latent_shape, load_dit, time_grid
 
 # -------------------------------------------------- what is compared with what, from which noise
 
-def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: list[dict],
+def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], groups: list[tuple],
                identity: dict, ranks: Ranks) -> tuple[list[measures.Samples], measures.Samples]:
     """Sample every model from the same noise on the same captions; this rank's videos only.
 
-    Returns the models in the order of the table and the reference, teacher@n from other noise.
+    Args: groups, of students as read_students returns them. Returns the models in the order of the
+    table and the reference, teacher@n from other noise.
     """
     prompts, device = [prompts[i] for i in indices], ranks.device
     sizes = [(cfg.height, cfg.width)] * len(prompts)
@@ -58,7 +59,6 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
     noise, other_noise = (draw_noise(shape, [(name, cfg.seed, i, prompt.text)
                                              for i, prompt in zip(indices, prompts, strict=True)])
                           for name in ("evaluate", "evaluate, reference"))
-    grids = grid_suffixes(students)
     dit = load_dit(cfg.weights, cfg.preset, ranks.dtype, device)
     dit.requires_grad_(False)
     sample = partial(sample_model, cfg, noise=noise, conds=conds, unconds=unconds, device=device)
@@ -67,8 +67,8 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
     teacher_n, reference = sample_teacher(cfg, indices, dit, [noise, other_noise], conds, unconds,
                                           identity, ranks)
     # The same teacher along each student's key timesteps t'_m … t'_0, with its own guidance.
-    teachers_m = {t_key: sample(f"teacher{suffix}", "teacher_m", dit, t_key)
-                  for t_key, suffix in grids.items()}
+    teachers_m = [sample(f"teacher{suffix}", "teacher_m", dit, students[0]["t_key"])
+                  for suffix, students in groups]
     # The same teacher with other numbers of steps: what a better solver wins without training.
     others = []
     for n in cfg.teacher_steps or ():
@@ -80,13 +80,12 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], students: l
     del dit  # a student takes its place
     # Each student along its key timesteps, without guidance: it learned the guided trajectories.
     models = [teacher_n]
-    for t_key in grids:
-        models.append(teachers_m[t_key])
+    for teacher_m, (_, students) in zip(teachers_m, groups, strict=True):
+        models.append(teacher_m)
         for facts in students:
-            if tuple(facts["t_key"]) == t_key:
-                student = load_student(cfg, Path(facts["file"]), device)
-                models.append(sample(facts["label"], "student", student, t_key, unconds=None))
-                del student  # before the next one is loaded
+            student = load_student(cfg, Path(facts["file"]), device)
+            models.append(sample(facts["label"], "student", student, facts["t_key"], unconds=None))
+            del student  # before the next one is loaded
     return [*models, *others], reference
 
 
@@ -120,11 +119,13 @@ SAMPLE_SETTINGS = ("family", "preset", "height", "width", "frames", "n", "shift"
 
 # ------------------------------------------------------------------------------------- students
 
-def read_students(cfg: Config) -> list[dict]:
-    """What each student's file says, with "file", "name" and "label".
+def read_students(cfg: Config) -> list[tuple[str, list[dict]]]:
+    """The students in groups of the same key timesteps: what each one's file says, with "file",
+    "name" and "label".
 
-    Students with the same key timesteps follow each other. Raises ValueError for a student of
-    another teacher or another grid than the config's.
+    In front of each group is the end of its labels: "@5", or "@5 at 1, 0.9, …" where two groups
+    have the same number of steps. Raises ValueError for a student of another teacher or another
+    grid than the config's.
     """
     files = (cfg.students or str(exported_path(cfg))).split(",")
     students = [{"file": file, **student_facts(Path(file), cfg, cfg.students is not None,
@@ -141,24 +142,18 @@ def read_students(cfg: Config) -> list[dict]:
                 raise ValueError(f"{student['file']}: {key}: expected the config's {value!r}, got "
                                  f"{student[key]!r}: evaluate it with the config that it was "
                                  "distilled with")
-    grouped = []
-    for t_key, suffix in grid_suffixes(students).items():
-        group = [student for student in students if tuple(student["t_key"]) == t_key]
+    by_times: dict[tuple[float, ...], list[dict]] = {}
+    for student in students:
+        by_times.setdefault(tuple(student["t_key"]), []).append(student)
+    lengths, groups = [len(t_key) for t_key in by_times], []
+    for t_key, group in by_times.items():
+        times = f" at {', '.join(f'{t:.2g}' for t in t_key)}"
+        suffix = f"@{len(t_key) - 1}{times if lengths.count(len(t_key)) > 1 else ''}"
         for number, student in enumerate(group, 1):
             numbered = f" #{number}" if len(group) > 1 and student["name"] is None else ""
             student["label"] = f"{student['name'] or 'student'}{suffix}{numbered}"
-        grouped += group
-    return grouped
-
-
-def grid_suffixes(students: list[dict]) -> dict[tuple[float, ...], str]:
-    """For each set of key timesteps the end of its labels: "@5", or "@5 at 1, 0.9, …" where two
-    sets have the same number of steps."""
-    grids = list(dict.fromkeys(tuple(student["t_key"]) for student in students))
-    lengths = [len(t_key) for t_key in grids]
-    return {t_key: f"@{len(t_key) - 1}" + (
-        "" if lengths.count(len(t_key)) == 1 else
-        f" at {', '.join(f'{t:.2g}' for t in t_key)}") for t_key in grids}
+        groups.append((suffix, group))
+    return groups
 
 
 # ------------------------------------------------------------------------------------- sampling
@@ -287,7 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     started, argv = time.perf_counter(), sys.argv[1:] if argv is None else argv
     cfg = load_config(Config, "evaluate", argv, f"{__doc__}\n{measures.__doc__}")
     takes_image = check_model(cfg).takes_image
-    students = read_students(cfg)
+    groups = read_students(cfg)
+    students = [student for _, group in groups for student in group]
     teacher_file(cfg)  # raises its error before anything is loaded
     held_out = read_prompts(cfg.prompts or heldout_prompts(cfg.weights, takes_image), takes_image)
     stride = max(1, len(held_out) // cfg.count)  # few videos: captions from the complete list
@@ -304,7 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     indices, device = range(first, stop), ranks.device  # of this rank's videos
     out = announce(cfg, "evaluate", ranks.rank)
 
-    models, reference = sample_all(cfg, indices, prompts, students, identity, ranks)
+    models, reference = sample_all(cfg, indices, prompts, groups, identity, ranks)
 
     captions = [prompt.text for prompt in prompts]
     errors = gather_values(measures.endpoint_error(models[1].latents, models[0].latents))

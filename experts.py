@@ -54,11 +54,6 @@ class Experts(nn.Module):
                              f"{t.tolist()}: evaluate each expert separately")
         return experts.pop()(x, t, *args, **kwargs)
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every expert as its own init_weights does."""
-        for dit in self.children():
-            dit.init_weights(generator)
-
 
 def expert_at(dit: nn.Module, t: float) -> nn.Module:
     """The network that computes at time t: one of two experts, or the only DiT."""
@@ -66,14 +61,14 @@ def expert_at(dit: nn.Module, t: float) -> nn.Module:
 
 
 def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) -> nn.Module:
-    """Shard a DiT's parameters over all ranks (FSDP2): each block separately, then the rest; and
-    each expert for itself: while one computes, nothing of the other is gathered.
+    """Shard a DiT's parameters over all ranks (FSDP2): each block separately, then the rest. Of two
+    experts each is sharded alone, so that nothing of one is gathered while the other computes.
 
     dtype: what a block's weights are cast to when gathered (None: as stored). The embeddings and
     the head around the blocks stay as stored. Gradients are reduced in fp32.
     """
-    # The root reshards too: else a forward without backward would leave it unsharded, and a
-    # checkpoint taken then would miss the optimizer's state of its sharded parameters.
+    # The root reshards too: otherwise a forward without backward would leave it unsharded, and a
+    # checkpoint taken then would lack the optimizer's state of its sharded parameters.
     options = {"mesh": ranks.mesh, "reshard_after_forward": True}
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     # torch counts the final reshape as a view; nothing writes into a DiT's output in place.
@@ -127,8 +122,8 @@ def preset_tensors(weights: str | Path, sizes: Any, preset: str,
 
 
 def by_expert(tensors: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Values by parameter, split into those of the expert for "high" and for "low" noise, under the
-    names that each has for itself; {"": tensors} for a model with one DiT."""
+    """Values by parameter, split into {"high": …, "low": …} for the two experts, under each one's
+    own parameter names; {"": tensors} for a model with one DiT."""
     parts: dict[str, dict[str, Any]] = {}
     for name, value in tensors.items():
         expert, _, rest = name.partition(".")

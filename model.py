@@ -104,7 +104,7 @@ def sample_euler(dit: nn.Module, x: Tensor, times: list[float], cond: dict,
 
 
 # ----------------------------------------------------------------------- what both DiTs share
-# Each DiT has cfg, blocks, token_grid, init_weights, flops, forward and official parameter names.
+# Each DiT has cfg, blocks, token_grid, flops, forward and official parameter names.
 def cast_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply a layer in the dtype of its weights."""
     return layer(x.to(layer.weight.dtype))
@@ -687,22 +687,6 @@ class HunyuanDiT(nn.Module):
         guidance = sinusoid(cond["guidance"].double() * 1000, self.cfg.freq_dim, torch.float32)
         return (silu_mlp(self.time_in["mlp"], time) + silu_mlp(self.guidance_in["mlp"], guidance)
                 + silu_mlp(self.vector_in.values(), cond["pooled"]))
-
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Fill with the official initialisation, every draw from `generator`."""
-        zero = ("_mod.linear", ".modulation.linear", "final_layer.", ".adaLN_modulation.")
-        for name, p in self.named_parameters():
-            if any(part in name for part in zero) or name == "img_in.proj.bias":
-                nn.init.zeros_(p)
-            elif "norm" in name:
-                nn.init.constant_(p, float(name.endswith("weight")))
-            elif ".mlp.0.weight" in name or ".mlp.2.weight" in name:  # time_in, guidance_in, …
-                nn.init.normal_(p, std=0.02, generator=generator)
-            elif name == "img_in.proj.weight":
-                nn.init.xavier_uniform_(p.flatten(1), generator=generator)
-            else:  # torch's initialisation of nn.Linear: uniform within 1 / sqrt(fan in)
-                fan_in = self.get_submodule(name.rpartition(".")[0]).in_features
-                nn.init.uniform_(p, -fan_in ** -0.5, fan_in ** -0.5, generator=generator)
 
     def flops(self, tokens: int) -> float:
         """FLOPs of one forward of one sample with a text of full length."""

@@ -7,8 +7,8 @@
 In:  the weight folder `weights` (text encoder and VAE; the DiT for --teacher and --lora), and
      the student that distill.py wrote, <run>/student.safetensors.
 Out: in <run>/samples or --out, where <who> is student5, teacher50, lora5, teacher50_unipc, …:
-     <who>/*.mp4, named by prompt and seed; <who>.jsonl, the record of all finished videos;
-     <who>.json, prompts, files and seconds of the last command.
+     <who>/*.mp4, named by prompt and seed; <who>.jsonl, a line for each finished video: prompt,
+     file, seconds.
 """
 
 import common  # noqa: F401 (before torch, see common)
@@ -26,7 +26,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from artifacts.student import exported_path, how_to_use, load_student, student_facts
-from artifacts.videos import Video, finished_videos, list_videos, video_settings, write_report
+from artifacts.videos import Video, finished_videos, list_videos, speed_text, video_settings
 from common.config import Shared, announce, field, load_config
 from common.files import append_log, crc32_of_json
 from common.ranks import (
@@ -236,11 +236,10 @@ def main(argv: list[str] | None = None) -> None:
         results = gather_values(made if ranks.is_writer else None)
     if ranks.rank == 0:
         results = [result for result in results if result is not None]
-        new = {line["file"]: line for result in results for line in result["videos"]}
-        lines = [(finished | new)[video.file] for video in videos]
-        write_report(cfg, record, times, lines, results, ranks)
-        print(f"{len(new)} of {len(lines)} videos were made now; see {out / lines[0]['file']} and "
-              f"{record.with_suffix('.json')} (seconds)")
+        if results:
+            print(speed_text(results))
+        print(f"{sum(len(result['videos']) for result in results)} of {len(videos)} videos were "
+              f"made now; see {out / videos[0].file} and {record} (prompts, files, seconds)")
 
 
 if __name__ == "__main__":

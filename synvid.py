@@ -16,7 +16,6 @@ import common  # noqa: F401 (before torch, see common)
 import itertools
 import math
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -129,8 +128,8 @@ def plan(cfg: Config, prompts: list[Prompt], folder: Path, indices: range, manif
         print(f"synvid: trajectories {gap[0]} to {gap[-1]} do not exist and are not of this job: "
               f"distill.py needs them too: make them with --start {gap[0]} --count {len(gap)}, "
               "unless another job does")
-    first = first_header(folder)
-    if first and first["prompt"] != prompts[first["index"] % len(prompts)].text:
+    if (first := first_header(folder)) and (
+            first["prompt"] != prompts[first["index"] % len(prompts)].text):
         print(f"synvid: trajectory {first['index']} exists, from another prompt than the one in "
               f"{cfg.prompts}: existing trajectories keep theirs; to make all from this file, "
               "choose another --run")
@@ -151,7 +150,6 @@ def print_cost(seconds: float, batch: int, batches: int, ranks: Ranks) -> None:
     tqdm.write(f"synvid: {seconds / batch:.2g} s per trajectory on {ranks.device.type}; "
                f"{seconds * batches * ranks.world / ranks.dp_size / 3600:.3g} device-hours in all; "
                f"{tqdm.format_interval(seconds * (rounds - 1))} left with {ranks.world} rank(s)")
-    sys.stdout.flush()
 
 
 # -------------------------------------------------------------------------------- generation
@@ -184,7 +182,8 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     longest, bar = 0.0, progress_bar(len(batches), "synvid", ranks.rank, unit="batch")
     for number in turns:
         b, started = batches[number], time.perf_counter()
-        # The complete batch is computed, even if little of it is missing: same rounding and bytes.
+        # The complete batch is computed, even if little of it is missing: another size rounds
+        # differently.
         batch = range(b * cfg.batch, (b + 1) * cfg.batch)
         chosen = [prompts[i % len(prompts)] for i in batch]
         conds = conditioner.encode_each(chosen, cfg.height, cfg.width)
@@ -233,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         announce(cfg, "synvid", ranks.rank)
         todo = on_first_rank(lambda: plan(cfg, prompts, folder, indices, manifest,
                                           ranks.dtype, damaged))
-        torch.set_num_threads(1)  # with more, matrix products round differently: use more ranks
+        torch.set_num_threads(1)  # with more, matrix products round differently; start more ranks
         started = time.perf_counter()
         generate(cfg, prompts, folder, manifest, indices, todo, ranks)
         # All ranks leave together: torchrun's store may end with the node that hosts it.

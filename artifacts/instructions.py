@@ -2,7 +2,7 @@
 ComfyUI's workflow. What they need of each program's sampling is here: times of stock schedulers,
 options of official scripts.
 
-facts, here and below: what a student's file says about itself (artifacts/student.py).
+facts, here and below: the metadata of a student's file (artifacts/student.py).
 """
 
 import json
@@ -128,7 +128,7 @@ def split_times(facts: dict[str, Any], file: str) -> dict[str, Any]:
 
 
 def wan_values(facts: dict[str, Any], values: dict[str, Any], lora: bool) -> dict[str, Any]:
-    """What the page says of Wan's students alone: values of the templates by name."""
+    """Values of the page's templates that only a student of Wan has, by name."""
     n, (steps, every) = facts["n"], ACCVIDEO[sizes_of(facts["preset"]).takes_image]
     published = n == steps and facts["key"] == list(range(0, n + 1, every))
     return {
@@ -142,7 +142,7 @@ def wan_values(facts: dict[str, Any], values: dict[str, Any], lora: bool) -> dic
 
 def hunyuan_values(facts: dict[str, Any], values: dict[str, Any],
                    stock: dict[str, float] | None) -> dict[str, Any]:
-    """What the page says of HunyuanVideo's students alone: values of the templates by name."""
+    """Values of the page's templates that only a student of HunyuanVideo has, by name."""
     embedded, shift, steps = facts["embedded_guidance"], simple_shift(facts), values["steps"]
     return {
         "pipeline": "HunyuanVideoPipeline", "guidance_scale": embedded,

@@ -164,11 +164,11 @@ def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
 
 
 def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], float]:
-    """The factor of B·A by its rank, as peft's settings have it: 1 for files without them.
+    """The factor of B·A as a function of its rank, by peft's settings; 1 for files without them.
 
-    They are in the metadata of a file that diffusers saved, plain or with "transformer." before
-    them, or for peft's own names ("base_model.…", adapter_model.safetensors) in adapter_config.json
-    next to the file.
+    The settings are in the metadata of a file that diffusers saved, maybe with "transformer." in
+    front of each; for peft's own files ("base_model.…", adapter_model.safetensors) they are in
+    adapter_config.json next to the file.
     Raises ValueError for settings with which a change is more than a factor times B·A.
     """
     file = next((t.file for t in tensors.values()), path)
@@ -221,8 +221,9 @@ def lora_form(family: str, name: str, shape: tuple[int, ...]) -> str | None:
     """The form of a parameter's change in our files: "matrix" for B·A, or else the ending of its
     name there; None if it is left out.
 
-    Of HunyuanVideo only the blocks' matrices: diffusers refuses a file with more. Of Wan all of it;
-    ComfyUI skips modulation (LightX2V reads it), diffusers also norms and patches.
+    For HunyuanVideo only the blocks' matrices are kept, since diffusers refuses a file with more.
+    For Wan all parameters are kept; ComfyUI skips modulation (LightX2V reads it), diffusers also
+    norms and patches.
     """
     if family == "hunyuan":
         blocks = name.startswith(("double_blocks.", "single_blocks."))

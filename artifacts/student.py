@@ -1,4 +1,4 @@
-"""A student's file: what it says about itself, loading, export, and its page of instructions.
+"""A student's file: the facts in its metadata, loading, export, and its page of instructions.
 
 <name>.safetensors       the DiT under official names; its metadata "accvideo" holds the times
                          t_key from 1 (noise) to 0 (data), the reverse of distill.py's t_key[k],
@@ -43,29 +43,25 @@ from common.weights import (
 from experts import by_expert, with_level
 from model import Sizes, empty_dit, key_times, sizes_of
 
-# ------------------------------------------------------------------- what a student's file says
+# ----------------------------------------------------------------- the facts in a student's file
 
-FACTS = ("family", "preset", "teacher", "t_key", "n", "shift", "cfg_scale", "embedded_guidance")
-SETTINGS = ("family", "preset", "key", "n", "shift", "cfg_scale", "embedded_guidance", "height",
-            "width", "frames", "fps")  # of the config
-PAGE_FACTS = tuple(dict.fromkeys((*FACTS, *SETTINGS, "dtype")))  # the page of instructions' needs
-FACT_TYPES = {"family": str, "preset": str, "teacher": str, "t_key": [NUMBER], "n": int,
-              "key": [int], "shift": NUMBER, "cfg_scale": NUMBER, "height": int, "width": int,
-              "frames": int, "fps": NUMBER, "dtype": str, "embedded_guidance": NUMBER,
-              "boundary": NUMBER}
+SETTINGS = {"family": str, "preset": str, "key": [int], "n": int, "shift": NUMBER,
+            "cfg_scale": NUMBER, "embedded_guidance": NUMBER, "height": int, "width": int,
+            "frames": int, "fps": NUMBER}  # of the config
+FACTS = {**SETTINGS, "teacher": str, "t_key": [NUMBER], "dtype": str}
 
 
 def student_facts(path: Path, cfg: Shared, foreign: bool = False,
                   same_teacher: bool = False) -> dict:
-    """What a student says about itself, checked against the config.
+    """The facts in a student's metadata, checked against the config.
 
     Args: path, a file, an index of shards or a folder of them; foreign, whether it may come from
-    another project and say nothing, as AccVideo's own release does: then the config's key timesteps
-    are taken, and teacher is None; same_teacher, whether `weights` must hold the DiT that it was
-    distilled from, which sampling does not need.
-    Returns FACTS and more: teacher is the fingerprint of its weights, t_key are the times from 1
-    (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what does not
-    fit.
+    another project and contain no facts, as AccVideo's own release does: then the config's key
+    timesteps are used, and teacher is None; same_teacher, whether `weights` must hold the DiT that
+    it was distilled from, which sampling does not need.
+    Returns FACTS and more: teacher is the fingerprint of the teacher's weights, t_key are the times
+    from 1 (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what
+    does not fit.
     """
     if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path}: no such student or LoRA: make it by `python distill.py "
@@ -91,9 +87,9 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
                              f"{cfg.weights} is {teacher}: point `weights` at its teacher")
     else:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{path} does not say what it is: the config's key timesteps are used")
-        facts = {**{name: getattr(cfg, name, None) for name in PAGE_FACTS}, "dtype": "bf16",
-                 "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}
+            print(f"{path} has no metadata of this project: the config's key timesteps are used")
+        facts = {**{name: getattr(cfg, name) for name in SETTINGS}, "teacher": None,
+                 "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key), "dtype": "bf16"}
     if is_lora(tensors):
         check_lora(path, facts["teacher"], cfg.weights)
     elif isinstance(getattr(cfg, "lora", None), str):  # lora_scale would have no effect
@@ -135,15 +131,11 @@ def official_tensors(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
             for name, t in official_names(part, "transformer").items()}
 
 
-def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> None:
-    """Raise ValueError if a student says too little about itself, or has no valid times."""
-    absent = [name for name in required if name not in facts]
-    if absent:
-        raise ValueError(f"{path}: its 'accvideo' metadata lacks {', '.join(absent)}: give a "
-                         "student (to sample another DiT, make it `weights`, with --teacher)")
-    types = {name: kind for name, kind in FACT_TYPES.items() if name in facts}
-    if error := shape_error(facts, types):
-        raise ValueError(f"{path}: 'accvideo' metadata: {error}: distill it again")
+def check_facts(path: Path, facts: dict) -> None:
+    """Raise ValueError unless a student's metadata has all FACTS, with valid times."""
+    if error := shape_error(facts, FACTS):
+        raise ValueError(f"{path}: 'accvideo' metadata: {error}: give a student that distill.py "
+                         "wrote (to sample another DiT, make it `weights`, with --teacher)")
     t = facts["t_key"]
     if len(t) < 2 or t[0] != 1 or t[-1] != 0 or any(a <= b for a, b in itertools.pairwise(t)):
         raise ValueError(f"{path}: t_key: expected times falling from 1 (noise) to 0 (data), got "
@@ -151,7 +143,7 @@ def check_facts(path: Path, facts: dict, required: tuple[str, ...] = FACTS) -> N
 
 
 def facts_of(tensors: dict[str, LazyTensor]) -> dict:
-    """What a student says about itself, in whichever of its files; {} if in none. Raises ValueError
+    """The facts in the first of a student's files that has some; {} if none has. Raises ValueError
     if the files of two experts are exchanged, or of two students."""
     found: dict = {}
     for level, part in by_expert(tensors).items():
@@ -170,7 +162,7 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
 
 
 def facts_in(file: Path) -> dict:
-    """What a student's file says about itself; {} for nothing. ValueError if it is damaged."""
+    """The facts in a student's file; {} if there are none. Raises ValueError if it is damaged."""
     text = safetensors_metadata(file).get("accvideo", "{}")
     return parse_json(text, f"{file}: 'accvideo' metadata", remedy="distill it again")
 
@@ -226,12 +218,13 @@ def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) 
     distilled from the teacher with this fingerprint."""
     path = high_student(cfg)
     facts = facts_in(path)
-    check_facts(path, facts, (*FACTS, "expert"))
+    check_facts(path, facts)
     for key, value in {"expert": "high", "teacher": teacher, "preset": cfg.preset,
                        "t_key": key_times(cfg.family, cfg.n, cfg.shift, cfg.key)}.items():
-        if facts[key] != value:
+        if facts.get(key) != value:
             raise ValueError(f"high_student: {path}: {key}: expected {abbreviate(value)}, got "
-                             f"{abbreviate(facts[key])}: distill it by this config, --experts high")
+                             f"{abbreviate(facts.get(key))}: distill it by this config, --experts "
+                             "high")
     dit = empty_dit(cfg.preset, dtype, ranks, experts="high").high_noise_model
     tensors = official_names(open_tensors(path), "transformer")
     return load_module(dit, tensors, str(path), device=ranks.device).requires_grad_(False)
@@ -458,14 +451,14 @@ def check_data(path: Path) -> None:
 # --------------------------------------------------------------------- the page of instructions
 
 def how_to_use(path: Path) -> str:
-    """The text of a student's student.md, from what the header of its file says about itself.
+    """The text of a student's student.md, made from the metadata of its file.
 
-    Raises FileNotFoundError if there is none, ValueError if it says too little.
+    Raises FileNotFoundError if there is no such file, ValueError if facts are missing.
     """
     file = path / "transformer" if (path / "transformer").is_dir() else path
     tensors = open_tensors(file)
     facts = facts_in(next((t.file for t in tensors.values()), file))
-    check_facts(path, facts, PAGE_FACTS)
+    check_facts(path, facts)
     if (family := sizes_of(facts["preset"]).family) != facts["family"]:
         raise ValueError(f"{path}: its family is {abbreviate(facts['family'])}, that of its preset "
                          f"{facts['preset']} is {family}: distill it again")

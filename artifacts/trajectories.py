@@ -78,7 +78,8 @@ def check_same(path: Path, stored: dict, expected: dict, remedy: str) -> None:
     for key, value in expected.items():
         same = stored.get(key) == value
         if key == "t":  # libraries differ in the last bit
-            same = len(stored["t"]) == len(value) and all(map(math.isclose, stored["t"], value))
+            same = len(stored["t"]) == len(value) and all(
+                math.isclose(a, b, abs_tol=1e-9) for a, b in zip(stored["t"], value, strict=True))
         if not same:
             raise ValueError(f"{path}: {key}: expected {abbreviate(value)} by this config, got "
                              f"{abbreviate(stored.get(key))}: {remedy}")

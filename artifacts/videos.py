@@ -1,30 +1,23 @@
-"""The videos of a sample.py command: prompts, file names, their record and report.
+"""The videos of a sample.py command: prompts, file names, their record.
 
 <who>/<slug>_<checksum>_seed<seed>.mp4   a video; the checksum covers all that it is made from
 <who>.jsonl                              the record: a line for each finished video, and one for
                                          each set of settings, which the others name by checksum
-<who>.json                               prompts, files and seconds of one command
 FILE.jsonl                               a prompt file whose lines give prompt, seed and file name,
                                          as `python -m tools.vbench` writes it
 """
 
-import json
 import math
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from common.files import (
-    append_log, crc32_of_file, crc32_of_json, parse_json, read_log, read_text, remove_leftovers,
-    write_json, write_text)
+    append_log, crc32_of_file, crc32_of_json, parse_json, read_log, read_text, remove_leftovers)
 from common.names import fingerprint, fingerprint_files
 from common.prompts import LARGEST, Prompt, heldout_prompts, read_prompts
-from common.ranks import Ranks, device_name
 from common.video import decode_image
-from model import build_dit, latent_shape, sizes_of
+from model import sizes_of
 
 # The bytes of a file name that leave room for what replace_file adds while it writes.
 NAME_BYTES = 255 - len(".." + "4194304-01234567" + ".part.mp4")
@@ -58,11 +51,6 @@ def name_error(name: str) -> str:
         return "a slash or NUL in it, or no .mp4 at its end"
     size = len(name.encode(errors="replace"))
     return f"{size} bytes, more than {NAME_BYTES}" if size > NAME_BYTES else ""
-
-
-def write_named_videos(path: Path, videos: list[dict[str, Any]]) -> None:
-    """Write a prompt file; each video has "prompt", "seed" and "file"."""
-    write_text(path, "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in videos))
 
 
 def read_named_videos(path: Path) -> list[dict[str, Any]]:
@@ -146,7 +134,7 @@ def fit_size(height: int, width: int, area: int) -> tuple[int, int]:
 # -------------------------------------------------------------------------------- the record
 
 def video_settings(cfg: Any, who: str, dit: str | Path, times: list[float]) -> dict[str, Any]:
-    """What all videos of a run share: identities of the networks, and the settings that count.
+    """What all videos of a run share: identities of the networks, and settings that change videos.
 
     Args: dit, the folder or file of the DiT that is sampled, without its LoRA.
     """
@@ -158,16 +146,15 @@ def video_settings(cfg: Any, who: str, dit: str | Path, times: list[float]) -> d
             **{name: getattr(cfg, name) for name in names}}
 
 
-def finished_videos(record: Path, videos: list[Video],
-                    settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The record's lines, by file, of those videos that exist with their recorded size.
+def finished_videos(record: Path, videos: list[Video], settings: dict[str, Any]) -> set[str]:
+    """The files of those videos that exist with their recorded size.
 
     Args: settings, what all of them share: JSON values; their line is added to the record. Files
     that killed processes left half-written are removed.
     Raises ValueError naming a file that was made from another prompt, seed or setting.
     """
     remove_leftovers(record.with_suffix(""))
-    lines, checksum, finished = read_log(record), crc32_of_json(settings), {}
+    lines, checksum, finished = read_log(record), crc32_of_json(settings), set()
     stored = {line.get("settings"): line["values"] for line in lines if "values" in line}
     recorded = {line["file"]: line for line in lines if "file" in line}
     if checksum not in stored:
@@ -181,45 +168,16 @@ def finished_videos(record: Path, videos: list[Video],
             if before.get(key) != value:
                 raise ValueError(f"{path}: was made with {key} {before.get(key)!r:.200}, got "
                                  f"{value!r:.200}: use what it was made with, or another --out")
-        finished[video.file] = line
+        finished.add(video.file)
     return finished
 
 
-def write_report(cfg: Any, record: Path, times: list[float], lines: list[dict[str, Any]],
-                 results: list[dict[str, Any]], ranks: Ranks) -> None:
-    """Write the JSON of one command's videos next to the record, and print the seconds.
-
-    Args: lines, the record's lines of these videos; results, of sample.sample_videos by rank.
-    """
-    cost = dit_cost(cfg, lines)
-    spent = [{key: result[key] for key in ("seconds", "peak_bytes")} for result in results]
-    write_json(record.with_suffix(".json"), {
-        "who": record.stem, "times": times, "device": device_name(ranks.device), **cost,
-        "ranks": spent, "config": asdict(cfg), "videos": lines})
-    if results:
-        print(speed_text(results, cost))
-
-
-def dit_cost(cfg: Any, videos: list[dict]) -> dict[str, float]:
-    """Tokens, TFLOP and seconds of one evaluation, means over videos."""
-    with torch.device("meta"):
-        dit = build_dit(cfg.preset)
-    sizes = [math.prod(dit.token_grid(*latent_shape(cfg.frames, v["height"], v["width"])[1:]))
-             for v in videos]
-    tflop = sum(map(dit.flops, sizes)) / len(sizes) / 1e12
-    seconds = (sum(sum(v["seconds"]["steps"]) for v in videos)
-               / sum(v["evaluations"] for v in videos))
-    return {"tokens": round(sum(sizes) / len(sizes)), "tflop_an_evaluation": tflop,
-            "seconds_an_evaluation": seconds}
-
-
-def speed_text(results: list[dict], cost: dict[str, float]) -> str:
-    """Seconds of the slowest rank by phase, memory, and the DiT's cost as two lines."""
+def speed_text(results: list[dict]) -> str:
+    """Seconds of the slowest process by phase, and the most memory of one, in what
+    sample.sample_videos returned on each rank."""
     videos = [video for result in results for video in result["videos"]]
     slowest = max(results, key=lambda result: sum(result["seconds"].values()))
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in slowest["seconds"].items())
     peak = max(result["peak_bytes"] for result in results) / 2 ** 30
     return (f"{len(videos)} videos, {videos[0]['evaluations']} evaluations per video; the slowest "
-            f"process: {phases} for {len(slowest['videos'])} videos; peak memory {peak:.2f} GiB\n"
-            f"{cost['tokens']} tokens, {cost['tflop_an_evaluation']:.4g} TFLOP and "
-            f"{cost['seconds_an_evaluation']:.3f} s per evaluation")
+            f"process: {phases} for {len(slowest['videos'])} videos; peak memory {peak:.2f} GiB")

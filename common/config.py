@@ -64,7 +64,7 @@ class Shared:
     attention: Literal["auto", "flash", "cudnn"] = field(
         "auto", "kernels that attention on a GPU tries first; auto: cudnn on Hopper, else flash")
 
-    # Without types, hence not fields: where the values come from, for messages and other stages.
+    # Not fields, since they have no types: where the values come from, for messages and stages.
     origin, path = "the defaults", ROOT / "configs/tiny.yaml"
 
     @property
@@ -72,6 +72,12 @@ class Shared:
         """The scale of classifier-free guidance, or those of two experts, high noise first."""
         low = self.cfg_scale_low
         return self.cfg_scale if low in (None, self.cfg_scale) else [self.cfg_scale, low]
+
+
+def as_options(values: dict[str, Any]) -> list[str]:
+    """Settings as words of a command line; those that are None are left out."""
+    return [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in values.items() if value is not None]
 
 
 def nearest(name: str, names: Any) -> str:
@@ -92,16 +98,17 @@ def check_within(value: Any, interval: str | None, key: str, where: str) -> None
 
 BOOLEANS = {**dict.fromkeys(("true", "1", "yes", "on"), True),
             **dict.fromkeys(("false", "0", "no", "off"), False)}
-# Exact at any size, 1e3 and 2.0 too; 010 is 8 to some; limited, since Fraction expands powers.
+# Integers of any size, and 1e3 or 2.0; not 010, which some programs read as 8. The length is
+# limited because Fraction expands powers.
 INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,39})(\.[0-9]{0,39})?([eE][+-]?[0-9]{1,2})?")
-DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][+-]?[0-9]+)?")  # not 1_0
+DECIMAL = re.compile(r"[+-]?(0|[1-9][0-9]*|(?=\.[0-9]))(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 
 
 def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
     """A value of YAML or the command line as its field's type. Raises ValueError naming the key."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:  # X | None
-        is_none = value is None or str(value).lower() in ("none", "null", "~", "")
+        is_none = str(value).lower() in ("none", "null", "~", "")
         return None if is_none else coerce(value, arguments[0], key, where)
     if origin is list and isinstance(value, str):
         value = value.strip("[]").replace(",", " ").split()  # [0, 25, 50] as in a file, or 0,25,50
@@ -109,7 +116,7 @@ def coerce(value: Any, kind: Any, key: str, where: str) -> Any:
         return [coerce(item, arguments[0], key, where) for item in value]
     if origin is Literal and value in arguments:
         return value
-    text = str(value) if isinstance(value, str | int | float) else ""  # a nested one has no bound
+    text = str(value) if isinstance(value, str | int | float) else ""  # of a list, str may be huge
     with contextlib.suppress(ValueError, KeyError, OverflowError):
         if kind is bool:
             return BOOLEANS[text.lower()]
@@ -260,8 +267,8 @@ def announce(cfg: Any, stage: str, rank: int = 0) -> Path:
     return folder
 
 
-# Paths may differ from rank to rank; the contents of the files may not. (distill.py's lora, an int,
-# is none.)
+# Paths may differ from rank to rank; the contents of the files may not. (The `lora` of distill.py,
+# an integer, is not a path.)
 PATHS = {"run", "weights", "synvid", "prompts", "prompt_file", "image", "student", "students",
          "lora", "out", "base", "teacher_samples", "clips", "how", "high_student"}
 

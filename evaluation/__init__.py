@@ -1,1 +1,1 @@
-"""What evaluate.py leans on: measures, the page, and the paper's tables and figures as runs."""
+"""Parts of evaluate.py and of the paper's tables: measures, statistics, the page, pictures."""

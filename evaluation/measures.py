@@ -7,7 +7,7 @@ x50; y are the reference, other teacher@n samples of the same captions, with oth
   energy       2 E|x − y| − E|x − x'| − E|y − y'| over pairs of different videos, |·| root mean
                square over latent elements, minus the same for teacher@n
   sliced W     mean over fixed random unit directions of the Wasserstein-1 distance of x to y, minus
-               the same for teacher@n: by itself it is biased, equal distributions are not at 0
+               the same for teacher@n, since the mean itself is above 0 for equal distributions
   HF           power of the videos above half the Nyquist frequency, divided by teacher@n's
   edges        correlation of the videos' spatial gradients with teacher@n's: HF says how strong
                edges are, this says whether they are in their places
@@ -263,13 +263,13 @@ def table_row(samples: Samples, teacher_n: Samples, reference: Tensor, direction
 
 
 def mean_row(rows: list[dict]) -> dict:
-    """The mean of several students' rows, ± the standard error over students."""
+    """The mean of students' rows, ± the standard error over students (None for one student)."""
     one = {name: value for name, value in rows[0].items() if name != "left"}  # of one student
     out = {**one, "kind": "mean",
            "label": f"{rows[0]['label'].removesuffix(' #1')}, mean of {len(rows)}"}
     for name, value in one.items():
-        if isinstance(value, tuple):
-            out[name] = mean_and_error(torch.tensor([row[name][0] for row in rows]))
+        if isinstance(value, tuple | list):  # (value, its error); a list if read from JSON
+            out[name] = mean_and_error([row[name][0] for row in rows])
         elif isinstance(value, float):
             out[name] = sum(row[name] for row in rows) / len(rows)
     return out

@@ -94,7 +94,8 @@ def write_report(cfg: Shared, out: Path, models: list[Samples], rows: list[dict]
     write_json(out / "table.json", {**facts, "config": asdict(cfg), "rows": rows, "gates": bounds,
                                     "students": students})
     if cfg.pictures:
-        write_pictures(cfg, out, models, rows, compared, captions, chosen, text, facts)
+        curves = Path(students[0]["file"]).parent / "distill/curves.png"  # of the first student
+        write_pictures(cfg, out, models, rows, compared, captions, chosen, text, curves, facts)
     print(f"\n{text}\nresults: {out / ('report.html' if cfg.pictures else 'table.md')}")
 
 
@@ -156,12 +157,12 @@ def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, str]:
 
 def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dict],
                    compared: list[dict], captions: list[str], chosen: dict[int, str], table: str,
-                   facts: dict) -> None:
+                   curves: Path, facts: dict) -> None:
     """Write the table as a picture, videos and stills of the models, and the page.
 
     videos.* have a row of videos for teacher@n, and for each teacher@m and student.
     Args: compared, the rows of teacher@n, teacher@m and the student; chosen by choose_examples;
-    table, the text of table.md.
+    table, the text of table.md; curves, the picture of the first student's training.
     """
     draw_table(out / "table.png", rows, f"{cfg.count} held-out captions, the same noise for all")
     pictured = []
@@ -182,7 +183,7 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
     write_video(out / "videos.mp4", videos, cfg.fps, LOOP_SECONDS)
     frames = [(label, [(stills(video), note) for video, note in cells]) for label, cells in lines]
     write_image(out / "videos.png", video_table(headings, frames)[0])
-    write_page(cfg, out, compared, table, {**facts, "shown": title})
+    write_page(cfg, out, compared, table, curves, {**facts, "shown": title})
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -203,7 +204,8 @@ def html_of(text: str) -> str:
     return "\n".join(blocks)
 
 
-def write_page(cfg: Shared, out: Path, compared: list[dict], table: str, facts: dict) -> None:
+def write_page(cfg: Shared, out: Path, compared: list[dict], table: str, curves: Path,
+               facts: dict) -> None:
     """Fill in assets/report_template.html with the pictures in `out`; the page needs no other file.
     """
     texts = {**facts, "n": compared[0]["m"], "m": compared[1]["m"], "count": cfg.count}
@@ -214,7 +216,7 @@ def write_page(cfg: Shared, out: Path, compared: list[dict], table: str, facts: 
                   f"{name}_cost": f"{row['evaluations']} evaluations, {row['seconds']:.3f} s"}
     parts = {"videos": data_uri(out / "videos.mp4"), "stills": data_uri(out / "videos.png"),
              "table": html_of(table), "curves": ""}
-    if (curves := Path(cfg.run) / "distill/curves.png").is_file():
+    if curves.is_file():
         parts["curves"] = ('<h2>How the student learned</h2><img alt="Losses, accuracy of the '
                            f'heads, gradients, held-out error" src="{data_uri(curves)}">')
     template = (ROOT / "assets/report_template.html").read_text(encoding="utf-8")

@@ -13,10 +13,11 @@ from torch import Tensor
 Statistic = Callable[[Tensor], float]  # a statistic of some videos, given their indices
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error, of values [N]."""
-    values = values.double()
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+def mean_and_error(values: Tensor | Sequence[float]) -> tuple[float, float | None]:
+    """Mean of values [N] and its standard error, which is None for a single value; in float64."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+    return float(values.mean()), error
 
 
 def leave_one_out(statistic: Statistic, n: int) -> Tensor:

@@ -77,7 +77,8 @@ def optimisers(module: nn.Module, muon_lr: float, adam_lr: float) -> tuple:
 
 NOTE_EVERY = 50  # iterations per line of the log
 # A training state belongs to these settings and to those that start with the network's label.
-COMMON = ("seed", "height", "width", "frames", "ema")
+COMMON = ("seed", "height", "width", "frames")
+AVERAGE_DECAY = 0.999  # of the moving average of the weights, per iteration
 
 
 def folder(cfg: Any) -> Path:
@@ -154,7 +155,7 @@ def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, f
     muon, adam = optimisers(module, *lrs)
     state = {"module": module, "average": average, "muon": muon, "adam": adam}
     first, spent = load_state(path, label, settings, state)
-    saved, total = begun, 0.0
+    saved, total, count = begun, 0.0, 0  # the sum and number of the losses to log next
     bar = tqdm(range(first, iters), label, iters, initial=first, disable=None, mininterval=1)
     for i in bar:
         part = max(0.0, (i / iters - decay_from) / (1 - decay_from))
@@ -167,21 +168,21 @@ def fit(cfg: Any, label: str, module: nn.Module, iters: int, lrs: tuple[float, f
                 group["lr"] = lr * scale
             stepper.step()
             stepper.zero_grad()
-        decay = min(cfg.ema, (i + 1) / (i + 10))
+        decay = min(AVERAGE_DECAY, (i + 1) / (i + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
-        total += loss.item()
+        total, count = total + loss.item(), count + 1
         if not math.isfinite(total):
             raise ValueError(f"{label}: loss {loss.item()} at iteration {i}; {path} is the last "
-                             f"good state: lower {label}_muon_lr or {label}_adam_lr")
+                             f"good state: lower the learning rates of '{label}' in "
+                             "small_world/teacher.py")
         done, seconds = i + 1, spent + time.perf_counter() - begun
         if evaluate is not None and (done % cfg.eval_every == 0 or done == iters):
             note(cfg, stage=label, iteration=done, seconds=round(seconds, 1), **evaluate(average))
         if done % NOTE_EVERY == 0 or done == iters:
-            total /= done % NOTE_EVERY or NOTE_EVERY
-            note(cfg, stage=label, iteration=done, seconds=round(seconds, 1), loss=total)
-            bar.set_postfix(loss=f"{total:.4f}")
-            total = 0.0
+            note(cfg, stage=label, iteration=done, seconds=round(seconds, 1), loss=total / count)
+            bar.set_postfix(loss=f"{total / count:.4f}")
+            total, count = 0.0, 0
             if done == iters or time.perf_counter() - saved > cfg.save_every:
                 save_tensors(path, state_tensors(state), {
                     "settings": json.dumps(settings), "iteration": str(done),

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.config import Shared, announce, field, load_config
-from common.files import lock_folder, read_log, replace_file, write_json, write_text
+from common.files import (
+    lock_folder, read_log, replace_file, write_json, write_json_lines, write_text)
 from common.names import dit_tensors, fingerprint
 from common.prompts import Prompt, heldout_prompts, read_prompts
 from common.ranks import (
@@ -54,27 +55,18 @@ class Config(Shared):
     threads: int = field(1, "CPU threads", "[1, inf)")
     base: str | None = field(None, "weight folder to start from: its VAE and text encoder are kept")
     compile: bool = field(True, "torch.compile the DiT while training (needs a C++ compiler)")
-    ema: float = field(0.999, "decay of the moving average of the weights, per iteration", "[0, 1)")
     save_every: float = field(120.0, "seconds between two saves of the training state", "[0, inf)")
     text_iters: int = field(600, "iterations of the text encoder, 96 captions each", "[1, inf)")
     image_iters: int = field(600, "iterations of the image encoder, 32 images each", "[1, inf)")
     first_frames: int = field(2048, "images for SynVid (image-to-video)", "[1, inf)")
-    vae_muon_lr: float = field(2e-3, "learning rate of the VAE's kernels (Muon)", "(0, inf)")
-    vae_adam_lr: float = field(1e-3, "learning rate of the VAE's other weights", "(0, inf)")
-    vae_decay_from: float = field(0.4, "fraction of iterations before the cosine decay", "[0, 1)")
     vae_iters: int = field(5000, "iterations of the VAE", "[1, inf)")
     vae_batch: int = field(3, "clips per iteration of the VAE", "[1, inf)")
     vae_crop: int = field(32, "side of the crops that the VAE is trained on, pixels")
     vae_dim: int = field(16, "base width of the VAE", "[1, inf)")
-    vae_sample_from: float = field(0.6, "fraction of the iterations before latents are sampled")
     dit_pool: int = field(24000, "clips encoded for the DiT", "[1, inf)")
-    dit_muon_lr: float = field(8e-3, "learning rate of the DiT's blocks (Muon)", "(0, inf)")
-    dit_adam_lr: float = field(2e-3, "learning rate of the DiT's other weights", "(0, inf)")
     dit_decay_from: float = field(0.3, "fraction of iterations before the cosine decay", "[0, 1)")
     dit_iters: int = field(12000, "iterations of the DiT", "[1, inf)")
     dit_batch: int = field(64, "latents per iteration of the DiT", "[1, inf)")
-    dit_shift: float = field(3.0, "shift of the training times (sampling uses `shift`)", "(0, inf)")
-    dit_dropout: float = field(0.1, "fraction of captions left empty, for guidance", "[0, 1]")
     eval_every: int = field(1000, "iterations between two evaluations", "[1, inf)")
     gate_clips: int = field(288, "clips that each gate is measured on", "[1, inf)")
 
@@ -153,7 +145,7 @@ def train_vae(cfg: Config, out: Path) -> None:
         video = clips[..., y:y + cfg.vae_crop, x:x + cfg.vae_crop].contiguous().to(device)
         mean, logvar = moments(video)
         z, divergence = mean, 0.0
-        if i >= cfg.vae_sample_from * cfg.vae_iters:
+        if i >= 0.6 * cfg.vae_iters:
             z = mean + torch.randn(mean.shape, generator=g).to(device) * (logvar / 2).exp()
             divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         error = reconstruct(z) - video
@@ -168,8 +160,7 @@ def train_vae(cfg: Config, out: Path) -> None:
                      for some in clips.split(8)]
         return {"psnr": float(psnr(torch.cat(again), clips).mean())}
 
-    vae = fit(cfg, "vae", vae, cfg.vae_iters, (cfg.vae_muon_lr, cfg.vae_adam_lr),
-              cfg.vae_decay_from, loss_of, evaluate)
+    vae = fit(cfg, "vae", vae, cfg.vae_iters, (2e-3, 1e-3), 0.4, loss_of, evaluate)
     with torch.no_grad():  # the DiT works on channels of mean 0 and standard deviation 1
         clips = make_clips(cfg.seed, 0, min(480, cfg.dit_pool), cfg.height, cfg.frames)[0]
         means = torch.cat([vae.moments(some.to(device))[0] for some in clips.split(8)])
@@ -319,13 +310,13 @@ def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: Conditioner) 
     def loss_of(i: int) -> Tensor:
         g, count = generator(cfg.seed, "dit", i), cfg.dit_batch
         pick = torch.randint(cfg.dit_pool, (count,), generator=g)
-        empty = torch.rand(count, generator=g) < cfg.dit_dropout
+        empty = torch.rand(count, generator=g) < 0.1  # for guidance
         u = (torch.arange(count) + torch.rand((), generator=g)) / count  # stratified
         x0 = latents[pick].float().to(device)
         x1 = torch.randn(x0.shape, generator=g).to(device)
         cond = {name: value[pick].float().to(device) for name, value in pool.items()}
         cond["text"] = states[torch.where(empty, len(distinct), row[pick]).to(device)]
-        t = shift_time(u, cfg.dit_shift).to(device)
+        t = shift_time(u, 3.0).to(device)  # more noise than `shift`, which is for sampling
         x = x0 + t.view(-1, 1, 1, 1, 1) * (x1 - x0)
         v = network(x, t, cond)
         return F.mse_loss(v, x1 - x0)  # Eq. 3
@@ -342,8 +333,8 @@ def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: Conditioner) 
 
     made_from = {"base": fingerprint(cfg.base) if cfg.base else "", "vae": weights_sum(vae),
                  "clip": weights_sum(conditioner.clip)}
-    dit = fit(cfg, "dit", dit, cfg.dit_iters, (cfg.dit_muon_lr, cfg.dit_adam_lr),
-              cfg.dit_decay_from, loss_of, evaluate, made_from)
+    dit = fit(cfg, "dit", dit, cfg.dit_iters, (8e-3, 2e-3), cfg.dit_decay_from, loss_of, evaluate,
+              made_from)
     sizes = {name: value for name, value in asdict(dit.cfg).items()
              if name not in ("patch_size", "image_dim", "image_len", "boundary")}
     write_json(out / "config.json", {"_class_name": "WanModel", **sizes})
@@ -382,9 +373,9 @@ def write_prompts(cfg: Config, out: Path) -> None:
             clips, captions, _ = make_clips(cfg.seed, start, min(PER_FILE, count - start),
                                             cfg.height, cfg.frames, name == "prompts_heldout")
             for i, (clip, text) in enumerate(zip(clips, captions, strict=True), start):
-                lines.append(json.dumps({"prompt": text, "image": f"images/{name}_{i:04d}.png"}))
-                write_image(out / f"images/{name}_{i:04d}.png", clip[:, 0])
-        write_text(out / f"{name}.jsonl", "\n".join(lines) + "\n")
+                lines.append({"prompt": text, "image": f"images/{name}_{i:04d}.png"})
+                write_image(out / lines[-1]["image"], clip[:, 0])
+        write_json_lines(out / f"{name}.jsonl", lines)
 
 
 def held_out(cfg: Config, out: Path) -> list[Prompt]:

@@ -13,6 +13,8 @@ import toy1d
 from tools.baselines import (
     add_noise, dmd_loss, flow_matching_loss, integrate, pcm_loss, perflow_loss, predict_x0, rollout,
     to_time, window_times)
+from common.config import Shared
+from common.files import ROOT
 from common.ranks import generator
 from common.weights import open_tensors, safetensors_metadata
 from small_world import clips as world
@@ -218,6 +220,17 @@ def test_mismatched_clips_are_of_smaller_objects_and_match_their_captions():
         return ((video.amax(1) - video.amin(1)) > 0.5).float().mean((1, 2, 3))
 
     assert area(small).max() < area(matched).min()
+
+
+def test_clips_are_read_again_and_encoded_again_for_another_size(tmp_path):
+    path, shapes = tmp_path / "clips.safetensors", []
+    for height, is_kept in ((16, False), (16, True), (32, False)):
+        before = path.stat().st_ino if path.exists() else None
+        cfg = Shared(height=height, width=height, weights=str(ROOT / "assets/tiny"))
+        baselines.keep_clips(cfg, path, world.SIZE, 1, 2, torch.device("cpu"))
+        assert (path.stat().st_ino == before) == is_kept
+        shapes.append(open_tensors(path)["latents"].shape)
+    assert shapes == [(2, 16, 3, 2, 2), (2, 16, 3, 2, 2), (2, 16, 3, 4, 4)]
 
 
 @pytest.fixture

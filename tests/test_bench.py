@@ -134,7 +134,7 @@ def test_what_is_timed_against_diffusers_computes_the_same(family):
     pytest.importorskip("diffusers")
     sizes = peer_sizes(family, 64, 2, 2)
     ours, theirs = (call() for call in peer_dits(sizes, 2, (2, 4, 6), False))
-    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert torch.allclose(ours, theirs, atol=1e-4) and ours.std() > 0.01
     for call in peer_dits(sizes, 1, (2, 4, 6), True):
         call()
     encoded = [call() for call in peer_vaes(family, "encode", 5)]

@@ -186,6 +186,9 @@ def test_the_mean_of_students_has_the_error_over_students():
     assert (mean["label"], mean["kind"], mean["m"]) == ("student@5, mean of 2", "mean", 5)
     assert mean["endpoint"] == pytest.approx((0.03, 0.01))
     assert mean["hf"] == pytest.approx((1.05, 0.05)) and mean["seconds"] == pytest.approx(0.1)
+    assert mean["endpoint"][0] == pytest.approx(0.03, rel=1e-14)  # in float64
+    one = mean_row([row("student@5", 0.02, 0.0, 1.0)])
+    assert one["endpoint"] == (0.02, None)
 
 
 # ---------------------------------------------------------------------------------- the examples
@@ -294,10 +297,11 @@ def test_the_page_needs_no_other_file_and_contains_everything(finished):
 
 
 def test_the_page_contains_no_markup_of_captions_and_omits_what_was_not_measured(run):
-    write_student(run.folder / "run/student.safetensors", run.weights, 0)
+    student = write_student(run.folder / "other/student.safetensors", run.weights, 0)
+    write_image(run.folder / "run/distill/curves.png", torch.zeros(3, 8, 8))  # not this student's
     bad = '<script>alert("1 & 2")</script> $n <img src=x>'
     (run.folder / "captions.txt").write_text(bad + "\n")
-    table, out = run(), run.folder / "run/evaluate"
+    table, out = run("--students", str(student)), run.folder / "run/evaluate"
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<img src=x" not in page and bad not in page
     assert table["gates"] == []

@@ -122,9 +122,9 @@ def test_full_size_names_and_shapes_equal_the_published_checkpoints(kind, channe
 def two_experts(sizes: WanConfig = PRESETS["tiny-experts"]) -> torch.nn.Module:
     """Two experts with different random weights."""
     dit = build_dit(sizes)
-    dit.init_weights(generator("experts"))
     with torch.no_grad():
-        for expert in dit.children():
+        for name, expert in dit.named_children():
+            expert.init_weights(generator("experts", name))
             expert.head.head.weight.normal_(std=0.1, generator=generator("head"))
     return dit.requires_grad_(False)
 

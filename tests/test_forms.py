@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_weights
+from conftest import randomise, write_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,9 +31,7 @@ FULL = "diffusion_pytorch_model.safetensors"
 
 def state_of(preset: str = "tiny") -> dict[str, Tensor]:
     """Random weights of a preset under official names."""
-    dit = build_dit(preset)
-    dit.init_weights(generator("forms", preset))
-    return {name: p.detach().clone() for name, p in dit.state_dict().items()}
+    return randomise(build_dit(preset).requires_grad_(False), "forms", preset)
 
 
 def loaded(path: Path, preset: str = "tiny") -> dict[str, Tensor]:

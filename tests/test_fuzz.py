@@ -189,8 +189,7 @@ def student_cases(tmp_path, config) -> tuple[Path, Callable]:
     cfg = load_config(sample.Config, "sample", [str(config)])
     path = tmp_path / "student.safetensors"
     tensors = {name: t.read() for name, t in dit_tensors(cfg.weights).items()}
-    names = (*student_file.FACTS, *student_file.SETTINGS)
-    about = {name: getattr(cfg, name, None) for name in names}
+    about = {name: getattr(cfg, name) for name in student_file.SETTINGS}
     about |= {"t_key": [1.0, 0.9, 0.0], "teacher": "0" * 32, "dtype": "bf16"}
     save_tensors(path, tensors, {"accvideo": json.dumps(about)})
 

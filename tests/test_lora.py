@@ -19,6 +19,7 @@ from artifacts.lora import (
     with_lora)
 from artifacts.student import write_together
 from common.config import load_config
+from common.files import read_log
 from common.names import dit_tensors, fingerprint, official_names
 from common.ranks import generator
 from common.weights import open_tensors, safetensors_metadata, save_tensors
@@ -177,7 +178,7 @@ def test_the_command_writes_file_and_table_and_sample_uses_it(tiny_weights, make
     assert len(list((tmp_path / "lora/lora2").glob("a-red-disc_*_seed0.mp4"))) == 1
     apart, moved = ((videos[who] - videos["student"]).abs().mean() for who in ("lora", "none"))
     assert apart < 0.25 * moved  # H.264 rounds, too
-    assert json.loads((tmp_path / "lora/lora2.json").read_text())["times"] == about["t_key"]
+    assert read_log(tmp_path / "lora/lora2.jsonl")[0]["values"]["times"] == about["t_key"]
 
 
 # ----------------------------------------------------------------------------- other programs
@@ -468,11 +469,11 @@ def test_a_lora_without_metadata_takes_the_config_s_key_timesteps(make_config, f
     args = [str(make_config()), "--prompt", "x", "--lora", str(foreign)]
     sample.main(args)
     assert "the config's key timesteps are used" in capsys.readouterr().out
-    report = json.loads((tmp_path / "run/samples/lora2.json").read_text())
-    assert report["times"] == key_times("wan", 4, 7.0, [0, 2, 4])
+    times = read_log(tmp_path / "run/samples/lora2.jsonl")[0]["values"]["times"]
+    assert times == key_times("wan", 4, 7.0, [0, 2, 4])
     monkeypatch.setenv("RANK", "1")  # the first rank has printed it
     cfg = load_config(sample.Config, "sample", args)
-    assert sample.sampling_times(cfg, False) == report["times"]
+    assert sample.sampling_times(cfg, False) == times
     assert not capsys.readouterr().out
 
 

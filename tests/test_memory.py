@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import randomise
 from memory_worker import FEW, MANY, load, share
 from processes import in_processes
 
@@ -58,7 +59,7 @@ def test_the_plan_is_within_a_tenth_of_what_the_allocator_gives(
     for module in (common.ranks, training.memory):  # bf16 as on a GPU
         monkeypatch.setattr(module, "compute_dtype", lambda device: dtype)
     dit = model.build_dit("small")
-    dit.init_weights(generator("teacher"))
+    randomise(dit, "teacher")
     weights = tmp_path / "teacher.safetensors"
     save_tensors(weights, dit.state_dict(), {})
     del dit
@@ -99,7 +100,7 @@ def test_without_gradient_two_blocks_take_no_more_memory_than_one(family, kind):
 def test_loading_takes_a_rank_s_share_and_one_tensor_of_host_memory(tmp_path):
     for name, sizes in (("few", FEW), ("many", MANY)):
         dit = model.build_dit(sizes)
-        dit.init_weights(generator(name))
+        randomise(dit, name)
         save_tensors(tmp_path / f"{name}.safetensors", dit.state_dict(), {})
     total = sum(p.numel() for p in dit.parameters()) * 4
     largest = max(p.numel() for p in dit.parameters()) * 4
@@ -115,7 +116,7 @@ def test_loading_takes_a_rank_s_share_and_one_tensor_of_host_memory(tmp_path):
 
 def test_a_team_s_ranks_share_the_weights_of_a_dit_that_only_samples(tmp_path):
     dit = model.build_dit(FEW)
-    dit.init_weights(generator("few"))
+    randomise(dit, "few")
     save_tensors(tmp_path / "few.safetensors", dit.state_dict(), {})
     in_processes(4, share, tmp_path)  # two teams of two ranks
     total = sum(p.numel() for p in dit.parameters())

@@ -19,7 +19,9 @@ from processes import PATIENCE, start_script
 import synvid
 from common.config import load_config
 from common.files import ROOT, write_json
+from common.prompts import read_prompts
 from common.ranks import generator
+from common.weights import save_tensors
 from model import time_grid
 from small_world.clips import make_captions
 from tools import paper, runs, tables, taps
@@ -394,6 +396,7 @@ def test_a_table_and_a_figure_are_one_command_that_resumes_with_the_same_numbers
     (("seeds=0",), "seeds: .*got 0"),
     (("pcm=1e-3",), "pcm: expected a learning rate and a number of iterations"),
     (("m=9",), "expected 1 … 4, .* got 9"),
+    (("key=0,1,4",), r"key: expected \[0, 2, 4\], .* got \[0, 1, 4\]: .*--m"),
     (("count=2",), "count: .*got 2"),
     (("options=lambada_adv=1",), "unknown option 'lambada_adv=1'.*lambda_adv"),
 ])
@@ -402,6 +405,26 @@ def test_a_paper_command_that_cannot_be_run_is_refused_first(study, options, mes
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         paper.main([str(config), "--tables", "table3", *options])
     assert not list(out.rglob("*.safetensors"))
+
+
+def test_fig5_is_of_synvid_s_prompts_and_alone_of_a_given_file(study, tmp_path):
+    config, out = study
+    (tmp_path / "own.txt").write_text("one two\none\n")
+    trajectory = out / "synvid/000/000000.safetensors"
+    save_tensors(trajectory, {"x": torch.zeros(1)}, {
+        "synvid": json.dumps({"trajectory": {"prompt": "one two three"}})})
+
+    def lengths(*options: str) -> tuple[int, int]:
+        paper.main([str(config), "--tables", "fig5", *options])
+        fig5 = json.loads((out / "paper.json").read_text())["fig5"]
+        return fig5["prompts"], fig5["words"]["100 %"]
+
+    assert lengths() == (1, 3)
+    assert lengths(f"--prompts={tmp_path / 'own.txt'}") == (2, 2)
+    trajectory.unlink()
+    prompts = read_prompts(load_config(synvid.Config, "synvid", [str(config)]).prompts)
+    assert lengths() == (len(prompts), max(len(prompt.text.split()) for prompt in prompts))
+    assert not (out / "synvid/manifest.json").exists()
 
 
 def test_other_tables_have_at_most_the_seeds_of_table_3(study):
@@ -445,7 +468,7 @@ def test_what_blocks_tell_is_one_command(study, ranks, tmp_path, capsys):
         assert 0 <= entry["probe"] <= 1 and 0 <= entry["head"] <= 1
     assert (tmp_path / "run/taps/taps.png").exists()
     assert "t'_1 = 0.781: a head is best at block" in capsys.readouterr().out
-    for option, message in (("videos=13", "videos: expected 8 … 12.*got 13"),
+    for option, message in (("videos=13", "videos: expected at least 8 .*SynVid's 12, got 13"),
                             ("blocks=3", "blocks: expected some of 0 … 2, got .3.")):
         with pytest.raises(ValueError, match=message):
             taps.main([str(config), "videos=8", option])

@@ -199,6 +199,15 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(traine
         run(tmp_path / "parts")
 
 
+def test_a_longer_run_logs_the_mean_loss_of_its_own_iterations(tmp_path):
+    for iterations in (3, 5):
+        cfg, layer = teacher.Config(run=str(tmp_path), vae_iters=iterations), torch.nn.Linear(1, 1)
+        fit.fit(cfg, "vae", layer, iterations, (1e-3, 1e-3), 0.4,
+                lambda i, layer=layer: 0 * layer.weight.sum() + 2)
+    lines = files.read_log(tmp_path / "teacher/log.jsonl", "loss")
+    assert [(line["iteration"], line["loss"]) for line in lines] == [(3, 2.0), (5, 2.0)]
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"width": 48}, "expected a square"), ({"vae_crop": 40}, "multiple of 8 up to its side"),
     ({"dit_iter": 3}, "dit_iters"), ({"vae_iters": "many"}, "vae_iters"),

@@ -8,6 +8,7 @@ from test_sample import KEY, N, fast_videos, write_student
 
 import sample
 from artifacts.videos import NAME_BYTES, read_named_videos
+from common.files import read_log
 from common.prompts import Prompt, read_prompts
 from common.ranks import seed_of
 from tools import vbench
@@ -43,7 +44,9 @@ def run(tiny_weights, tmp_path, make_config, monkeypatch):
 
 
 def videos_of(run) -> list[dict]:
-    return json.loads((run.out / "student2.json").read_text())["videos"]
+    """The record's last line of each video, in the order in which they were first made."""
+    lines = [line for line in read_log(run.out / "student2.jsonl") if "file" in line]
+    return list({line["file"]: line for line in lines}.values())
 
 
 def test_the_folder_is_flat_and_its_names_are_the_prompts_byte_for_byte(run):

@@ -34,9 +34,9 @@ from common.ranks import (
     setup_distributed)
 from common.weights import open_safetensors, safetensors_metadata, save_tensors
 from frozen.load import encode_prompts, load_conditioner, load_vae
-from model import check_model, collate, key_times, load_dit, time_grid
-from small_world.clips import SIZE, make_clips
-from training.data import epoch_order
+from model import check_model, collate, key_times, latent_shape, load_dit, time_grid
+from small_world.clips import SIZE, make_captions, make_clips
+from training.data import trajectories_of
 from training.optimizer import adamw, apply_update
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # v(x, t), t [B]
@@ -174,22 +174,24 @@ class Data:
 
 
 SMALLER = (0.30, 0.40)  # radii of the mismatched clips' objects, below all of the teacher's
+CLIPS_SEED = 1          # of the clips to learn from; the teacher learned from those of seed 0
 
 
 @torch.no_grad()
 def keep_clips(cfg: Shared, path: Path, radius: tuple[float, float], seed: int, count: int,
                device: torch.device) -> None:
-    """Encode the small world's clips of a seed and a range of radii, unless `path` holds them."""
-    facts = {"weights": str(fingerprint(cfg.weights)), "clips": f"{count} of {seed}, {radius}"}
-    if path.exists() and facts.items() <= safetensors_metadata(path).items():
+    """Encode the small world's clips of a seed and a range of radii, unless `path` has them."""
+    facts = {"weights": fingerprint(cfg.weights), "clips": f"{count} of {seed}, {radius}"}
+    shape = (count, *latent_shape(cfg.frames, cfg.height, cfg.width))
+    if (path.exists() and facts.items() <= safetensors_metadata(path).items()
+            and open_safetensors(path)["latents"].shape == shape):
         return
-    vae, latents, captions = load_vae(cfg.weights, device, family=cfg.family), [], []
+    vae, latents = load_vae(cfg.weights, device, family=cfg.family), []
     for start in tqdm(range(0, count, 32), "encode", mininterval=1, disable=None):
-        clips, texts, _ = make_clips(seed, start, min(32, count - start), cfg.height, cfg.frames,
-                                     radius=radius)
+        clips, _, _ = make_clips(seed, start, min(32, count - start), cfg.height, cfg.frames,
+                                 radius=radius)
         latents += [vae.encode(part.to(device)).cpu() for part in clips.split(4)]
-        captions += texts
-    save_tensors(path, {"latents": torch.cat(latents)}, {**facts, "captions": "\n".join(captions)})
+    save_tensors(path, {"latents": torch.cat(latents)}, facts)
 
 
 def load_data(cfg: Config, device: torch.device) -> Data:
@@ -203,8 +205,8 @@ def load_data(cfg: Config, device: torch.device) -> Data:
         return Data(torch.cat([x for x, _, _ in items]), conds, unconds)
     path = Path(cfg.clips or Path(cfg.run) / "clips") / f"{cfg.data}.safetensors"
     radius = SMALLER if cfg.data == "mismatched" else SIZE
-    on_first_rank(lambda: keep_clips(cfg, path, radius, 1, cfg.data_count, device))
-    prompts = [Prompt(text) for text in safetensors_metadata(path)["captions"].split("\n")]
+    on_first_rank(lambda: keep_clips(cfg, path, radius, CLIPS_SEED, cfg.data_count, device))
+    prompts = [Prompt(text) for text in make_captions(CLIPS_SEED, 0, cfg.data_count)]
     sizes = [(cfg.height, cfg.width)] * len(prompts)
     return Data(open_safetensors(path)["latents"].read(),
                 *encode_prompts(cfg, prompts, sizes, True, device, Timer(device)))
@@ -274,10 +276,8 @@ def train_baseline(cfg: Config, state: distill.TrainState, data: Data, ranks: Ra
             for update in range(updates):
                 for part in range(each):
                     first = (part * ranks.dp_size + ranks.dp_rank) * cfg.micro_batch
-                    positions = [divmod(step * cfg.batch + first + slot, len(data.latents))
-                                 for slot in range(cfg.micro_batch)]
-                    picked = [epoch_order(cfg.seed, epoch, len(data.latents))[position]
-                              for epoch, position in positions]
+                    slots = range(first, first + cfg.micro_batch)
+                    picked = trajectories_of(cfg, step, slots, len(data.latents))
                     v = velocities(cfg, state, fake, data, picked, device)
                     draw = generator(cfg.method, cfg.seed, step, name, update, first)
                     loss = compute_loss(cfg, v, data.latents[picked].to(device), grid, draw,

@@ -12,7 +12,6 @@ Out: prompts.jsonl, one {"prompt": …, "video": …} per line, for synvid.py; w
 """
 
 import argparse
-import json
 import os
 import re
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from common.config import Shared
-from common.files import append_log, crc32_of_json, error_summary, read_log, write_text
+from common.files import append_log, crc32_of_json, error_summary, read_log, write_json_lines
 from common.names import fingerprint_files
 from common.ranks import (
     cli, compute_dtype, gather_values, lock_run_folder, on_first_rank, print_line, progress_bar,
@@ -111,7 +110,7 @@ def caption_error(text: str, complete: bool) -> str:
 def write_captions(out: Path, lines: list[dict]) -> None:
     """Write the lines that have no "error"; print the others, and how many there are."""
     prompts = [line for line in lines if "error" not in line]
-    write_text(out, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts))
+    write_json_lines(out, prompts)
     for line in lines:
         if "error" in line:
             print_line(f"{line['video']}: left out: {line['error']}", error=True)
@@ -166,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
                     line["error"] = error
                 elif images:
                     image = images / f"{Path(video).stem[:80]}_{crc32_of_json(video)}.png"
-                    write_image(image, torch.tensor(frames[0]).permute(2, 0, 1) / 127.5 - 1)
+                    write_image(image, frames[0])
                     line["image"] = os.path.relpath(image, out.parent)
                 append_log(folder / f"{settings}/rank{ranks.rank:03d}.jsonl", line)
             bar.update(min(args.batch, len(todo) - start))

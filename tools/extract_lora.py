@@ -7,10 +7,10 @@ In:  the teacher's weights and the student that distill.py made from them.
 Out: <run>/student_lora_rank32.safetensors (or --out), fp16, for ComfyUI, diffusers, LightX2V and
      sample.py; next to it a .json with the energy that each layer keeps.
 
-A matrix's difference Δ = W_student - W_teacher is cut to its first r singular values: Δ ≈ B·A with
-B = U√S, A = √S Vᵀ, the nearest of that rank (Eckart and Young). Of Wan, other parameters are stored
-as full differences; of HunyuanVideo, the file has only the matrices of the blocks. Energy kept:
-1 - ‖Δ - B·A‖² / ‖Δ‖², B and A as stored.
+Of a matrix's difference Δ = W_student - W_teacher, the first r singular values are kept: Δ ≈ B·A
+with B = U√S, A = √S Vᵀ, the nearest of that rank (Eckart and Young). For Wan, other parameters are
+stored as full differences; for HunyuanVideo, the file has only the matrices of the blocks. Energy
+kept: 1 - ‖Δ - B·A‖² / ‖Δ‖², B and A as stored.
 """
 
 import functools

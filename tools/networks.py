@@ -178,7 +178,8 @@ def peer_dits(sizes: WanConfig | HunyuanConfig, batch: int, latents: tuple[int, 
     gradient or, with `backward`, a forward and a backward to all weights."""
     draw = generator("peer")
     ours = build_dit(sizes)
-    ours.init_weights(draw)
+    for p in ours.parameters():
+        nn.init.normal_(p, std=0.02, generator=draw)
     x, t = torch.randn(batch, 16, *latents, generator=draw), torch.full((batch,), 0.7)
     text = torch.randn(batch, sizes.text_len, sizes.text_dim, generator=draw)
     cond, args = {"text": text}, (x, t * 1000, text)

@@ -21,7 +21,7 @@ import torch
 import distill
 import evaluate
 import synvid
-from common.config import Shared, field, load_config
+from common.config import Shared, as_options, field, load_config
 from common.files import lock_folder, parse_json
 from common.prompts import read_prompts
 from common.ranks import cli, device_name, pick_device
@@ -54,8 +54,8 @@ class Config(Shared):
                                         "[0, inf)")
     perflow: list[float] | None = field(None, "learning rate and iterations of PeRFlow; defaults "
                                         "to lr and iterations", "(0, inf)")
-    pcm: list[float] | None = field(None, "the same of phased consistency", "(0, inf)")
-    dmd: list[float] | None = field(None, "the same of distribution matching", "(0, inf)")
+    pcm: list[float] | None = field(None, "the same for phased consistency", "(0, inf)")
+    dmd: list[float] | None = field(None, "the same for distribution matching", "(0, inf)")
     jobs: int = field(1, "runs at once; with several each process has one CPU thread", "[1, inf)")
     synvid: str | None = field(None, "trajectories for the runs, made with --keep all; by default "
                                "they are made in <run>/paper/synvid")
@@ -67,13 +67,8 @@ class Config(Shared):
     count: int | None = field(None, "videos per model, as in evaluate.py; default: the config's")
 
 
-EVALUATION = ("seed", "prompts", "count", "batch", "directions", "c2st_steps")  # in every command
-
-
-def as_options(values: dict) -> list[str]:
-    """Settings as words of a command line; None is left out."""
-    return [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-            for name, value in values.items() if value is not None]
+# Settings that the command of each evaluation contains, whether they were given or not.
+EVALUATION = ("seed", "prompts", "count", "batch", "directions", "c2st_steps")
 
 
 def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Settings]:
@@ -92,6 +87,9 @@ def read_settings(cfg: Config) -> tuple[list[str], evaluate.Config, tables.Setti
         if not 1 <= m <= cfg.n:
             raise ValueError(f"m, steps: expected 1 … {cfg.n}, the teacher's steps, got {m}: "
                              "correct --m or --steps")
+    if "key" in cfg.given and cfg.key != (even := tables.even_key(cfg.n, m_config)):
+        raise ValueError(f"key: expected {even}, as the tables space key timesteps evenly, got "
+                         f"{cfg.key}: leave --key out, and give the number of steps by --m")
     training = load_config(distill.Config, "distill", [str(cfg.path), *shlex.split(cfg.options)])
     methods = {name: getattr(cfg, name) or [training.lr, training.iterations]
                for name in tables.METHODS}
@@ -129,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
                 (*shared, *as_options(measured)), (*shared, *as_options(others)),
                 tuple(shlex.split(cfg.launch)), cfg.jobs)
     with lock_folder(out):
-        if cfg.synvid is None and (chosen != ("fig5",) or evaluation.prompts is None):
+        if cfg.synvid is None and chosen != ("fig5",):
             launch = plan.launch if cfg.jobs == 1 else (
                 "torchrun", "--standalone", f"--nproc-per-node={cfg.jobs}")
             command = plan.command("synvid.py", out, "keep=all", *shared, launch=launch)
@@ -144,8 +142,11 @@ def main(argv: list[str] | None = None) -> None:
         if "fig6" in chosen:
             command = plan.command("tools.taps", out / "fig6", *plan.options, s.key)
             run_all([Run(command, out / "fig6", "taps/taps.json")], plan, "fig6")
-        sections = {name: make_section(cfg, name, plan, s, trajectories, evaluation.prompts)
-                    for name in chosen}
+        # Fig. 5 is of SynVid's prompts; alone, it may be of any file, and needs no SynVid.
+        file = cfg.prompts if chosen == ("fig5",) else None
+        if not any(trajectories.glob("*/*.safetensors")):
+            file = file or training_prompts
+        sections = {name: make_section(cfg, name, plan, s, trajectories, file) for name in chosen}
         page = tables.write_paper(plan, sections, {
             "command": shlex.join(["python", "-m", "tools.paper", *argv]), "commit": commit(),
             "device": device_name(pick_device(cfg.device)), "torch": torch.__version__,
@@ -154,13 +155,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_section(cfg: Config, name: str, plan: Plan, s: tables.Settings, trajectories: Path,
-                 prompts: str | None) -> tables.Section:
-    """One table or figure, from what was measured; prompts, a file that fig5 reads if there are no
-    trajectories."""
+                 file: str | None) -> tables.Section:
+    """One table or figure, from what was measured.
+
+    Args: file, the prompts of fig5; by default they are those of the trajectories.
+    """
+    if name == "fig5" and file is None:
+        files = sorted(trajectories.glob("*/*.safetensors"))
+        return tables.fig5(plan, [stored_prompt(path) for path in files])
     if name == "fig5":
-        texts = [stored_prompt(path) for path in sorted(trajectories.glob("*/*.safetensors"))]
-        return tables.fig5(plan, texts or [prompt.text for prompt in read_prompts(
-            prompts, sizes_of(cfg.preset).takes_image)])
+        prompts = read_prompts(file, sizes_of(cfg.preset).takes_image)
+        return tables.fig5(plan, [prompt.text for prompt in prompts])
     if name not in ("table3", "table4", "methods"):
         return {"search": tables.search_table, "fig6": tables.fig6, "fig8": tables.fig8,
                 "fig9": tables.fig9, "ladder": tables.ladder}[name](plan, s)

@@ -9,7 +9,6 @@ import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from common.config import load_yaml
 from common.files import ROOT, abbreviate, open_own, read_json, write_json
+from evaluation.measures import mean_row
 from evaluation.page import ALL_TITLES, COLUMN_TITLES, markdown_table, plus_minus
 from evaluation.statistics import difference, holm, jackknife_error
 
@@ -189,9 +189,7 @@ class Measured:
     @property
     def mean(self) -> dict:
         """The arm's row: by column (mean over seeds, its standard error or None)."""
-        return {"label": self.label, "kind": "mean", "seeds": len(self.rows), **{
-            name: seed_mean([row[name][0] for row in self.rows])
-            for name in ALL_TITLES if name in self.rows[0]}}
+        return mean_row(self.rows) | {"label": self.label, "seeds": len(self.rows)}
 
 
 def read_measured(plan: Plan, name: str, label: str) -> Measured:
@@ -202,7 +200,7 @@ def read_measured(plan: Plan, name: str, label: str) -> Measured:
     return Measured(label, teacher_n, teacher_m, rows, table["command"])
 
 
-# What a claim compares: a column and how far its value is from the teacher's, less is better.
+# What a claim compares: a column, and how far its value is from the teacher's (less is better).
 SHORTFALLS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "endpoint error": ("endpoint", lambda value: value),
     "energy": ("energy", lambda value: value),
@@ -218,12 +216,6 @@ HOW_TO_READ = (
     "(Student's t): a claim holds where the interval is below 0, does not hold where it is above, "
     "and is undecided where it contains 0. In brackets: the p value after Holm's correction for "
     "all claims and measures of the table; a verdict is bold where it is below .05.")
-
-
-def seed_mean(values: list[float]) -> tuple[float, float | None]:
-    """Mean over seeds and its standard error, which is None for one seed."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return statistics.fmean(values), error
 
 
 def compare(ours: Measured, theirs: Measured, name: str) -> dict:

@@ -1,4 +1,4 @@
-"""Fig. 6 for your teacher: which of its features tell generated latents from real ones, for D7.
+"""Fig. 6 for your teacher: which of its features separate generated latents from real ones; D7.
 
     python -m tools.taps [CONFIG] [--videos 128]
     torchrun --nproc-per-node 8 -m tools.taps CONFIG    # the teacher is sharded over the ranks
@@ -147,13 +147,13 @@ def main(argv: list[str] | None = None) -> None:
     distill.check_config(cfg, 1)
     data = open_trajectories(Path(cfg.synvid or f"{cfg.run}/synvid"), cfg)
     depth, count = sizes.num_layers, min(8, sizes.num_layers)
-    if (cfg.videos or 8) > len(data):
-        raise ValueError(f"videos: expected 8 … {len(data)}, as many as SynVid has, got "
-                         f"{cfg.videos}: correct --videos")
+    cfg.videos = cfg.videos or min(128, len(data))
+    if not 8 <= cfg.videos <= len(data):
+        raise ValueError(f"videos: expected at least 8 and at most SynVid's {len(data)}, got "
+                         f"{cfg.videos}: correct --videos, or make more trajectories")
     if not set(cfg.blocks or ()) <= set(range(depth)):
         raise ValueError(f"blocks: expected some of 0 … {depth - 1}, got {cfg.blocks}: correct "
                          "--blocks")
-    cfg.videos = cfg.videos or min(128, len(data))
     blocks = cfg.blocks or [round((i + 1) * depth / count) - 1 for i in range(count)]
     with lock_run_folder(Path(cfg.run) / "taps"):
         out = announce(cfg, "taps", ranks.rank)

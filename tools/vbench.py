@@ -15,8 +15,8 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from artifacts.videos import name_error, read_named_videos, write_named_videos
-from common.files import NUMBER, abbreviate, read_json, shape_error
+from artifacts.videos import name_error, read_named_videos
+from common.files import NUMBER, abbreviate, read_json, shape_error, write_json_lines
 from common.prompts import read_prompts
 from common.ranks import cli, seed_of
 
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.exists() and not read_named_videos(args.out):
         raise ValueError(f"{args.out}: exists, and is not a file of VBench's prompts: choose "
                          "another name by --out")
-    write_named_videos(args.out, videos)
+    write_json_lines(args.out, videos)
     print(f"{args.out} has {len(videos)} videos; make them by `python sample.py CONFIG "
           f"--prompt_file {args.out} --out DIR`")
 

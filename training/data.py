@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from artifacts.trajectories import SynVid, find_trajectories, open_trajectories, read_manifest
-from common.config import Shared, load_yaml
+from common.config import Shared, as_options, load_yaml
 from common.files import ROOT
 from common.ranks import (
     Ranks, draw_noise, end_all, errors_on_all_ranks, generator, on_first_rank)
@@ -26,7 +26,6 @@ def open_synvid(cfg: Any) -> SynVid:
     folder = Path(cfg.synvid) if cfg.synvid is not None else Path(cfg.run) / "synvid"
     if cfg.preset == "tiny" and cfg.synvid is None:
         on_first_rank(lambda: make_small_synvid(cfg, folder))
-
     return open_trajectories(folder, cfg)
 
 
@@ -42,13 +41,11 @@ def make_small_synvid(cfg: Any, folder: Path) -> None:
     shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
     if (folder / "manifest.json").exists():  # students of several seeds share one SynVid
         shared["seed"] = read_manifest(folder)["seed"]
-    settings = [f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-                for name, value in shared.items() if value is not None]
     # Stage 1 runs alone, so torchrun's variables are removed from its environment.
     alone = {name: value for name, value in os.environ.items()
              if not name.startswith(("TORCHELASTIC", "MASTER_"))
              and not name.endswith(("RANK", "WORLD_SIZE"))}
-    command = [sys.executable, str(ROOT / "synvid.py"), str(cfg.path), *settings]
+    command = [sys.executable, str(ROOT / "synvid.py"), str(cfg.path), *as_options(shared)]
     if subprocess.run(command, env=alone).returncode:
         raise ValueError(f"{folder}: stage 1 failed, see the messages above: correct what they "
                          "name, then rerun this command")
@@ -101,6 +98,13 @@ def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
     return torch.randperm(count, generator=generator("order", seed, epoch)).tolist()
 
 
+def trajectories_of(cfg: Any, step: int, slots: list[int], count: int) -> list[int]:
+    """Which of `count` trajectories are in some slots of an iteration's batch: each once before any
+    is repeated."""
+    positions = [divmod(step * cfg.batch + slot, count) for slot in slots]
+    return [epoch_order(cfg.seed, epoch, count)[position] for epoch, position in positions]
+
+
 class Loader:
     """The micro-batches of an iteration; the next iteration's are read while this one computes.
 
@@ -131,15 +135,12 @@ class Loader:
         return Batch(Latents(dict(zip(ks, x, strict=True)), self.device), cond, slots)
 
     def read(self, step: int) -> list[Batch]:
-        """The micro-batches of one iteration: each trajectory once before any is repeated."""
-        k, out = self.ks[step % len(self.ks)], []
+        """The micro-batches of one iteration."""
+        k = self.ks[step % len(self.ks)]
         last = self.ks[-1] if k == self.ks[0] and self.cfg.adv else k  # all latents for Q_m
         ks = list(range(last, k + 2))
-        for slots in self.slots:
-            positions = [divmod(step * self.cfg.batch + slot, self.count) for slot in slots]
-            out.append(self.batch([epoch_order(self.cfg.seed, epoch, self.count)[position]
-                                   for epoch, position in positions], slots, ks))
-        return out
+        return [self.batch(trajectories_of(self.cfg, step, slots, self.count), slots, ks)
+                for slots in self.slots]
 
     def __call__(self, step: int) -> list[Batch]:
         """As read, but an error on one rank is raised on all, before any of them computes."""

@@ -183,8 +183,7 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
         _, *laps = timer.laps()
         seconds += sum(laps)
         if file:
-            facts = {"seconds": sum(laps)}
-            save_tensors(file, {"x": latents[-1]}, {"accvideo": json.dumps(facts)})
+            save_tensors(file, {"x": latents[-1]}, {"accvideo": json.dumps({"seconds": sum(laps)})})
     bar.close()
     latents, evaluations = torch.cat(latents), steps * (1 if unconds is None else 2)
     if not bool(torch.isfinite(latents).all()):

@@ -231,12 +231,6 @@ class Bench:
         steps = distill.algorithm_1(cfg, state, loader)
         return [lambda: next(steps)]
 
-    def k_step_flops(self) -> float:
-        """Floating-point operations of a k-step per rank, the mean over k."""
-        taps = distill.tap_blocks(self.distill, self.dit.cfg.num_layers)
-        return statistics.mean(step_flops(self.distill, self.dit, tap, self.tokens)
-                               for tap in taps) / self.ranks.world
-
     def prompt_to_video(self, times: list[float], guided: bool) -> list[Call]:
         """Text encoders, Euler steps, VAE and video file, with all networks in memory."""
         cfg, dit = self.cfg, random_dit(self.cfg, self.device, self.ranks.sp_ranks)
@@ -281,10 +275,12 @@ def config_rows(b: Bench) -> Iterator[Row]:
     parts = frozen_parts(cfg)
     work = {name: count_flops(*part) for name, part in parts.items()}
     rest = sum(work.values()) - work["VAE encode"]
+    taps = distill.tap_blocks(b.distill, b.dit.cfg.num_layers)
+    k_step = statistics.mean(step_flops(b.distill, b.dit, tap, tokens) for tap in taps)
     plan = sum(memory_parts(b.distill, b.shape, b.device, b.ranks.world, b.ranks.sp).values())
 
     yield Row("DiT forward", b.evaluation, flop, tokens)
-    yield Row("distill.py, one k-step of one micro-batch a rank", b.k_step, b.k_step_flops(),
+    yield Row("distill.py, one k-step of one micro-batch a rank", b.k_step, k_step / b.ranks.world,
               tokens * b.distill.micro_batch, plan, len(key) - 1)
     yield Row(f"prompt to video, {len(key) - 1} steps", partial(b.prompt_to_video, key, False),
               flop * (len(key) - 1) + rest, tokens)

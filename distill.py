@@ -271,7 +271,8 @@ def check_config(cfg: Config, replicas: int) -> None:
     size = min(cfg.micro_batch, max(cfg.batch // replicas, 1))
     if cfg.batch % (size * replicas):
         raise ValueError(f"batch: expected a multiple of {size * replicas} (micro_batch {size} × "
-                         f"{replicas} rank(s)), got {cfg.batch}: change batch or micro_batch")
+                         f"{replicas} replica(s)), got {cfg.batch}: start other ranks, or change "
+                         "micro_batch or, in a new run, batch")
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
     sizes = sizes_of(cfg.preset)

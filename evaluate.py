@@ -15,6 +15,7 @@ import common  # noqa: F401 (before torch, see common)
 import itertools
 import json
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -26,7 +27,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from artifacts.student import exported_path, facts_in, load_student, student_facts
+from artifacts.trajectories import crc32
 from common.config import Shared, announce, field, load_config
+from common.files import crc32_of_json
 from common.names import fingerprint_files
 from common.prompts import Prompt, fingerprints, heldout_prompts, read_prompts
 from common.ranks import (
@@ -157,24 +160,36 @@ def read_students(cfg: Config) -> list[tuple[str, list[dict]]]:
 
 def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list[float],
                  noise: Tensor, conds: list[dict], unconds: list[dict] | None,
-                 device: torch.device, solver: str = "euler") -> measures.Samples:
+                 device: torch.device, solver: str = "euler",
+                 keep: Path | None = None) -> measures.Samples:
     """Denoise noise [N,C,T,H,W] in batches along `times`; unconds None means no guidance.
 
+    keep: a folder for finished batches, which are read from there instead of sampled again.
     Raises ValueError if the latents are not finite.
     """
-    timer, latents, steps = Timer(device), [], len(times) - 1
+    timer, latents, seconds, steps = Timer(device), [], 0.0, len(times) - 1
     bar = progress_bar(len(noise) * steps, label, dist.get_rank(), unit="step")
     for start in range(0, len(noise), cfg.batch):
         b = slice(start, start + cfg.batch)
+        file = keep and keep / f"{crc32(noise[b])}.safetensors"
+        if file and file.exists():
+            latents.append(open_safetensors(file)["x"].read())
+            seconds += facts_in(file)["seconds"]
+            bar.update(len(latents[-1]) * steps)
+            continue
+        timer.lap("other")
         latents.append(sample_batch(dit, noise[b], times, conds[b], unconds and unconds[b],
                                     cfg.guidance, timer, bar, solver).cpu())
+        _, *laps = timer.laps()
+        seconds += sum(laps)
+        if file:
+            save_tensors(file, {"x": latents[-1]}, {"accvideo": json.dumps({"seconds": sum(laps)})})
     bar.close()
     latents, evaluations = torch.cat(latents), steps * (1 if unconds is None else 2)
     if not bool(torch.isfinite(latents).all()):
         raise ValueError(f"{label}: the latents contain NaN or infinity: check the weights' file; "
                          "if it is a student's, distill it again with a lower lr")
-    return measures.Samples(label, kind, steps, latents, evaluations,
-                            timer.seconds()["steps"] / len(noise))
+    return measures.Samples(label, kind, steps, latents, evaluations, seconds / len(noise))
 
 
 def teacher_file(cfg: Config) -> tuple[Path, dict]:
@@ -194,7 +209,8 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
     """teacher@n from each of two noises [N,C,T,H,W], this rank's videos only.
 
     All ranks' latents are kept in a file, which is read instead if it was made with the same
-    settings and the same `identity` of weights and prompts.
+    settings and the same `identity` of weights and prompts. Until then each batch has its own file,
+    so that an evaluation that was interrupted continues.
     """
     path, stored = on_first_rank(lambda: teacher_file(cfg))
     labels = [f"teacher@{cfg.n}", f"teacher@{cfg.n}, other noise"]
@@ -209,14 +225,16 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
                                  evaluations, seconds)
                 for label, seconds in zip(labels, stored["seconds"], strict=True)]
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
+    keep = path.with_name(f".{path.stem}_{crc32_of_json(made_from)}")
     samples = [sample_model(cfg, label, "teacher_n", dit, grid, noise, conds, unconds,
-                            ranks.device)
+                            ranks.device, keep=keep)
                for label, noise in zip(labels, noises, strict=True)]
     gathered = [gather(part) for part in samples]
     if ranks.rank == 0:
         facts = {"about": made_from, "seconds": [part.seconds for part in gathered]}
         save_tensors(path, {part.label: part.latents for part in gathered},
                      {"accvideo": json.dumps(facts)})
+        shutil.rmtree(keep, ignore_errors=True)
     return samples
 
 

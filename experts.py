@@ -6,6 +6,7 @@ The sharding of a DiT, and the check of weights against a preset's sizes, are he
 """
 
 import itertools
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) ->
     # checkpoint taken then would lack the optimizer's state of its sharded parameters.
     options = {"mesh": ranks.mesh, "reshard_after_forward": True}
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # torch counts the final reshape as a view; nothing writes into a DiT's output in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     for part in dit.children() if isinstance(dit, Experts) else (dit,):
         part.sp = ranks.sp_group
         for block in part.blocks:

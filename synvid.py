@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,8 @@ from artifacts.trajectories import (
 from common.config import Shared, announce, field, load_config
 from common.prompts import Prompt, fingerprints, read_prompts
 from common.ranks import (
-    Ranks, cli, compile_blocks, lock_run_folder, on_first_rank, progress_bar, setup_distributed)
+    Ranks, cli, compile_blocks, limit_waiting, lock_run_folder, on_first_rank, progress_bar,
+    setup_distributed, shared_queue)
 from common.video import check_ffmpeg
 from experts import crossing_note
 from frozen.load import load_conditioner, load_vae
@@ -142,8 +144,9 @@ def plan(cfg: Config, prompts: list[Prompt], folder: Path, indices: range, manif
     return todo
 
 
-def print_cost(seconds: float, batch: int, rounds: int, batches: int, ranks: Ranks) -> None:
-    """Print the cost of all batches, `rounds` of them on this rank, from the first one's time."""
+def print_cost(seconds: float, batch: int, batches: int, ranks: Ranks) -> None:
+    """Print the cost of all batches from the time of the first one."""
+    rounds = math.ceil(batches / ranks.dp_size)
     tqdm.write(f"synvid: {seconds / batch:.2g} s per trajectory on {ranks.device.type}; "
                f"{seconds * batches * ranks.world / ranks.dp_size / 3600:.3g} device-hours in all; "
                f"{tqdm.format_interval(seconds * (rounds - 1))} left with {ranks.world} rank(s)")
@@ -153,11 +156,10 @@ def print_cost(seconds: float, batch: int, rounds: int, batches: int, ranks: Ran
 
 def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, indices: range,
              todo: list[int], ranks: Ranks) -> None:
-    """Make this rank's share of the trajectories `todo` and of the missing videos."""
+    """Make the trajectories `todo`, whose batches all replicas share, and missing videos."""
     missing: dict[int, list[int]] = {}  # indices by the number of their batch
     for i in todo:
         missing.setdefault(i // cfg.batch, []).append(i)
-    own = list(missing)[ranks.dp_rank::ranks.dp_size]
     with_video = {i for i in indices[:max(cfg.videos - cfg.start, 0)]
                   if ranks.is_writer and not (folder / f"videos/{i:06d}.mp4").exists()}
     if with_video:
@@ -169,16 +171,17 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     conditioner, uncond = load_conditioner(cfg, ranks.device, ranks.dtype, crop=True), None
     encoders = conditioner.identity()
     on_first_rank(lambda: check_encoders(folder, encoders))
-    if not own:
+    batches, turns = list(missing), shared_queue(len(missing), ranks)
+    if ranks.dp_rank >= len(batches):
         return
     teacher = load_dit(cfg.weights, cfg.preset, ranks.dtype, ranks.device, ranks.sp_ranks)
     teacher.requires_grad_(False)
     if cfg.compile:
         compile_blocks(teacher)
 
-    start = time.perf_counter()
-    bar = progress_bar(sum(len(missing[b]) for b in own), "synvid", ranks.rank, unit="trajectory")
-    for b in own:
+    longest, bar = 0.0, progress_bar(len(batches), "synvid", ranks.rank, unit="batch")
+    for number in turns:
+        b, started = batches[number], time.perf_counter()
         # The complete batch is computed, even if little of it is missing: another size rounds
         # differently.
         batch = range(b * cfg.batch, (b + 1) * cfg.batch)
@@ -195,15 +198,15 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
             prompt, image = chosen[i - batch.start]
             write_trajectory(folder, manifest, i, prompt, x[i - batch.start],
                              conds[i - batch.start], encoders, image)
-        if b == own[0] and ranks.rank == 0:
-            print_cost(time.perf_counter() - start, cfg.batch, len(own), len(missing), ranks)
+        if longest == 0 and ranks.rank == 0:
+            print_cost(time.perf_counter() - started, cfg.batch, len(batches), ranks)
         for i in with_video.intersection(missing[b]):
             decode_trajectory(folder, manifest, i, vae, cfg.fps)
-        bar.update(len(missing[b]))
+        bar.update(number + 1 - bar.n)  # the others take batches as well
+        longest = max(longest, time.perf_counter() - started)
     bar.close()
-    if ranks.rank == 0:
-        print(f"synvid: rank 0 made {bar.n} trajectories in "
-              f"{tqdm.format_interval(time.perf_counter() - start)}: {folder}")
+    if longest:  # the others still load or are a batch behind, or their node was lost
+        limit_waiting(ranks, timedelta(hours=2) + 4 * timedelta(seconds=longest))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -230,9 +233,13 @@ def main(argv: list[str] | None = None) -> None:
         todo = on_first_rank(lambda: plan(cfg, prompts, folder, indices, manifest,
                                           ranks.dtype, damaged))
         torch.set_num_threads(1)  # with more, matrix products round differently; start more ranks
+        started = time.perf_counter()
         generate(cfg, prompts, folder, manifest, indices, todo, ranks)
         # All ranks leave together: torchrun's store may end with the node that hosts it.
         dist.barrier()
+    if todo and ranks.rank == 0:
+        print(f"synvid: made {len(todo)} trajectories in "
+              f"{tqdm.format_interval(time.perf_counter() - started)}: {folder}")
 
 
 if __name__ == "__main__":

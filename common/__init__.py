@@ -6,3 +6,7 @@ A stage imports this before torch, whose import takes seconds: its parent may en
 import os
 
 LAUNCHER = os.getppid()  # torchrun's, for ranks.watch_launcher
+# Prompts of many lengths would fragment a GPU's memory until, after hours or days, a tensor no
+# longer fits. torch reads this once; PYTORCH_CUDA_ALLOC_CONF is its older name.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

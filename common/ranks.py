@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import signal
 import sys
@@ -252,6 +254,21 @@ def limit_waiting(ranks: Ranks, timeout: timedelta) -> None:
     those that share a batch's tokens."""
     for group in filter(None, (dist.group.WORLD, ranks.sp_group)):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def shared_queue(count: int, ranks: Ranks) -> Iterator[int]:
+    """The numbers 0 … count - 1, each for the ranks of one replica. A replica gets its next number
+    when it asks for it, so that none waits long for a slower one at the end. Collective."""
+    store, turns = dist.distributed_c10d._get_default_store(), itertools.count()
+    name = on_first_rank(lambda: secrets.token_hex(8))  # torchrun keeps its store through restarts
+
+    def take() -> int:
+        key = f"{name} replica {ranks.dp_rank} turn {next(turns)}"
+        if ranks.is_writer:
+            store.set(key, str(min(store.add(name, 1) - 1, count)))
+        return int(store.get(key))
+
+    return iter(take, count)
 
 
 def end_all(message: str) -> NoReturn:

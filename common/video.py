@@ -116,7 +116,7 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
 
     Args: panels, {title: [(key, label or None, log lines, line style), …]}; x, the key on the
     horizontal axis; linear, starts of the titles whose vertical axis is linear, not logarithmic;
-    colours, the number of curves in a panel after which the colours repeat.
+    colours, the number of curves in a panel whose colours the curves without a label repeat.
     """
     from matplotlib.figure import Figure
 
@@ -127,8 +127,8 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
     for ax, (title, curves) in zip(axes.flat, panels.items(), strict=True):
         for i, (name, label, lines, style) in enumerate(curves):
             if points := [(line[x], line[name]) for line in lines if name in line]:
-                ax.plot(*zip(*points, strict=True), style, lw=1, color=f"C{i % colours}",
-                        label=label)
+                ax.plot(*zip(*points, strict=True), style, lw=1, label=label,
+                        color=f"C{i if label else i % colours}")
         ax.set(title=title, xlabel=x, yscale="linear" if title.startswith(linear) else "log")
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8)

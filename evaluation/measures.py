@@ -22,7 +22,9 @@ x50; y are the reference, other teacher@n samples of the same captions, with oth
 test decisions for C2ST. In the mean row of several students it is over students.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -39,16 +41,25 @@ from small_world.oracle import (
 
 # --------------------------------------------------------------------------- distances of latents
 
+BLOCK = 64  # videos whose latents are in float64 at once: those of many large videos take 100 GB
+
+
 def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
     """‖x − x50‖² / ‖x50‖² of each video, float64 [N], for latents [N, …] from the same noise."""
-    x, x50 = x.double().flatten(1), x50.double().flatten(1)
-    return (x - x50).square().sum(1) / x50.square().sum(1)
+    pairs = ((a.double(), b.double()) for a, b in zip(x.flatten(1), x50.flatten(1), strict=True))
+    return torch.stack([(a - b).square().sum() / b.square().sum() for a, b in pairs])
+
+
+def by_blocks(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """f(x, y) [N, M] of x [N, …] and y [M, …] in float64, one dimension per video, by blocks."""
+    return torch.cat([torch.cat([f(a.double(), b.double()) for b in y.flatten(1).split(BLOCK)], 1)
+                      for a in x.flatten(1).split(BLOCK)])
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
     """Root mean square difference of each x [N, …] to each y [M, …], float64 [N, M]."""
-    x, y = x.double().flatten(1), y.double().flatten(1)
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
+    return by_blocks(partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist"),
+                     x, y) / x[0].numel() ** 0.5
 
 
 def energy_distance(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
@@ -64,11 +75,11 @@ def energy_distance(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
 
 def projections(x: Tensor, count: int) -> Tensor:
     """x [N, …] projected onto `count` fixed random unit directions, float64 [N, count]."""
-    x, g = x.double().flatten(1), generator("sliced Wasserstein")
-    out = []
+    blocks, g, out = x.flatten(1).split(BLOCK), generator("sliced Wasserstein"), []
     for _ in range(count):  # one by one: large latents have millions of elements
-        u = torch.randn(x.shape[1], generator=g, dtype=torch.float64)
-        out.append(x @ (u / u.norm()))
+        u = torch.randn(x[0].numel(), generator=g, dtype=torch.float64)
+        u /= u.norm()
+        out.append(torch.cat([block.double() @ u for block in blocks]))
     return torch.stack(out, 1)
 
 
@@ -88,9 +99,8 @@ def set_distances(x: Tensor, y: Tensor, directions: int) -> dict[str, Statistic]
 def spread(x: Tensor, reference: Tensor) -> Statistic:
     """Variance of x [N, …] over videos, summed over elements, divided by reference's [N, …]."""
     def variance(z: Tensor) -> Statistic:
-        z = z.double().flatten(1)
-        squares = z.square().sum(1)
-        return lambda i: float(squares[i].sum() - z[i].sum(0).square().sum() / len(i))
+        gram = by_blocks(lambda a, b: a @ b.T, z, z)
+        return lambda i: float(gram.diagonal()[i].sum() - gram[i][:, i].sum() / len(i))
 
     numerator, denominator = variance(x), variance(reference)
     return lambda i: numerator(i) / denominator(i)
@@ -106,23 +116,24 @@ def c2st(x: Tensor, y: Tensor, steps: int, device: torch.device) -> tuple[float,
     mean over C2ST_FITS initialisations and the standard error of 2 N test decisions.
     Source: the classifier two-sample test, Lopez-Paz and Oquab, 2017.
     """
-    both, accuracies = torch.stack((x, y)).float(), []                  # 2 N C T H W
+    halves, accuracies = [[x[fold::2], y[fold::2]] for fold in (0, 1)], []
     for fit in range(C2ST_FITS):
-        hits = [classifier_hits(both[:, fold::2], both[:, 1 - fold::2], steps, fit, device)
+        hits = [classifier_hits(halves[fold], halves[1 - fold], steps, fit, device)
                 for fold in (0, 1)]
         accuracies.append(sum(hits) / (2 * len(x)))
     mean = sum(accuracies) / C2ST_FITS
     return mean, (mean * (1 - mean) / (2 * len(x))) ** 0.5
 
 
-def classifier_hits(train: Tensor, test: Tensor, steps: int, fit: int,
+def classifier_hits(train: list[Tensor], test: list[Tensor], steps: int, fit: int,
                     device: torch.device) -> int:
-    """Number of `test` videos [2,M,C,T,H,W] that a small network assigns to the right one of x and
-    y after `steps` iterations on `train`; `fit` seeds its initialisation and order."""
+    """Number of `test` videos, [M,C,T,H,W] of x and of y, that a small network assigns to the right
+    one of both after `steps` iterations on `train`; `fit` seeds its initialisation and order."""
+    count, channels = train[0].shape[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit)
         net = nn.Sequential(
-            nn.Conv3d(train.shape[2], 32, 3, padding=1), nn.SiLU(),
+            nn.Conv3d(channels, 32, 3, padding=1), nn.SiLU(),
             nn.Conv3d(32, 64, 3, stride=(1, 2, 2), padding=1), nn.SiLU(),
             nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(64, 1))
     net, g = net.to(device), generator("classifier", fit)
@@ -130,15 +141,16 @@ def classifier_hits(train: Tensor, test: Tensor, steps: int, fit: int,
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     signs = torch.tensor([1.0, -1.0], device=device)[:, None]
     for _ in range(steps):
-        pick = torch.randint(train.shape[1], (min(C2ST_BATCH, train.shape[1]),), generator=g)
-        logits = net(train[:, pick].to(device).flatten(0, 1)).view(2, -1)
+        pick = torch.randint(count, (min(C2ST_BATCH, count),), generator=g)
+        logits = net(torch.cat([z[pick] for z in train]).float().to(device)).view(2, -1)
         F.softplus(-signs * logits).mean().backward()
         opt.step()
         opt.zero_grad()
         schedule.step()
     with torch.no_grad():
-        logits = torch.cat([net(batch.to(device))
-                            for batch in test.flatten(0, 1).split(C2ST_BATCH)])
+        videos = [*test[0], *test[1]]
+        logits = torch.cat([net(torch.stack(videos[i:i + C2ST_BATCH]).float().to(device))
+                            for i in range(0, len(videos), C2ST_BATCH)])
     return int((signs * logits.view(2, -1) > 0).sum())
 
 

@@ -249,12 +249,11 @@ def encode_prompts(cfg: Shared, prompts: list[Prompt], sizes: list[tuple[int, in
     """
     conditioner = load_conditioner(cfg, device, compute_dtype(device), crop)
     timer.lap("load")
-    conds: list[dict] = [{}] * len(prompts)
-    for size in dict.fromkeys(sizes):
-        indices = [i for i, other in enumerate(sizes) if other == size]
-        encoded = conditioner.encode_each([prompts[i] for i in indices], *size, timer.lap)
-        for i, cond in zip(indices, encoded, strict=True):
-            conds[i] = {name: c.cpu() for name, c in cond.items()}  # many wait for their batch
+    keys, encoded = list(zip(prompts, sizes, strict=True)), {}
+    for prompt, size in dict.fromkeys(keys):  # one by one: all wait for their batch on the host
+        (cond,) = conditioner.encode_each([prompt], *size, timer.lap)
+        encoded[prompt, size] = {name: c.cpu() for name, c in cond.items()}
+    conds = [encoded[key] for key in keys]
     unconds = None if cfg.guidance == 1 else conditioner.with_text(cfg.negative_prompt, conds)
     timer.lap("text")
     return conds, unconds

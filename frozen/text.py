@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from model import RMSNorm, collate
+from model import RMSNorm
 
 # ------------------------------------------------------------------------------------ shared parts
 
@@ -340,10 +340,6 @@ class TextEncoder:
         return [{"text": self.encoder(ids.to(device), mask.to(device))[0].float()}
                 for ids, mask in rows]
 
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        """cond {"text": fp32 [B, L, D]}, zero past each prompt's length."""
-        return collate(self.encode_each(prompts))
-
 
 # The LLM's template around a prompt, and the number of tokens before the prompt, which the DiT does
 # not see. There is no space between sentences. Source: HunyuanVideo.
@@ -412,8 +408,3 @@ class HunyuanText:
             conds.append({"text": text, "pooled": self.clip(pooled)[1][0].float(),
                           "guidance": torch.tensor(self.guidance, device=device)})
         return conds
-
-    def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        """A batch: "text" [B, S, D], zero past each prompt's end, "pooled" [B, D'], "guidance" [B]
-        and, if prompts differ in length, "mask" [B, S], 1 on tokens."""
-        return collate(self.encode_each(prompts))

@@ -14,8 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.ranks import gather_values
-
 # ------------------------------------------------------------------------------------ shared parts
 
 def check_video(video: Tensor, time: int, space: int) -> None:
@@ -100,6 +98,13 @@ class Residual(nn.Module):
         return self.shortcut(x) + run(self.residual, x, past)
 
 
+def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a 2D layer to every frame of x [B, C, T, H, W]."""
+    B, _, T, _, _ = x.shape
+    y = layer(x.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (B, T)).transpose(1, 2)
+
+
 class FrameAttention(nn.Module):
     """One attention head over the H*W positions of each frame."""
 
@@ -109,21 +114,15 @@ class FrameAttention(nn.Module):
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, _, T, H, W = x.shape
-        y = x.transpose(1, 2).flatten(0, 1)                      # B*T C H W
-        qkv = self.to_qkv(self.norm(y)).flatten(2)               # B*T 3C H*W
+    def attention(self, x: Tensor) -> Tensor:
+        """x [B*T, C, H, W] -> the same shape."""
+        qkv = self.to_qkv(self.norm(x)).flatten(2)               # B*T 3C H*W
         q, k, v = qkv.transpose(1, 2).unsqueeze(1).chunk(3, -1)  # B*T 1 H*W C, three times
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)   # B*T H*W C
-        y = self.proj(y.transpose(1, 2).unflatten(2, (H, W)))    # B*T C H W
-        return x + y.unflatten(0, (B, T)).transpose(1, 2)        # B C T H W
+        return self.proj(y.transpose(1, 2).unflatten(2, x.shape[2:]))
 
-
-def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
-    """Apply a 2D layer to every frame of x [B, C, T, H, W]."""
-    B, _, T, _, _ = x.shape
-    y = layer(x.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (B, T)).transpose(1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        return x + per_frame(self.attention, x)
 
 
 class Down(nn.Module):
@@ -444,14 +443,19 @@ class HunyuanVAE(nn.Module):
         unit, S, N = (self.time, self.space), self.tile_time, self.tile
         (a, b), (c, d) = ((1, 1), unit) if decode else (unit, (1, 1))  # of a latent, in and out
         T, H, W = 1 + (x.shape[2] - 1) // a, x.shape[3] // b, x.shape[4] // b
-        channels = 3 if decode else self.z_dim
-        out = torch.empty(len(x), channels, 1 + c * (T - 1), d * H, d * W, device=x.device)
+
+        def empty_result(tile: Tensor) -> Tensor:
+            T, H, W = 1 + (tile.shape[2] - 1) // a, tile.shape[3] // b, tile.shape[4] // b
+            return torch.empty(len(x), 3 if decode else self.z_dim, 1 + c * (T - 1), d * H, d * W,
+                               device=x.device)
+
+        out = empty_result(x)
         step_time, step = S * 3 // 4 if T > S else S, N * 3 // 4 if max(H, W) > N else N
         edge, keep = d * N // 4, d * step
         starts = range(0, max(T - 1, 1), step_time)
         tiles = (x[:, :, a * t:a * (t + S) + 1, b * i:b * (i + N), b * j:b * (j + N)]
                  for t in starts for i in range(0, H, step) for j in range(0, W, step))
-        results = self.run_tiles(net, tiles)
+        results = self.run_tiles(net, tiles, empty_result)
         for t in starts:
             late, above, left = int(t > 0), {}, None  # late tiles have one more frame in front
             for i, j in itertools.product(range(0, H, step), range(0, W, step)):
@@ -469,17 +473,18 @@ class HunyuanVAE(nn.Module):
                 part.copy_(y)
         return out
 
-    def run_tiles(self, net: Callable, tiles: Iterator[Tensor]) -> Iterator[Tensor]:
-        """net of each tile in fp32, in order; each rank of a group computes one and shares it."""
+    def run_tiles(self, net: Callable, tiles: Iterator[Tensor],
+                  empty_result: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """net of each tile in fp32, in order. In a group each rank computes a tile and shares its
+        result, which the others receive into empty_result(tile)."""
         if self.group is None:
             yield from (net(tile).float() for tile in tiles)
             return
         rank, size = self.group.rank(), self.group.size()
         while batch := list(itertools.islice(tiles, size)):
             local = net(batch[rank]).float().contiguous() if rank < len(batch) else None
-            shapes = gather_values(None if local is None else local.shape, self.group)
-            for owner, shape in enumerate(shapes[:len(batch)]):
-                y = local if owner == rank else torch.empty(shape, device=batch[0].device)
+            for owner, tile in enumerate(batch):
+                y = local if owner == rank else empty_result(tile)
                 dist.broadcast(y, group=self.group, group_src=owner)
                 yield y
 

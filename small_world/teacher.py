@@ -304,7 +304,7 @@ def train_dit(cfg: Config, out: Path, vae: nn.Module, conditioner: Conditioner) 
     captions = make_captions(cfg.seed, 0, cfg.dit_pool)
     distinct = sorted(set(captions))
     row = torch.tensor([distinct.index(text) for text in captions])
-    states = conditioner.text.encode_prompts([*distinct, ""])["text"]  # captions + 1, L, D
+    states = collate(conditioner.text.encode_each([*distinct, ""]))["text"]  # captions + 1, L, D
     network = torch.compile(dit) if cfg.compile else dit
 
     def loss_of(i: int) -> Tensor:

@@ -48,7 +48,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, meta: dict, ranks, kee
 
 def save_steps(folder: Path, ranks, steps: list[int], keep: int = 3) -> None:
     for step in steps:
-        state = {"w": torch.full((100,), float(step)), "part": {"count": torch.tensor(step)}}
+        state = {"w": torch.full((100,), float(step)), "part/count": torch.tensor(step)}
         save_checkpoint(folder, step, state, {"lr": 1e-5}, ranks, keep)
 
 
@@ -69,39 +69,38 @@ def test_the_last_checkpoints_are_kept_and_the_newest_is_resumed(ranks, tmp_path
     save_steps(tmp_path, ranks, [100, 200, 300, 400], keep=2)
     assert names_in(tmp_path) == ["step_000300", "step_000400"]
     path, meta = latest_checkpoint(tmp_path, ranks)
-    state = {"w": torch.zeros(100), "part": {"count": torch.tensor(0)}}
+    state = {"w": torch.zeros(100), "part/count": torch.tensor(0)}
     load_checkpoint(path, state)
-    assert state["part"]["count"] == meta["step"] == 400 and meta["lr"] == 1e-5
+    assert state["part/count"] == meta["step"] == 400 and meta["lr"] == 1e-5
     assert torch.equal(state["w"], torch.full((100,), 400.0))
 
 
 def test_a_checkpoint_holds_the_state_at_save_though_training_continues(ranks, tmp_path):
     dit = build_dit(SMALL)
     shard_dit(dit, ranks)
-    weights = {"dit": {name: p.detach() for name, p in dit.named_parameters()},
-               "plain": {"w": torch.ones(1000)}}
-    expected = {name: p.full_tensor().clone() for name, p in weights["dit"].items()}
+    sharded, plain = {name: p.detach() for name, p in dit.named_parameters()}, torch.ones(1000)
+    expected = {name: p.full_tensor().clone() for name, p in sharded.items()}
     saver = Saver(tmp_path / "run", ranks, 2)
-    saver.save(1, weights, {})
+    saver.save(1, {**sharded, "plain": plain}, {})
     with torch.no_grad():
-        for p in (*dit.parameters(), weights["plain"]["w"]):
+        for p in (*dit.parameters(), plain):
             p.fill_(7.0)
     saver.wait()
-    load_checkpoint(latest_checkpoint(tmp_path / "run", ranks)[0], weights)
-    assert all(torch.equal(p.full_tensor(), expected[name]) for name, p in weights["dit"].items())
-    assert torch.equal(weights["plain"]["w"], torch.ones(1000))
+    load_checkpoint(latest_checkpoint(tmp_path / "run", ranks)[0], {**sharded, "plain": plain})
+    assert all(torch.equal(p.full_tensor(), expected[name]) for name, p in sharded.items())
+    assert torch.equal(plain, torch.ones(1000))
 
 
 def test_a_checkpoint_s_copy_in_host_memory_is_freed_when_it_is_written(ranks, tmp_path,
                                                                         monkeypatch):
-    copies, copy_to_host = [], Saver.copy_to_host
+    copies, copy_to_host = [], checkpoint.copy_to_host
 
-    def watched(self, state):
-        tensors, rows = copy_to_host(self, state)
+    def watched(*args):
+        tensors, rows = copy_to_host(*args)
         copies.append(StorageWeakRef(tensors["w"].untyped_storage()))
         return tensors, rows
 
-    monkeypatch.setattr(Saver, "copy_to_host", watched)
+    monkeypatch.setattr(checkpoint, "copy_to_host", watched)
     state = {"w": torch.ones(1000)}
     saver = Saver(tmp_path, ranks, 2)
     gc.collect()

@@ -21,14 +21,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import frozen.load
+from common.config import Shared
 from common.names import official_names
-from common.ranks import generator
+from common.ranks import Timer, generator
 from common.video import read_frames, to_uint8, write_video
 from common.weights import save_tensors
 from evaluation.sheets import stills, video_table
 from frozen.load import load_text, load_vae
 from frozen.text import TextEncoder, Tokenizer, UMT5Encoder, clean_text
 from frozen.vae import HunyuanVAE, WanVAE
+from model import collate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -384,13 +386,13 @@ def test_states_do_not_depend_on_company_and_padding_is_zero(tokenizer_folders):
                        Tokenizer(tokenizer_folders["both"], max_len=16))
     prompts = ["a red circle", "", "two children run on a beach"]
     each = text.encode_each(prompts)
-    together = text.encode_prompts(prompts)["text"]
+    together = collate(text.encode_each(prompts))["text"]
     assert together.dtype == torch.float32
     assert together.shape == (3, max(c["text"].shape[0] for c in each), 24)
     ids, mask = text.tokenizer(prompts)
     for i, (prompt, cond) in enumerate(zip(prompts, each, strict=True)):
         length = int(mask[i].sum())
-        assert torch.equal(cond["text"], text.encode_prompts([prompt])["text"][0])
+        assert torch.equal(cond["text"], collate(text.encode_each([prompt]))["text"][0])
         assert torch.equal(cond["text"], together[i, :length])
         assert not together[i, length:].any()
     batched = text.encoder(ids, mask)  # and a masked batch gives the same, up to rounding
@@ -401,6 +403,23 @@ def test_a_tokenizer_of_another_model_is_an_error(tokenizer_folders):
     with pytest.raises(ValueError, match="got .*: copy both from one model"):
         TextEncoder(UMT5Encoder(**{**SMALL_T5, "vocab_size": 100}),
                     Tokenizer(tokenizer_folders["both"]))
+
+
+def test_each_prompt_of_a_size_is_encoded_once_and_waits_in_host_memory(monkeypatch):
+    class Conditioner:
+        encoded: list[tuple] = []
+
+        def encode_each(self, prompts, height, width, lap):
+            assert len(prompts) == 1  # more would be on the GPU at once
+            self.encoded.append((prompts[0], height, width))
+            return [{"text": torch.full((1,), float(len(self.encoded)))}]
+
+    monkeypatch.setattr(frozen.load, "load_conditioner", lambda *args: Conditioner())
+    prompts, sizes = list("abab"), [(16, 16), (16, 16), (16, 16), (32, 16)]
+    cpu = torch.device("cpu")
+    conds, unconds = frozen.load.encode_prompts(Shared(), prompts, sizes, True, cpu, Timer(cpu))
+    assert Conditioner.encoded == [("a", 16, 16), ("b", 16, 16), ("b", 32, 16)]
+    assert [float(cond["text"]) for cond in conds] == [1, 2, 1, 3] and unconds is None
 
 
 # -------------------------------------------------------------------------------- weight folders
@@ -453,7 +472,7 @@ def test_official_and_diffusers_folders_load_and_give_equal_outputs(folders):
     prompts = ["a red circle", "一只猫"]
     texts = [load_text(root / layout, dtype=torch.float32, text_len=16)
              for layout in ("official", "diffusers")]
-    states = [text.encode_prompts(prompts)["text"] for text in texts]
+    states = [collate(text.encode_each(prompts))["text"] for text in texts]
     assert torch.equal(*states)
     assert_same_umt5(texts[0].encoder, folders[2])
     assert load_text(root / "official", dtype=torch.bfloat16).encoder.norm.weight.dtype \

@@ -12,10 +12,11 @@ import torch
 import yaml
 from test_sample import KEY, N, write_student
 from pixels import read_video
+from safetensors.torch import load_file
 from torch import Tensor
 
 import evaluate
-from artifacts.student import load_student
+from artifacts.student import facts_in, load_student
 from common.ranks import generator
 from common.video import write_image
 from evaluation.measures import (
@@ -26,6 +27,7 @@ from evaluation.sheets import data_uri
 from evaluation.statistics import jackknife_error, leave_one_out, mean_and_error
 from small_world.clips import make_captions, make_clips
 from small_world.oracle import caption_attributes, high_frequency, oracle_hits
+from tools.bench import allocated
 
 
 def normal(*shape: int, key: str = "x") -> Tensor:
@@ -372,6 +374,40 @@ def test_the_teacher_s_latents_are_read_again_unless_something_that_made_them_ha
     with pytest.raises(ValueError, match="student.safetensors: expected latents of teacher@4"):
         run(f"teacher_samples={student}")
     assert student.read_bytes() == before
+
+
+def test_latents_of_many_large_videos_are_never_all_in_float64():
+    x, y = normal(256, 16384).float(), normal(256, 16384, key="y").float()
+    for work in (lambda: endpoint_error(x, y), lambda: distances(x, y), lambda: projections(x, 2),
+                 lambda: spread(x, y)):
+        _, _, peak = allocated(work)
+        assert peak < 1.5 * x.nbytes  # x and y in float64 have 4 times the bytes of x
+
+
+def test_an_interrupted_evaluation_continues_with_the_teacher_s_next_batch(run, monkeypatch):
+    write_student(run.folder / "run/student.safetensors", run.weights, 0)
+    expected, out = run("batch=2", "pictures=false"), run.folder / "run/evaluate"
+    file = out / "teacher.safetensors"
+    latents = load_file(file)
+    file.unlink()
+    plain, calls = evaluate.sample_batch, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(evaluate, "sample_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("batch=2", "pictures=false")
+    again = run("batch=2", "pictures=false")
+    assert len(calls) == 4 + 1 + 2 * 2  # the batch that was lost, teacher@2 and the student
+    assert [x.name for x in out.iterdir() if x.name.startswith(".teacher")] == []
+    assert min(facts_in(file)["seconds"]) > 0
+    assert all(torch.equal(x, latents[label]) for label, x in load_file(file).items())
+    for row, before in zip(again["rows"], expected["rows"], strict=True):
+        assert all(row[name] == before[name] for name in row if "seconds" not in name)
 
 
 def test_several_students_have_a_row_each_and_one_of_their_mean(run, monkeypatch):

@@ -23,7 +23,7 @@ from common.ranks import generator
 from common.weights import (
     LazyTensor, describe_model, only_weights, open_tensors, safetensors_metadata)
 from frozen.load import load_text, load_vae
-from model import PRESETS, build_dit, load_dit
+from model import PRESETS, build_dit, collate, load_dit
 
 KEYS = Path(__file__).parent / "fixtures/keys"
 FULL = "diffusion_pytorch_model.safetensors"
@@ -151,7 +151,7 @@ def same_folders(weights: Path, official: Path) -> None:
     with torch.no_grad():
         assert torch.equal(load_vae(weights).decode(z), load_vae(official).decode(z))
     texts = ["a red disc moves left", "a green ring moves up"]
-    ours, theirs = (load_text(folder, dtype=torch.float32, text_len=16).encode_prompts(texts)
+    ours, theirs = (collate(load_text(folder, dtype=torch.float32, text_len=16).encode_each(texts))
                     for folder in (weights, official))
     assert torch.equal(ours["text"], theirs["text"])
 

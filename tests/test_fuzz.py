@@ -256,7 +256,7 @@ def signed(meta: Any) -> Any:
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, ranks):
     saver = Saver(tmp_path, ranks, 2)
-    state = {"student": {"a": torch.arange(6.).view(2, 3)}, "heads": {"b": torch.tensor(4.)}}
+    state = {"student/a": torch.arange(6.).view(2, 3), "heads/b": torch.tensor(4.)}
     saver.save(3, state, {"config": {"lr": 1.0}, "count": 2, "teacher": "x", "synvid": "y"})
     saver.wait()
     folder = tmp_path / "step_000003"
@@ -265,10 +265,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, ranks):
         found = latest_checkpoint(tmp_path, ranks)
         if found is None:
             return []
-        into = {"student": {"a": torch.zeros(2, 3)}, "heads": {"b": torch.tensor(0.)}}
+        into = {"student/a": torch.zeros(2, 3), "heads/b": torch.tensor(0.)}
         load_checkpoint(found[0], into)
         return [found[1]["step"], found[1]["config"],
-                sum_of((*into["student"].items(), *into["heads"].items()))]
+                sum_of(into.items())]
 
     right = read(None)
     survive(in_json(folder / "meta.json", 60, "values"), read, right)

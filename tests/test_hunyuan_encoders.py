@@ -29,6 +29,7 @@ from common.weights import open_tensors, save_tensors
 from frozen.load import load_text, load_vae
 from frozen.text import TEMPLATES, CLIPText, HunyuanText, Llama
 from frozen.vae import HunyuanResidual, HunyuanVAE, MidBlock, Upsample3d
+from model import collate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TOLERANCE = 2e-5
@@ -719,14 +720,14 @@ def test_states_are_the_padded_official_formula_s_valid_rows(text, peers, tokeni
 
 def test_states_do_not_depend_on_company_and_padding_is_zero(text):
     prompts = ["a red circle", "", "a red circle moves left"]
-    each, together = text.encode_each(prompts), text.encode_prompts(prompts)
+    each, together = text.encode_each(prompts), collate(text.encode_each(prompts))
     assert [len(cond["text"]) for cond in each] == [4, 1, 6]  # with the template's end
     assert {key: tuple(t.shape) for key, t in together.items()} == {
         "text": (3, 6, 32), "mask": (3, 6), "pooled": (3, 24), "guidance": (3,)}
     assert together["mask"].tolist() == [[1] * n + [0] * (6 - n) for n in (4, 1, 6)]
     for i, (prompt, cond) in enumerate(zip(prompts, each, strict=True)):
         n = len(cond["text"])
-        assert torch.equal(cond["text"], text.encode_prompts([prompt])["text"][0])
+        assert torch.equal(cond["text"], collate(text.encode_each([prompt]))["text"][0])
         assert torch.equal(cond["text"], together["text"][i, :n])
         assert not together["text"][i, n:].any()
         assert torch.equal(cond["pooled"], together["pooled"][i])
@@ -789,9 +790,9 @@ def test_official_and_diffusers_folders_load_and_give_equal_outputs(folders, tex
     assert_same_vae(vaes[0], peer)
     assert [(vae.tile, vae.tile_time) for vae in vaes] == [(4, 4), (32, 16)]  # one config says so
     assert [vae.scaling for vae in vaes] == [0.4, 0.4]
-    want = text.encode_prompts(PROMPTS)
+    want = collate(text.encode_each(PROMPTS))
     for layout in ("official", "diffusers"):
-        got = load(root / layout).encode_prompts(PROMPTS)
+        got = collate(load(root / layout).encode_each(PROMPTS))
         assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
 
 
@@ -859,8 +860,8 @@ def test_every_layout_of_the_llm_s_names_loads_with_a_llava_s_config(folders, tm
               with_pictures if llava else renamed(prefix),
               (lambda own: {"model_type": "llava", "text_config": own}) if llava else None)
     shutil.copytree(source / "text_encoder_2", tmp_path / "text_encoder_2")
-    assert torch.equal(load(tmp_path).encode_prompts(PROMPTS)["text"],
-                       text.encode_prompts(PROMPTS)["text"])
+    assert torch.equal(collate(load(tmp_path).encode_each(PROMPTS))["text"],
+                       collate(text.encode_each(PROMPTS))["text"])
 
 
 def test_configs_of_older_transformers_load_the_same(folders, tmp_path, text):
@@ -873,12 +874,12 @@ def test_configs_of_older_transformers_load_the_same(folders, tmp_path, text):
     rewritten(source / "text_encoder", tmp_path / "text_encoder", lambda t: t | frequencies, older)
     buffer = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     rewritten(source / "text_encoder_2", tmp_path / "text_encoder_2", lambda t: t | buffer)
-    assert torch.equal(load(tmp_path).encode_prompts(PROMPTS)["text"],
-                       text.encode_prompts(PROMPTS)["text"])
+    assert torch.equal(collate(load(tmp_path).encode_each(PROMPTS))["text"],
+                       collate(text.encode_each(PROMPTS))["text"])
     theta = json.loads((tmp_path / "text_encoder/config.json").read_text())
     (tmp_path / "text_encoder/config.json").write_text(json.dumps(theta | {"rope_theta": 1e4}))
-    assert not torch.equal(load(tmp_path).encode_prompts(PROMPTS)["text"],
-                           text.encode_prompts(PROMPTS)["text"])
+    assert not torch.equal(collate(load(tmp_path).encode_each(PROMPTS))["text"],
+                           collate(text.encode_each(PROMPTS))["text"])
 
 
 def test_what_hunyuanvideo_does_not_run_of_the_llm_is_never_read(folders, tmp_path):

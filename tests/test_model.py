@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import gc
 import importlib
 import json
 import os
@@ -31,7 +30,7 @@ from common.files import ROOT, read_json, replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint
 from common.names import official_names
 from common.ranks import (
-    SDPA_ORDER, Ranks, cli, generator, local_rows, pick_device, prefer_attention, seed_of)
+    Ranks, cli, generator, local_rows, pick_device, prefer_attention, seed_of)
 from common.weights import load_module, open_tensors, save_tensors
 from experts import shard_dit
 from model import WanConfig, build_dit, load_dit
@@ -586,7 +585,7 @@ def sharded_process(ranks: Ranks, folder: Path) -> None:
     want = trained_through(plain, load_dit(folder, MICRO), (x, t, cond))
     out["early stop"] = worst(got, want)
 
-    state = {"dit": dit.state_dict()}
+    state = dit.state_dict()
     saver = Saver(folder / "run", ranks, keep=2)
     saver.save(3, state, {"loss": 0.5})
     saver.wait()
@@ -628,11 +627,11 @@ def test_each_process_reads_only_the_rows_it_keeps(two_processes):
 def test_a_checkpoint_of_two_processes_loads_in_one(two_processes, ranks):
     folder, _ = two_processes
     path, meta = latest_checkpoint(folder / "run", ranks)
-    state = {"dit": {n: torch.zeros_like(p) for n, p in micro_dit().state_dict().items()}}
+    state = {n: torch.zeros_like(p) for n, p in micro_dit().state_dict().items()}
     load_checkpoint(path, state)
     want = micro_dit("fsdp").state_dict()
     assert meta["step"] == 3 and meta["loss"] == 0.5
-    assert all(torch.equal(state["dit"][n], want[n]) for n in want)
+    assert all(torch.equal(state[n], want[n]) for n in want)
 
 
 def test_one_process_alone_takes_the_same_sharded_path(ranks, tmp_path):
@@ -949,12 +948,10 @@ def test_a_gpu_tries_the_preferred_attention_kernels_first_and_has_the_others(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     try:
         prefer_attention(kernels, torch.device("cuda"))
-        gc.collect()
         order = [SDPBackend(int(x)).name for x in torch._C._get_sdp_priority_order()]
         assert order[0] == first and len(set(order[:4])) == 4
         assert torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     finally:
-        SDPA_ORDER.pop().__exit__(None, None, None)
-    assert torch._C._get_sdp_priority_order() == before
+        torch._C._set_sdp_priority_order(before)
     prefer_attention("cudnn", torch.device("cpu"))
     assert torch._C._get_sdp_priority_order() == before

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -20,12 +22,13 @@ import torch.distributed as dist
 from processes import PATIENCE, in_processes, run_script, start_script
 from safetensors.torch import load_file, save_file
 
+import common
 import distill
 from artifacts.trajectories import trajectory_path
 from common import weights
 from common.files import ROOT
 from common.prompts import Prompt, digest_texts
-from common.ranks import AgreedError, errors_on_all_ranks
+from common.ranks import AgreedError, errors_on_all_ranks, shared_queue
 from common.weights import safetensors_metadata
 
 DIFFERING = Path(__file__).parent / "differing_stage.py"
@@ -140,6 +143,35 @@ def failing(ranks, folder: Path) -> None:
 def test_an_error_of_some_ranks_is_raised_on_all_and_printed_once(tmp_path):
     in_processes(3, failing, tmp_path)
     assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["", "rank 1 is ill", ""]
+
+
+@pytest.mark.parametrize("given", [None, "max_split_size_mb:64"])
+def test_a_gpu_s_memory_has_expandable_segments_unless_the_user_sets_others(given, monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    if given:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", given)
+    importlib.reload(common)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == (given or "expandable_segments:True")
+
+
+def sharing(ranks, folder: Path) -> None:
+    """One of two processes that share work; the second one's first piece outlasts all others."""
+    taken, finished = [], folder / "finished"
+    for number in shared_queue(9, ranks):
+        taken.append(number)
+        while ranks.rank == 1 and not finished.exists():
+            time.sleep(0.01)
+    finished.touch()
+    together = list(shared_queue(9, replace(ranks, sp=2)))  # both are one replica
+    (folder / f"{ranks.rank}.json").write_text(json.dumps([taken, together]))
+
+
+def test_a_slow_rank_takes_less_of_shared_work_and_ranks_of_a_replica_take_the_same(tmp_path):
+    in_processes(2, sharing, tmp_path)
+    (fast, *one), (slow, *two) = (json.loads((tmp_path / f"{r}.json").read_text())
+                                  for r in range(2))
+    assert sorted(fast + slow) == list(range(9)) and len(slow) <= 1
+    assert one == two == [list(range(9))]
 
 
 @pytest.mark.parametrize("place,failures", [

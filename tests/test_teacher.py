@@ -184,8 +184,9 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_undisturbed_one(traine
     text = load_text(out, dtype=torch.float32, text_len=16)
     for caption in world.make_captions(0, 0, 72, held_out=True):
         assert text.tokenizer([caption])[0].shape[1] <= 15
-    assert vae.decode(dit(torch.zeros(1, 16, 2, 4, 4), torch.ones(1), text.encode_prompts([""]))
-                      ).shape == (1, 3, 5, 32, 32)
+    cond = model.collate(text.encode_each([""]))
+    v = dit(torch.zeros(1, 16, 2, 4, 4), torch.ones(1), cond)
+    assert vae.decode(v).shape == (1, 3, 5, 32, 32)
     with pytest.raises(ValueError, match="vae_state.safetensors was trained with"):
         run(tmp_path / "parts", vae_batch=2)
     # A longer run continues the finished one; a shorter one is refused.

@@ -6,13 +6,11 @@
 
 In:   the sizes of CONFIG and the settings of its synvid: and distill: sections.
 Out:  a Markdown table, and <run>/bench.json (or --out FILE), which is written after each row.
-Cost: about --minutes; the most important rows come first, rows that are left out are listed. It
-      needs disk space for one DiT in the temporary folder, which it removes.
+Cost: about --minutes; the most important rows come first, rows that are left out are listed.
 
 docs/scaling.md, "Measure your machine", explains the columns and the comparison with diffusers.
 """
 
-import contextlib
 import gc
 import itertools
 import math
@@ -25,16 +23,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill
+import experts
 from common.config import Shared, field, load_config
 from common.files import error_summary, read_json, write_json
 from common.linear import linear
@@ -42,14 +40,12 @@ from common.ranks import (
     Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
     setup_distributed)
 from common.video import write_video
-from common.weights import save_tensors
 from evaluation.page import commit, markdown_table
-from experts import by_expert, with_level
 from model import (
-    check_model, collate, key_times, latent_shape, sample_euler, sizes_of, time_grid)
+    check_model, collate, key_times, latent_shape, sample_euler, time_grid)
 from tools.networks import (
     VIDEO_SIZE, Call, diffusers_version, frozen_parts, make_vae, peer_dits, peer_sizes, peer_vaes,
-    random_dit, random_network, random_states, tokens_of, vae_run)
+    random_dit, random_network, random_states, random_tensors, tokens_of, vae_run)
 from training.data import Batch, Latents, pinned
 from training.memory import gpu_bytes, memory_parts, meta_student, shortage
 from training.monitor import step_flops
@@ -180,12 +176,9 @@ class Bench:
 
     def __init__(self, cfg: Config, ranks: Ranks, folder: Path):
         self.cfg, self.ranks, self.device, self.folder = cfg, ranks, ranks.device, folder
-        level = "" if sizes_of(cfg.preset).boundary is None else "high"  # of the file it names
-        shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)} | {
-            "weights": str(folder / with_level("dit.safetensors", level))}
         self.distill = replace(
             load_config(distill.Config, "distill", [str(cfg.path), "weights=random"]),
-            iterations=10 ** 6, sp=cfg.sp, **shared)
+            iterations=10 ** 6, sp=cfg.sp, **{f.name: getattr(cfg, f.name) for f in fields(Shared)})
         self.distill.micro_batch = min(self.distill.micro_batch,
                                        max(self.distill.batch // ranks.dp_size, 1))
         self.distill.batch = self.distill.micro_batch * ranks.dp_size
@@ -200,10 +193,9 @@ class Bench:
         return x.to(self.device), t.to(self.device), {
             name: c.to(self.device) for name, c in cond.items()}
 
-    def evaluation(self, backend: SDPBackend | None = None, compiled: bool = False,
-                   backward: bool = False) -> list[Call]:
-        """One evaluation, with the attention kernels of `backend` or with the preferred ones; or
-        also its `backward` to all weights, with distill.py's activation checkpointing."""
+    def evaluation(self, compiled: bool = False, backward: bool = False) -> list[Call]:
+        """One evaluation, and maybe its `backward` to all weights with distill.py's activation
+        checkpointing."""
         dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs()
         dit.requires_grad_(backward)
         for block in dit.blocks:
@@ -214,11 +206,10 @@ class Bench:
 
         @torch.set_grad_enabled(backward)
         def run() -> None:
-            with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
-                v = dit(*inputs)
-                if backward:
-                    v.square().mean().backward()
-                    dit.zero_grad()
+            v = dit(*inputs)
+            if backward:
+                v.square().mean().backward()
+                dit.zero_grad()
         return [run]
 
     def k_step(self) -> list[Call]:
@@ -227,12 +218,10 @@ class Bench:
         lacks = shortage(cfg, self.shape, self.ranks, gpu_bytes(self.ranks))
         if lacks and not cfg.force_plan:
             raise ValueError(f"memory plan: does not fit {lacks}")
-        on_first_rank(lambda: [
-            save_tensors(self.folder / with_level("dit.safetensors", level), part, {})
-            for level, part in by_expert(
-                random_dit(self.cfg, self.device, None).state_dict()).items()])
         t_key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)[::-1]
-        state = distill.build(cfg, t_key, self.ranks)
+        with patch.multiple(experts, check_sizes=lambda *_: None,
+                            dit_tensors=lambda _: random_tensors(self.dit)):
+            state = distill.build(cfg, t_key, self.ranks)
         slots, (_, _, cond) = list(range(cfg.micro_batch)), self.inputs(cfg.micro_batch)
 
         def loader(step: int) -> list[Batch]:
@@ -241,13 +230,6 @@ class Bench:
             return [Batch(Latents(latents, self.device), cond, slots)]
         steps = distill.algorithm_1(cfg, state, loader)
         return [lambda: next(steps)]
-
-    def k_step_flops(self) -> float:
-        """Floating-point operations of a k-step per rank, the mean over k."""
-        cfg, taps = self.distill, distill.tap_blocks(self.distill, self.dit.cfg.num_layers)
-        state = SimpleNamespace(student=self.dit, teacher=self.dit, taps=taps)
-        return statistics.mean(step_flops(cfg, state, k, self.tokens)
-                               for k in range(len(cfg.key) - 1)) / self.ranks.world
 
     def prompt_to_video(self, times: list[float], guided: bool) -> list[Call]:
         """Text encoders, Euler steps, VAE and video file, with all networks in memory."""
@@ -287,30 +269,28 @@ class Bench:
 
 def config_rows(b: Bench) -> Iterator[Row]:
     """The rows of a config, the most important first."""
-    cfg, tokens, gpu = b.cfg, b.tokens, b.device.type == "cuda"
+    cfg, tokens = b.cfg, b.tokens
     flop, evaluations = b.dit.flops(tokens) / b.ranks.sp, 1 if cfg.guidance == 1 else 2
     key = key_times(cfg.family, cfg.n, cfg.shift, cfg.key)
     parts = frozen_parts(cfg)
     work = {name: count_flops(*part) for name, part in parts.items()}
     rest = sum(work.values()) - work["VAE encode"]
+    taps = distill.tap_blocks(b.distill, b.dit.cfg.num_layers)
+    k_step = statistics.mean(step_flops(b.distill, b.dit, tap, tokens) for tap in taps)
     plan = sum(memory_parts(b.distill, b.shape, b.device, b.ranks.world, b.ranks.sp).values())
 
     yield Row("DiT forward", b.evaluation, flop, tokens)
-    yield Row("distill.py, one k-step of one micro-batch a rank", b.k_step, b.k_step_flops(),
+    yield Row("distill.py, one k-step of one micro-batch a rank", b.k_step, k_step / b.ranks.world,
               tokens * b.distill.micro_batch, plan, len(key) - 1)
     yield Row(f"prompt to video, {len(key) - 1} steps", partial(b.prompt_to_video, key, False),
               flop * (len(key) - 1) + rest, tokens)
     for name, part in parts.items():
         yield Row(name, partial(b.frozen_part, *part), work[name])
     yield Row("DiT forward + backward", partial(b.evaluation, backward=True), 3 * flop, tokens)
-    for kind in (("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION") if gpu
-                 else ("FLASH_ATTENTION", "MATH")):
-        yield Row(f"DiT forward, {kind.lower()}", partial(b.evaluation, getattr(SDPBackend, kind)),
-                  flop, tokens)
     grid = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
     yield Row(f"prompt to video, {cfg.n} steps", partial(b.prompt_to_video, grid, evaluations > 1),
               flop * evaluations * cfg.n + rest, tokens, runs=1)
-    if not gpu:
+    if b.device.type != "cuda":
         yield from peer_rows()
     yield Row("DiT forward, compiled", partial(b.evaluation, compiled=True), flop, tokens)
 

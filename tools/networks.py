@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from artifacts.student import transformer_config
 from common.config import Shared
 from common.names import official_names
 from common.ranks import Ranks, compute_dtype, generator, local_rows
+from common.weights import LazyTensor
 from frozen.image import CLIPVision, image_cond
 from frozen.text import CLIPText, Llama, UMT5Encoder
 from frozen.vae import HunyuanVAE, WanVAE
@@ -50,6 +52,15 @@ def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Mod
     for p in dit.to_empty(device=device).parameters():
         local_rows(p)[0].normal_(std=0.02)
     return dit
+
+
+def random_tensors(dit: nn.Module) -> dict[str, LazyTensor]:
+    """A DiT's tensors as a file would hold them, of noise that is drawn when they are read."""
+    def draw(shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
+        return torch.randn((rows.stop - rows.start, *shape[1:]) if rows else shape).mul_(0.02)
+
+    return {name: LazyTensor(tuple(p.shape), torch.float32, Path("random"), partial(draw, p.shape))
+            for name, p in dit.named_parameters()}
 
 
 def is_small(cfg: Shared) -> bool:

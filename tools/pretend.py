@@ -32,7 +32,6 @@ import experts
 import frozen.image
 import frozen.load
 import frozen.text
-import frozen.vae
 import model
 from common.config import Shared
 from common.files import ROOT
@@ -92,12 +91,6 @@ def ids(length: int) -> Tensor:
     return torch.zeros(length, dtype=torch.long)
 
 
-def decoded_shapes(shape: tuple[int, ...] | None, group: dist.ProcessGroup) -> list[tuple]:
-    """In place of gathering them: the shapes of the videos of the tiles in HunyuanVAE.run_tiles."""
-    return [(1, 3, 4 * tile.shape[2] - 3, *(8 * size for size in tile.shape[3:]))
-            for tile in sys._getframe(1).f_locals["batch"]]
-
-
 def nothing(*_: Any, **__: Any) -> None:
     """In place of what reads or writes files."""
 
@@ -113,7 +106,6 @@ REPLACED: dict[Any, dict[str, Any]] = {
         "Tokenizer": lambda _, n: Mock(size=0, return_value=(ids(n)[None], ids(n)[None] + 1))},
     frozen.text: {"read_tokenizer": nothing},
     frozen.text.HunyuanText: {"ids": lambda self, _: (ids(self.llm_len), ids(self.clip_len))},
-    frozen.vae: {"gather_values": decoded_shapes},
     frozen.image: {"read_image": lambda _: torch.zeros(3, 720, 1280)},
     distill: {"fingerprint": nothing, "load_high_student": lambda cfg, _, dtype, ranks:
               without_reading(model.empty_dit(cfg.preset, dtype, ranks, experts="high")

@@ -18,7 +18,6 @@ workspaces of kernels and NCCL, fragmentation of the allocator.
 
 import common  # noqa: F401 (before torch, see common)
 import argparse
-import contextlib
 import math
 import time
 from collections import Counter, deque
@@ -100,11 +99,9 @@ def rehearse_distill(cfg: distill.Config, ranks: Ranks, meter: Meter) -> None:
         _, _, log = next(distill.algorithm_1(cfg, state, loader))
         log.gather()
         meter.figures["FLOP", "formula", f"k={k}"] = step_flops(
-            cfg, state, k, tokens_of(cfg)[1], recomputed=True) / ranks.world
+            cfg, state.student, state.taps[k], tokens_of(cfg)[1], recomputed=True) / ranks.world
     meter.begin("checkpoint")
-    tensors, _ = checkpoint.Saver.copy_to_host(
-        SimpleNamespace(ranks=ranks, group=None),
-        dict(checkpoint.flatten(checkpoint.tensors_of(state, {}))))
+    tensors, _ = checkpoint.copy_to_host(checkpoint.tensors_of(state, {}), ranks, None)
     meter.figures["checkpoint",] = total_bytes(list(tensors.values()))
 
 
@@ -118,9 +115,10 @@ def rehearse_synvid(cfg: synvid.Config, ranks: Ranks, meter: Meter) -> None:
     meter.begin("synvid")
     with patch.object(Conditioner, "identity", nothing), patch.multiple(
             synvid, load_dit=lambda *args: meter.watch(load_dit(*args), "DiT"),
-            write_trajectory=nothing, print_cost=nothing), patch.multiple(
+            write_trajectory=nothing, print_cost=nothing, limit_waiting=nothing,
+            shared_queue=lambda count, _: iter(range(count))), patch.multiple(
             trajectories, read_trajectory=lambda *_: (torch.zeros(1, *shape), {}, ""),
-            write_video=nothing), contextlib.redirect_stdout(None):
+            write_video=nothing):
         synvid.generate(cfg, [PROMPT], Path("random"), manifest, range(cfg.batch),
                         list(range(cfg.batch)), ranks)
     count_evaluations(cfg, ranks, meter)

@@ -39,15 +39,6 @@ from common.weights import LazyTensor, lazy_tensor, open_safetensors, safetensor
 FORMAT = 2  # of a checkpoint on disk
 
 
-def flatten(state: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested dicts by their path, such as "opt_traj/head.weight/exp_avg"."""
-    for name, value in state.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
-
-
 class Saver:
     """Writes a run's checkpoints in the background, one at a time.
 
@@ -64,11 +55,11 @@ class Saver:
         self.failures = 0  # in a row
         self.path, self.step = folder, step
 
-    def save(self, step: int, state: dict, meta: dict) -> None:
+    def save(self, step: int, state: dict[str, Tensor], meta: dict) -> None:
         """Copy `state` to host memory and start writing it, once the previous save has ended.
 
-        Args: state, nested dicts of tensors: each rank writes its own rows of a sharded tensor; any
-        other tensor is written by the first rank that has it; meta, JSON values to store with it.
+        Args: state, tensors by name: each rank writes its own rows of a sharded tensor; any other
+        tensor is written by the first rank that has it; meta, JSON values to store with it.
         If the previous save failed, this one is the second try; after two failures in a row it
         raises as wait().
         """
@@ -80,23 +71,10 @@ class Saver:
         if self.ranks.rank == 0:
             for stale in self.folder.glob(".step_*"):  # what killed runs left
                 shutil.rmtree(stale, ignore_errors=True)
-        tensors, rows = self.copy_to_host(dict(flatten(state)))
+        tensors, rows = copy_to_host(state, self.ranks, self.group)
         meta = {**meta, "format": FORMAT, "step": step}
         self.thread = Thread(target=self.write, args=(aside, tensors, rows, meta))
         self.thread.start()
-
-    def copy_to_host(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-        """Copies of what this rank writes, and by name [first row, rows of the full tensor]."""
-        plain = gather_values([n for n, t in state.items() if not isinstance(t, DTensor)],
-                              self.group)
-        of_lower_ranks = {name for names in plain[:self.ranks.rank] for name in names}
-        tensors, rows = {}, {}
-        for name, t in state.items():
-            local, held = local_rows(t.detach())
-            if local.numel() and name not in of_lower_ranks:
-                tensors[name] = torch.empty(local.shape, dtype=local.dtype).copy_(local)
-                rows[name] = [held.start if held else 0, t.shape[0] if t.ndim else 0]
-        return tensors, rows
 
     def write(self, aside: Path, tensors: dict[str, Tensor], rows: dict, meta: dict) -> None:
         """In the background: write this rank's file; then the first rank publishes them all.
@@ -153,6 +131,20 @@ class Saver:
         return ValueError(f"{self.path}: the checkpoint cannot be written "
                           f"({error_summary(self.error)}): {WRITE_REMEDY}; older ones "
                           "are untouched")
+
+
+def copy_to_host(state: dict[str, Tensor], ranks: Ranks,
+                 group: dist.ProcessGroup) -> tuple[dict[str, Tensor], dict]:
+    """Copies of what this rank writes, and by name [first row, rows of the full tensor]."""
+    plain = gather_values([n for n, t in state.items() if not isinstance(t, DTensor)], group)
+    of_lower_ranks = {name for names in plain[:ranks.rank] for name in names}
+    tensors, rows = {}, {}
+    for name, t in state.items():
+        local, held = local_rows(t.detach())
+        if local.numel() and name not in of_lower_ranks:
+            tensors[name] = torch.empty(local.shape, dtype=local.dtype).copy_(local)
+            rows[name] = [held.start if held else 0, t.shape[0] if t.ndim else 0]
+    return tensors, rows
 
 
 def replace_folder(path: Path, aside: Path) -> None:
@@ -254,8 +246,8 @@ def check_files(path: Path, files: dict[str, list], ranks: Ranks) -> str | None:
     return f"missing, truncated or changed: {', '.join(damaged)}"
 
 
-def load_checkpoint(path: Path, state: dict) -> None:
-    """Read a checkpoint into `state`, nested as it was saved, on any number of ranks.
+def load_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
+    """Read a checkpoint into the tensors of `state`, on any number of ranks.
 
     Raises ValueError on all ranks if it is damaged or of another model.
     """
@@ -270,7 +262,7 @@ def load_checkpoint(path: Path, state: dict) -> None:
                 for name, lazy in open_safetensors(path / file).items():
                     start, size = rows[name]
                     shards.setdefault(name, []).append((start, size, lazy))
-            for name, t in flatten(state):
+            for name, t in state.items():
                 if name not in shards:
                     raise ValueError(f"it does not contain {name}")
                 read_rows(name, t.detach(), shards[name])
@@ -303,16 +295,17 @@ def read_rows(name: str, target: Tensor, shards: list[tuple[int, int, LazyTensor
 
 # ------------------------------------------------------------- saving and resuming a run's state
 
-def tensors_of(state: Any, slots: dict[str, Tensor]) -> dict:
-    """All tensors of a run that change, by name; a checkpoint is read into them, in place."""
+def tensors_of(state: Any, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a run that change, by names such as "opt_traj/head.weight/exp_avg"; a
+    checkpoint is read into them, in place. slots: the generated latents that wait in a queue."""
     student, heads = ({name: p for name, p in net.named_parameters() if p.requires_grad}
                       for net in (state.student, state.heads))
-    tensors = {"student": {n: p.detach() for n, p in student.items()},
-               "heads": {n: p.detach() for n, p in heads.items()}, "queue": slots}
-    for name, opt in state.opts.items():
-        named = heads if name == "heads" else student
-        tensors[f"opt_{name}"] = {f"{n}/{key}": value for n, p in named.items()
-                                  for key, value in opt.state[p].items()}
+    tensors = {f"student/{name}": p.detach() for name, p in student.items()}
+    tensors |= {f"heads/{name}": p.detach() for name, p in heads.items()}
+    tensors |= {f"queue/{slot}": x for slot, x in slots.items()}
+    for kind, opt in state.opts.items():
+        for name, p in (heads if kind == "heads" else student).items():
+            tensors |= {f"opt_{kind}/{name}/{key}": x for key, x in opt.state[p].items()}
     return tensors
 
 

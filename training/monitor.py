@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
+from statistics import mean
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def log_line(cfg: Any, state: Any, ranks: Ranks, k: int, lr: float, tokens: int,
         line["grad_ratio"] = line["grad_adv"] / max(line["grad_traj"], 1e-30)
     if cfg.peak_tflops is not None:
         peak = cfg.peak_tflops * 1e12 * ranks.world
-        line["mfu"] = step_flops(cfg, state, k, tokens) / seconds / peak
+        line["mfu"] = step_flops(cfg, state.student, state.taps[k], tokens) / seconds / peak
     if ranks.device.type == "cuda":  # to compare with the memory plan
         line["peak_gib"] = torch.cuda.max_memory_allocated() / 2 ** 30
     return line
@@ -66,27 +66,26 @@ def short_form(line: dict) -> str:
                     ("loss_traj", "loss_adv", "acc_fake", "mfu") if name in line)
 
 
-def step_flops(cfg: Any, state: Any, k: int, tokens: int, recomputed: bool = False) -> float:
-    """Floating-point operations of an iteration; with what checkpointing computes again, if
-    `recomputed` (not for MFU).
+def step_flops(cfg: Any, dit: nn.Module, tap: int, tokens: int, recomputed: bool = False) -> float:
+    """Floating-point operations of an iteration that reads the teacher's features after block
+    `tap`; with what checkpointing computes again, if `recomputed` (not for MFU).
 
     Student: forward and backward (3 forwards' worth, 2 with a LoRA) for each loss; teacher: two
     forwards and a backward to its input, up to the tap.
     """
-    tapped = (state.taps[k] + 1) / state.teacher.cfg.num_layers
+    tapped = (tap + 1) / dit.cfg.num_layers
     student = 3 if cfg.lora is None else 2
     forwards = student * (cfg.traj + cfg.adv) + 3 * cfg.adv * tapped
     if recomputed and cfg.checkpointing:
         forwards += cfg.traj + cfg.adv * (2 + tapped)
-    return forwards * cfg.batch * state.student.flops(tokens)
+    return forwards * cfg.batch * dit.flops(tokens)
 
 
 def print_bill(cfg: Any, taps: list[int], shape: tuple[int, ...]) -> None:
     """Print the work of all iterations on latents of `shape` [C,T,H,W], computed from shapes."""
-    dit, m = meta_student(sizes_of(cfg.preset), cfg.lora), len(taps)
-    state, tokens = SimpleNamespace(student=dit, teacher=dit, taps=taps), math.prod(
-        dit.token_grid(*shape[1:]))
-    flop = sum(step_flops(cfg, state, k, tokens, True) for k in range(m)) / m * cfg.iterations
+    dit = meta_student(sizes_of(cfg.preset), cfg.lora)
+    tokens = math.prod(dit.token_grid(*shape[1:]))
+    flop = cfg.iterations * mean(step_flops(cfg, dit, tap, tokens, True) for tap in taps)
     print(f"distill: {cfg.iterations} iterations of {cfg.batch} samples, {flop:.3g} FLOP in all: "
           f"{flop / 1.44e18:.3g} GPU-hours at 400 TFLOP/s (40% of an H100's peak)")
 

@@ -40,39 +40,24 @@ def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.Ada
 
 @torch.no_grad()
 def step(opt: torch.optim.AdamW) -> None:
-    """opt.step() with torch's fused kernel; offloaded moments are copied in and out by groups."""
+    """opt.step() with torch's fused kernel; with offloaded moments one parameter after the other,
+    whose moments are copied to the device and back."""
     (group,) = opt.param_groups
     params = [p for p in group["params"] if p.grad is not None]
     offloaded = any(opt.state[p]["exp_avg"].device != p.device for p in params)
-    for part in groups_of(params) if offloaded else [params]:
-        rows = [local_part(p) for p in part]
-        states = [opt.state[p] for p in part]
-        moments = [[local_part(state[name]) for state in states]
-                   for name in ("exp_avg", "exp_avg_sq")]
-        on_device = [[x.to(row.device) for x, row in zip(kind, rows, strict=True)]
-                     for kind in moments]
-        adamw_step(rows, [local_part(p.grad) for p in part], *on_device, [],
-                   [state["step"] for state in states], foreach=False, fused=True, amsgrad=False,
-                   beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+    for part in [[p] for p in params] if offloaded else [params]:
+        rows, count = [local_part(p) for p in part], len(part)
+        moments = [local_part(opt.state[p][name]) for name in ("exp_avg", "exp_avg_sq")
+                   for p in part]
+        on_device = [x.to(rows[0].device) for x in moments]  # the moments, if they are there
+        adamw_step(rows, [local_part(p.grad) for p in part], on_device[:count], on_device[count:],
+                   [], [opt.state[p]["step"] for p in part], foreach=False, fused=True,
+                   amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
                    weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
-        for kind, moved in zip(moments, on_device, strict=True):
-            for x, value in zip(kind, moved, strict=True):
-                if x.device != value.device:
-                    x.copy_(value)
-        del on_device, moved, value  # free them before the next group is copied in
-
-
-def groups_of(params: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in order, in as few groups as possible, none larger than the largest of them."""
-    groups, room, largest = [], 0, max(local_part(p).numel() for p in params)
-    for p in params:
-        size = local_part(p).numel()
-        if not groups or size > room:
-            groups.append([])
-            room = largest
-        groups[-1].append(p)
-        room -= size
-    return groups
+        if offloaded:
+            for x, value in zip(moments, on_device, strict=True):
+                x.copy_(value)
+            del on_device, value  # free them before the next ones are copied in
 
 
 def norm_of(gradients: list[Tensor]) -> Tensor:

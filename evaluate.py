@@ -187,8 +187,8 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
     bar.close()
     latents, evaluations = torch.cat(latents), steps * (1 if unconds is None else 2)
     if not bool(torch.isfinite(latents).all()):
-        raise ValueError(f"{label}: the latents contain NaN or infinity: the weights are broken; "
-                         "distill them again with a lower lr")
+        raise ValueError(f"{label}: the latents contain NaN or infinity: check the weights' file; "
+                         "if it is a student's, distill it again with a lower lr")
     return measures.Samples(label, kind, steps, latents, evaluations, seconds / len(noise))
 
 

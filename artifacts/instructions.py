@@ -72,9 +72,6 @@ SET_SIGMAS = """
 set_timesteps = pipe.scheduler.set_timesteps  # WanPipeline passes no sigmas: they are set here
 pipe.scheduler.set_timesteps = lambda steps, device=None: set_timesteps(
     sigmas=[{}], device=device)"""
-WHOLE_IMAGE = """
-pipe.image_processor.do_center_crop = False  # Wan's image encoder takes the whole image
-pipe.image_processor.size = {"height": 224, "width": 224}"""
 TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -87,24 +84,17 @@ def student_page(facts: dict[str, Any], file: str, lora: bool = False) -> str:
     """
     t_key, sizes = facts["t_key"], sizes_of(facts["preset"])
     stock, stem = stock_scheduler(sizes.family, t_key), file.removesuffix(".safetensors")
-    wan, image = sizes.family == "wan", sizes.takes_image
+    wan, task = sizes.family == "wan", "i2v" if sizes.takes_image else "t2v"
     teacher, official = TEACHERS.get(facts["preset"], ("teacher-diffusers",
                                                        "the teacher's official folder"))
     values = {
-        **facts, "file": file, "stem": stem, "steps": len(t_key) - 1, "times": digits(t_key),
+        **facts, **parts(f"student_{task}", facts), "file": file, "stem": stem,
+        "steps": len(t_key) - 1, "times": digits(t_key),
         "shift": f"{facts['shift']:g}", "fps": f"{facts['fps']:g}",
         "key": ", ".join(map(str, facts["key"])),
         "torch_dtype": TORCH_DTYPES.get(facts["dtype"], "bfloat16"),
         "thousandths": [round(1000 * t) for t in t_key[:-1]], "teacher": teacher,
-        "official": official, "task": "image to video" if image else "text to video",
-        "task_option": "i2v" if image else "t2v", "guidance_scale": 1.0, "sigmas_setting": "",
-        "import_load_image": ", load_image\nfrom PIL import ImageOps" if image else "",
-        "image_argument": ', image=ImageOps.fit(load_image("photo.jpg"), '
-        f"({facts['width']}, {facts['height']}))" if image else "",
-        "image_option": " --image photo.jpg" if image else "",
-        "image_path": " --image_path photo.jpg" if image else "",
-        "pipe_settings": WHOLE_IMAGE if image and sizes.has_clip else "",
-        "pipeline": "WanImageToVideoPipeline" if image else "WanPipeline",
+        "official": official, "guidance_scale": 1.0, "sigmas_setting": "",
         "set_sigmas": "" if stock or not wan else SET_SIGMAS.format(digits(t_key[:-1])),
         "scheduler": ", ".join(f"{k}={v}" for k, v in (stock or {"shift": 1.0}).items())}
     if sizes.boundary is not None:

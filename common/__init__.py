@@ -7,5 +7,6 @@ import os
 
 LAUNCHER = os.getppid()  # torchrun's, for ranks.watch_launcher
 # Prompts of many lengths would fragment a GPU's memory until, after hours or days, a tensor no
-# longer fits. torch reads this once; the user's PYTORCH_CUDA_ALLOC_CONF takes precedence.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# longer fits. torch reads this once; PYTORCH_CUDA_ALLOC_CONF is its older name.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -181,6 +181,9 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
         if not isinstance(part, dict):
             raise ValueError(f"{path}:{name} expected keys with values, got {abbreviate(part)}")
     shared = [f.name for f in dataclasses.fields(Shared)]
+    for key in data:
+        if key in fields and key not in (*shared, *STAGES):
+            raise ValueError(f"{path}: {key}: is a setting of one stage: indent it under {stage}:")
     check_keys(data, [*shared, *STAGES], str(path))
     check_keys(section, fields, str(path), f"{stage}.")
     return {**{key: data[key] for key in shared if key in data}, **section}

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.nn.attention import SDPBackend, _sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from common.config import Shared, settings_to_compare
@@ -146,6 +146,9 @@ def join_processes(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
+SDPA_ORDER: list[Any] = []  # keeps the context alive: it would be left when collected
+
+
 def prefer_attention(kernels: str, device: torch.device) -> None:
     """From here on, attention on a GPU tries one kind of kernel first; the others remain available.
 
@@ -160,7 +163,8 @@ def prefer_attention(kernels: str, device: torch.device) -> None:
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     if kernels == "cudnn" or kernels == "auto" and hopper:
         order[:2] = order[1], order[0]
-    _sdpa_kernel(order, set_priority=True)  # torch's public context manager would end
+    SDPA_ORDER[:] = [sdpa_kernel(order, set_priority=True)]
+    SDPA_ORDER[0].__enter__()  # and never left
 
 
 class Timer:

@@ -126,7 +126,7 @@ def test_a_student_is_evaluated_only_with_the_negative_prompt_of_its_trajectorie
     with pytest.raises(ValueError, match="negative_prompt: expected the config's 'a cross', got "
                                          "'a ring': evaluate it with the config that"):
         evaluate.read_students(load_config(evaluate.Config, "evaluate", argv))
-    [student] = evaluate.read_students(load_config(evaluate.Config, "evaluate", argv[:1]))
+    [(_, [student])] = evaluate.read_students(load_config(evaluate.Config, "evaluate", argv[:1]))
     assert student["label"] == "student@3"
 
 
@@ -138,7 +138,8 @@ def test_sample_makes_a_video_in_each_image_s_shape_near_the_config_s_area(disti
     for made in videos:
         shape = read_video(root / "run/samples" / made["file"]).shape
         assert shape == (3, 13, made["height"], made["width"])
-    assert re.search(r": text .* s, image .* s, .*steps .* s", sampled.stdout)
+    assert all(re.search(rf"process: .*\b{phase} \d.* s", sampled.stdout)
+               for phase in ("text", "image", "steps"))
     done = run_stage("sample", path, "--teacher", "--prompt", TEXTS[1], "--image",
                      root / "images/1.png", "--out", root / "one")
     _, one = read_log(root / "one/teacher6.jsonl")

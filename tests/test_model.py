@@ -769,6 +769,7 @@ def test_command_line_values_get_their_fields_type(tmp_path, argv, key, value):
     ("heigth: 48", "unknown key 'heigth'; did you mean 'height'"),
     ("distill: {stepz: 3}", "unknown key 'distill.stepz'; did you mean 'steps'"),
     ("destill: {steps: 3}", "unknown key 'destill'; did you mean 'distill'"),
+    ("lr: 1e-5", "lr: is a setting of one stage: indent it under distill:"),
     ("distill: 3", "distill: expected keys"), ("- a", r"expected keys with values, got \['a'\]"),
     ("n: true", "n: expected int, got True"), ("n: 3.5", "n: expected int, got 3.5"),
     ("n: '3.5'", "n: expected int, got '3.5'"), ("n: null", "n: expected int, got None"),

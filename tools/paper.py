@@ -63,7 +63,8 @@ class Config(Shared):
                         "the command line")
     options: str = field("", "options of every training run, such as `lr=1e-5 iterations=600`; "
                          "only on the command line")
-    prompts: str | None = field(None, "held-out captions, as in evaluate.py; default: the config's")
+    prompts: str | None = field(None, "held-out captions, as in evaluate.py; default: the config's;"
+                                " with --tables fig5 alone, the prompts that it shows")
     count: int | None = field(None, "videos per model, as in evaluate.py; default: the config's")
 
 

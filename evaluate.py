@@ -27,14 +27,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from artifacts.student import exported_path, facts_in, load_student, student_facts
-from artifacts.trajectories import crc32
 from common.config import Shared, announce, field, load_config
 from common.files import crc32_of_json
 from common.names import fingerprint_files
 from common.prompts import Prompt, fingerprints, heldout_prompts, read_prompts
 from common.ranks import (
-    Ranks, Timer, cli, device_name, draw_noise, gather_values, on_first_rank,
-    progress_bar, setup_distributed)
+    Ranks, Timer, cli, draw_noise, gather_values, on_first_rank, progress_bar,
+    setup_distributed)
 from common.video import check_ffmpeg
 from common.weights import open_safetensors, save_tensors
 from evaluation import measures, page
@@ -171,7 +170,8 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
     bar = progress_bar(len(noise) * steps, label, dist.get_rank(), unit="step")
     for start in range(0, len(noise), cfg.batch):
         b = slice(start, start + cfg.batch)
-        file = keep and keep / f"{crc32(noise[b])}.safetensors"
+        first = noise[b, :, 0, 0, 0].tolist()  # differs between batches
+        file = keep and keep / f"{crc32_of_json(first)}.safetensors"
         if file and file.exists():
             latents.append(open_safetensors(file)["x"].read())
             seconds += facts_in(file)["seconds"]
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     if ranks.rank == 0:
         launch = ["torchrun", f"--nproc-per-node={ranks.world}"] if ranks.world > 1 else ["python"]
         page.write_report(cfg, out, models, rows, captions, examples, students, {
-            "command": shlex.join([*launch, "evaluate.py", *argv]), "device": device_name(device),
+            "command": shlex.join([*launch, "evaluate.py", *argv]), **page.environment(device),
             "seconds": round(time.perf_counter() - started, 1)})
     dist.barrier()
 

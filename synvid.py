@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from artifacts.trajectories import (
     check_encoders, decode_trajectory, find_trajectories, first_gap, first_header, initial_noise,
-    make_manifest, open_manifest, verify, write_trajectory)
+    open_manifest, verify, write_trajectory)
 from common.config import Shared, announce, field, load_config
 from common.prompts import Prompt, fingerprints, read_prompts
 from common.ranks import (
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         **fingerprints(cfg.weights, prompts))
     folder = Path(cfg.run) / "synvid"
     with lock_run_folder(folder, indices.start, indices.stop) if writes else nullcontext():
-        manifest = on_first_rank(lambda: open_manifest(folder, make_manifest(cfg), writes))
+        manifest = on_first_rank(lambda: open_manifest(folder, cfg, writes))
         damaged = verify(folder, indices, manifest, ranks) if cfg.verify or cfg.repair else {}
         if not writes:
             if damaged:

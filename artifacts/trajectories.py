@@ -103,13 +103,13 @@ def read_manifest(folder: Path, config: str | Path = "CONFIG") -> dict[str, Any]
     return manifest
 
 
-def open_manifest(folder: Path, expected: dict, write: bool = True) -> dict[str, Any]:
-    """The manifest of a folder, written first if it is missing.
+def open_manifest(folder: Path, cfg: Any, write: bool = True) -> dict[str, Any]:
+    """The manifest of a folder, written first from a config of stage 1 if it is missing.
 
-    A damaged one is written again if the trajectories of the folder record `expected`.
+    A damaged one is written again if the trajectories of the folder record the config's.
     Raises ValueError if the folder contains trajectories of other settings.
     """
-    path, stored = folder / "manifest.json", None
+    path, stored, expected = folder / "manifest.json", None, make_manifest(cfg)
     remedy = ("a folder holds trajectories of one teacher, grid, guidance, size, dtype and seed: "
               "choose another one with --run, or delete it to make it again")
     try:

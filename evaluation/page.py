@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.config import Shared
 from common.files import ROOT, replace_file, write_json, write_text
+from common.ranks import device_name
 from common.video import write_image, write_video
 from evaluation.measures import Samples, endpoint_error, gates
 from evaluation.sheets import data_uri, stills, video_table
@@ -34,11 +35,13 @@ ALL_TITLES = COLUMN_TITLES | {"floor": "floor, 1 = teacher's", "first": "first f
 LOOP_SECONDS = 4  # an mp4 lasts at least this long: players stop at its end
 
 
-def commit() -> str | None:
-    """The commit of this code, with -dirty if files differ from it; None outside a repository."""
+def environment(device: torch.device) -> dict[str, str | None]:
+    """What a table was made with: torch, the device, and the commit of this code, with -dirty if
+    files differ from it (None outside a repository)."""
     status, text = subprocess.getstatusoutput(
         f"git -C {shlex.quote(str(ROOT))} describe --always --dirty 2>/dev/null")
-    return None if status else text
+    return {"commit": None if status else text, "device": device_name(device),
+            "torch": torch.__version__}
 
 
 # ------------------------------------------------------------------------------------ the table
@@ -88,7 +91,6 @@ def write_report(cfg: Shared, out: Path, models: list[Samples], rows: list[dict]
     first_students = itertools.takewhile(lambda row: row["kind"] in ("student", "mean"), rows[2:])
     compared = [*rows[:2], list(first_students)[-1]]  # teacher@n, teacher@m, the (mean) student
     bounds = gates(*compared) if "all" in rows[0] else []
-    facts |= {"commit": commit(), "torch": torch.__version__}
     text = markdown(rows, bounds, cfg, facts)
     write_text(out / "table.md", text)
     write_json(out / "table.json", {**facts, "config": asdict(cfg), "rows": rows, "gates": bounds,

@@ -248,7 +248,7 @@ def make_world(tmp_path, monkeypatch, ranks):
                   "weights": str(SHIPPED if one else split_shipped(tmp_path / f"{change}", change)),
                   "shift": 2.0, "height": 64, "width": 64, "frames": 9, "device": "cpu"}
         cfg = synvid.Config(**values, key=KEY_OF_2, keep="all", batch=COUNT, videos=0)
-        manifest = synvid.open_manifest(run / "synvid", synvid.make_manifest(cfg))
+        manifest = synvid.open_manifest(run / "synvid", cfg)
         prompts = read_prompts(SHIPPED / "prompts.txt", False)
         synvid.generate(cfg, prompts, run / "synvid", manifest, range(COUNT), list(range(COUNT)),
                         ranks)

@@ -216,7 +216,7 @@ def store(config, tmp_path, monkeypatch):
     folder, teacher = tmp_path / "run/synvid", trajectories.fingerprint(cfg.weights)
     monkeypatch.setattr(trajectories, "fingerprint", lambda weights: teacher)  # not damaged here
     manifest = trajectories.make_manifest(cfg)
-    trajectories.open_manifest(folder, manifest)
+    trajectories.open_manifest(folder, cfg)
     for i in range(2):
         x = draw_noise((len(manifest["stored"]), *manifest["shape"]), [("x", i)])[0].half()
         trajectories.write_trajectory(folder, manifest, i, f"prompt {i}", x,

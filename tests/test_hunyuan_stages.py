@@ -118,8 +118,6 @@ def test_the_student_and_the_teacher_sample_videos(sampled):
     for who in ("student3", "teacher6"):
         video = read_video(next((sampled / who).glob("*.mp4")))
         assert video.shape == (3, 5, 32, 48) and video.std() > 0
-        report = json.loads((sampled / f"{who}.json").read_text())
-        assert report["tokens"] == 2 * 2 * 3
 
 
 def test_a_student_in_a_diffusers_folder_or_accvideo_s_released_file_samples_the_same(

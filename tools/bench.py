@@ -37,10 +37,10 @@ from common.config import Shared, field, load_config
 from common.files import error_summary, read_json, write_json
 from common.linear import linear
 from common.ranks import (
-    Ranks, cli, compile_blocks, compute_dtype, device_name, generator, on_first_rank,
+    Ranks, cli, compile_blocks, compute_dtype, generator, on_first_rank,
     setup_distributed)
 from common.video import write_video
-from evaluation.page import commit, markdown_table
+from evaluation.page import environment, markdown_table
 from model import (
     check_model, collate, key_times, latent_shape, sample_euler, time_grid)
 from tools.networks import (
@@ -383,9 +383,9 @@ def main(argv: list[str] | None = None) -> None:
     peak = measure_peak(ranks.device)
     argv = sys.argv[1:] if argv is None else argv
     result = {"command": shlex.join(["python", "-m", "tools.bench", *argv]),
-              "commit": commit(), "device": device_name(ranks.device), "ranks": ranks.world,
+              **environment(ranks.device), "ranks": ranks.world,
               "dtype": str(compute_dtype(ranks.device)).removeprefix("torch."),
-              "torch": torch.__version__, "diffusers": diffusers_version() or "not installed",
+              "diffusers": diffusers_version() or "not installed",
               "peak_tflops": peak / 1e12, "seconds": 0.0, "rows": [], "left_out": {}}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         bench = Bench(cfg, ranks, Path(on_first_rank(lambda: folder)))

@@ -24,11 +24,11 @@ import synvid
 from common.config import Shared, as_options, field, load_config
 from common.files import lock_folder, parse_json
 from common.prompts import read_prompts
-from common.ranks import cli, device_name, pick_device
+from common.ranks import cli, pick_device
 from common.weights import open_safetensors, safetensors_metadata
 from evaluation.measures import distances
 from evaluation.statistics import mean_and_error
-from evaluation.page import commit, markdown_table, plus_minus
+from evaluation.page import environment, markdown_table, plus_minus
 from model import check_model, sizes_of, time_grid
 from small_world.clips import SIZE
 from tools import tables
@@ -149,8 +149,8 @@ def main(argv: list[str] | None = None) -> None:
             file = file or training_prompts
         sections = {name: make_section(cfg, name, plan, s, trajectories, file) for name in chosen}
         page = tables.write_paper(plan, sections, {
-            "command": shlex.join(["python", "-m", "tools.paper", *argv]), "commit": commit(),
-            "device": device_name(pick_device(cfg.device)), "torch": torch.__version__,
+            "command": shlex.join(["python", "-m", "tools.paper", *argv]),
+            **environment(pick_device(cfg.device)),
             "seconds": round(time.perf_counter() - started, 1)})
     print(f"results: {page}; numbers of every seed: {out / 'paper.json'}")
 

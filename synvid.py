@@ -146,10 +146,10 @@ def plan(cfg: Config, prompts: list[Prompt], folder: Path, indices: range, manif
 
 def print_cost(seconds: float, batch: int, batches: int, ranks: Ranks) -> None:
     """Print the cost of all batches from the time of the first one."""
-    rounds = math.ceil(batches / ranks.dp_size)
+    left = seconds * max(batches / ranks.dp_size - 1, 0)
     tqdm.write(f"synvid: {seconds / batch:.2g} s per trajectory on {ranks.device.type}; "
                f"{seconds * batches * ranks.world / ranks.dp_size / 3600:.3g} device-hours in all; "
-               f"{tqdm.format_interval(seconds * (rounds - 1))} left with {ranks.world} rank(s)")
+               f"{tqdm.format_interval(left)} left with {ranks.world} rank(s)")
 
 
 # -------------------------------------------------------------------------------- generation

@@ -152,7 +152,7 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
             if level and facts.get("expert", level) != level:
                 raise ValueError(f"{file}: expected the expert for {level} noise, got that for "
                                  f"{abbreviate(facts['expert'])} noise: exchange the files")
-            for key in ("t_key", "teacher", "preset") if found and facts else ():
+            for key in ("t_key", "teacher", "preset", "pair") if found and facts else ():
                 got, other = facts.get(key), found.get(key)
                 if got != other:
                     raise ValueError(f"{file}: {key} is {abbreviate(got)}, in the other file "
@@ -242,7 +242,8 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
     facts |= {"t_key": state.t_key[::-1], "teacher": meta["teacher"], "iterations": state.step,
               "dtype": cfg.export_dtype}
     if sizes.boundary is not None:
-        facts |= {"boundary": sizes.boundary, "cfg_scale_low": cfg.cfg_scale_low}
+        facts |= {"boundary": sizes.boundary, "cfg_scale_low": cfg.cfg_scale_low,
+                  "pair": state.step if cfg.experts == "both" else None}  # checked on loading
     if cfg.guidance != 1:  # the target of an evaluation depends on it
         facts |= {"negative_prompt": cfg.negative_prompt}
     if dtype == torch.float16:

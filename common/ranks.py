@@ -369,7 +369,7 @@ def watch_launcher() -> None:
 
 
 def print_line(line: str, error: bool = False) -> None:
-    """Print a line that is not worth a run: if it cannot be written, it is dropped."""
+    """Print a line, or drop it if the output cannot be written, which must not end a run."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr if error else sys.stdout, flush=True)
 

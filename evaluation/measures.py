@@ -46,8 +46,8 @@ BLOCK = 64  # videos whose latents are in float64 at once: those of many large v
 
 def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
     """‖x − x50‖² / ‖x50‖² of each video, float64 [N], for latents [N, …] from the same noise."""
-    pairs = ((a.double(), b.double()) for a, b in zip(x.flatten(1), x50.flatten(1), strict=True))
-    return torch.stack([(a - b).square().sum() / b.square().sum() for a, b in pairs])
+    return torch.stack([(a.double() - b).square().sum() / b.double().square().sum()
+                        for a, b in zip(x.flatten(1), x50.flatten(1), strict=True)])
 
 
 def by_blocks(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:

@@ -243,8 +243,7 @@ class WanVAE(nn.Module):
 
         With `past` the video is the next chunk of a clip: its first frame, or `time` later frames.
         """
-        mean, logvar = self.conv1(self.encoder(video, past)).chunk(2, dim=1)
-        return mean, logvar
+        return self.conv1(self.encoder(video, past)).chunk(2, dim=1)
 
     def reconstruct(self, z: Tensor, past: Past | None = None) -> Tensor:
         """The video [B, 3, T, H, W] of raw latents z, or of a clip's next latents; not clamped."""
@@ -276,8 +275,7 @@ class WanVAE(nn.Module):
     def statistics(self, device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of latents, each fp32 [1, z, 1, 1, 1]."""
         both = torch.tensor([self.latents_mean, self.latents_std], device=device)
-        mean, std = both.view(2, 1, self.z_dim, 1, 1, 1)
-        return mean, std
+        return both.view(2, 1, self.z_dim, 1, 1, 1).unbind()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,15 @@ def test_a_checkpoint_s_copy_in_host_memory_is_freed_when_it_is_written(ranks, t
         assert len(copies) == 2 and all(copy.expired() for copy in copies)
     finally:
         gc.enable()
+
+
+def test_a_long_wait_for_a_checkpoint_is_printed(ranks, tmp_path, capsys):
+    waits: list[float | None] = []
+    saver = Saver(tmp_path, ranks, 2)
+    saver.thread = SimpleNamespace(join=lambda seconds=None: waits.append(seconds),
+                                   is_alive=lambda: len(waits) < 2)
+    saver.wait()
+    assert waits == [10, None] and f"waiting until {tmp_path} is on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "unreadable", "flipped", "header flipped",

@@ -318,7 +318,8 @@ def test_each_expert_s_student_follows_its_own_teacher(make_world, ranks):
 @pytest.fixture
 def make_student(tmp_path, ranks):
     """make_student(sizes, **settings) exports a random student in fp32: its first file and DiT."""
-    def make(sizes: WanConfig = PRESETS["tiny-experts"], key: list[int] = KEY, **settings):
+    def make(sizes: WanConfig = PRESETS["tiny-experts"], key: list[int] = KEY, step: int = 0,
+             **settings):
         monkey = pytest.MonkeyPatch()
         monkey.setitem(PRESETS, "tiny-experts", sizes)
         teacher = {name: p for name, p in two_experts(sizes).state_dict().items()}
@@ -334,7 +335,7 @@ def make_student(tmp_path, ranks):
             for name, p in state.student.named_parameters():
                 if p.requires_grad:  # B of a LoRA is zero at first
                     p.to_local().mul_(1.01).add_(0.01 * name.endswith("lora_B"))
-        meta = {"teacher": fingerprint(cfg.weights)}
+        state.step, meta = step, {"teacher": fingerprint(cfg.weights)}
         file = student_file.export_student(cfg, state, ranks, meta)
         monkey.undo()
         return file, state.student
@@ -446,6 +447,10 @@ def test_two_files_are_one_student_and_exchanged_or_mixed_ones_are_refused(make_
     with pytest.raises(ValueError, match="expected the expert for high noise, got that for 'low'"):
         student_file.student_facts(moved / file.name, cfg)
     (moved / low.name).write_bytes(low.read_bytes())
+    make_student(key=ALIGNED, step=7)  # as an export whose second file could not be written
+    (moved / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match="pair is 0, in the other file 7: they are of two student"):
+        student_file.student_facts(moved / file.name, cfg)
     make_student(key=KEY)
     (moved / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match="t_key is .*: they are of two students"):

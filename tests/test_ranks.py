@@ -145,13 +145,19 @@ def test_an_error_of_some_ranks_is_raised_on_all_and_printed_once(tmp_path):
     assert [(tmp_path / str(r)).read_text() for r in range(3)] == ["", "rank 1 is ill", ""]
 
 
-@pytest.mark.parametrize("given", [None, "max_split_size_mb:64"])
-def test_a_gpu_s_memory_has_expandable_segments_unless_the_user_sets_others(given, monkeypatch):
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    if given:
-        monkeypatch.setenv("PYTORCH_ALLOC_CONF", given)
+@pytest.mark.parametrize("given, expected", [
+    ({"RANK": "0"}, "expandable_segments:True"), ({}, None),
+    ({"RANK": "0", "PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ({"RANK": "0", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None)])
+def test_under_torchrun_memory_has_expandable_segments_unless_the_user_sets_others(
+        given, expected, monkeypatch):
+    for name in ("RANK", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that its value is restored after the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     importlib.reload(common)
-    assert os.environ["PYTORCH_ALLOC_CONF"] == (given or "expandable_segments:True")
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
 def sharing(ranks, folder: Path) -> None:

@@ -120,15 +120,17 @@ def vae_run(way: str, frames: int, height: int, width: int) -> Callable[[nn.Modu
     return lambda vae: getattr(vae, way)(torch.randn(vae_shape(way, frames, height, width)))
 
 
+def ids(length: int) -> Tensor:
+    """Token ids of one prompt, [1, length]."""
+    return torch.zeros(1, length, dtype=torch.long)
+
+
 def frozen_parts(cfg: Shared) -> dict[str, tuple[Callable[[], nn.Module], Callable]]:
     """VAE and encoders by the name of their row, as (make, run): make() builds a network, and
     run(network) encodes or decodes a video, a prompt of full length, or an image of zeros."""
     sizes, arguments = sizes_of(cfg.preset), frozen_arguments(cfg)
     vae, size = partial(make_vae, cfg.family, is_small(cfg)), (cfg.frames, cfg.height, cfg.width)
     parts = {f"VAE {way}": (vae, vae_run(way, *size)) for way in ("decode", "encode")}
-
-    def ids(length: int) -> Tensor:
-        return torch.zeros(1, length, dtype=torch.long)
 
     def image_networks() -> nn.ModuleDict:
         clip = {"clip": CLIPVision(**arguments[CLIPVision])} if sizes.has_clip else {}

@@ -38,7 +38,7 @@ from common.files import ROOT
 from common.names import EXPERTS
 from common.ranks import Ranks, local_rows, setup_distributed
 from experts import Experts
-from tools.networks import frozen_arguments
+from tools.networks import frozen_arguments, ids
 
 DEVICE = "pretended"  # a device type that exists after register_device()
 Figures = Counter[tuple[str, ...]]  # (kind, …) -> number; all are linear in a DiT's depth
@@ -87,10 +87,6 @@ def copied_tensor(data: Any, *, device: Any = None, **options: Any) -> Tensor:
 TENSOR = torch.tensor
 
 
-def ids(length: int) -> Tensor:
-    return torch.zeros(length, dtype=torch.long)
-
-
 def nothing(*_: Any, **__: Any) -> None:
     """In place of what reads or writes files."""
 
@@ -103,9 +99,9 @@ REPLACED: dict[Any, dict[str, Any]] = {
     frozen.load: {
         "load_module": without_reading, "component": lambda *_, **__: Path(__file__),
         "open_tensors": lambda _: {}, "safetensors_metadata": lambda _: {},
-        "Tokenizer": lambda _, n: Mock(size=0, return_value=(ids(n)[None], ids(n)[None] + 1))},
+        "Tokenizer": lambda _, n: Mock(size=0, return_value=(ids(n), ids(n) + 1))},
     frozen.text: {"read_tokenizer": nothing},
-    frozen.text.HunyuanText: {"ids": lambda self, _: (ids(self.llm_len), ids(self.clip_len))},
+    frozen.text.HunyuanText: {"ids": lambda self, _: (ids(self.llm_len)[0], ids(self.clip_len)[0])},
     frozen.image: {"read_image": lambda _: torch.zeros(3, 720, 1280)},
     distill: {"fingerprint": nothing, "load_high_student": lambda cfg, _, dtype, ranks:
               without_reading(model.empty_dit(cfg.preset, dtype, ranks, experts="high")

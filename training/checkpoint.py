@@ -48,8 +48,9 @@ class Saver:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int, step: int = 0):
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        # A separate group, since training uses the others meanwhile; a slow disk may take long.
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+        # A separate group, since training uses the others meanwhile. A slow disk may take long; a
+        # disk of one node that no longer answers ends the run.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=3))
         self.thread: Thread | None = None
         self.error: BaseException | None = None
         self.failures = 0  # in a row
@@ -109,8 +110,8 @@ class Saver:
             replace_folder(self.path, aside)
         except (OSError, ValueError) as e:
             return e
-        # Resuming may have skipped later ones, which stay until the run has passed them: what one
-        # start cannot read, the next may.
+        # Later checkpoints, which resuming skipped as damaged, stay until the run has passed them:
+        # another start may be able to read them.
         steps = checkpoints(self.folder)
         for old in [s for s in steps if s <= meta["step"]][:-self.keep]:
             shutil.rmtree(steps[old], ignore_errors=True)
@@ -119,6 +120,9 @@ class Saver:
     def wait(self, retries: int = 0) -> None:
         """Wait for the save in progress; ValueError if more than `retries` in a row failed."""
         if self.thread is not None:
+            self.thread.join(10)
+            if self.thread.is_alive() and self.ranks.rank == 0:
+                print_line(f"waiting until {self.path} is on the disk")
             self.thread.join()
             self.thread, self.failures = None, 0 if self.error is None else self.failures + 1
         if self.failures > retries:

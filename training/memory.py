@@ -17,9 +17,10 @@ from common.ranks import Ranks, compute_dtype, on_first_rank
 from model import sizes_of
 from training.checkpoint import check_disk, checkpoints, run_folder
 
-# Numbers that a block saves per token for its backward: (fp32, compute dtype) in units of its width
-# and (compute dtype) of its MLP's; with trainable weights, then with frozen ones. EXTRA: those that
-# a backward with checkpointing needs besides, in units of the width. Source: tools/rehearse.py.
+# What a block saves per token for its backward, as (a, b, c): a numbers in fp32 and b in the dtype
+# of computation, in units of the block's width, and c in that dtype, in units of its MLP's width.
+# The first triple holds for trainable weights, the second for frozen ones. EXTRA: what a backward
+# with checkpointing needs in addition, in units of the width. Source: tools/rehearse.py.
 SAVED_PER_TOKEN = {"wan": ((8, 10, 3), (6, 6, 1)), "hunyuan": ((3, 8, 3), (3, 5, 1))}
 EXTRA_PER_TOKEN = {"wan": 11, "hunyuan": 8}
 USABLE_MEMORY = 0.92  # fraction of a GPU's memory; the rest is the framework's

@@ -102,8 +102,8 @@ def check_finite(line: dict, folder: Path) -> None:
 class Journal:
     """log.jsonl, one line per iteration, and curves.png; the first rank writes both.
 
-    Neither is worth a run: if one cannot be written, that is printed, and training continues. A
-    line that the file lacks is written with the next held-out errors.
+    Neither ends a run: if one cannot be written, a warning is printed, and training continues. A
+    line that is missing from the file is written with the next held-out errors.
     Args: folder that holds them; step, the last iteration to keep: later ones will be repeated.
     """
 

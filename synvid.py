@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +35,8 @@ from artifacts.trajectories import (
 from common.config import Shared, announce, field, load_config
 from common.prompts import Prompt, fingerprints, read_prompts
 from common.ranks import (
-    Ranks, cli, compile_blocks, limit_waiting, lock_run_folder, on_first_rank, progress_bar,
-    setup_distributed, shared_queue)
+    Ranks, cli, compile_blocks, lock_run_folder, on_first_rank, progress_bar, setup_distributed,
+    shared_queue)
 from common.video import check_ffmpeg
 from experts import crossing_note
 from frozen.load import load_conditioner, load_vae
@@ -179,7 +178,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     if cfg.compile:
         compile_blocks(teacher)
 
-    longest, bar = 0.0, progress_bar(len(batches), "synvid", ranks.rank, unit="batch")
+    bar = progress_bar(len(batches), "synvid", ranks.rank, unit="batch")
     for number in turns:
         b, started = batches[number], time.perf_counter()
         # The complete batch is computed, even if little of it is missing: another size rounds
@@ -198,15 +197,12 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
             prompt, image = chosen[i - batch.start]
             write_trajectory(folder, manifest, i, prompt, x[i - batch.start],
                              conds[i - batch.start], encoders, image)
-        if longest == 0 and ranks.rank == 0:
+        if bar.n == 0 and ranks.rank == 0:
             print_cost(time.perf_counter() - started, cfg.batch, len(batches), ranks)
         for i in with_video.intersection(missing[b]):
             decode_trajectory(folder, manifest, i, vae, cfg.fps)
         bar.update(number + 1 - bar.n)  # the others take batches as well
-        longest = max(longest, time.perf_counter() - started)
     bar.close()
-    if longest:  # the others still load or are a batch behind, or their node was lost
-        limit_waiting(ranks, timedelta(hours=2) + 4 * timedelta(seconds=longest))
 
 
 def main(argv: list[str] | None = None) -> None:

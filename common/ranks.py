@@ -258,17 +258,26 @@ def limit_waiting(ranks: Ranks, timeout: timedelta) -> None:
 
 def shared_queue(count: int, ranks: Ranks) -> Iterator[int]:
     """The numbers 0 … count - 1, each for the ranks of one replica. A replica gets its next number
-    when it asks for it, so that none waits long for a slower one at the end. Collective."""
-    store, turns = dist.distributed_c10d._get_default_store(), itertools.count()
+    when it asks for it, so that at the end none waits for more than one turn of another; longer
+    means that a node was lost, and ends the run. Collective."""
+    store = dist.distributed_c10d._get_default_store()
     name = on_first_rank(lambda: secrets.token_hex(8))  # torchrun keeps its store through restarts
 
-    def take() -> int:
-        key = f"{name} replica {ranks.dp_rank} turn {next(turns)}"
-        if ranks.is_writer:
-            store.set(key, str(min(store.add(name, 1) - 1, count)))
-        return int(store.get(key))
+    def numbers() -> Iterator[int]:
+        longest = 0.0  # seconds of a turn
+        for turn in itertools.count():
+            key = f"{name} replica {ranks.dp_rank} turn {turn}"
+            if ranks.is_writer:
+                store.set(key, str(store.add(name, 1) - 1))
+            if (number := int(store.get(key))) >= count:
+                break
+            start = time.perf_counter()
+            yield number
+            longest = max(longest, time.perf_counter() - start)
+        if longest:  # others may still load their networks
+            limit_waiting(ranks, timedelta(hours=2, seconds=4 * longest))
 
-    return iter(take, count)
+    return numbers()
 
 
 def end_all(message: str) -> NoReturn:

@@ -119,7 +119,7 @@ SAMPLE_SETTINGS = ("family", "preset", "height", "width", "frames", "n", "shift"
 # ------------------------------------------------------------------------------------- students
 
 def read_students(cfg: Config) -> list[tuple[str, list[dict]]]:
-    """The students in groups of the same key timesteps: what each one's file says, with "file",
+    """The students in groups of the same key timesteps: the facts in each one's file, with "file",
     "name" and "label".
 
     In front of each group is the end of its labels: "@5", or "@5 at 1, 0.9, …" where two groups
@@ -193,7 +193,7 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
 
 
 def teacher_file(cfg: Config) -> tuple[Path, dict]:
-    """The file that keeps teacher@n's latents, and what it says about them, if it exists. Raises
+    """The file that keeps teacher@n's latents, and its metadata, if it exists. Raises
     ValueError if it is one of another kind."""
     path = Path(cfg.teacher_samples or Path(cfg.run) / "evaluate/teacher.safetensors")
     facts = facts_in(path) if path.exists() else {"about": None}

@@ -235,11 +235,10 @@ def main(argv: list[str] | None = None) -> None:
         made = sample_videos(cfg, missing, times, checksum, record, ranks) if missing else None
         results = gather_values(made if ranks.is_writer else None)
     if ranks.rank == 0:
-        results = [result for result in results if result is not None]
-        if results:
+        if results := [result for result in results if result is not None]:
             print(speed_text(results))
-        print(f"{sum(len(result['videos']) for result in results)} of {len(videos)} videos were "
-              f"made now; see {out / videos[0].file} and {record} (prompts, files, seconds)")
+        print(f"{len(videos) - len(finished)} of {len(videos)} videos were made now; see "
+              f"{out / videos[0].file} and {record} (prompts, files, seconds)")
 
 
 if __name__ == "__main__":

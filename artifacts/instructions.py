@@ -133,15 +133,13 @@ def wan_values(facts: dict[str, Any], values: dict[str, Any], lora: bool) -> dic
 def hunyuan_values(facts: dict[str, Any], values: dict[str, Any],
                    stock: dict[str, float] | None) -> dict[str, Any]:
     """Values of the page's templates that only a student of HunyuanVideo has, by name."""
-    embedded, shift, steps = facts["embedded_guidance"], simple_shift(facts), values["steps"]
+    shift, steps = simple_shift(facts), values["steps"]
     return {
-        "pipeline": "HunyuanVideoPipeline", "guidance_scale": embedded,
-        "pipe_settings": "\npipe.vae.enable_tiling()  # as in the official code",
         "sigmas_setting": "" if stock else f', "sigmas": [{digits(facts["t_key"][:-1])}]',
         "sigmas_page": fill("student_sigmas.md", values) if shift is None else
         f"ModelSamplingSD3: shift {shift:g}. KSampler or BasicScheduler: sampler euler, scheduler "
         f"simple, {steps} steps.\nThat gives the times above.",
-        "options": hunyuan_options(steps, stock, embedded)}
+        "options": hunyuan_options(steps, stock, facts["embedded_guidance"])}
 
 
 def hunyuan_options(steps: int, stock: dict[str, float] | None, embedded: float) -> str:

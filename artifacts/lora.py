@@ -199,9 +199,9 @@ def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], f
 
 @functools.lru_cache
 def warn_of_alpha(config: Path) -> None:
-    """Print once that a LoRA's strength is not known."""
+    """Print once that a LoRA's alpha is missing, and what is used instead."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{config}: there is none: the LoRA's alpha is taken to be its rank")
+        print(f"{config}: no such file: the LoRA's alpha is assumed to be its rank")
 
 
 def with_lora(dit: dict[str, LazyTensor], path: Path, scale: float = 1.0) -> dict[str, LazyTensor]:

@@ -275,8 +275,8 @@ def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "
 
 def file_metadata(facts: dict, level: str) -> dict[str, str]:
     """The metadata of a student's or LoRA's file; level, of an expert, or "" for the only DiT."""
-    own = facts | ({"expert": level} if level else {})
-    return {"format": "pt", "accvideo": json.dumps(own), "crc32": CHECKSUM}
+    facts = facts | ({"expert": level} if level else {})
+    return {"format": "pt", "accvideo": json.dumps(facts), "crc32": CHECKSUM}
 
 
 def check_export_range(student: nn.Module, dtype: torch.dtype) -> None:

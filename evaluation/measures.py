@@ -9,8 +9,8 @@ x50; y are the reference, other teacher@n samples of the same captions, with oth
   sliced W     mean over fixed random unit directions of the Wasserstein-1 distance of x to y, minus
                the same for teacher@n, since the mean itself is above 0 for equal distributions
   HF           power of the videos above half the Nyquist frequency, divided by teacher@n's
-  edges        correlation of the videos' spatial gradients with teacher@n's: HF says how strong
-               edges are, this says whether they are in their places
+  edges        correlation of the videos' spatial gradients with teacher@n's: HF measures how
+               strong edges are, this measures whether they are in their places
   floor        detail of the checkered floor, divided by teacher@n's (small world only)
   spread       variance of the latents over videos, summed over elements, divided by teacher@n's
   C2ST         accuracy of a small classifier that is trained to separate x from y; 0.5 is chance,

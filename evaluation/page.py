@@ -191,7 +191,7 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
 # ------------------------------------------------------------------------------------- the page
 
 def html_of(text: str) -> str:
-    """Paragraphs and tables of Markdown as HTML, escaped: only what `markdown` writes is known.
+    """Paragraphs and tables of Markdown as HTML, escaped: only the forms that our tables have.
 
     In a table, an error is below its number, so that 16 columns fit into 1200 pixels.
     """

@@ -97,8 +97,8 @@ def state_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     for name, of in state.items():
         values = of.state_dict()
         if isinstance(of, torch.optim.Optimizer):
-            values = {f"{i}.{key}": value for i, own in values["state"].items()
-                      for key, value in own.items()}
+            values = {f"{i}.{key}": value for i, of_parameter in values["state"].items()
+                      for key, value in of_parameter.items()}
         tensors |= {f"{name}.{key}": value for key, value in values.items()}
     return tensors
 
@@ -124,15 +124,15 @@ def load_state(path: Path, label: str, settings: dict, state: dict[str, Any]) ->
         raise ValueError(f"{path} was trained with {about.get('settings')}, expected "
                          f"{json.dumps(settings)}: choose another --run, or remove the file")
     for name, of in state.items():
-        own = {key.removeprefix(f"{name}."): t.read() for key, t in tensors.items()
-               if key.startswith(f"{name}.")}
+        stored = {key.removeprefix(f"{name}."): t.read() for key, t in tensors.items()
+                  if key.startswith(f"{name}.")}
         if isinstance(of, torch.optim.Optimizer):
             values: dict[int, dict] = {}
-            for key, value in own.items():
+            for key, value in stored.items():
                 i, _, what = key.partition(".")
                 values.setdefault(int(i), {})[what] = value
-            own = {"state": values, "param_groups": of.state_dict()["param_groups"]}
-        of.load_state_dict(own)
+            stored = {"state": values, "param_groups": of.state_dict()["param_groups"]}
+        of.load_state_dict(stored)
     return int(about["iteration"]), float(about["seconds"])
 
 

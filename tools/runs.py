@@ -1,6 +1,6 @@
 """Runs of other scripts, each done once in a folder of its own, and claims about their results.
 
-A run is a command, such as `python distill.py` with options. done.json in its folder says which
+A run is a command, such as `python distill.py` with options. done.json in its folder records which
 command has finished there, so that the same call skips it. A claim compares two arms, which are
 kinds of training runs, over the seeds that both have.
 """
@@ -192,8 +192,8 @@ class Measured:
         return mean_row(self.rows) | {"label": self.label, "seeds": len(self.rows)}
 
 
-def read_measured(plan: Plan, name: str, label: str) -> Measured:
-    """The rows that the evaluation in <paper>/<name> wrote."""
+def read_measured(plan: Plan, name: str, label: str = "") -> Measured:
+    """The rows that the evaluation in <paper>/<name> wrote; label, of an arm."""
     table = read_json(plan.folder / name / "evaluate/table.json",
                       {"rows": [{"label": str, "kind": str, "m": int}], "command": str})
     teacher_n, teacher_m, *rows = [row for row in table["rows"] if row["kind"] != "mean"]
@@ -242,7 +242,7 @@ def compare(ours: Measured, theirs: Measured, name: str) -> dict:
 def make_claims(texts: list[tuple[str, Measured, Measured]]) -> list[dict]:
     """Claims that one arm is nearer to the teacher than another, by each measured shortfall.
 
-    Args: texts, what each claim says, our arm and theirs. p values are corrected over all of them.
+    Args: texts, the text of each claim, our arm and theirs. p values are corrected over all claims.
     """
     claims = [{"claim": text, **{
         name: compare(ours, theirs, name) for name, (column, _) in SHORTFALLS.items()

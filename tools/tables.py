@@ -271,7 +271,7 @@ def search_table(plan: Plan, s: Settings) -> Section:
 
     The dose is the mean norm of λ_adv · g_adv, L_adv's gradient at the student, over a run.
     """
-    measured, arms = read_measured(plan, "search", "one seed"), search_arms(s)
+    measured, arms = read_measured(plan, "search"), search_arms(s)
     teachers, doses = [measured.teacher_n, measured.teacher_m], {}
     rows = [row | {"label": arm.label} for arm, row in zip(arms, measured.rows, strict=True)]
     for arm in arms:
@@ -314,7 +314,7 @@ def share_lines(shares: dict[str, dict[str, float]]) -> list[str]:
 
 def fig8(plan: Plan, s: Settings) -> Section:
     """Pictures of teacher@m, L_traj alone and the complete method."""
-    rows = read_measured(plan, "fig8", "seed 0").all_rows
+    rows = read_measured(plan, "fig8").all_rows
     return Section(f"Figure 8: what one sees, m = {s.m}, seed 0",
                    table_lines(rows), {"rows": rows}, [plan.folder / "fig8/evaluate/videos.png"])
 
@@ -339,7 +339,7 @@ def fig9(plan: Plan, s: Settings) -> Section:
 
 def ladder(plan: Plan, s: Settings) -> Section:
     """Teacher and student with fewer and fewer steps: pictures and the curve."""
-    rows, path = read_measured(plan, "ladder", "seed 0").all_rows, plan.folder / "ladder.png"
+    rows, path = read_measured(plan, "ladder").all_rows, plan.folder / "ladder.png"
     curves = {}
     for kind, label, colour in (("teacher_m", "teacher", ORANGE), ("student", "student", BLUE)):
         curve = [row for row in rows if row["kind"] == kind]

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -377,7 +378,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure row by row until the time is over; print and store the results."""
     started = time.perf_counter()
     cfg = load_config(Config, "bench", argv, __doc__, "-m tools.bench")
-    ranks = setup_distributed(cfg, cfg.sp, check_model(cfg).num_heads)
+    ranks = setup_distributed(cfg, cfg.sp, check_model(cfg).num_heads,
+                              timedelta(minutes=30))  # a rank may run out of memory alone
     on_gpu, out = ranks.device.type == "cuda", Path(cfg.out or Path(cfg.run) / "bench.json")
     minutes = cfg.minutes if cfg.minutes is not None else 8 if on_gpu else 2
     peak = measure_peak(ranks.device)

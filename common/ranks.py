@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import shutil
 import signal
 import sys
@@ -146,7 +145,7 @@ def join_processes(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-SDPA_ORDER: list[Any] = []  # keeps the context alive: it would be left when collected
+SDPA_ORDER = contextlib.ExitStack()  # keeps the context alive: it would be left when collected
 
 
 def prefer_attention(kernels: str, device: torch.device) -> None:
@@ -163,8 +162,7 @@ def prefer_attention(kernels: str, device: torch.device) -> None:
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     if kernels == "cudnn" or kernels == "auto" and hopper:
         order[:2] = order[1], order[0]
-    SDPA_ORDER[:] = [sdpa_kernel(order, set_priority=True)]
-    SDPA_ORDER[0].__enter__()  # and never left
+    SDPA_ORDER.enter_context(sdpa_kernel(order, set_priority=True))  # and never left
 
 
 class Timer:
@@ -261,7 +259,7 @@ def shared_queue(count: int, ranks: Ranks) -> Iterator[int]:
     when it asks for it, so that at the end none waits for more than one turn of another; longer
     means that a node was lost, and ends the run. Collective."""
     store = dist.distributed_c10d._get_default_store()
-    name = on_first_rank(lambda: secrets.token_hex(8))  # torchrun keeps its store through restarts
+    name = on_first_rank(lambda: f"queue {time.time_ns()}")  # torchrun's store outlives restarts
 
     def numbers() -> Iterator[int]:
         longest = 0.0  # seconds of a turn

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import gc
 import importlib
 import json
 import os
@@ -30,7 +31,7 @@ from common.files import ROOT, read_json, replace_file, write_json, write_text
 from common.names import dit_tensors, fingerprint
 from common.names import official_names
 from common.ranks import (
-    Ranks, cli, generator, local_rows, pick_device, prefer_attention, seed_of)
+    SDPA_ORDER, Ranks, cli, generator, local_rows, pick_device, prefer_attention, seed_of)
 from common.weights import load_module, open_tensors, save_tensors
 from experts import shard_dit
 from model import WanConfig, build_dit, load_dit
@@ -948,10 +949,12 @@ def test_a_gpu_tries_the_preferred_attention_kernels_first_and_has_the_others(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     try:
         prefer_attention(kernels, torch.device("cuda"))
+        gc.collect()
         order = [SDPBackend(int(x)).name for x in torch._C._get_sdp_priority_order()]
         assert order[0] == first and len(set(order[:4])) == 4
         assert torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
     finally:
-        torch._C._set_sdp_priority_order(before)
+        SDPA_ORDER.close()
+    assert torch._C._get_sdp_priority_order() == before
     prefer_attention("cudnn", torch.device("cpu"))
     assert torch._C._get_sdp_priority_order() == before

@@ -1,7 +1,6 @@
 """UniPC: its grid and steps against the official numbers and a closed form, and as an option."""
 
 import itertools
-import json
 import math
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import sample
 from common.config import load_config
-from common.files import ROOT
+from common.files import ROOT, read_log
 from common.ranks import generator
 from common.weights import load_module
 from frozen import unipc
@@ -170,8 +169,8 @@ def test_a_teacher_s_video_by_unipc_is_another_file_than_euler_s(run, options, n
     assert times == unipc_grid(n, 7.0).tolist() and scale == 2.0
     *_, want = sample_unipc(dit, noise, times, collate(conds), collate(unconds), 2.0)
     assert torch.equal(latents, want)
-    report = json.loads((run.out / f"teacher{n}_unipc.json").read_text())
-    assert report["videos"][0]["evaluations"] == 2 * n and report["config"]["solver"] == "unipc"
+    settings, video = read_log(run.out / f"teacher{n}_unipc.jsonl")
+    assert video["evaluations"] == 2 * n and settings["values"]["solver"] == "unipc"
     videos = [next((run.out / f"teacher{n}{by}").glob("*.mp4")) for by in ("", "_unipc")]
     assert videos[0].read_bytes() != videos[1].read_bytes()
 

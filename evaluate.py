@@ -170,8 +170,8 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
     bar = progress_bar(len(noise) * steps, label, dist.get_rank(), unit="step")
     for start in range(0, len(noise), cfg.batch):
         b = slice(start, start + cfg.batch)
-        first = noise[b, :, 0, 0, 0].tolist()  # differs between batches
-        file = keep and keep / f"{crc32_of_json(first)}.safetensors"
+        # Some of its noise identifies a batch, on any number of ranks.
+        file = keep and keep / f"{crc32_of_json(noise[b, :, 0, 0, 0].tolist())}.safetensors"
         if file and file.exists():
             latents.append(open_safetensors(file)["x"].read())
             seconds += facts_in(file)["seconds"]

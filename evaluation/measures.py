@@ -52,8 +52,8 @@ def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
 
 def by_blocks(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """f(x, y) [N, M] of x [N, …] and y [M, …] in float64, one dimension per video, by blocks."""
-    return torch.cat([torch.cat([f(a.double(), b.double()) for b in y.flatten(1).split(BLOCK)], 1)
-                      for a in x.flatten(1).split(BLOCK)])
+    return torch.cat([torch.cat([f(a, b.double()) for b in y.flatten(1).split(BLOCK)], 1)
+                      for a in map(Tensor.double, x.flatten(1).split(BLOCK))])
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -98,7 +99,7 @@ def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
     return torch.randperm(count, generator=generator("order", seed, epoch)).tolist()
 
 
-def trajectories_of(cfg: Any, step: int, slots: list[int], count: int) -> list[int]:
+def trajectories_of(cfg: Any, step: int, slots: Iterable[int], count: int) -> list[int]:
     """Which of `count` trajectories are in some slots of an iteration's batch: each once before any
     is repeated."""
     positions = [divmod(step * cfg.batch + slot, count) for slot in slots]

@@ -49,7 +49,7 @@ def step(opt: torch.optim.AdamW) -> None:
         rows, count = [local_part(p) for p in part], len(part)
         moments = [local_part(opt.state[p][name]) for name in ("exp_avg", "exp_avg_sq")
                    for p in part]
-        on_device = [x.to(rows[0].device) for x in moments]  # the moments, if they are there
+        on_device = [x.to(rows[0].device) for x in moments]  # themselves, if not offloaded
         adamw_step(rows, [local_part(p.grad) for p in part], on_device[:count], on_device[count:],
                    [], [opt.state[p]["step"] for p in part], foreach=False, fused=True,
                    amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],

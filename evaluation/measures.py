@@ -41,7 +41,7 @@ from small_world.oracle import (
 
 # --------------------------------------------------------------------------- distances of latents
 
-BLOCK = 64  # videos whose latents are in float64 at once: those of many large videos take 100 GB
+BLOCK = 64  # videos whose latents are in float64 at once; all of many large videos take 100 GB
 
 
 def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
 
 
 def by_blocks(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """f(x, y) [N, M] of x [N, …] and y [M, …] in float64, one dimension per video, by blocks."""
+    """f(x, y) [N, M] for x [N, …] and y [M, …], flattened per video, in float64 and by blocks."""
     return torch.cat([torch.cat([f(a, b.double()) for b in y.flatten(1).split(BLOCK)], 1)
                       for a in map(Tensor.double, x.flatten(1).split(BLOCK))])
 
@@ -127,8 +127,9 @@ def c2st(x: Tensor, y: Tensor, steps: int, device: torch.device) -> tuple[float,
 
 def classifier_hits(train: list[Tensor], test: list[Tensor], steps: int, fit: int,
                     device: torch.device) -> int:
-    """Number of `test` videos, [M,C,T,H,W] of x and of y, that a small network assigns to the right
-    one of both after `steps` iterations on `train`; `fit` seeds its initialisation and order."""
+    """Number of `test` videos, [M,C,T,H,W] from x and as many from y, that a small network assigns
+    to the right one of the two after `steps` iterations on `train`. `fit` seeds its initialisation
+    and the order of videos."""
     count, channels = train[0].shape[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit)
@@ -239,7 +240,7 @@ def table_row(samples: Samples, teacher_n: Samples, reference: Tensor, direction
 
     Args: teacher_n from the same noise; reference, teacher@n's latents [N, …] from other noise.
     """
-    n, ratios = len(samples.latents), {"hf", "floor"}  # of sums over videos, to teacher@n's
+    n, ratios = len(samples.latents), {"hf", "floor"}  # a sum over videos divided by teacher@n's
     row = {"label": samples.label, "kind": samples.kind, "m": samples.m,
            "evaluations": samples.evaluations, "seconds": samples.seconds,
            "decode_seconds": samples.decode_seconds}
@@ -264,7 +265,7 @@ def table_row(samples: Samples, teacher_n: Samples, reference: Tensor, direction
 
 def mean_row(rows: list[dict]) -> dict:
     """The mean of students' rows, ± the standard error over students (None for one student)."""
-    one = {name: value for name, value in rows[0].items() if name != "left"}  # of one student
+    one = {name: value for name, value in rows[0].items() if name != "left"}  # leave-one-out values
     out = {**one, "kind": "mean",
            "label": f"{rows[0]['label'].removesuffix(' #1')}, mean of {len(rows)}"}
     for name, value in one.items():

@@ -453,7 +453,7 @@ def test_two_files_are_one_student_and_exchanged_or_mixed_ones_are_refused(make_
         student_file.student_facts(moved / file.name, cfg)
     make_student(key=KEY)
     (moved / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match="t_key is .*: they are of two students"):
+    with pytest.raises(ValueError, match="t_key is .*: give two files of one student"):
         student_file.student_facts(moved / file.name, cfg)
     low.unlink()
     with pytest.raises(FileNotFoundError, match="student_low_noise.safetensors: is missing"):

@@ -448,7 +448,7 @@ def test_extract_replaces_no_file_of_another_kind(make_config, tiny_weights, tmp
     config = [str(make_config(n=4, key=[0, 1, 4])), "--rank", "2", "--out"]
     (tmp_path / "notes.json").write_text("mine")
     for name, existing in (("run/student", "student.safetensors"), ("notes", "notes.json")):
-        with pytest.raises(ValueError, match=f"out: .*{existing} exists, and is not of a LoRA"):
+        with pytest.raises(ValueError, match=f"out: .*{existing} exists, and does not belong"):
             extract_lora.main([*config, f"{tmp_path}/{name}.safetensors"])
     assert (tmp_path / "notes.json").read_text() == "mine"
 

@@ -112,8 +112,8 @@ def peak_bytes(device: torch.device) -> int:
 class Config(Shared):
     """Settings of a sampling run."""
     prompt: str = field("", "one prompt; it takes precedence over prompt_file")
-    prompt_file: str | None = field(None, "file with a prompt per line (.txt, .csv, .jsonl; with "
-                                    'images, lines {"prompt": "…", "image": "photo.jpg"})')
+    prompt_file: str | None = field(None, "file of prompts (.txt, .csv, .json, .jsonl); with "
+                                    'images its lines are {"prompt": "…", "image": "photo.jpg"}')
     image: str | None = field(None, "first frame for an image-to-video model, with --prompt; the "
                               "video has its aspect ratio and about the config's area")
     teacher: bool = field(False, "sample the teacher, along its grid, instead of the student")

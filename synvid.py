@@ -74,7 +74,7 @@ class Config(Shared):
     start: int = field(0, "first trajectory of this job", "[0, 1000000000]")
     count: int | None = field(None, "number of trajectories of this job; none: one for each prompt "
                               "from start on", "[1, 10000000]")
-    keep: Literal["key", "all"] = field("key", "latents to store: those at the key timesteps, or "
+    keep: Literal["key", "all"] = field("key", "store the latents at the key timesteps, or those "
                                         "at all times of the grid")
     dtype: Literal["fp16", "fp32"] = field("fp16", "dtype of stored latents (bf16 would put 5% "
                                            "noise on the target of Eq. 6)")

@@ -16,10 +16,10 @@ x50; y are the reference, other teacher@n samples of the same captions, with oth
   C2ST         accuracy of a small classifier that is trained to separate x from y; 0.5 is chance,
                and with 144 videos a side everything between .44 and .56 may be chance
   first frame  PSNR of the first frame against the given image (image-to-video only)
-  oracle       fraction of videos that show what their captions say (small world only)
+  oracle       fraction of videos that show what their captions state (small world only)
 
-± is a standard error over videos: by jackknife for energy, sliced W, HF, floor and spread, of the
-test decisions for C2ST. In the mean row of several students it is over students.
+± is a standard error over videos, by jackknife; for C2ST it is that of the test decisions. In the
+mean row of several students it is over students.
 """
 
 from collections.abc import Callable

@@ -31,16 +31,17 @@ class Video(NamedTuple):
     height: int                                   # pixels
     width: int
     file: str                                     # relative to the record's folder
+    image_checksum: str | None = None             # of the file of the prompt's image
 
 
-def video_name(index: int, prompt: Prompt, seed: int, settings: str) -> str:
+def video_name(index: int, text: str, image: str | None, seed: int, settings: str) -> str:
     """The name of a video's file; with another prompt, image or settings it is another one.
 
-    Args: index, of the prompt, by which its noise is drawn; settings, a checksum of all others.
+    Args: index, of the prompt, by which its noise is drawn; image and settings, checksums of the
+    prompt's image and of all other settings.
     """
-    slug = re.sub(r"\W+", "-", prompt.text.lower())[:40].strip("-") or "video"
-    image = prompt.image and crc32_of_file(prompt.image)
-    return f"{slug}_{crc32_of_json([settings, index, prompt.text, image])}_seed{seed}.mp4"
+    slug = re.sub(r"\W+", "-", text.lower())[:40].strip("-") or "video"
+    return f"{slug}_{crc32_of_json([settings, index, text, image])}_seed{seed}.mp4"
 
 
 # ------------------------------------------------------------------ prompt files that name videos
@@ -110,17 +111,20 @@ def list_videos(cfg: Any, who: str, settings: str) -> list[Video]:
     if named and cfg.count != 1:
         raise ValueError(f"count: got {cfg.count}; {cfg.prompt_file} names each video: leave "
                          "--count out")
-    sizes = {image: (cfg.height, cfg.width) if image is None else
-             fit_size(*decode_image(image).shape[:2], cfg.height * cfg.width)
-             for image in dict.fromkeys(prompt.image for prompt in prompts)}  # each decoded once
+    images = {None: (None, cfg.height, cfg.width)} | {
+        image: (crc32_of_file(image),
+                *fit_size(*decode_image(image).shape[:2], cfg.height * cfg.width))
+        for image in dict.fromkeys(p.image for p in prompts if p.image)}  # each is read once
     videos = []
     for i, prompt in enumerate(prompts):
-        size = sizes[prompt.image]
+        checksum, *size = images[prompt.image]
         if named:
-            videos.append(Video(0, prompt, named[i]["seed"], *size, f"{who}/{named[i]['file']}"))
+            seed, name = named[i]["seed"], named[i]["file"]
+            videos.append(Video(0, prompt, seed, *size, f"{who}/{name}", checksum))
             continue
-        videos += [Video(i, prompt, seed, *size, f"{who}/{video_name(i, prompt, seed, settings)}")
-                   for seed in range(cfg.seed, cfg.seed + cfg.count)]
+        for seed in range(cfg.seed, cfg.seed + cfg.count):
+            name = video_name(i, prompt.text, checksum, seed, settings)
+            videos.append(Video(i, prompt, seed, *size, f"{who}/{name}", checksum))
     return videos
 
 
@@ -151,7 +155,7 @@ def finished_videos(record: Path, videos: list[Video], settings: dict[str, Any])
 
     Args: settings, what all of them share: JSON values; their line is added to the record. Files
     that killed processes left half-written are removed.
-    Raises ValueError naming a file that was made from another prompt, seed or setting.
+    Raises ValueError naming a file that was made from another prompt, image, seed or setting.
     """
     remove_leftovers(record.with_suffix(""))
     lines, checksum, finished = read_log(record), crc32_of_json(settings), set()
@@ -163,8 +167,12 @@ def finished_videos(record: Path, videos: list[Video], settings: dict[str, Any])
         path, line = record.parent / video.file, recorded.get(video.file)
         if line is None or not path.exists() or path.stat().st_size != line.get("bytes"):
             continue
-        before = {**line, **stored.get(line.get("settings"), {})}
-        for key, value in {"prompt": video.prompt.text, "seed": video.seed, **settings}.items():
+        # Earlier versions recorded no checksum of the image.
+        before = {"image_checksum": video.image_checksum, **line,
+                  **stored.get(line.get("settings"), {})}
+        now = {"prompt": video.prompt.text, "image_checksum": video.image_checksum,
+               "seed": video.seed, **settings}
+        for key, value in now.items():
             if before.get(key) != value:
                 raise ValueError(f"{path}: was made with {key} {before.get(key)!r:.200}, got "
                                  f"{value!r:.200}: use what it was made with, or another --out")

@@ -139,6 +139,9 @@ def table_prompts(text: str, delimiter: str = ",") -> Iterator[tuple[str, dict]]
     """The rows of a table by the names in its header; rows of empty cells are skipped."""
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        for name in TEXT_KEYS + IMAGE_KEYS:
+            if (rows.fieldnames or []).count(name) > 1:
+                raise ValueError(f"line 1: expected one column '{name}', got several: rename some")
         for row in rows:
             if None in row or None in row.values():
                 raise ValueError(f"line {rows.line_num}: expected {len(rows.fieldnames)} cells, as "

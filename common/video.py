@@ -12,7 +12,6 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -108,7 +107,7 @@ def check_ffmpeg() -> None:
                          "ffmpeg again, or set IMAGEIO_FFMPEG_EXE to one with libx264") from e
 
 
-# ------------------------------------------------------------------------ curves, small videos
+# ------------------------------------------------------------------------------------ curves
 
 def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tuple[str, ...] = (),
                 colours: int = 10) -> None:
@@ -133,12 +132,6 @@ def draw_panels(path: Path, panels: dict[str, list[tuple]], x: str, linear: tupl
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8)
     replace_file(path, lambda aside: fig.savefig(aside, dpi=90, format="png"))
-
-
-def thumbnail(video: Tensor, height: int = 256) -> Tensor:
-    """Video [3,T,H,W] made smaller by an integer factor, to about `height` at most."""
-    factor = max(1, video.shape[-2] // height)
-    return F.avg_pool2d(video.transpose(0, 1), factor).transpose(0, 1)
 
 
 # -------------------------------------------------------------------------------------- images

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from common.config import Shared
 from common.prompts import Prompt
 from common.ranks import Timer, generator, progress_bar
-from common.video import centre_crop, read_image, thumbnail
+from common.video import centre_crop, read_image
+from evaluation.sheets import thumbnail
 from evaluation.statistics import Statistic, jackknife_error, leave_one_out, mean_and_error
 from small_world.oracle import (
     caption_attributes, floor_detail, gate, high_frequency, oracle_hits, psnr)

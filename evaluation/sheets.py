@@ -14,9 +14,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common.video import thumbnail, to_uint8
+from common.video import to_uint8
 
 Rows = list[tuple[str, list[tuple[Tensor, str]]]]  # (label, [(video, note), …, one per heading])
+
+
+def thumbnail(video: Tensor, height: int = 256) -> Tensor:
+    """Video [3,T,H,W] made smaller by an integer factor, to about `height` at most."""
+    factor = max(1, video.shape[-2] // height)
+    return F.avg_pool2d(video.transpose(0, 1), factor).transpose(0, 1)
 
 
 def stills(video: Tensor) -> Tensor:

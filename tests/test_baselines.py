@@ -268,6 +268,7 @@ def test_a_method_s_student_is_one_that_evaluate_reads(method, config, tiny_weig
 def test_bad_settings_of_a_method_are_refused_by_name(config, ranks):
     for option, message in (("fake_updates=0", "fake_updates: .*got 0"),
                             ("method=cd", "method: .*'cd'"),
+                            ("preset=wan22-t2v-a14b", "preset: .* a single DiT, got wan22"),
                             ("batch=3", "batch: expected a multiple of .*, got 3"),
                             ("synvid=nowhere data=samples", "nowhere.*: no SynVid|nowhere")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

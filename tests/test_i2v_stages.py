@@ -24,7 +24,7 @@ import sample
 from artifacts import videos
 from common import prompts
 from common.config import Shared, load_config
-from common.files import read_log, write_json
+from common.files import append_log, read_log, write_json
 from common.names import fingerprint
 from common.names import official_names
 from common.prompts import read_prompts
@@ -376,6 +376,21 @@ def test_a_named_video_has_the_shape_of_its_image_too(tmp_path):
     [video] = videos.list_videos(cfg, "student5", "x")
     assert (video.height, video.width) == videos.fit_size(32, 8, cfg.height * cfg.width)
     assert (video.seed, video.file) == (3, "student5/a-0.mp4")
+
+
+def test_a_named_video_whose_image_has_changed_is_not_taken_for_finished(tmp_path):
+    picture(tmp_path / "a.png", 32, 8)
+    table, record = tmp_path / "v.jsonl", tmp_path / "student5.jsonl"
+    table.write_text('{"prompt": "a", "image": "a.png", "seed": 3, "file": "a-0.mp4"}\n')
+    cfg = sample.Config(preset="tiny-i2v", prompt_file=str(table))
+    [video] = videos.list_videos(cfg, "student5", "x")
+    (tmp_path / "student5").mkdir()
+    (tmp_path / video.file).write_bytes(b"video")
+    append_log(record, {**video._asdict(), "prompt": "a", "bytes": 5, "settings": "x"})
+    assert videos.finished_videos(record, [video], {}) == {video.file}
+    picture(tmp_path / "a.png", 16, 16)
+    with pytest.raises(ValueError, match="was made with image_checksum .*another --out"):
+        videos.finished_videos(record, videos.list_videos(cfg, "student5", "x"), {})
 
 
 def test_an_image_that_many_lines_name_is_decoded_once(world, tmp_path, monkeypatch):

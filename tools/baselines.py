@@ -304,12 +304,16 @@ def main(argv: list[str] | None = None) -> None:
     if "run" not in cfg.given:  # <run> is that of the config, whose student is distill.py's
         cfg.synvid, cfg.clips = cfg.synvid or f"{cfg.run}/synvid", cfg.clips or f"{cfg.run}/clips"
         cfg.run = f"{cfg.run}/baselines/{cfg.method}-{cfg.data}-seed{cfg.seed}"
-    heads, teacher = check_model(cfg).num_heads, fingerprint(cfg.weights)
-    ranks = setup_distributed(cfg, cfg.sp, heads, distill.COLLECTIVE_TIMEOUT, teacher=teacher)
-    distill.check_config(cfg, ranks.dp_size)
+    sizes, teacher = check_model(cfg), fingerprint(cfg.weights)
+    if sizes.boundary is not None:
+        raise ValueError(f"preset: expected one with a single DiT, got {cfg.preset}: the baselines "
+                         "draw a time per sample, and two experts need one for the batch")
     if cfg.data != "samples" and cfg.preset != "tiny":
         raise ValueError(f"data: expected samples for preset {cfg.preset}, got {cfg.data}: only "
                          "the small world can make clips")
+    ranks = setup_distributed(cfg, cfg.sp, sizes.num_heads, distill.COLLECTIVE_TIMEOUT,
+                              teacher=teacher)
+    distill.check_config(cfg, ranks.dp_size)
     cfg.micro_batch = min(cfg.micro_batch, cfg.batch // ranks.dp_size)
     with lock_run_folder(Path(cfg.run) / "distill"):
         announce(cfg, "distill", ranks.rank)

@@ -231,23 +231,18 @@ class Config(Shared):
     lambda_adv: float = field(0.1, "weight of L_adv; the paper's 0.1", "[0, inf)")
     traj: bool = field(True, "train on L_traj, Eq. 6")
     adv: bool = field(True, "train on L_adv, Eq. 7")
-    heads: Literal["per_timestep", "shared"] = field(
-        "per_timestep", "a head for each k, or one for all k (Table 3)")
+    heads: Literal["per_timestep", "shared"] = field("per_timestep", "for each k, or all (Table 3)")
     head_dim: int = field(128, "channels inside a head", "[1, 65536]")
-    adv_form: Literal["nonsaturating", "printed", "hinge"] = field(
-        "nonsaturating", "form of L_adv, see D5")
-    updates: Literal["literal", "separate", "combined"] = field(
-        "combined", "how the two losses update the student, see D6")
+    adv_form: Literal["nonsaturating", "printed", "hinge"] = field("nonsaturating", "of L_adv (D5)")
+    updates: Literal["literal", "separate", "combined"] = field("combined", "of the student (D6)")
     tap: int | None = field(None, "feature block for t'_k > 0, 0-based; default the last (D7)",
                             "[0, inf)")
     tap_data: int | None = field(None, "feature block for t'_0; default at 2/3 of the depth (D7)",
                                  "[0, inf)")
     experts: Literal["both", "high", "low"] = field(
-        "both", "experts of Wan 2.2 A14B that this run trains; to train them in two runs, begin "
-        "with high")
-    high_student: str | None = field(None, "with --experts low: the student's file that the run "
-                                     "with --experts high wrote; default "
-                                     "<run>/student_high_noise.safetensors")
+        "both", "experts of Wan 2.2 A14B that this run trains (in two runs: first high, then low)")
+    high_student: str | None = field(None, "with --experts low: the student of the high run; "
+                                     "default <run>/student_high_noise.safetensors")
     held_out: int = field(32, "number of trajectories, the last ones, that are kept from training "
                           "for evaluation", "[1, 1000000]")
     eval_every: int = field(100, "iterations between evaluations", "[1, inf)")

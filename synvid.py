@@ -74,16 +74,14 @@ class Config(Shared):
     start: int = field(0, "first trajectory of this job", "[0, 1000000000]")
     count: int | None = field(None, "number of trajectories of this job; none: one for each prompt "
                               "from start on", "[1, 10000000]")
-    keep: Literal["key", "all"] = field("key", "store the latents at the key timesteps, or those "
-                                        "at all times of the grid")
+    keep: Literal["key", "all"] = field("key", "latents to store: at key timesteps, or at all")
     dtype: Literal["fp16", "fp32"] = field("fp16", "dtype of stored latents (bf16 would put 5% "
                                            "noise on the target of Eq. 6)")
     batch: int = field(16, "trajectories denoised at once: batch b has the indices from b·batch to "
                        "(b+1)·batch - 1", "[1, 10000]")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights",
                     "[1, inf)")
-    cfg_parallel: bool = field(False, "compute the two evaluations of guidance on two groups of "
-                               "ranks")
+    cfg_parallel: bool = field(False, "compute guidance's two evaluations on two groups of ranks")
     compile: bool = field(False, "torch.compile every block")
     verify: bool = field(False, "only read this job's trajectories and list the faulty ones")
     repair: bool = field(False, "verify, then make only missing and damaged trajectories again")
@@ -95,8 +93,7 @@ def job_indices(cfg: Config, prompts: list[Prompt]) -> range:
     """The indices of this job's trajectories. Raises ValueError if there are none."""
     if cfg.count is None and cfg.start >= len(prompts):
         raise ValueError(f"start: expected less than {len(prompts)}, the number of prompts in "
-                         f"{cfg.prompts}, got {cfg.start}: correct it, or give --count, with "
-                         "which prompts are repeated")
+                         f"{cfg.prompts}, got {cfg.start}: to repeat prompts, give --count")
     return range(cfg.start, cfg.start + cfg.count if cfg.count else len(prompts))
 
 

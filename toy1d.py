@@ -458,35 +458,31 @@ def check_claims(cfg: Config, seeds: list) -> list[dict]:
         ("e  Their share grows with M, whichever way the data moves",
          "; ".join(f"{w} {text(x)}" for w, x in share.items()),
          np.all([grows(x) for x in share.values()], axis=0)),
-        ("b  From points off every trajectory the teacher ends over twice as far from p as from "
-         "useful ones", by_class.format(*map(text, end.values())),
-         end["dataset"] > 2 * end["useful"]),
-        ("b  From points on trajectories to another training point, too", "as above",
-         end["noise"] > 2 * end["useful"]),
-        ("d  Off every trajectory the teacher's guidance has over twice the error that it has at "
-         "useful points", by_class.format(*map(text, error.values())),
-         error["dataset"] > 2 * error["useful"]),
-        ("d  On trajectories to another training point, too", "as above",
-         error["noise"] > 2 * error["useful"]),
+        ("b  Off every trajectory the teacher ends over twice as far from p as from useful points",
+         by_class.format(*map(text, end.values())), end["dataset"] > 2 * end["useful"]),
+        ("b  On paths to another point, too", "as above", end["noise"] > 2 * end["useful"]),
+        ("d  Off every trajectory the teacher's guidance has over twice the error at useful points",
+         by_class.format(*map(text, error.values())), error["dataset"] > 2 * error["useful"]),
+        ("d  On paths to another point, too", "as above", error["noise"] > 2 * error["useful"]),
         *[(f"f  PeRFlow's samples are farther from p the larger M is, {w}", text(distance[w]),
            grows(distance[w])) for w in cfg.mismatch],
         (f"f  They do not move to p_d: the distance to the nearer of p and p_d grows, too, {way}",
          text(to_either), grows(to_either)),
-        ("f  Wrong guidance is the cause: with the exact field as teacher the distance is less than"
-         " half", f"{text(exact)} {largest}", exact < 0.5),
-        ("g  Lost coverage is the cause: with half of the starts on trajectories the distance is "
-         "less than half", f"{text(half)} {largest}", half < 0.5),
-        ("f  Useless points do harm at M = 0: with all starts on trajectories the distance is at "
-         "least a fifth smaller", f"{text(every)} of PeRFlow's at M = 0", every < 0.8),
-        ("g  AccVideo's student, which needs no p_d (flat by construction), is nearer to p than "
-         "PeRFlow's", f"{text(accvideo, 3)}; PeRFlow {text(distance[way], 3)}",
+        ("f  Wrong guidance is the cause: the exact field as teacher more than halves the distance",
+         f"{text(exact)} {largest}", exact < 0.5),
+        ("g  Lost coverage is the cause: half of the starts on trajectories more than halve it",
+         f"{text(half)} {largest}", half < 0.5),
+        ("f  Useless points do harm at M = 0: without them the distance is over a fifth smaller",
+         f"{text(every)} of PeRFlow's at M = 0", every < 0.8),
+        ("g  AccVideo's student, which needs no p_d (flat by construction), is nearer to p",
+         f"{text(accvideo, 3)}; PeRFlow {text(distance[way], 3)}",
          np.all([accvideo[:, None] < distance[w] for w in cfg.mismatch], axis=(0, 2))),
-        ("g  One reason at M = 0: Eq. 6 does not interpolate; PeRFlow at window starts alone"
-         " is at least a fifth nearer", f"{text(starts)} of PeRFlow's at M = 0", starts < 0.8),
+        ("g  One reason: Eq. 6 does not interpolate; without it PeRFlow is over a fifth nearer",
+         f"{text(starts)} of PeRFlow's at M = 0", starts < 0.8),
         ("g  The undistilled teacher at AccVideo's steps is farther from p than AccVideo's student",
          text(key_steps), key_steps[:, 0] > accvideo),
-        ("g  The undistilled teacher at PeRFlow's steps is farther from p than PeRFlow's student, "
-         "M = 0", text(K_steps, 3), K_steps[:, 0] > first)]
+        ("g  The undistilled teacher at PeRFlow's steps is farther from p than PeRFlow at M = 0",
+         text(K_steps, 3), K_steps[:, 0] > first)]
     return [{"claim": claim, "numbers": numbers, "holds": int(holds.sum()), "of": len(seeds)}
             for claim, numbers, holds in table]
 

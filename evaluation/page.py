@@ -180,8 +180,7 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
             (model.examples[i], f"error {float(error[i]):.3f}" if lines else "the target")
             for i in chosen]))
     title = (f"captions at quantiles of {labels[1]}'s endpoint error" if any(chosen.values()) else
-             f"one video per colour, the one with {labels[1]}'s median error for its colour and "
-             "shape")
+             f"per colour the video with {labels[1]}'s median error for its colour and shape")
     videos = video_table(headings, lines)
     write_video(out / "videos.gif", videos, cfg.fps)
     write_video(out / "videos.mp4", videos, cfg.fps, LOOP_SECONDS)

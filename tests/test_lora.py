@@ -146,7 +146,7 @@ def test_a_lora_of_a_student_without_metadata_has_a_page_with_the_config_s_setti
     extract_lora.main([str(make_config(n=4, key=[0, 1, 4])), f"--student={path}", f"--out={out}"])
     sample.main(["--how", str(out)])
     page = capsys.readouterr().out
-    assert "They are the steps 0, 1, 4 of its teacher's 4, shift 7." in page
+    assert "They have the indices 0, 1, 4 in its teacher's grid of 4 steps with shift 7." in page
 
 
 def test_the_command_writes_file_and_table_and_sample_uses_it(tiny_weights, make_config, tmp_path,

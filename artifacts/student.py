@@ -158,7 +158,7 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
                 got, other = facts.get(key), found.get(key)
                 if got != other:
                     raise ValueError(f"{file}: {key} is {abbreviate(got)}, in the other file "
-                                     f"{abbreviate(other)}: give two files of one student")
+                                     f"{abbreviate(other)}: give two files of one export")
             found = found or facts
     return found
 

@@ -449,11 +449,11 @@ def test_two_files_are_one_student_and_exchanged_or_mixed_ones_are_refused(make_
     (moved / low.name).write_bytes(low.read_bytes())
     make_student(key=ALIGNED, step=7)  # as an export whose second file could not be written
     (moved / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match="pair is 0, in the other file 7: they are of two student"):
+    with pytest.raises(ValueError, match="pair is 0, in the other file 7: give two files of"):
         student_file.student_facts(moved / file.name, cfg)
     make_student(key=KEY)
     (moved / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match="t_key is .*: give two files of one student"):
+    with pytest.raises(ValueError, match="t_key is .*: give two files of one export"):
         student_file.student_facts(moved / file.name, cfg)
     low.unlink()
     with pytest.raises(FileNotFoundError, match="student_low_noise.safetensors: is missing"):

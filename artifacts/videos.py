@@ -85,7 +85,7 @@ def collect_prompts(cfg: Any) -> list[Prompt]:
     """
     images = sizes_of(cfg.preset).takes_image
     if cfg.image is not None and (not images or not cfg.prompt.strip()):
-        why = "goes with --prompt" if images else f"is not read: preset {cfg.preset} takes none"
+        why = "needs --prompt" if images else f"is not read: preset {cfg.preset} takes none"
         raise ValueError(f"image: got {cfg.image}; it {why}")
     if cfg.prompt.strip():
         if images and cfg.image is None:

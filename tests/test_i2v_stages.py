@@ -363,7 +363,7 @@ def test_images_for_text_models_and_prompts_without_one_for_image_models_are_err
     for cfg, fault in (
             (sample.Config(prompt="a", image="b.png"), "it is not read: preset tiny takes none"),
             (sample.Config(prompt="a", preset="tiny-i2v"), "got none; preset tiny-i2v starts"),
-            (sample.Config(image="b.png", preset="tiny-i2v"), "it goes with --prompt")):
+            (sample.Config(image="b.png", preset="tiny-i2v"), "it needs --prompt")):
         with pytest.raises(ValueError, match=f"image: .*{fault}"):
             videos.collect_prompts(cfg)
 

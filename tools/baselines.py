@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m tools.baselines CONFIG --method dmd --data samples
 
 In:  the teacher's folder; with --data samples also <run>/synvid (or --synvid). The settings are
-     distill.py's, as far as the methods have them. A stopped run starts from the beginning.
+     distill.py's, as far as the methods use them. A stopped run starts from iteration 0.
 Out: student.safetensors in --run, by default <run of the config>/baselines/perflow-matched-seed0
      and so on, next to distill.py's student; sample.py and evaluate.py read it like any student.
 They start from noised data, which are useless where no trajectory of the teacher passes (Sec. 3.2,

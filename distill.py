@@ -3,9 +3,9 @@
     python distill.py [CONFIG]        torchrun --nproc-per-node 8 distill.py CONFIG
 
 In:  the teacher's weights and <run>/synvid (for the small world, made by stage 1 if missing).
-Out: <run>/student.safetensors (for a teacher of two experts two files, student_high_noise and
-     student_low_noise) and student.md, how other programs run it; <run>/distill/ with log.jsonl,
-     curves.png and checkpoints. The same command resumes.
+Out: <run>/student.safetensors (for a teacher with two experts, student_high_noise.safetensors
+     and student_low_noise.safetensors) and student.md, which explains how other programs run it;
+     <run>/distill/ with log.jsonl, curves.png and checkpoints. The same command resumes.
 
 v_θ teacher · s_β student · H_k heads[k] · t'_k t_key[k] · l_{t'_k} x_key[k] · l^gen x_gen · Q_k
 queues[k] · λ_adv lambda_adv · m steps of the student, n of the teacher; k = m noise, k = 0 data.
@@ -72,15 +72,16 @@ def features(teacher: nn.Module, x: Tensor, t: float, cond: dict, tap: int) -> T
 def make_heads(cfg: Config, dim: int) -> nn.ModuleList:
     """H_0 … H_{m-1}, or one head for all k: 2D convolutions over a frame's features.
 
-    A head maps [B·T,D,h,w] to one logit per patch [B·T,1,h,w] (D9), zero at first (D11). Few
-    channels keep it small next to v_θ. Source: Eq. 8; the paper only says "2D convolutional".
+    A head maps [B·T,D,h,w] to one logit per patch [B·T,1,h,w] (D9), which is 0 at the start (D11).
+    It has few channels, so that it is small compared with v_θ. Source: Eq. 8; the paper states only
+    that a head is a 2D convolutional network.
     """
     count, c = len(cfg.key) - 1 if cfg.heads == "per_timestep" else 1, cfg.head_dim
     heads = nn.ModuleList(nn.Sequential(
         nn.Conv2d(dim, c, 1), nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(min(8, c), c),
         nn.SiLU(), nn.Conv2d(c, 1, 3, padding=1)) for _ in range(count))
     for name, p in heads.named_parameters():
-        if p.ndim > 1 and not name.endswith(".5.weight"):  # of the last layer: 0, D11
+        if p.ndim > 1 and not name.endswith(".5.weight"):  # the last layer starts at 0, D11
             nn.init.kaiming_uniform_(p, 5 ** 0.5, generator=generator("head", cfg.seed, name))
         elif not name.endswith("3.weight"):  # the GroupNorm's weight stays at 1
             nn.init.zeros_(p)
@@ -107,7 +108,8 @@ def adv_losses(head: nn.Module, teacher: nn.Module, x_gen: Tensor, x_real: Tenso
                cond: dict, tap: int, form: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L_adv for β (through frozen H_k and v_θ) and for H_k (features detached). Eq. 7, 8; D6.
 
-    Returns (loss of β, loss of H_k, fraction of real, of generated patches judged correctly).
+    Returns (loss of β, loss of H_k, and the fractions of real and of generated patches that H_k
+    judges correctly).
     """
     f_gen = features(teacher, x_gen, t, cond, tap)
     with torch.no_grad():
@@ -166,7 +168,8 @@ def algorithm_1(cfg: Config, state: TrainState, loader: Callable[[int], list[dat
 
 def first_latent(student: nn.Module, z: Tensor, t_key: list[float], k: int,
                  cond: dict) -> Tensor:
-    """The student's x at t'_{k+1} from noise z: where a frozen expert's steps end, z if k = m-1."""
+    """The student's x at t'_{k+1} from noise z: z itself if k = m-1. In a run that trains only the
+    low-noise expert k is smaller, and the frozen high-noise expert takes the steps from z."""
     return [z, *sample_euler(student, z, t_key[k + 1:][::-1], cond)][-1]
 
 
@@ -228,20 +231,20 @@ class Config(Shared):
     lambda_adv: float = field(0.1, "weight of L_adv; the paper's 0.1", "[0, inf)")
     traj: bool = field(True, "train on L_traj, Eq. 6")
     adv: bool = field(True, "train on L_adv, Eq. 7")
-    heads: Literal["per_timestep", "shared"] = field("per_timestep", "or one for all k (Table 3)")
+    heads: Literal["per_timestep", "shared"] = field("per_timestep", "for each k, or all (Table 3)")
     head_dim: int = field(128, "channels inside a head", "[1, 65536]")
-    adv_form: Literal["nonsaturating", "printed", "hinge"] = field("nonsaturating", "see D5")
-    updates: Literal["literal", "separate", "combined"] = field("combined", "see D6")
+    adv_form: Literal["nonsaturating", "printed", "hinge"] = field("nonsaturating", "of L_adv (D5)")
+    updates: Literal["literal", "separate", "combined"] = field("combined", "of the student (D6)")
     tap: int | None = field(None, "feature block for t'_k > 0, 0-based; default the last (D7)",
                             "[0, inf)")
     tap_data: int | None = field(None, "feature block for t'_0; default at 2/3 of the depth (D7)",
                                  "[0, inf)")
     experts: Literal["both", "high", "low"] = field(
-        "both", "experts of Wan 2.2 A14B that this run trains; for one after the other: high first")
-    high_student: str | None = field(None, "for experts low: the file that experts high wrote; "
+        "both", "experts of Wan 2.2 A14B that this run trains (in two runs: first high, then low)")
+    high_student: str | None = field(None, "with --experts low: the student of the high run; "
                                      "default <run>/student_high_noise.safetensors")
-    held_out: int = field(32, "last trajectories kept from training, for evaluation",
-                          "[1, 1000000]")
+    held_out: int = field(32, "number of trajectories, the last ones, that are kept from training "
+                          "for evaluation", "[1, 1000000]")
     eval_every: int = field(100, "iterations between evaluations", "[1, inf)")
     save_every: int = field(50, "iterations between checkpoints", "[1, inf)")
     keep: int = field(2, "checkpoints kept", "[1, inf)")
@@ -250,13 +253,13 @@ class Config(Shared):
     compile: bool = field(False, "torch.compile every block")
     lora: int | None = field(None, "train a LoRA of this rank, which needs a larger lr, and write "
                              "student_lora.safetensors too; default: train all weights", "[1, inf)")
-    offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes a parameter")
+    offload: bool = field(False, "keep AdamW's moments in host memory, 8 bytes per parameter")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses sequence parallelism)",
                     "[1, inf)")
     force_plan: bool = field(False, "start even if the memory plan does not fit the GPU")
-    export: Literal["official", "diffusers"] = field("official", "diffusers: also write a folder "
-                                                     "for it next to student.safetensors")
-    export_dtype: Literal["bf16", "fp16", "fp32"] = field("bf16", "of the student's file")
+    export: Literal["official", "diffusers"] = field("official", "with diffusers, also write a "
+                                                     "folder for it next to student.safetensors")
+    export_dtype: Literal["bf16", "fp16", "fp32"] = field("bf16", "dtype of the student's file")
     export_every: int | None = field(None, "iterations between exports such as "
                                      "student_000100.safetensors, or none", "[1, inf)")
     peak_tflops: float | None = field(None, "device's dense peak for MFU, such as 989; default: "
@@ -271,8 +274,8 @@ def check_config(cfg: Config, replicas: int) -> None:
     size = min(cfg.micro_batch, max(cfg.batch // replicas, 1))
     if cfg.batch % (size * replicas):
         raise ValueError(f"batch: expected a multiple of {size * replicas} (micro_batch {size} × "
-                         f"{replicas} replica(s)), got {cfg.batch}: start other ranks, or change "
-                         "micro_batch or, in a new run, batch")
+                         f"{replicas} replica(s)), got {cfg.batch}: start another number of ranks, "
+                         "or change micro_batch or, in a new run, batch")
     if not (cfg.traj or cfg.adv):
         raise ValueError("traj and adv are both off: nothing to train; switch one on")
     sizes = sizes_of(cfg.preset)
@@ -296,12 +299,12 @@ class TrainState:
     student: nn.Module
     teacher: nn.Module
     heads: nn.ModuleList
-    opts: dict[str, torch.optim.Optimizer]   # traj, heads, and adv if D6 separates them
+    opts: dict[str, torch.optim.Optimizer]   # traj, heads, and adv if updates is separate (D6)
     t_key: list[float]
     taps: list[int]                          # by k
     queues: list[deque]                      # by k, of (x_gen, x_key, cond)
     step: int = 0
-    traj_grads: list[Tensor] | None = None   # of L_traj until those of L_adv exist, D6 combined
+    traj_grads: list[Tensor] | None = None   # L_traj's, kept until L_adv's exist (D6, combined)
 
 
 def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
@@ -310,7 +313,8 @@ def build(cfg: Config, t_key: list[float], ranks: Ranks) -> TrainState:
     student = (load_dit(cfg.weights, cfg.preset, torch.float32, ranks.device, ranks, dtype,
                         cfg.experts)
                if cfg.lora is None else load_lora_student(cfg, ranks, dtype))
-    # The last of the steps for high noise ends where the features are the low expert's.
+    # The high-noise expert's last step ends in the range of the low-noise expert, whose features
+    # L_adv reads there: so both are loaded where only the high-noise expert is trained.
     teacher = load_dit(cfg.weights, cfg.preset, dtype, ranks.device, ranks,
                        experts="low" if cfg.experts == "low" else "both").requires_grad_(False)
     if cfg.experts == "low":
@@ -340,7 +344,7 @@ def catch_signals() -> list[int]:
     """A list that collects the signals to stop, so that the current iteration can finish.
 
     SIGUSR1 and SIGUSR2 are SLURM's usual warnings. A second Ctrl-C ends the process at once.
-    SIGHUP stays ignored if it is, as under nohup.
+    SIGHUP stays ignored where it already is, as under nohup.
     """
     caught: list[int] = []
 
@@ -369,7 +373,7 @@ def train(cfg: Config, state: TrainState, loader: data.Loader, ranks: Ranks,
     tokens = math.prod(state.student.token_grid(*loader.shape[1:]))
     journal = monitor.Journal(folder, state.step, ranks)
     teacher = monitor.teacher_errors(cfg, state.teacher, loader, ranks, journal)
-    if is_export_step(cfg, state.step) and on_first_rank(  # an export that failed, then a save
+    if is_export_step(cfg, state.step) and on_first_rank(  # failed, before the checkpoint was saved
             lambda: not exported_path(cfg, f"student_{state.step:06d}", cfg.experts).exists()):
         export_student(cfg, state, ranks, meta, f"student_{state.step:06d}")
     limit_waiting(ranks, COLLECTIVE_TIMEOUT)
@@ -407,8 +411,8 @@ def train(cfg: Config, state: TrainState, loader: data.Loader, ranks: Ranks,
         monitor.print_result(cfg, journal.lines)
 
 
-# How long a rank waits for the others: at first while they read weights and checkpoints, of which
-# some may have more to read than others; then in an iteration, where a lost node is noticed.
+# How long a rank waits for the others: first while they read weights and checkpoints, where some
+# ranks may have more to read; then in the iterations, so that a lost node is noticed.
 STARTUP_TIMEOUT, COLLECTIVE_TIMEOUT = timedelta(hours=2), timedelta(minutes=10)
 
 

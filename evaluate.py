@@ -1,4 +1,4 @@
-"""Stage 4: measure what few steps cost and what distillation wins back, as one table.
+"""Stage 4: measure what few steps lose and what distillation restores, as one table.
 
     python evaluate.py [CONFIG] [--students a.safetensors,b.safetensors] [--count 96]
     torchrun --nproc-per-node 8 evaluate.py CONFIG [field=value]   # ranks share the videos
@@ -8,7 +8,7 @@ Out:  <run>/evaluate/: report.html, one page with everything; table.md, table.js
       videos.mp4, .gif, .png with a row for teacher@n and each teacher@m and student@m;
       teacher.safetensors, the teacher's latents, which the next evaluation reads instead of
       sampling them again.
-Cost: 2 · `count` trajectories of the teacher (target and reference) and the decodes.
+Cost: 2 · `count` trajectories of the teacher (target and reference), and decoding all videos.
 """
 
 import common  # noqa: F401 (before torch, see common)
@@ -62,13 +62,14 @@ def sample_all(cfg: "Config", indices: range, prompts: list[Prompt], groups: lis
     dit.requires_grad_(False)
     sample = partial(sample_model, cfg, noise=noise, conds=conds, unconds=unconds, device=device)
 
-    # The target: all n steps. The reference, of other noise, is what distributions are compared to.
+    # The target takes all n steps. The reference, from other noise, is what distributions are
+    # compared with.
     teacher_n, reference = sample_teacher(cfg, indices, dit, [noise, other_noise], conds, unconds,
                                           identity, ranks)
     # The same teacher along each student's key timesteps t'_m … t'_0, with its own guidance.
     teachers_m = [sample(f"teacher{suffix}", "teacher_m", dit, students[0]["t_key"])
                   for suffix, students in groups]
-    # The same teacher with other numbers of steps: what a better solver wins without training.
+    # The same teacher with other numbers of steps: what a better solver gains without training.
     others = []
     for n in cfg.teacher_steps or ():
         solvers = {"euler": time_grid(cfg.family, n, cfg.shift)}
@@ -122,9 +123,9 @@ def read_students(cfg: Config) -> list[tuple[str, list[dict]]]:
     """The students in groups of the same key timesteps: the facts in each one's file, with "file",
     "name" and "label".
 
-    In front of each group is the end of its labels: "@5", or "@5 at 1, 0.9, …" where two groups
-    have the same number of steps. Raises ValueError for a student of another teacher or another
-    grid than the config's.
+    Returns (suffix, students) by group; the suffix ends the group's labels: "@5", or "@5 at 1, 0.9,
+    …" where two groups have the same number of steps. Raises ValueError for a student of another
+    teacher or another grid than the config's.
     """
     files = (cfg.students or str(exported_path(cfg))).split(",")
     students = [{"file": file, **student_facts(Path(file), cfg, cfg.students is not None,
@@ -170,7 +171,7 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
     bar = progress_bar(len(noise) * steps, label, dist.get_rank(), unit="step")
     for start in range(0, len(noise), cfg.batch):
         b = slice(start, start + cfg.batch)
-        # Some of its noise identifies a batch, on any number of ranks.
+        # A batch is identified by a part of its noise, whatever the number of ranks.
         file = keep and keep / f"{crc32_of_json(noise[b, :, 0, 0, 0].tolist())}.safetensors"
         if file and file.exists():
             latents.append(open_safetensors(file)["x"].read())
@@ -193,8 +194,8 @@ def sample_model(cfg: Config, label: str, kind: str, dit: nn.Module, times: list
 
 
 def teacher_file(cfg: Config) -> tuple[Path, dict]:
-    """The file that keeps teacher@n's latents, and its metadata, if it exists. Raises
-    ValueError if it is one of another kind."""
+    """The path of the file that keeps teacher@n's latents, and its metadata ({"about": None} if
+    there is no file yet). Raises ValueError if another kind of file is at the path."""
     path = Path(cfg.teacher_samples or Path(cfg.run) / "evaluate/teacher.safetensors")
     facts = facts_in(path) if path.exists() else {"about": None}
     if "about" not in facts:
@@ -208,9 +209,9 @@ def sample_teacher(cfg: Config, indices: range, dit: nn.Module, noises: list[Ten
                    ranks: Ranks) -> list[measures.Samples]:
     """teacher@n from each of two noises [N,C,T,H,W], this rank's videos only.
 
-    All ranks' latents are kept in a file, which is read instead if it was made with the same
-    settings and the same `identity` of weights and prompts. Until then each batch has its own file,
-    so that an evaluation that was interrupted continues.
+    All ranks' latents are stored in one file, which a later evaluation reads if it has the same
+    settings and the same `identity` of weights and prompts. Until it is written each batch has a
+    file of its own, so that an interrupted evaluation continues.
     """
     path, stored = on_first_rank(lambda: teacher_file(cfg))
     labels = [f"teacher@{cfg.n}", f"teacher@{cfg.n}, other noise"]
@@ -253,8 +254,8 @@ def gather(samples: measures.Samples) -> measures.Samples:
 # ------------------------------------------------------------------------------------- measuring
 
 def measured_here(ranks: Ranks, count: int) -> range:
-    """The indices of those of `count` models that this rank measures as sets of videos. The first
-    rank has the fewest, since it draws the pictures."""
+    """The models, by index out of `count`, whose videos this rank measures as a set. The first rank
+    has the fewest, since it draws the pictures."""
     return range(ranks.world - 1 - ranks.rank, count, ranks.world)
 
 

@@ -61,8 +61,8 @@ def expert_at(dit: nn.Module, t: float) -> nn.Module:
 
 
 def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) -> nn.Module:
-    """Shard a DiT's parameters over all ranks (FSDP2): each block separately, then the rest. Of two
-    experts each is sharded alone, so that nothing of one is gathered while the other computes.
+    """Shard a DiT's parameters over all ranks (FSDP2): each block separately, then the rest. Two
+    experts are sharded separately, so that neither is gathered while the other computes.
 
     dtype: what a block's weights are cast to when gathered (None: as stored). The embeddings and
     the head around the blocks stay as stored. Gradients are reduced in fp32.
@@ -82,8 +82,8 @@ def shard_dit(dit: nn.Module, ranks: Ranks, dtype: torch.dtype | None = None) ->
 
 
 def crossing_note(grid: list[float], key: list[int], boundary: float | None) -> str:
-    """A line if a step of the student crosses the boundary: there its high-noise expert has to
-    learn what the teacher's low-noise one does. "" if none does.
+    """A line if a step of the student crosses the boundary: there the student's high-noise expert
+    has to learn steps of the teacher's low-noise expert. "" if no step does.
 
     Args: grid, the teacher's times; key, indices into it.
     """

@@ -73,8 +73,8 @@ def velocity(dit: nn.Module, x: Tensor, t: float, cond: dict, uncond: dict | Non
     """Velocity v_θ(x, t) of a batch at one time; with `uncond`, guided by two evaluations.
 
     Args: x [B,C,T,H,W] fp32; t in [0,1]; cond, uncond from encode_prompts; cfg_scale, where 1
-    means no guidance, or one for high and one for low noise; cfg_group, two ranks that compute
-    an evaluation each (without gradient). Returns [B,C,T,H,W] fp32. Source: Wan 2.1 and 2.2.
+    means no guidance, or a list of two, for high and for low noise; cfg_group, two ranks that
+    compute one evaluation each (without gradient). Returns [B,C,T,H,W] fp32. Source: Wan 2.1, 2.2.
     """
     if isinstance(cfg_scale, list):
         cfg_scale = cfg_scale[t < dit.cfg.boundary]
@@ -275,7 +275,7 @@ class WanConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     image_dim: int = 1280  # width of the image encoder's features, if model_type is "i2v"
     image_len: int = 257   # number of these features; 0: without an image encoder
-    boundary: float | None = None  # from this time on up to 1, the expert for high noise samples
+    boundary: float | None = None  # at this time and above, the expert for high noise computes
     family: ClassVar[str] = "wan"
     diffusers: ClassVar[dict] = {"num_attention_heads": "num_heads", "in_channels": "in_dim",
                                  "out_channels": "out_dim", "boundary_ratio": "boundary"}
@@ -298,7 +298,8 @@ class WanConfig:
 class WanAttention(nn.Module):
     """Self-attention (with rotary positions) or cross-attention (with a context) of a Wan block.
 
-    image: tokens before the context's last text_len rows have separate keys and values.
+    image: whether the context begins with image tokens, which have separate keys and values; its
+    last text_len rows are text.
     """
     def __init__(self, cfg: WanConfig, image: bool = False):
         super().__init__()
@@ -750,8 +751,8 @@ def check_model(cfg: Shared) -> Sizes:
 # ---------------------------------------------------------------------- building and loading
 
 def build_dit(preset: str | Sizes, experts: str = "both") -> WanDiT | HunyuanDiT | Experts:
-    """A DiT by preset name or sizes, with torch's initialisation; of two experts both, or the one
-    for high or low noise. Raises as sizes_of."""
+    """A DiT by preset name or sizes, with torch's initialisation. experts: both | high | low, for a
+    preset with two. Raises as sizes_of."""
     sizes = sizes_of(preset) if isinstance(preset, str) else preset
     if sizes.boundary is not None:
         return Experts({name: WanDiT(sizes) for name in EXPERTS

@@ -60,7 +60,7 @@ def sample_videos(cfg: "Config", videos: list[Video], times: list[float], settin
         shape = latent_shape(cfg.frames, batch[0].height, batch[0].width)
         noise = draw_noise(shape, [("sample", v.seed, v.index, v.prompt.text) for v in batch])
         timer.lap("noise")
-        if cfg.compile and part.start == 0:  # counted apart; another shape compiles again
+        if cfg.compile and part.start == 0:  # timed separately; another shape is compiled again
             sample_batch(dit, noise, times[:2], conds[part], None, 1.0, Timer(device),
                          tqdm(disable=True), cfg.solver)
             timer.lap("compile")
@@ -112,10 +112,10 @@ def peak_bytes(device: torch.device) -> int:
 class Config(Shared):
     """Settings of a sampling run."""
     prompt: str = field("", "one prompt; it takes precedence over prompt_file")
-    prompt_file: str | None = field(None, "a prompt per line, or any form of common/prompts.py; "
-                                    'with images, lines {"prompt": "…", "image": "photo.jpg"}')
+    prompt_file: str | None = field(None, "file of prompts (.txt, .csv, .json, .jsonl); with "
+                                    'images its lines are {"prompt": "…", "image": "photo.jpg"}')
     image: str | None = field(None, "first frame for an image-to-video model, with --prompt; the "
-                              "video has about the config's area in the shape of its image")
+                              "video has its aspect ratio and about the config's area")
     teacher: bool = field(False, "sample the teacher, along its grid, instead of the student")
     student: str | None = field(None, "a student's file or folder, sampled at its own times, "
                                 "without guidance; none: <run>/student.safetensors")
@@ -123,11 +123,11 @@ class Config(Shared):
     lora_scale: float = field(1.0, "factor of the LoRA's change")
     how: str | None = field(None, "a student's file: print how other programs run it, and exit")
     steps: int | None = field(None, "steps of the teacher's grid; none: n", "[1, 10000]")
-    solver: Literal["euler", "unipc"] = field("euler", "unipc, for Wan: at times of its own, which "
-                                              "are not a student's key timesteps")
+    solver: Literal["euler", "unipc"] = field("euler", "unipc is for Wan alone and has its own "
+                                              "times, which are not a student's key timesteps")
     count: int = field(1, "videos per prompt, with seeds seed, seed + 1, …", "[1, 100000]")
     batch: int = field(1, "videos denoised at once", "[1, 10000]")
-    compile: bool = field(False, "torch.compile every block; minutes, counted apart")
+    compile: bool = field(False, "torch.compile every block: takes minutes, timed separately")
     out: str | None = field(None, "folder for the videos; none: <run>/samples")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses), the DiT's weights and the "
                     "tiles of HunyuanVideo's VAE", "[1, inf)")
@@ -144,12 +144,13 @@ def check_options(cfg: Config) -> None:
         raise ValueError(f"lora_scale: got {cfg.lora_scale} without a LoRA: give --lora FILE, or "
                          "leave it out")
     if cfg.solver == "unipc" and cfg.family != "wan":
-        raise ValueError(f"solver: got unipc; family {cfg.family} has no grid for it, wan has: "
-                         "leave --solver out")
+        raise ValueError(f"solver: expected euler for family {cfg.family}, got unipc, which is for "
+                         "wan alone: leave --solver out")
 
 
 def drop_guidance(cfg: Config) -> None:
-    """Reset guidance where it has no effect, so that it names no file, and print what was given."""
+    """Reset guidance settings that have no effect, so that file names do not depend on them, and
+    print which ones were given."""
     none = {"cfg_scale": 1.0, "cfg_scale_low": None, "negative_prompt": ""}
     given = [name for name, value in none.items() if getattr(cfg, name) != value]
     if (cfg.teacher and cfg.guidance != 1) or not given:
@@ -157,13 +158,13 @@ def drop_guidance(cfg: Config) -> None:
     vars(cfg).update(none)
     why = "at cfg_scale 1" if cfg.teacher else "for a student, which has guidance built in"
     if os.environ.get("RANK", "0") == "0":
-        print(f"no effect {why}: {', '.join(given)}")
+        print(f"{', '.join(given)}: no effect {why}")
 
 
 # --------------------------------------------------------------------------- times and networks
 
 def student_path(cfg: Config) -> Path:
-    """The file that the config means by its student: a DiT, or a LoRA for that of `weights`."""
+    """The file of the config's student: a complete DiT, or a LoRA for the DiT of `weights`."""
     return Path(cfg.lora or cfg.student or exported_path(cfg))
 
 
@@ -171,7 +172,7 @@ def sampling_times(cfg: Config, takes_image: bool) -> list[float]:
     """The times to sample along, falling to 0; the student's file is checked here.
 
     Euler takes the teacher's grid or a student's key timesteps. UniPC takes a grid of its own with
-    as many steps: for the teacher Wan's, for a student that of AccVideo's published command.
+    as many steps: Wan's for the teacher, that of AccVideo's published command for a student.
     """
     unipc, n = cfg.solver == "unipc", cfg.steps or cfg.n
     if cfg.teacher:
@@ -186,7 +187,7 @@ def sampling_times(cfg: Config, takes_image: bool) -> list[float]:
               f"{', '.join(other)}")
     if cfg.steps not in (None, len(times) - 1):
         raise ValueError(f"steps: got {cfg.steps}; {student_path(cfg)} was distilled for "
-                         f"{len(times) - 1} steps: leave --steps out, or distill with other `key`")
+                         f"{len(times) - 1} steps: leave --steps out, or distill with another key")
     if not unipc:
         return times
     return unipc_grid(len(times) - 1, facts["shift"], twice=not takes_image).tolist()

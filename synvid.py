@@ -7,8 +7,8 @@ In:  the teacher's folder `weights` and a file of prompts (with images for image
 Out: <run>/synvid: a manifest and one file per trajectory (artifacts/trajectories.py), a few videos.
 
 Trajectory i depends only on the config, i and its prompt: ranks, order, restarts and jobs give
-identical bytes; another batch size or machine may change last bits. The same command resumes;
---verify lists damaged and missing files, --repair makes these again. Jobs with their own --start
+identical bytes; another batch size or machine may change the last bits. The same command resumes;
+--verify lists damaged and missing files, --repair makes them again. Jobs with their own --start
 and --count may fill one folder at the same time, and prompts may be appended to the file.
 """
 
@@ -72,16 +72,16 @@ class Config(Shared):
     prompts: str = field("assets/tiny/prompts.txt",
                          "UTF-8 text, one prompt per line; .jsonl of prompt and image for I2V")
     start: int = field(0, "first trajectory of this job", "[0, 1000000000]")
-    count: int | None = field(None, "trajectories of this job; none: up to one per prompt",
-                              "[1, 10000000]")
-    keep: Literal["key", "all"] = field("key", "latents to store")
-    dtype: Literal["fp16", "fp32"] = field("fp16", "of stored latents; bf16 would put 5% noise on "
-                                           "Eq. 6")
-    batch: int = field(16, "trajectories denoised at once, those of indices [b·batch, (b+1)·batch)",
-                       "[1, 10000]")
+    count: int | None = field(None, "number of trajectories of this job; none: one for each prompt "
+                              "from start on", "[1, 10000000]")
+    keep: Literal["key", "all"] = field("key", "latents to store: at key timesteps, or at all")
+    dtype: Literal["fp16", "fp32"] = field("fp16", "dtype of stored latents (bf16 would put 5% "
+                                           "noise on the target of Eq. 6)")
+    batch: int = field(16, "trajectories denoised at once: batch b has the indices from b·batch to "
+                       "(b+1)·batch - 1", "[1, 10000]")
     sp: int = field(1, "ranks that share each sample's tokens (Ulysses) and the DiT's weights",
                     "[1, inf)")
-    cfg_parallel: bool = field(False, "the two evaluations of guidance on two groups of ranks")
+    cfg_parallel: bool = field(False, "compute guidance's two evaluations on two groups of ranks")
     compile: bool = field(False, "torch.compile every block")
     verify: bool = field(False, "only read this job's trajectories and list the faulty ones")
     repair: bool = field(False, "verify, then make only missing and damaged trajectories again")
@@ -92,8 +92,8 @@ class Config(Shared):
 def job_indices(cfg: Config, prompts: list[Prompt]) -> range:
     """The indices of this job's trajectories. Raises ValueError if there are none."""
     if cfg.count is None and cfg.start >= len(prompts):
-        raise ValueError(f"start: expected less than the {len(prompts)} prompts of {cfg.prompts}, "
-                         f"got {cfg.start}: give the number of trajectories by --count")
+        raise ValueError(f"start: expected less than {len(prompts)}, the number of prompts in "
+                         f"{cfg.prompts}, got {cfg.start}: to repeat prompts, give --count")
     return range(cfg.start, cfg.start + cfg.count if cfg.count else len(prompts))
 
 
@@ -113,7 +113,7 @@ def plan(cfg: Config, prompts: list[Prompt], folder: Path, indices: range, manif
     sizes, shape = dit.cfg, manifest["shape"]
     latents = len(manifest["stored"]) * math.prod(shape) * (2 if cfg.dtype == "fp16" else 4)
     condition = sizes.text_len * sizes.text_dim * dtype.itemsize
-    if sizes.takes_image:  # fp32: image features, and 4 mask channels on the 16 of a latent
+    if sizes.takes_image:  # fp32: image features; 4 mask channels and the latent's 16
         condition += 4 * (sizes.image_len * sizes.image_dim + math.prod(shape) * 20 // 16)
     need = len(todo) * (latents + condition + 2000)  # the header with the prompt
     free = shutil.disk_usage(folder).free
@@ -129,9 +129,9 @@ def plan(cfg: Config, prompts: list[Prompt], folder: Path, indices: range, manif
               "unless another job does")
     if (first := first_header(folder)) and (
             first["prompt"] != prompts[first["index"] % len(prompts)].text):
-        print(f"synvid: trajectory {first['index']} exists, from another prompt than the one in "
-              f"{cfg.prompts}: existing trajectories keep theirs; to make all from this file, "
-              "choose another --run")
+        print(f"synvid: trajectory {first['index']} exists and was made from another prompt than "
+              f"the one in {cfg.prompts}: existing trajectories keep their prompts; to make all "
+              "of them from this file, choose another --run")
     if cfg.negative_prompt and cfg.guidance == 1:
         print("synvid: negative_prompt has no effect at cfg_scale 1")
     times = time_grid(cfg.family, cfg.n, cfg.shift).tolist()
@@ -181,8 +181,8 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
     bar = progress_bar(len(batches), "synvid", ranks.rank, unit="batch")
     for number in turns:
         b, started = batches[number], time.perf_counter()
-        # The complete batch is computed, even if little of it is missing: another size rounds
-        # differently.
+        # The complete batch is computed, even if little of it is missing: a batch of another size
+        # would round differently.
         batch = range(b * cfg.batch, (b + 1) * cfg.batch)
         chosen = [prompts[i % len(prompts)] for i in batch]
         conds = conditioner.encode_each(chosen, cfg.height, cfg.width)
@@ -200,7 +200,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
             print_cost(time.perf_counter() - started, cfg.batch, len(batches), ranks)
         for i in with_video.intersection(missing[b]):
             decode_trajectory(folder, manifest, i, vae, cfg.fps)
-        bar.update(number + 1 - bar.n)  # the others take batches as well
+        bar.update(number + 1 - bar.n)  # the other replicas take batches from the same queue
     bar.close()
 
 

@@ -6,9 +6,9 @@ Reads nothing. Writes OUT.png, OUT.pdf and OUT.json (config, every number that t
 claims, CPU seconds) and prints which claims hold. docs/toy1d.md lists what the paper leaves open.
 
 t = 1 is noise, t = 0 is data; p are the training points, p_d the points used for distillation.
-A point x_t, diffused from x_d, is useful if and only if a teacher trajectory that passes within
-epsilon of it at t ends at the training point nearest to x_d. A useless point is off every
-trajectory (dataset mismatch) or only on trajectories that end elsewhere (noise mismatch).
+A point x_t, diffused from x_d, is useful if and only if some teacher trajectory passes within
+epsilon of it at t and ends at the training point nearest to x_d. A useless point is off every
+trajectory (dataset mismatch), or only on trajectories that end elsewhere (noise mismatch).
 """
 
 import argparse
@@ -448,9 +448,9 @@ def check_claims(cfg: Config, seeds: list) -> list[dict]:
     every, starts = ratio["all on trajectories"][:, 0], ratio["window starts only"][:, 0]
     to_either, off = get("deviation", way, "to either"), get("useless", way, "dataset")[:, 0]
     key_steps, K_steps = distance["teacher, key steps"], distance["teacher, K steps"]
-    by_class = "useful {}, off every trajectory {}, on wrong ones {}"
+    by_class = "useful {}, off every trajectory {}, on trajectories to another point {}"
     table = [
-        ("   The teacher has learned the field: loss within 5% of the Bayes floor",
+        ("   The teacher has learned the velocity field: its loss is within 5% of the Bayes floor",
          f"{text(loss)}, floor {text(floor)}; rms error of the velocity {text(rms_error)} of "
          f"{text(rms)}", loss < 1.05 * floor),
         ("e  Useless points exist at M = 0 (their share is above 0.02)",
@@ -458,30 +458,30 @@ def check_claims(cfg: Config, seeds: list) -> list[dict]:
         ("e  Their share grows with M, whichever way the data moves",
          "; ".join(f"{w} {text(x)}" for w, x in share.items()),
          np.all([grows(x) for x in share.values()], axis=0)),
-        ("b  From points off every trajectory the teacher ends away from p (twice as far)",
+        ("b  Off every trajectory the teacher ends over twice as far from p as from useful points",
          by_class.format(*map(text, end.values())), end["dataset"] > 2 * end["useful"]),
-        ("b  From points on wrong trajectories too", "as above", end["noise"] > 2 * end["useful"]),
-        ("d  Off every trajectory the teacher's guidance is wrong (twice the error)",
+        ("b  On paths to another point, too", "as above", end["noise"] > 2 * end["useful"]),
+        ("d  Off every trajectory the teacher's guidance has over twice the error at useful points",
          by_class.format(*map(text, error.values())), error["dataset"] > 2 * error["useful"]),
-        ("d  On wrong trajectories too", "as above", error["noise"] > 2 * error["useful"]),
-        *[(f"f  PeRFlow's samples drift off p as M grows, {w}", text(distance[w]),
+        ("d  On paths to another point, too", "as above", error["noise"] > 2 * error["useful"]),
+        *[(f"f  PeRFlow's samples are farther from p the larger M is, {w}", text(distance[w]),
            grows(distance[w])) for w in cfg.mismatch],
-        (f"f  They do not drift to p_d: distance to the nearer of p and p_d, {way}",
+        (f"f  They do not move to p_d: the distance to the nearer of p and p_d grows, too, {way}",
          text(to_either), grows(to_either)),
-        ("f  Wrong guidance is the cause: the exact field as teacher would halve the drift",
+        ("f  Wrong guidance is the cause: the exact field as teacher more than halves the distance",
          f"{text(exact)} {largest}", exact < 0.5),
-        ("g  Lost coverage is the cause: half of the starts on trajectories would halve it",
+        ("g  Lost coverage is the cause: half of the starts on trajectories more than halve it",
          f"{text(half)} {largest}", half < 0.5),
-        ("f  Useless points do harm at M = 0: all starts on trajectories would take off a fifth",
+        ("f  Useless points do harm at M = 0: without them the distance is over a fifth smaller",
          f"{text(every)} of PeRFlow's at M = 0", every < 0.8),
-        ("g  AccVideo's student, which needs no p_d (flat by construction), is below PeRFlow",
+        ("g  AccVideo's student, which needs no p_d (flat by construction), is nearer to p",
          f"{text(accvideo, 3)}; PeRFlow {text(distance[way], 3)}",
          np.all([accvideo[:, None] < distance[w] for w in cfg.mismatch], axis=(0, 2))),
-        ("g  Part of that at M = 0 is not interpolating: PeRFlow without it would lose a fifth",
+        ("g  One reason: Eq. 6 does not interpolate; without it PeRFlow is over a fifth nearer",
          f"{text(starts)} of PeRFlow's at M = 0", starts < 0.8),
-        ("g  The undistilled teacher is worse than AccVideo at the same steps", text(key_steps),
-         key_steps[:, 0] > accvideo),
-        ("g  The undistilled teacher is worse than PeRFlow at the same steps, M = 0",
+        ("g  The undistilled teacher at AccVideo's steps is farther from p than AccVideo's student",
+         text(key_steps), key_steps[:, 0] > accvideo),
+        ("g  The undistilled teacher at PeRFlow's steps is farther from p than PeRFlow at M = 0",
          text(K_steps, 3), K_steps[:, 0] > first)]
     return [{"claim": claim, "numbers": numbers, "holds": int(holds.sum()), "of": len(seeds)}
             for claim, numbers, holds in table]
@@ -492,20 +492,20 @@ def figure_caption(cfg: Config, mean: dict) -> str:
     way, useless = cfg.mismatch[0], mean["useless"][cfg.mismatch[0]]["useless"][0]["mean"]
     first, last, exact, half = (f"{mean['deviation'][name]['to p'][i]['mean']:.2f}" for name, i in (
         (way, 0), (way, -1), ("exact guidance", -1), ("half on trajectories", -1)))
-    why = ("So the student suffers less from wrong answers than from not being taught where it "
-           "passes when it samples." if 2 * float(half) < float(last) < 2 * float(exact) else "")
+    why = ("So wrong guidance harms the student less than missing training points on the paths "
+           "that it samples along." if 2 * float(half) < float(last) < 2 * float(exact) else "")
     seeds = f"Mean of {cfg.seeds} seeds, bands: least to largest" if cfg.seeds > 1 else "One seed"
     return " ".join(f"""
         A small network (the teacher; grey paths) turns noise into the training data p. To distil it
-        into fewer steps, most methods diffuse data they have to a time t and ask the teacher there
-        (a, c). If that data is not p, many of these points lie off every path of the teacher, and
-        its answers there are wrong (b, d). (e) The share of useless points against the mismatch M.
-        At M = 0 it is {useless:.2f}, because noise can carry a point over to paths that end
-        elsewhere. (f) Samples of a student that learned as PeRFlow does, in {cfg.K} windows, and of
-        one that learned as AccVideo does, from the teacher's own paths. (g) Their mean distance
-        from p: PeRFlow's is {first} at M = 0 and {last} at M = {cfg.M[-1]:.3g}; there it is {exact}
-        if the exact field is the teacher, and {half} if half of the starting points are put back on
-        paths. {why} {seeds}; a–d and the histograms are of seed 0.""".split())
+        into fewer steps, most methods diffuse data they have to a time t and evaluate the teacher
+        there (a, c). If that data is not p, many of these points are off every path of the teacher,
+        and its guidance there is wrong (b, d). (e) The share of useless points against the mismatch
+        M. At M = 0 it is {useless:.2f}, because noise can move a point onto paths that end at
+        another training point. (f) Samples of a student that learned as PeRFlow does, in {cfg.K}
+        windows, and of one that learned as AccVideo does, from the teacher's own paths. (g) Their
+        mean distance from p: PeRFlow's is {first} at M = 0 and {last} at M = {cfg.M[-1]:.3g}; there
+        it is {exact} if the exact field is the teacher, and {half} if half of the starting points
+        are moved onto paths. {why} {seeds}; a–d and the histograms show seed 0.""".split())
 
 
 def analyse(cfg: Config) -> dict:
@@ -532,9 +532,9 @@ STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "te
          "legend.frameon": False, "legend.fontsize": 8.5, "hatch.linewidth": 0.6}
 TITLES = ("Setup: the teacher's paths take\nnoise to the training data",
           "a)  knowledge distillation: the teacher\ndenoises diffused data, here its own (M = 0)",
-          "b)  with other data (M = {M:.3g}) it starts\nwhere none of its paths go",
+          "b)  with other data (M = {M:.3g}) it starts\nwhere none of its paths pass",
           "c)  distribution distillation: the teacher\nguides at diffused samples (M = 0)",
-          "d)  with other samples (M = {M:.3g}) it is\nasked off its paths (dark: it is wrong)")
+          "d)  with other samples (M = {M:.3g}) it is\nevaluated off its paths (dark: large error)")
 
 
 def band(values: list) -> list:
@@ -613,7 +613,7 @@ def draw_key(ax, cfg: dict, image) -> None:
     ax.text(0.0, 0.63, textwrap.fill(text, 55).replace("_d", "$_d$").replace("x_t", "x$_t$"),
             va="top", linespacing=1.3)
     ax.figure.colorbar(image, cax=ax.inset_axes([0.0, 0.08, 0.9, 0.05]), orientation="horizontal",
-                       label="c, d: error of the data point the teacher points to")
+                       label="c, d: error of the data point that the teacher predicts")
 
 
 def draw_useless(ax, Ms: list, way: str, useless: dict, i: int) -> None:
@@ -627,7 +627,7 @@ def draw_useless(ax, Ms: list, way: str, useless: dict, i: int) -> None:
         ax.text(M, top + 0.035, f"{y:.2f}", ha="center", weight="bold")
     if None not in useless["crossing"]:
         ax.plot(Ms, band(useless["crossing"])[0], "D--", color=INK, ms=4, lw=1, mec="white",
-                label="noise carried it to the other\nside (closed form)")
+                label="noise moved it to the other\nside (closed form)")
     ax.set(title=f"{'e)  ' * (i == 0)}{way} mismatch:\n{SHIFT[way]}", xlabel="M", xticks=Ms,
            ylim=(0, 1), ylabel="" if i else "useless share of points")
     if i == 0:
@@ -658,10 +658,10 @@ def draw_drift(ax, Ms: list, way: str, deviation: dict) -> None:
     for name, color, style, label in (
             ("teacher, key steps", "#555555", "-.", "undistilled teacher at AccVideo's steps"),
             ("exact guidance", "#CC79A7", "P--", "control: PeRFlow's, but the exact field is its "
-             "teacher\n(no wrong answers left)"),
+             "teacher\n(no wrong guidance)"),
             (way, ORANGE, "X-", "PeRFlow-style student, as in the paper"),
             ("half on trajectories", BLUE, "o-", "control: PeRFlow's, but half of its starts on "
-             "trajectories\n(it is taught where it passes)"),
+             "trajectories\n(it learns where it samples)"),
             ("teacher, K steps", GREY, ":", "undistilled teacher at PeRFlow's steps"),
             ("AccVideo", GREEN, "-", "AccVideo's student (Eq. 6, the paper's key timesteps):\n"
              "needs no such data, so flat by construction")):

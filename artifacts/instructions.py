@@ -1,8 +1,8 @@
-"""A student in other programs: its page of instructions, by the templates assets/student*.md, and
-ComfyUI's workflow. What they need of each program's sampling is here: times of stock schedulers,
-options of official scripts.
+"""A student in other programs: its page of instructions, from the templates assets/student*.md,
+and ComfyUI's workflow. The facts about these programs that they need are here: times of stock
+schedulers, options of official scripts.
 
-facts, here and below: the metadata of a student's file (artifacts/student.py).
+In all functions, `facts` is the metadata of a student's file (artifacts/student.py).
 """
 
 import json
@@ -20,11 +20,12 @@ from model import sizes_of
 def stock_scheduler(family: str, t_key: list[float]) -> dict[str, float] | None:
     """Settings with which diffusers' FlowMatchEulerDiscreteScheduler makes the times t_key itself.
 
-    Args: t_key, times from 1 to 0; the pipeline is given as many steps. Returns None if there are
-    none: the key timesteps are not evenly spread over the teacher's grid.
-    HunyuanVideo: the shift alone. Wan: WanPipeline passes no times, so that the scheduler takes
-    even ones from 1 to its own end. There k / (1 - t_k) is a line A - B k with B / A = (a - 1) / a
-    · d, d the step before shift a, and shift_terminal stretches it by what is left.
+    Args: t_key, times from 1 to 0; the pipeline is given as many steps. Returns None if no settings
+    make them, as for key timesteps that are not evenly spread over the teacher's grid.
+    HunyuanVideo needs the shift alone. WanPipeline passes no times, so that the scheduler takes
+    even times from 1 to its own end and shifts them by a: then k / (1 - t_k) is a line A - B k with
+    B / A = (a - 1) / a · d, where d is the step between even times, and shift_terminal scales 1 - t
+    so that the last t above 0 is t_key[-2].
     """
     t, steps = t_key, len(t_key) - 1
     if family == "hunyuan":
@@ -67,7 +68,7 @@ TEACHERS = {
     "wan22-t2v-a14b": ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan2.2-T2V-A14B"),
     "wan22-i2v-a14b": ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan2.2-I2V-A14B"),
     "hunyuan-t2v": ("hunyuanvideo-community/HunyuanVideo", "HunyuanVideo")}
-ACCVIDEO = {False: (50, 5), True: (40, 4)}  # steps of its Wan scripts; every how many is key
+ACCVIDEO = {False: (50, 5), True: (40, 4)}  # by takes_image: steps of its grid, stride of key
 SET_SIGMAS = """
 set_timesteps = pipe.scheduler.set_timesteps  # WanPipeline passes no sigmas: they are set here
 pipe.scheduler.set_timesteps = lambda steps, device=None: set_timesteps(
@@ -79,8 +80,8 @@ def student_page(facts: dict[str, Any], file: str, lora: bool = False) -> str:
     """student.md: what a student, or its LoRA, is, and how diffusers, ComfyUI, LightX2V, the
     official code and this project run it.
 
-    Args: file, its name, of two experts without their levels of noise; lora, whether it is the
-    LoRA.
+    Args: file, its name (of two experts' files, the name without the level of noise); lora, whether
+    it is the LoRA.
     """
     t_key, sizes = facts["t_key"], sizes_of(facts["preset"])
     stock, stem = stock_scheduler(sizes.family, t_key), file.removesuffix(".safetensors")
@@ -109,7 +110,8 @@ def student_page(facts: dict[str, Any], file: str, lora: bool = False) -> str:
 
 
 def split_times(facts: dict[str, Any], file: str) -> dict[str, Any]:
-    """The files of a student of Wan 2.2 A14B and the step and times at which they take turns."""
+    """The two files of a student of Wan 2.2 A14B, the step and time at which the second takes over,
+    and the times of each."""
     t, boundary = facts["t_key"], sizes_of(facts["preset"]).boundary
     switch = sum(time >= boundary for time in t[:-1])
     return {"high": with_level(file, "high"), "low": with_level(file, "low"), "boundary": boundary,
@@ -146,7 +148,7 @@ def hunyuan_options(steps: int, stock: dict[str, float] | None, embedded: float)
     """The options with which two official programs sample at the times of HunyuanVideo's student.
     """
     if stock is None:
-        return "No option of either gives these times."
+        return "No options of these two programs give these times."
     shift = f"{stock['shift']:g}"
     accvideo = (f"`--num_inference_steps {steps} --flow_shift {shift} --flow-reverse "
                 f"--guidance_scale 1 --embedded_cfg_scale {embedded}`" if shift.isdecimal() else
@@ -176,7 +178,7 @@ def parts(template: str, values: dict[str, Any]) -> dict[str, str]:
 
 def simple_shift(facts: dict[str, Any]) -> float | None:
     """The shift with which ComfyUI's scheduler `simple` makes HunyuanVideo's times; None if there
-    is none. It picks from 1000 times."""
+    is none. `simple` picks from 1000 times, so the number of steps must divide 1000."""
     stock = stock_scheduler(facts["family"], facts["t_key"])
     fits = facts["family"] == "hunyuan" and stock and 1000 % (len(facts["t_key"]) - 1) == 0
     return stock["shift"] if fits else None

@@ -27,29 +27,30 @@ from model import build_dit
 
 PREFIXES = re.compile(r"^((base_model|model|diffusion_model|transformer|unet|dit|module|pipe)\.|"
                       r"lora_unet_|lora_transformer_)+")
-# The parts of a module's change, by the endings that programs give them.
+# The parts of a module's change, by the endings of their names in various programs.
 PARTS = {part: re.compile(rf"(.+?)(?:{ending})") for part, ending in {
     "down": r"\.lora_A(\.default)?(\.weight)?|\.lora_down\.weight|[._]lora\.down\.weight",
     "up": r"\.lora_B(\.default)?(\.weight)?|\.lora_up\.weight|[._]lora\.up\.weight",
     "up_bias": r"\.lora_B(\.default)?\.bias", "alpha": r"\.alpha", "weight": r"\.diff",
     "bias": r"\.diff_b", "modulation": r"\.diff_m"}.items()}
-# Changes of other kinds: DoRA, LoHa, LoKr, a third factor.
+# Names of changes of other kinds: DoRA, LoHa, LoKr, a third factor.
 OTHER_KINDS = re.compile(r"dora_scale|lora_magnitude_vector|hada_|lokr_|lora_mid")
-# Settings of peft with which a change is more than alpha / rank times B·A, unless they are empty.
+# Settings of peft which, unless empty, make a change something else than alpha / rank times B·A.
 PEFT_EXTRAS = (
     "alpha_pattern", "use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication",
     "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
     "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
-PEFT_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change W, too
+PEFT_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others also change W
 
 
 def is_lora(tensors: Iterable[str]) -> bool:
-    """Whether names are a LoRA's, or another change's that lora_changes refuses."""
+    """Whether the names belong to a LoRA, or to another kind of change, which lora_changes refuses.
+    """
     return any(split_name(name)[0] or OTHER_KINDS.search(name) for name in tensors)
 
 
 def split_name(name: str) -> tuple[str | None, str]:
-    """The part of a change that a LoRA's tensor is (None for no part), and its module."""
+    """Which part of a change a LoRA's tensor is (None if it is no part), and its module's name."""
     for part, pattern in PARTS.items():
         if match := pattern.fullmatch(name):
             return part, PREFIXES.sub("", match[1])
@@ -57,7 +58,7 @@ def split_name(name: str) -> tuple[str | None, str]:
 
 
 def module_names(tensors: Iterable[str]) -> dict[str, str]:
-    """Official module names of a DiT by the names that LoRAs have for them: official, Wan's in
+    """Official module names of a DiT by the names that LoRA files use: the official ones, Wan's in
     diffusers, and both with underscores for dots (kohya)."""
     names = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in tensors}
     names |= {name: name for name in tensors if name.endswith("modulation")}
@@ -68,7 +69,7 @@ def module_names(tensors: Iterable[str]) -> dict[str, str]:
     return {name.replace(".", "_"): official for name, official in names.items()} | names
 
 
-# A part of a change as it is read: all of it in fp32, or the rows that are given.
+# A function that reads a part of a change in fp32: all of it, or the given rows.
 Change = Callable[[slice | None], Tensor]
 
 
@@ -90,19 +91,19 @@ def changed(weight: LazyTensor, changes: list[Change]) -> LazyTensor:
 
 def lora_changes(path: Path, shapes: dict[str, tuple[int, ...]],
                  scale: float = 1.0) -> tuple[dict[str, list[Change]], list[str]]:
-    """What a LoRA file adds to each parameter of a DiT, and the names of what cannot be added.
+    """What a LoRA file adds to each parameter of a DiT, and the names of tensors without a place.
 
-    Args: path, of two experts one of the two files; shapes, of the DiT's parameters by official
+    Args: path, for two experts one of the two files; shapes of the DiT's parameters by official
     name; scale, the factor of all changes.
-    Raises ValueError for a file of which nothing fits, for matrices of another size, and for other
+    Raises ValueError for a file in which nothing fits, for matrices of another size, and for other
     kinds of change than a LoRA's.
     """
     parts = by_expert(shapes)
     if "" in parts:
         return changes_of_one(path, shapes, scale)
     if (files := expert_files(path)) is None:
-        raise ValueError(f"{path}: expected a name with high_noise or low_noise: the two DiTs of "
-                         "`weights` take a LoRA each: give one of two files that differ in this")
+        raise ValueError(f"{path}: expected a name with high_noise or low_noise, since `weights` "
+                         "has two DiTs: give one of two LoRA files that differ only in this")
     found = [changes_of_one(file, part, scale)
              for file, part in zip(files, parts.values(), strict=True)]
     return ({f"{expert}.{name}": change for expert, (changes, _) in zip(EXPERTS, found, strict=True)
@@ -164,7 +165,7 @@ def changes_of_one(path: Path, shapes: dict[str, tuple[int, ...]],
 
 
 def peft_factor(path: Path, tensors: dict[str, LazyTensor]) -> Callable[[int], float]:
-    """The factor of B·A as a function of its rank, by peft's settings; 1 for files without them.
+    """The factor of B·A as a function of its rank, from peft's settings; 1 for files without them.
 
     The settings are in the metadata of a file that diffusers saved, maybe with "transformer." in
     front of each; for peft's own files ("base_model.…", adapter_model.safetensors) they are in
@@ -206,11 +207,12 @@ def warn_of_alpha(config: Path) -> None:
 
 def with_lora(dit: dict[str, LazyTensor], path: Path, scale: float = 1.0) -> dict[str, LazyTensor]:
     """A DiT's tensors with a LoRA added in fp32, lazily and by rows, so that sharded loading reads
-    and computes only what a rank keeps. Prints what is not applied. Raises as lora_changes."""
+    and computes only what a rank keeps. Prints which tensors are not applied. Raises as
+    lora_changes."""
     changes, unused = lora_changes(path, {name: t.shape for name, t in dit.items()}, scale)
     if unused and os.environ.get("RANK", "0") == "0":
         names = ", ".join(unused[:4]) + (" …" if len(unused) > 4 else "")
-        print(f"{path}: {len(unused)} tensor(s) are not applied, for this DiT has none of that "
+        print(f"{path}: {len(unused)} tensor(s) are not applied, since this DiT has none of that "
               f"name and shape: {names}")
     return {name: changed(t, changes[name]) if name in changes else t for name, t in dit.items()}
 
@@ -234,8 +236,8 @@ def lora_form(family: str, name: str, shape: tuple[int, ...]) -> str | None:
 
 
 def lora_names(name: str, form: str) -> tuple[str, ...]:
-    """A parameter's names in our files: of A and B, or of its difference; that of an expert stays
-    in front."""
+    """A parameter's names in our files: of A and B, or of its difference; an expert's name stays in
+    front."""
     expert, _, rest = name.partition(".")
     prefix, name = (f"{expert}.", rest) if expert in EXPERTS else ("", name)
     module = f"{prefix}diffusion_model.{name.rpartition('.')[0]}"
@@ -264,8 +266,8 @@ class LoRALinear(Linear):
 
 
 def build_student(preset: str, rank: int | None, experts: str = "both") -> nn.Module:
-    """A student's DiT on the meta device; with a rank, only the factors of its LoRA learn. experts,
-    as in model.build_dit."""
+    """A student's DiT on the meta device; with a rank, only the factors of its LoRA are trainable.
+    experts, as in model.build_dit."""
     with torch.device("meta"):
         dit = build_dit(preset, experts)
     if rank is None:
@@ -350,7 +352,7 @@ def lora_file(student: nn.Module, path: Path) -> dict[str, LazyTensor]:
 
 
 def read_balanced(A: LazyTensor, B: LazyTensor, first: bool) -> Tensor:
-    """All of A (first) or B, both scaled to equal norms, so that fp16 is as fine for both."""
+    """A (if `first`) or B, both scaled to equal norms, so that fp16 suits both equally well."""
     a, b = A.read(), B.read()
     ratio = (b.norm() / a.norm()).sqrt() or 1.0  # B is 0 before the first update
     return (a * ratio if first else b / ratio).half()

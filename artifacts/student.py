@@ -6,12 +6,12 @@
 <name>_lora.safetensors  the LoRA that distill.py --lora trained, with the same metadata
 <name>_diffusers/        transformer/ and scheduler/ as diffusers loads them (--export diffusers)
 <name>.md                how other programs run it, from the templates assets/student*.md
-<name>_lora.md           the same of its LoRA
-<name>_comfyui.json      ComfyUI's workflow of it, to drag into its window
+<name>_lora.md           the same for its LoRA
+<name>_comfyui.json      ComfyUI's workflow for it, to drag into ComfyUI's window
 
 A student of Wan 2.2 A14B has two files of weights and two LoRAs, <name>_high_noise.safetensors and
-<name>_low_noise.safetensors with the same metadata, and transformer_2/ in its folder. Either of the
-two files stands for both.
+<name>_low_noise.safetensors with the same metadata, and transformer_2/ in its folder. A path to
+either of the two files means both.
 """
 
 import contextlib
@@ -60,8 +60,8 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
     timesteps are used, and teacher is None; same_teacher, whether `weights` must hold the DiT that
     it was distilled from, which sampling does not need.
     Returns FACTS and more: teacher is the fingerprint of the teacher's weights, t_key are the times
-    from 1 (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming both sides of what
-    does not fit.
+    from 1 (noise) to 0 (data). Raises FileNotFoundError, or ValueError naming the student's and the
+    config's value of what does not fit.
     """
     if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(f"{path}: no such student or LoRA: make it by `python distill.py "
@@ -98,14 +98,14 @@ def student_facts(path: Path, cfg: Shared, foreign: bool = False,
 
 
 def exported_path(cfg: Shared, name: str = "student", experts: str = "both") -> Path:
-    """Where distill.py writes a student's file: of two experts, the first that it trains."""
+    """Where distill.py writes a student's file; with two experts, that of the first it trains."""
     level = "" if sizes_of(cfg.preset).boundary is None else experts.replace("both", "high")
     return Path(cfg.run) / with_level(f"{name}.safetensors", level)
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise ValueError if the file at a student's path is not a student of this project, since a
-    new one would replace it. A damaged file may be replaced."""
+    """Raise ValueError if the file at a student's path is not a student of this project, since an
+    export would replace it. A damaged file may be replaced."""
     facts: dict | None = None
     with contextlib.suppress(ValueError):
         facts = facts_in(path) if path.is_file() else None
@@ -115,9 +115,11 @@ def check_replaceable(path: Path) -> None:
 
 
 def open_student(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of a student under its files' names: of its file (of two, either one), an index
-    of shards, or a folder, such as the one that --export diffusers writes. In front of the names of
-    two DiTs is the name of each. Raises as common.names.expert_paths and open_tensors."""
+    """The tensors of a student under the names in its files.
+
+    Args: path, its file (either one of two), an index of shards, or a folder such as the one that
+    --export diffusers writes. The names of two DiTs' tensors begin with the expert's name.
+    Raises as common.names.expert_paths and open_tensors."""
     if pair := expert_paths(path):
         return {f"{expert}.{name}": t for expert, file in zip(EXPERTS, pair, strict=True)
                 for name, t in open_tensors(file).items()}
@@ -144,7 +146,7 @@ def check_facts(path: Path, facts: dict) -> None:
 
 def facts_of(tensors: dict[str, LazyTensor]) -> dict:
     """The facts in the first of a student's files that has some; {} if none has. Raises ValueError
-    if the files of two experts are exchanged, or of two students."""
+    if the files of two experts are exchanged, or belong to two students."""
     found: dict = {}
     for level, part in by_expert(tensors).items():
         for file in dict.fromkeys(t.file for t in part.values()):
@@ -156,7 +158,7 @@ def facts_of(tensors: dict[str, LazyTensor]) -> dict:
                 got, other = facts.get(key), found.get(key)
                 if got != other:
                     raise ValueError(f"{file}: {key} is {abbreviate(got)}, in the other file "
-                                     f"{abbreviate(other)}: they are of two students")
+                                     f"{abbreviate(other)}: give two files of one export")
             found = found or facts
     return found
 
@@ -207,15 +209,16 @@ def high_student(cfg: Any) -> Path:
 
 
 def high_checksum(cfg: Any) -> str | None:
-    """The checksum of that file's data, checked. Raises as high_student and check_data."""
+    """The checksum of the data in high_student's file, after checking it. Raises as high_student
+    and check_data."""
     path = high_student(cfg)
     check_data(path)
     return safetensors_metadata(path).get("crc32")
 
 
 def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) -> nn.Module:
-    """That expert, frozen. Raises ValueError unless it has the config's key timesteps and was
-    distilled from the teacher with this fingerprint."""
+    """The expert in high_student's file, frozen. Raises ValueError unless it has the config's key
+    timesteps and was distilled from the teacher with this fingerprint."""
     path = high_student(cfg)
     facts = facts_in(path)
     check_facts(path, facts)
@@ -231,7 +234,7 @@ def load_high_student(cfg: Any, teacher: str, dtype: torch.dtype, ranks: Ranks) 
 
 
 def export_student(cfg: Any, state: Any, ranks: Ranks, meta: dict, name: str = "student") -> Path:
-    """Write <run>/<name>.safetensors and the other files of the list above; returns the first.
+    """Write <run>/<name>.safetensors and the other files in this module's list; returns the first.
 
     Args: cfg, distill.Config; state, its TrainState; meta["teacher"], the teacher's fingerprint.
     Raises AgreedError on all ranks if a file cannot be written.
@@ -286,15 +289,16 @@ def check_export_range(student: nn.Module, dtype: torch.dtype) -> None:
         for name, p in student.named_parameters():
             local = local_rows(p)[0].detach()
             if local.numel() and local.to(dtype).isinf().any():
-                raise ValueError(f"export_dtype: got fp16; {name} holds {local.abs().max():.4g}, "
-                                 f"and fp16 ends at {torch.finfo(dtype).max:.0f}: export by the "
+                raise ValueError(f"export_dtype: got fp16; {name} contains {local.abs().max():.4g},"
+                                 f" more than fp16's {torch.finfo(dtype).max:.0f}: export by the "
                                  "same command with --export_dtype bf16")
 
 
 def write_together(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str],
                    ranks: Ranks) -> None:
-    """Write a safetensors file whose tensors all ranks gather, aside and renamed; a write that
-    fails is tried once more. Raises AgreedError on all ranks after that."""
+    """Write a safetensors file whose tensors all ranks gather, under a temporary name that is then
+    changed. A write that fails is tried once more; after that AgreedError is raised on all ranks.
+    """
     def prepare() -> None:  # its errors come before any rank waits for another in a collective
         path.parent.mkdir(parents=True, exist_ok=True)
         for part in path.parent.glob(f".{path.name}.*.part*"):  # left by a killed process
@@ -351,7 +355,7 @@ def export_diffusers(folder: Path, parts: dict[str, dict[str, LazyTensor]],
 
 
 def transformer_config(sizes: Sizes) -> dict[str, Any]:
-    """config.json of diffusers' WanTransformer3DModel or HunyuanVideoTransformer3DModel."""
+    """config.json for diffusers' WanTransformer3DModel or HunyuanVideoTransformer3DModel."""
     frames, height, _ = sizes.patch_size
     same = {"num_attention_heads": sizes.num_heads, "in_channels": sizes.in_dim,
             "attention_head_dim": sizes.dim // sizes.num_heads, "out_channels": sizes.out_dim}
@@ -371,8 +375,8 @@ def transformer_config(sizes: Sizes) -> dict[str, Any]:
 
 
 def pipeline_index(sizes: Sizes) -> dict[str, Any]:
-    """model_index.json of the part of a pipeline that is a student of two experts: the pipeline
-    takes its other parts as arguments, or from the teacher's folder."""
+    """model_index.json for a student with two experts. It names only the student's parts of the
+    pipeline; the others are arguments of the pipeline or come from the teacher's folder."""
     network = ["diffusers", "WanTransformer3DModel"]
     return {"_class_name": "WanImageToVideoPipeline" if sizes.takes_image else "WanPipeline",
             "boundary_ratio": sizes.boundary, "transformer": network, "transformer_2": network,
@@ -380,9 +384,10 @@ def pipeline_index(sizes: Sizes) -> dict[str, Any]:
 
 
 def scheduler_config(sizes: Sizes, t_key: list[float]) -> dict[str, Any]:
-    """scheduler_config.json of a stock scheduler whose times are t_key.
+    """scheduler_config.json for a stock scheduler whose times are t_key.
 
-    Where none has them, its shift is 1 and student.md has the lines that pass it the times.
+    Where no settings give these times, the shift is 1, and student.md has lines that pass the times
+    to the scheduler.
     """
     settings = stock_scheduler(sizes.family, t_key) or {"shift": 1.0}
     return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000,
@@ -392,7 +397,7 @@ def scheduler_config(sizes: Sizes, t_key: list[float]) -> dict[str, Any]:
 # ------------------------------------------------------------ safetensors, a tensor at a time
 
 CHECKSUM = "-" * 8  # placeholder in the metadata, crc32: CHECKSUM, for the CRC-32 of the data
-SYNC_BYTES = 1 << 30  # are written at most before they are synced: all ranks wait for it
+SYNC_BYTES = 1 << 30  # the most that is written between two syncs, for which all ranks wait
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -401,8 +406,8 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
     """Write a safetensors file one tensor at a time; returns [bytes, CRC-32] once it is on disk.
 
     Each read() is called once, in order, even if the file cannot be written, since it may be a
-    collective of all ranks. If metadata["crc32"] is CHECKSUM, it and the CRC-32 that is returned
-    become that of the data alone, for check_data. Raises OSError if it cannot be written.
+    collective of all ranks. If metadata["crc32"] is CHECKSUM, it is replaced by the CRC-32 of the
+    data alone, for check_data, and this one is returned. Raises OSError if it cannot be written.
     """
     header, end = {"__metadata__": metadata}, 0
     for name, t in tensors.items():
@@ -431,7 +436,7 @@ def stream_safetensors(path: Path, tensors: dict[str, LazyTensor],
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        deque(chunks, maxlen=0)  # read the others, in which the other ranks take part
+        deque(chunks, maxlen=0)  # read the remaining tensors: the other ranks take part in it
         raise
     return [size, f"{crc:08x}"]
 
@@ -452,7 +457,7 @@ def check_data(path: Path) -> None:
 # --------------------------------------------------------------------- the page of instructions
 
 def how_to_use(path: Path) -> str:
-    """The text of a student's student.md, made from the metadata of its file.
+    """The text of student.md, made from the metadata of a student's file.
 
     Raises FileNotFoundError if there is no such file, ValueError if facts are missing.
     """

@@ -166,7 +166,7 @@ def find_trajectories(folder: Path, part: str = "[0-9]*") -> set[int]:
 
 
 def first_gap(existing: set[int]) -> range:
-    """The first indices that are missing although later ones exist; empty if there are none."""
+    """The first range of indices that are missing although later ones exist; empty if none are."""
     first = next(i for i in itertools.count() if i not in existing)
     return range(first, min((i for i in existing if i > first), default=first))
 
@@ -216,7 +216,7 @@ def write_trajectory(folder: Path, manifest: dict, i: int, prompt: str, x: Tenso
 
 
 def read_header(contents: tuple[dict, dict, int]) -> dict[str, Any]:
-    """The header of a trajectory, in what safetensors_header returned of its file. Raises one of
+    """The header of a trajectory, from what safetensors_header returned for its file. Raises one of
     READ_ERRORS if it is damaged."""
     metadata, entries, _ = contents
     text = parse_json(metadata["synvid"], "its header", HEADER_TYPES)
@@ -237,7 +237,8 @@ def read_trajectory(folder: Path, manifest: dict, i: int, points: Iterable[int],
     """
     path, latents = trajectory_path(folder, i), []
     try:
-        # Read, not mapped: an error of a network disk would end the process by a signal.
+        # The file is read, not memory-mapped: there an error of a network disk would end the
+        # process by a signal.
         contents = safetensors_header(path)
         header, tensors = read_header(contents), open_safetensors(path, contents)
         recorded, expected = header["manifest"], manifest_checksum(manifest)
@@ -342,7 +343,7 @@ def open_trajectories(folder: Path, cfg: Shared) -> SynVid:
 # ------------------------------------------------------------------------------- verification
 
 def verify(folder: Path, indices: range, manifest: dict, ranks: Ranks) -> dict[int, str]:
-    """The faulty trajectories with their faults; every byte is read, a share by each rank."""
+    """The faulty trajectories with their faults; every byte is read, and ranks share the work."""
     faults: dict[int, str] = {}
     encoders = first_header(folder).get("encoders")
     own = indices[ranks.rank::ranks.world]

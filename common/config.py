@@ -44,7 +44,7 @@ class Shared:
     """The settings that all stages of a run share: the top level of a YAML file."""
     family: Literal["wan", "hunyuan"] = field("wan", "network family")
     preset: str = field("tiny", "sizes of the DiT, a name of model.PRESETS")
-    weights: str = field("assets/tiny", "teacher: its folder, or a YAML file that names its files")
+    weights: str = field("assets/tiny", "the teacher's folder, or a YAML file that names its files")
     run: str = field("runs/tiny", "folder for everything this run makes")
     height: int = field(48, "pixels, a multiple of 16", "[16, 16384]")
     width: int = field(48, "pixels, a multiple of 16", "[16, 16384]")
@@ -55,11 +55,11 @@ class Shared:
     cfg_scale: float = field(1.0, "teacher's guidance; 1: one evaluation per step", "[0, 1000]")
     cfg_scale_low: float | None = field(None, "guidance of the expert for low noise, for a teacher "
                                         "with two (Wan 2.2 A14B); default cfg_scale", "[0, 1000]")
-    embedded_guidance: float = field(6.016, "HunyuanVideo's guidance, an input of its DiT; its "
-                                     "release's 6 acts as 6.016", "[0, 1000]")
+    embedded_guidance: float = field(6.016, "HunyuanVideo's guidance, an input of its DiT; the 6 "
+                                     "of its release acts as 6.016", "[0, 1000]")
     negative_prompt: str = field("", "text of the teacher's unconditional branch")
-    key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps as indices into that grid")
-    seed: int = field(0, "base seed of everything drawn")
+    key: list[int] = field([0, 10, 20, 30, 40, 50], "key timesteps, indices in the teacher's grid")
+    seed: int = field(0, "base seed of all random numbers")
     device: str = field("auto", "cpu, cuda, or auto: a GPU if there is one")
     attention: Literal["auto", "flash", "cudnn"] = field(
         "auto", "kernels that attention on a GPU tries first; auto: cudnn on Hopper, else flash")
@@ -192,7 +192,7 @@ def read_yaml(path: Path, stage: str, fields: dict) -> dict:
 def print_help(cfg: Any, script: str, doc: str) -> None:
     """Print a stage's docstring and each field with its value and meaning."""
     print(f"{doc.strip()}\n\nusage: python {script} [CONFIG] [--field value | field=value]\n"
-          f"the last brackets hold the values of {cfg.origin}\n")
+          f"the value in brackets at the end of each line is that of {cfg.origin}\n")
     for f in dataclasses.fields(cfg):
         value, kind = getattr(cfg, f.name), typing.get_type_hints(type(cfg))[f.name]
         choices = " | ".join(typing.get_args(kind)) + ": " if "Literal" in str(kind) else ""

@@ -1,1 +1,1 @@
-"""Parts of evaluate.py and of the paper's tables: measures, statistics, the page, pictures."""
+"""Parts of evaluate.py and of tools.paper: measures, statistics, the page, pictures."""

@@ -16,10 +16,10 @@ x50; y are the reference, other teacher@n samples of the same captions, with oth
   C2ST         accuracy of a small classifier that is trained to separate x from y; 0.5 is chance,
                and with 144 videos a side everything between .44 and .56 may be chance
   first frame  PSNR of the first frame against the given image (image-to-video only)
-  oracle       fraction of videos that show what their captions say (small world only)
+  oracle       fraction of videos that show what their captions state (small world only)
 
-± is a standard error over videos: by jackknife for energy, sliced W, HF, floor and spread, of the
-test decisions for C2ST. In the mean row of several students it is over students.
+± is a standard error over videos, by jackknife; for C2ST it is that of the test decisions. In the
+mean row of several students it is over students.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ from small_world.oracle import (
 
 # --------------------------------------------------------------------------- distances of latents
 
-BLOCK = 64  # videos whose latents are in float64 at once: those of many large videos take 100 GB
+BLOCK = 64  # videos whose latents are in float64 at once; all of many large videos take 100 GB
 
 
 def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def endpoint_error(x: Tensor, x50: Tensor) -> Tensor:
 
 
 def by_blocks(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """f(x, y) [N, M] of x [N, …] and y [M, …] in float64, one dimension per video, by blocks."""
+    """f(x, y) [N, M] for x [N, …] and y [M, …], flattened per video, in float64 and by blocks."""
     return torch.cat([torch.cat([f(a, b.double()) for b in y.flatten(1).split(BLOCK)], 1)
                       for a in map(Tensor.double, x.flatten(1).split(BLOCK))])
 
@@ -128,8 +128,9 @@ def c2st(x: Tensor, y: Tensor, steps: int, device: torch.device) -> tuple[float,
 
 def classifier_hits(train: list[Tensor], test: list[Tensor], steps: int, fit: int,
                     device: torch.device) -> int:
-    """Number of `test` videos, [M,C,T,H,W] of x and of y, that a small network assigns to the right
-    one of both after `steps` iterations on `train`; `fit` seeds its initialisation and order."""
+    """Number of `test` videos, [M,C,T,H,W] from x and as many from y, that a small network assigns
+    to the right one of the two after `steps` iterations on `train`. `fit` seeds its initialisation
+    and the order of videos."""
     count, channels = train[0].shape[:2]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fit)
@@ -240,7 +241,7 @@ def table_row(samples: Samples, teacher_n: Samples, reference: Tensor, direction
 
     Args: teacher_n from the same noise; reference, teacher@n's latents [N, …] from other noise.
     """
-    n, ratios = len(samples.latents), {"hf", "floor"}  # of sums over videos, to teacher@n's
+    n, ratios = len(samples.latents), {"hf", "floor"}  # a sum over videos divided by teacher@n's
     row = {"label": samples.label, "kind": samples.kind, "m": samples.m,
            "evaluations": samples.evaluations, "seconds": samples.seconds,
            "decode_seconds": samples.decode_seconds}
@@ -265,7 +266,7 @@ def table_row(samples: Samples, teacher_n: Samples, reference: Tensor, direction
 
 def mean_row(rows: list[dict]) -> dict:
     """The mean of students' rows, ± the standard error over students (None for one student)."""
-    one = {name: value for name, value in rows[0].items() if name != "left"}  # of one student
+    one = {name: value for name, value in rows[0].items() if name != "left"}  # leave-one-out values
     out = {**one, "kind": "mean",
            "label": f"{rows[0]['label'].removesuffix(' #1')}, mean of {len(rows)}"}
     for name, value in one.items():

@@ -29,15 +29,15 @@ COLUMN_TITLES = {
     "endpoint": "endpoint error ↓", "energy": "energy − teacher's ↓",
     "sliced": "sliced W − teacher's ↓", "hf": "HF, 1 = teacher's",
     "edges": "edges in place, 1 = teacher's", "spread": "spread, 1 = teacher's",
-    "c2st": "C2ST, .5 = alike"}
+    "c2st": "C2ST, .5 = chance"}
 ALL_TITLES = COLUMN_TITLES | {"floor": "floor, 1 = teacher's", "first": "first frame, dB"} | {
     name: f"oracle: {name}" for name in ORACLE}
 LOOP_SECONDS = 4  # an mp4 lasts at least this long: players stop at its end
 
 
 def environment(device: torch.device) -> dict[str, str | None]:
-    """What a table was made with: torch, the device, and the commit of this code, with -dirty if
-    files differ from it (None outside a repository)."""
+    """What a table was made with: torch, the device, and this code's commit, with -dirty at its end
+    if files differ from it (None outside a repository)."""
     status, text = subprocess.getstatusoutput(
         f"git -C {shlex.quote(str(ROOT))} describe --always --dirty 2>/dev/null")
     return {"commit": None if status else text, "device": device_name(device),
@@ -141,8 +141,9 @@ def draw_table(path: Path, rows: list[dict], title: str) -> None:
 def choose_examples(errors: Tensor, captions: list[str]) -> dict[int, str]:
     """The videos to show, with a note on each: {index: note}, from errors [N].
 
-    Of the small world one per colour, all shapes in turn, that of median error among its kind. Else
-    those at some quantiles, easy ones first; a caption is shown once, at its highest quantile.
+    For the small world, one video per colour, with the shapes in turn: the one of median error
+    among its colour and shape. Otherwise the videos at some quantiles of the error, easy ones
+    first; a caption is shown once, at its highest quantile.
     """
     order, examples = errors.argsort(stable=True).tolist(), {}
     kinds = [(a["colour"], a["shape"]) for a in map(caption_attributes, captions)]
@@ -179,7 +180,7 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
             (model.examples[i], f"error {float(error[i]):.3f}" if lines else "the target")
             for i in chosen]))
     title = (f"captions at quantiles of {labels[1]}'s endpoint error" if any(chosen.values()) else
-             f"one caption per colour, of median error of {labels[1]} among its colour and shape")
+             f"per colour the video with {labels[1]}'s median error for its colour and shape")
     videos = video_table(headings, lines)
     write_video(out / "videos.gif", videos, cfg.fps)
     write_video(out / "videos.mp4", videos, cfg.fps, LOOP_SECONDS)
@@ -191,7 +192,7 @@ def write_pictures(cfg: Shared, out: Path, models: list[Samples], rows: list[dic
 # ------------------------------------------------------------------------------------- the page
 
 def html_of(text: str) -> str:
-    """Paragraphs and tables of Markdown as HTML, escaped: only the forms that our tables have.
+    """Paragraphs and tables of Markdown as HTML, escaped; only the forms that our tables use.
 
     In a table, an error is below its number, so that 16 columns fit into 1200 pixels.
     """

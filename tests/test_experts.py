@@ -449,11 +449,11 @@ def test_two_files_are_one_student_and_exchanged_or_mixed_ones_are_refused(make_
     (moved / low.name).write_bytes(low.read_bytes())
     make_student(key=ALIGNED, step=7)  # as an export whose second file could not be written
     (moved / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match="pair is 0, in the other file 7: they are of two student"):
+    with pytest.raises(ValueError, match="pair is 0, in the other file 7: give two files of"):
         student_file.student_facts(moved / file.name, cfg)
     make_student(key=KEY)
     (moved / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match="t_key is .*: they are of two students"):
+    with pytest.raises(ValueError, match="t_key is .*: give two files of one export"):
         student_file.student_facts(moved / file.name, cfg)
     low.unlink()
     with pytest.raises(FileNotFoundError, match="student_low_noise.safetensors: is missing"):
@@ -512,12 +512,12 @@ def test_the_page_says_where_every_program_switches(kind, lora):
     assert settings["boundary_step_index"] == switch and len(settings["denoising_step_list"]) == 10
     assert LIGHTX2V <= settings.keys() and settings["use_image_encoder"] is False
     assert ("lora_configs" in settings) == lora == ("load_into_transformer_2=True" in text)
-    assert '"guidance_scale_2": 1.0' in text and f"(step {switch} of 10)" in text
+    assert '"guidance_scale_2": 1.0' in text and f"step {switch} of 10 on" in text
     assert '--save_result_path video.mp4`' in text and settings["fps"] == 16
     assert ("--image_path photo.jpg" in text) == ("ImageOps.fit(" in text) == (kind == "i2v")
     assert "do_center_crop" not in text  # Wan 2.2 has no image encoder
     # CustomSigmas of KJNodes ends every list in 0: it takes all times, not those of an expert.
-    assert f"interpolate_to_steps 10, and divide them with SplitSigmas at step {switch}." in text
+    assert f"interpolate_to_steps 10, and divide it with SplitSigmas at step {switch}." in text
     assert "$" not in text and " \n" not in text and "\n\n\n" not in text
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(block, "student.md", "exec")

@@ -146,7 +146,7 @@ def test_a_lora_of_a_student_without_metadata_has_a_page_with_the_config_s_setti
     extract_lora.main([str(make_config(n=4, key=[0, 1, 4])), f"--student={path}", f"--out={out}"])
     sample.main(["--how", str(out)])
     page = capsys.readouterr().out
-    assert "They are the steps 0, 1, 4 of its teacher's 4, shift 7." in page
+    assert "They have the indices 0, 1, 4 in its teacher's grid of 4 steps with shift 7." in page
 
 
 def test_the_command_writes_file_and_table_and_sample_uses_it(tiny_weights, make_config, tmp_path,
@@ -448,7 +448,7 @@ def test_extract_replaces_no_file_of_another_kind(make_config, tiny_weights, tmp
     config = [str(make_config(n=4, key=[0, 1, 4])), "--rank", "2", "--out"]
     (tmp_path / "notes.json").write_text("mine")
     for name, existing in (("run/student", "student.safetensors"), ("notes", "notes.json")):
-        with pytest.raises(ValueError, match=f"out: .*{existing} exists, and is not of a LoRA"):
+        with pytest.raises(ValueError, match=f"out: .*{existing} exists, and does not belong"):
             extract_lora.main([*config, f"{tmp_path}/{name}.safetensors"])
     assert (tmp_path / "notes.json").read_text() == "mine"
 

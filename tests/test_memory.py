@@ -158,7 +158,7 @@ def test_the_host_s_plan_is_a_checkpoint_s_copy_moments_and_waiting_latents(many
     monkeypatch.setattr(training.memory, "student_size", lambda cfg: parameters)
     for offload, copies in ((False, 3), (True, 5)):
         said = host_plan(settings(offload=offload), shape, many_ranks(8))
-        assert f"{4 * copies + waiting / 2 ** 30:.2f} GiB a node" in said
+        assert f"{4 * copies + waiting / 2 ** 30:.2f} GiB per node" in said
     parameters[0] = 1000
     assert "AVAILABLE" not in host_plan(settings(), shape, many_ranks(8))
     if Path("/proc/meminfo").exists():

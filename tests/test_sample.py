@@ -160,7 +160,7 @@ def test_guidance_given_for_a_student_is_reported_and_changes_no_file(run, stude
     assert "no effect" not in capsys.readouterr().out
     out = run("--prompt", "a red disc", "--cfg_scale", "2", "--negative_prompt", "blur")
     said = capsys.readouterr().out
-    assert "no effect for a student, which has guidance built in: cfg_scale, negative_prom" in said
+    assert "cfg_scale, negative_prompt: no effect for a student, which has guidance built" in said
     assert len(list(out.glob("*/*.mp4"))) == 1
     cfg = load_config(sample.Config, "sample", [str(run.config), "--shift", "3"])
     sample.sampling_times(cfg, False)

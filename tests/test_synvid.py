@@ -212,7 +212,8 @@ def test_other_prompts_and_settings_without_effect_are_reported(make_config, tmp
     other.write_text("a blue ring\na red disc\n", encoding="utf-8")
     generate(config, "--prompts", other, "--negative_prompt", "blurry")
     out = capsys.readouterr().out
-    assert f"trajectory 0 exists, from another prompt than the one in {other}: existing" in out
+    assert (f"trajectory 0 exists and was made from another prompt than the one in {other}: "
+            "existing") in out
     assert "negative_prompt has no effect at cfg_scale 1" in out
 
 
@@ -644,7 +645,7 @@ def test_prompts_that_look_like_flags_paths_or_markup_are_text(make_config, tmp_
     (["--count", 0], r"count: expected a number in \[1"),
     (["--start", -1], r"start: expected a number in \[0"),
     (["--batch", 0], "batch: expected .*got 0"), (["--videos", -1], "videos: expected .*got -1"),
-    (["--start", 27], "start: expected less than the 27 prompts .*, got 27: .*--count"),
+    (["--start", 27], "start: expected less than 27, the number of prompts in .*, got 27: .*count"),
     (["--preset", "tinny"], "preset: .*got 'tinny'.*did you mean 'tiny'")])
 def test_settings_that_cannot_work_are_named(make_config, args, wrong):
     with pytest.raises(ValueError, match=wrong.replace("|", r"\|")):

@@ -213,7 +213,7 @@ def test_shipped_configs_sample_a_teacher_along_wan_s_own_grid(config, schedule)
 
 @pytest.mark.parametrize("who", ["--teacher=true", "--teacher=false"])
 def test_unipc_is_refused_for_hunyuan_video(who):
-    with pytest.raises(ValueError, match="solver: got unipc; family hunyuan has no grid for it"):
+    with pytest.raises(ValueError, match="solver: expected euler for family hunyuan, got unipc"):
         sampling_times("hunyuan-t2v-544p", who, "--solver", "unipc")
 
 

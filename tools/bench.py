@@ -1,4 +1,4 @@
-"""How fast each part runs on this machine, and in how much memory. Random weights, no files needed.
+"""How fast each part runs on this machine, and how much memory it needs, with random weights.
 
     python -m tools.bench [CONFIG] [--minutes 8]
     python -m tools.bench CONFIG --only "DiT"            (only the rows whose name contains "DiT")
@@ -74,7 +74,7 @@ class Row(NamedTuple):
     runs: int = 3                      # at least; if more than one, another one warms up first
 
 
-ENOUGH_SECONDS, MOST_RUNS = 1.0, 20  # a row is repeated for so long, or for so many runs
+ENOUGH_SECONDS, MOST_RUNS = 1.0, 20  # a row is repeated until it reaches one of these
 
 
 def clock(run: Call, device: torch.device) -> float:
@@ -92,7 +92,7 @@ def allocated(work: Callable[[], Any]) -> tuple[Any, int, int]:
     Counted from torch's allocations: the growth of the process depends on what it freed before.
     What another thread frees, as gloo's may after a collective, is not recorded, and stays counted.
     """
-    gc.collect()  # else what earlier work left is freed meanwhile, and counts
+    gc.collect()  # otherwise tensors of earlier work would be freed, and counted, meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = work()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -113,7 +113,7 @@ def run_row(row: Row, device: torch.device) -> tuple[list[list[float]], list[int
             clock(run, device)
     else:
         work, held, _ = allocated(row.prepare)
-        if len(work) > 1:  # against diffusers only what a later run adds is compared
+        if len(work) > 1:  # the comparison with diffusers counts only what a later run allocates
             held, _ = 0, [run() for run in work]
         peaks = [held + allocated(run)[2] for run in work if warm_up]
     started, seconds = time.perf_counter(), [[] for _ in work]
@@ -129,7 +129,7 @@ def run_row(row: Row, device: torch.device) -> tuple[list[list[float]], list[int
 def measure(row: Row, device: torch.device, peak: float, datasheet: float | None = None) -> dict:
     """A row's figures, or the error that it ended with. Collective.
 
-    Args: peak, measured FLOP/s of the device; datasheet, its TFLOP/s on paper.
+    Args: peak, measured FLOP/s of the device; datasheet, the TFLOP/s that its datasheet states.
     """
     found = {"row": row.name, "tokens": row.tokens, "tflop": row.flop / 1e12,
              "floor_seconds": row.flop / peak, "plan_gib": row.plan and row.plan / 2 ** 30}
@@ -195,8 +195,8 @@ class Bench:
             name: c.to(self.device) for name, c in cond.items()}
 
     def evaluation(self, compiled: bool = False, backward: bool = False) -> list[Call]:
-        """One evaluation, and maybe its `backward` to all weights with distill.py's activation
-        checkpointing."""
+        """One evaluation of the DiT; if `backward`, also a backward to all weights, with
+        distill.py's activation checkpointing."""
         dit, inputs = random_dit(self.cfg, self.device, self.ranks.sp_ranks), self.inputs()
         dit.requires_grad_(backward)
         for block in dit.blocks:
@@ -362,14 +362,14 @@ def table(result: dict) -> str:
 
 
 def store(path: Path, name: str, result: dict) -> None:
-    """Put a result under bench → device → name of a JSON file and keep the rest of the file."""
+    """Put a result into a JSON file, under bench → device → name, and keep the rest of the file."""
     results = read_json(path) if path.exists() else {}
     results.setdefault("bench", {}).setdefault(result["device"], {})[name] = result
     write_json(path, results)
 
 
 def reason_to_skip(row: Row, peak: float, left: float) -> str | None:
-    """Why a row is left out: at half the peak it needs more seconds than are left."""
+    """Why a row is left out, if at half of the peak FLOP/s it needs more seconds than are left."""
     needed = 2 * (row.runs + (row.runs > 1)) * row.flop / peak
     return f"{max(left, 0):.0f} s left, needs about {needed:.0f} s" if needed >= left else None
 

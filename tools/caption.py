@@ -1,4 +1,4 @@
-"""Prompts from real videos: a multimodal model on this disk writes a caption of each (Fig. 3).
+"""Prompts from real videos: a multimodal model on this disk writes a caption for each (Fig. 3).
 
     python -m tools.caption FOLDER_OR_FILES --model FOLDER [--out prompts.jsonl] [--images DIR]
     torchrun --nproc-per-node 8 -m tools.caption …       # rerun to resume
@@ -6,9 +6,9 @@
 In:  videos, and a folder with a model as transformers saves it: InternVL 2.5 or 3, Qwen2.5-VL,
      Qwen3-VL, or another one that takes videos (docs/captions.md).
 Out: prompts.jsonl, one {"prompt": …, "video": …} per line, for synvid.py; with --images also each
-     video's first frame as "image". prompts.captions/ is the record, one file per rank in a folder
-     for each model, instruction and options: all captions, those that are left out with the
-     reason. A caption in it is not written again.
+     video's first frame as "image". prompts.captions/ is the record, with a file per rank in a
+     folder for each combination of model, instruction and options: it has all captions, and the
+     reason for each that is left out. A rerun does not write these captions again.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Clip = tuple[np.ndarray, dict]  # frames uint8 [T, H, W, 3], transformers' video
 
 
 def find_videos(paths: list[Path]) -> list[Path]:
-    """The videos given, and those in folders and below, in order, each once."""
+    """The given videos and those in the given folders and below, in order, each once."""
     found = []
     for path in paths:
         inside = sorted(p for p in path.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--images", type=Path, help="folder to write each video's first frame to")
     add("--frames", type=int, default=8, help="frames of a video that the model sees (8)")
     add("--instruction", default=INSTRUCTION, help="what the model is asked for")
-    add("--max_tokens", type=int, default=400, help="a longer caption counts as cut (400)")
+    add("--max_tokens", type=int, default=400, help="a longer caption is left out (400)")
     add("--batch", type=int, default=4, help="videos captioned at once (4)")
     add("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one")
     args = parser.parse_args(argv)
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
             for video in todo[start:start + args.batch]:
                 try:
                     clips[video] = sample_frames(out.parent / video, args.frames)
-                except OSError as e:  # not in the record's files: it is tried again
+                except OSError as e:  # not written to the record's files: a rerun tries again
                     record[video] = {"video": video, "error": error_summary(e)}
             captions = describe(list(clips.values())) if clips else []
             for (video, (frames, _)), (text, complete) in zip(clips.items(), captions, strict=True):

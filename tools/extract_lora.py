@@ -1,4 +1,4 @@
-"""A student as a LoRA: what distillation changed, layer by layer, as two thin matrices.
+"""A student as a LoRA: what distillation changed in each layer, as two thin matrices.
 
     python -m tools.extract_lora [CONFIG] [--student FILE] [--rank 32] [--out FILE]
     python sample.py [CONFIG] --lora FILE --prompt "…"
@@ -8,9 +8,9 @@ Out: <run>/student_lora_rank32.safetensors (or --out), fp16, for ComfyUI, diffus
      sample.py; next to it a .json with the energy that each layer keeps.
 
 Of a matrix's difference Δ = W_student - W_teacher, the first r singular values are kept: Δ ≈ B·A
-with B = U√S, A = √S Vᵀ, the nearest of that rank (Eckart and Young). For Wan, other parameters are
-stored as full differences; for HunyuanVideo, the file has only the matrices of the blocks. Energy
-kept: 1 - ‖Δ - B·A‖² / ‖Δ‖², B and A as stored.
+with B = U√S, A = √S Vᵀ, the nearest matrix of that rank (Eckart and Young). For Wan, other
+parameters are stored as full differences; for HunyuanVideo, the file has only the matrices of the
+blocks. Energy kept: 1 - ‖Δ - B·A‖² / ‖Δ‖², with B and A as stored.
 """
 
 import functools
@@ -49,7 +49,7 @@ EXTRA_COLUMNS = 16  # of the randomised decomposition in addition to twice the r
 
 
 def low_rank_factors(delta: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] of a matrix [out, in] in fp32, √S in each; r is `rank` at most.
+    """A [r, in] and B [out, r] of a matrix [out, in] in fp32, each with √S; r is at most `rank`.
 
     Exact for small matrices; for large ones randomised, seeded by the name, with 16 power
     iterations. Source: Halko et al., Finding structure with randomness, 2011, algorithms 4.4, 5.1.
@@ -145,21 +145,21 @@ def write_energy(cfg: Config, rows: list[dict], out: Path, first: Path) -> None:
     print(f"energy kept: {sums['all']:.4f} of all that changed, {sums['matrices']:.4f} of the "
           f"matrices in the file; per layer: {out.with_suffix('.json')}")
     print(f"{first}: {first.stat().st_size / 1e6:.3g} MB; use it by `python sample.py {cfg.path} "
-          f"--lora {first}`; in ComfyUI, diffusers and LightX2V as `python sample.py --how "
-          f"{first}` prints")
+          f"--lora {first}`; for ComfyUI, diffusers and LightX2V see `python sample.py --how "
+          f"{first}`")
 
 
 def check_out(out: Path, first: Path) -> None:
-    """Raise ValueError for a name without the suffix, or if the file or its table would replace one
-    of another kind: only a LoRA that this command extracted may be there."""
+    """Raise ValueError for a name without the suffix, or if the file or its table would replace
+    another kind of file: only a LoRA that this command extracted is replaced."""
     if out.suffix != ".safetensors":
         raise ValueError(f"out: expected a name that ends in .safetensors, got {out}: add the "
                          "suffix")
     existing = [path for path in (first, out.with_suffix(".json")) if path.exists()]
     ours = first.is_file() and "lora_rank" in facts_in(first)
     if existing and not ours:
-        raise ValueError(f"out: {existing[0]} exists, and is not of a LoRA that this command "
-                         "extracted: choose another name by --out")
+        raise ValueError(f"out: {existing[0]} exists, and does not belong to a LoRA that this "
+                         "command extracted: choose another name by --out")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -47,7 +47,7 @@ def tokens_of(cfg: Shared) -> tuple[nn.Module, int]:
 
 
 def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Module:
-    """A frozen DiT of noise, built on its device; with `ranks` each holds only its shard."""
+    """A frozen DiT with random weights, built on its device; with `ranks` each holds its shard."""
     dit = empty_dit(cfg.preset, compute_dtype(device), ranks).requires_grad_(False)
     for p in dit.to_empty(device=device).parameters():
         local_rows(p)[0].normal_(std=0.02)
@@ -55,7 +55,7 @@ def random_dit(cfg: Shared, device: torch.device, ranks: Ranks | None) -> nn.Mod
 
 
 def random_tensors(dit: nn.Module) -> dict[str, LazyTensor]:
-    """A DiT's tensors as a file would hold them, of noise that is drawn when they are read."""
+    """A DiT's tensors as a file would hold them: random values, drawn when they are read."""
     def draw(shape: tuple[int, ...], rows: slice | None = None) -> Tensor:
         return torch.randn((rows.stop - rows.start, *shape[1:]) if rows else shape).mul_(0.02)
 
@@ -101,7 +101,7 @@ def vae_shape(way: str, frames: int, height: int, width: int) -> tuple[int, ...]
 
 
 def random_states(cfg: Shared) -> dict[str, Tensor]:
-    """The conditioning of a prompt of full length as noise, without its encoders."""
+    """Random values in place of a full-length prompt's conditioning, made without encoders."""
     sizes, draw = sizes_of(cfg.preset), generator("cond", cfg.seed)
     shapes = {"text": (sizes.text_len, sizes.text_dim)}
     if sizes.takes_image:
@@ -127,7 +127,8 @@ def ids(length: int) -> Tensor:
 
 def frozen_parts(cfg: Shared) -> dict[str, tuple[Callable[[], nn.Module], Callable]]:
     """VAE and encoders by the name of their row, as (make, run): make() builds a network, and
-    run(network) encodes or decodes a video, a prompt of full length, or an image of zeros."""
+    run(network) encodes or decodes a random video, or encodes a full-length prompt or an image of
+    zeros."""
     sizes, arguments = sizes_of(cfg.preset), frozen_arguments(cfg)
     vae, size = partial(make_vae, cfg.family, is_small(cfg)), (cfg.frames, cfg.height, cfg.width)
     parts = {f"VAE {way}": (vae, vae_run(way, *size)) for way in ("decode", "encode")}

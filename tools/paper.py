@@ -1,4 +1,4 @@
-"""The paper's tables and figures on any teacher: training runs over seeds, their means, verdicts.
+"""The paper's tables and figures for any teacher: runs over seeds, means, verdicts on claims.
 
     python -m tools.paper [CONFIG] [--tables table3,fig9] [--seeds 8] [--jobs 2]
     python -m tools.paper CONFIG --launch "torchrun --nproc-per-node 8"
@@ -6,7 +6,7 @@
 In:  the weight folder and the prompts of stages 1 and 4.
 Out: <run>/paper/: report.html, and paper.json with the numbers of every seed;
      <arm>/seed<s>/, a training run; <arm>/evaluate/, all seeds of an arm on the same captions
-     and noise. The same call resumes: runs that have finished are skipped.
+     and noise. The same command resumes: finished runs are skipped.
 """
 
 import os
@@ -41,30 +41,30 @@ class Config(Shared):
     """Settings of a set of tables."""
     tables: str = field("all", "all, or some of ladder, table3, table4, methods, fig5, fig6, fig8, "
                         "fig9, separated by commas; or search, which compares settings")
-    m: int | None = field(None, "steps of all but table4 and the ladder; defaults to the config's",
-                          "[1, inf)")
+    m: int | None = field(None, "steps of all tables but table4 and the ladder; defaults to the "
+                          "number that the config's key has", "[1, inf)")
     steps: list[int] = field([5, 3, 2, 1], "numbers of steps of the ladder", "[1, 10000]")
     seeds: int = field(8, "runs of each arm of table3", "[1, 1000]")
     other_seeds: int = field(5, "runs of each arm of table4, fig9 and methods; at most seeds",
                              "[1, inf)")
     traj_lr: float | None = field(None, "learning rate that suits L_traj alone, for the controls "
                                   "of table3; defaults to lr", "(0, inf)")
-    shared_lambda: float | None = field(None, "lambda_adv with which one shared head pulls as "
-                                        "strongly as separate heads; defaults to lambda_adv",
-                                        "[0, inf)")
+    shared_lambda: float | None = field(None, "lambda_adv with which one shared head's weighted "
+                                        "gradient is as large as that of separate heads; defaults "
+                                        "to lambda_adv", "[0, inf)")
     perflow: list[float] | None = field(None, "learning rate and iterations of PeRFlow; defaults "
                                         "to lr and iterations", "(0, inf)")
     pcm: list[float] | None = field(None, "the same for phased consistency", "(0, inf)")
     dmd: list[float] | None = field(None, "the same for distribution matching", "(0, inf)")
-    jobs: int = field(1, "runs at once; with several each process has one CPU thread", "[1, inf)")
+    jobs: int = field(1, "runs at once; if several, each process has one CPU thread", "[1, inf)")
     synvid: str | None = field(None, "trajectories for the runs, made with --keep all; by default "
                                "they are made in <run>/paper/synvid")
-    launch: str = field("python", "starts a run, such as `torchrun --nproc-per-node 8`; only on "
-                        "the command line")
+    launch: str = field("python", "command that starts each run, such as `torchrun "
+                        "--nproc-per-node 8`; only on the command line")
     options: str = field("", "options of every training run, such as `lr=1e-5 iterations=600`; "
                          "only on the command line")
     prompts: str | None = field(None, "held-out captions, as in evaluate.py; default: the config's;"
-                                " with --tables fig5 alone, the prompts that it shows")
+                                " with --tables fig5 alone, the prompts of the figure")
     count: int | None = field(None, "videos per model, as in evaluate.py; default: the config's")
 
 
@@ -138,12 +138,12 @@ def main(argv: list[str] | None = None) -> None:
         run_all(dict.fromkeys(training), plan, "training runs")  # once: tables share arms
         evaluations = list(dict.fromkeys(run for table in chosen
                                          for run in tables.evaluations_of(table, s, plan)))
-        run_all(evaluations[:1], plan, "first evaluation")  # keeps the teacher's samples
+        run_all(evaluations[:1], plan, "first evaluation")  # stores the teacher's samples
         run_all(evaluations[1:], plan, "evaluations")
         if "fig6" in chosen:
             command = plan.command("tools.taps", out / "fig6", *plan.options, s.key)
             run_all([Run(command, out / "fig6", "taps/taps.json")], plan, "fig6")
-        # Fig. 5 is of SynVid's prompts; alone, it may be of any file, and needs no SynVid.
+        # Fig. 5 shows SynVid's prompts; alone, it may show those of any file and needs no SynVid.
         file = cfg.prompts if chosen == ("fig5",) else None
         if not any(trajectories.glob("*/*.safetensors")):
             file = file or training_prompts

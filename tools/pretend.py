@@ -158,7 +158,7 @@ def pretended_ranks(cfg: Shared, gpus: int, heads: int, meter: "Meter") -> Itera
 # ------------------------------------------------------------------------------------ the meter
 
 FSDP = ("_fsdp_collectives.py", "_fsdp_param.py", "_fsdp_param_group.py")
-OTHERS = f"{ROOT}/tools/"  # not what is rehearsed
+OTHERS = f"{ROOT}/tools/"  # is not rehearsed
 CASTS = ("_to_copy", "copy_", "native_layer_norm", "cat")
 KINDS = {"_allgather_base_": "all-gather", "allgather_": "all-gather", "alltoall_base_":
          "all-to-all", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce",
@@ -193,7 +193,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (),
                            kwargs: dict | None = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # it comes again with its local tensors
+            return NotImplemented  # DTensor calls this again with its local tensors
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # more than half of all calls
         kwargs = kwargs or {}

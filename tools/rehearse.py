@@ -1,12 +1,12 @@
-"""A stage at full size on pretended GPUs: memory, traffic and work, before anyone rents them.
+"""A stage at full size on pretended GPUs: memory, traffic and work, before any GPU is rented.
 
     python -m tools.rehearse CONFIG [--stage distill|synvid|sample] [--gpus 8] [field=value]
     python -m tools.rehearse --table FILE   # the table of docs/scaling.md; resumes from FILE
 
-In:  CONFIG and its section of the stage. No weights, no GPU.
-Out: peak memory of a GPU and what it consists of, for distill next to its memory plan and host
-     memory of a checkpoint; traffic and FLOPs by part of the run; where the host waits for the GPU,
-     copies from pageable memory, or a block computes in fp32.
+In:  CONFIG, with its section for the stage; --gib, the memory of a GPU (80). No weights, no GPU.
+Out: peak memory per GPU and what it consists of, for distill also its memory plan and the host
+     memory of a checkpoint; traffic and FLOPs by part of the run; places where the host waits for
+     the GPU or copies from pageable memory, or where a block computes in fp32.
 
 distill runs an iteration at k = m - 1 (with iterations=1 only this one) and one at k = 0, synvid a
 batch of two steps, sample a batch of two steps (the teacher's with teacher=true), with all encoders
@@ -57,7 +57,7 @@ GiB = 2 ** 30
 
 @dataclass
 class NoTrajectories:
-    """As many trajectories of zeros as are read, as Loader reads them."""
+    """Replaces SynVid for Loader: any number of trajectories, all of zeros."""
     manifest: dict
     t_key: list[float]
     cond: dict[str, Tensor]
@@ -155,7 +155,8 @@ STAGES: dict[str, tuple[type, Callable]] = {  # by the module that defines the s
 # --------------------------------------------------------------------------------- extrapolation
 
 def shallow(sizes: model.Sizes, depth: int) -> model.Sizes:
-    """Sizes with fewer blocks; depth in units of the smallest that keeps the ratio of kinds."""
+    """Sizes with fewer blocks. depth, in units of the fewest blocks that keep the ratio of their
+    kinds."""
     if sizes.family == "wan":
         return replace(sizes, num_layers=depth)
     unit = math.gcd(sizes.num_double, sizes.num_single)
@@ -179,7 +180,7 @@ def run_at(cfg: Any, gpus: int, sizes: model.Sizes) -> Figures:
 
 
 def rehearse(cfg: Any, gpus: int) -> Figures:
-    """The figures at the full depth, from two runs with fewer blocks, if the DiT is deep."""
+    """The figures at full depth; those of a deep DiT are extrapolated from two smaller depths."""
     sizes = sizes_of(cfg.preset)
     # At least three blocks of a kind: a first, a middle and a last one. At k = 0 a tap is at 2/3.
     with_tap = sizes.family == "wan" and getattr(cfg, "iterations", 1) > 1
@@ -265,10 +266,10 @@ def table_config(row: str, sp: int) -> distill.Config:
 
 
 def make_table(path: Path) -> str:
-    """GiB of a GPU and how far the plan is from it; GB that a rank of the last column receives for
-    a micro-batch at k = m - 1, and the formulas of docs/scaling.md; CPU seconds of a rehearsal.
+    """The table: GiB per GPU and how far the plan is from it; GB that a rank of the last column
+    receives for a micro-batch at k = m - 1, rehearsed and by formula; CPU seconds of a rehearsal.
 
-    path: a file of JSON lines with the cells so far; missing ones are rehearsed and appended.
+    path: a file of JSON lines with the finished cells; missing ones are rehearsed and appended.
     """
     cells = {(x["row"], x["sp"], x["gpus"]): x for x in read_log(path, "gpus", "sp", "peak")}
     possible = [(row, sp, gpus) for row, sp in ROWS for gpus in GPUS if sp <= gpus

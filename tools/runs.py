@@ -55,7 +55,7 @@ class Plan:
     evaluation: tuple[str, ...]                   # options of every evaluation
     search_evaluation: tuple[str, ...]            # of the search's: other captions and noise
     launch: tuple[str, ...]                       # python, or torchrun with its options
-    at_once: int                                  # if several, each process has one thread
+    at_once: int                                  # runs; if several, each process has one thread
 
     def command(self, script: str, folder: Path, *options: str,
                 launch: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -141,8 +141,8 @@ def finish(run: Run, process: subprocess.Popen, config: str) -> None:
 def run_all(runs: Iterable[Run], plan: Plan, label: str) -> None:
     """Run what is not done, several at once; each run writes <its folder>/log.txt.
 
-    Raises ValueError for the first that fails and stops the others. They resume when the same
-    command is given again.
+    Raises ValueError for the first that fails and stops the others. Rerunning the same command
+    resumes them.
     """
     waiting, running = [run for run in runs if not is_done(run, plan.config)], {}
     bar = tqdm(total=len(waiting), desc=label, unit="run", disable=not waiting or None)
@@ -240,7 +240,7 @@ def compare(ours: Measured, theirs: Measured, name: str) -> dict:
 
 
 def make_claims(texts: list[tuple[str, Measured, Measured]]) -> list[dict]:
-    """Claims that one arm is nearer to the teacher than another, by each measured shortfall.
+    """Claims that one arm is nearer to the teacher than another, for each measured shortfall.
 
     Args: texts, the text of each claim, our arm and theirs. p values are corrected over all claims.
     """

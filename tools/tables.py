@@ -89,8 +89,9 @@ def full_arm(s: Settings, m: int, seeds: range) -> Arm:
 
 
 def parts_arms(s: Settings) -> list[Arm]:
-    """L_traj alone, one shared head and the complete method; each also with a control's setting:
-    L_traj's own best learning rate, and a shared head that pulls as strongly as separate ones."""
+    """L_traj alone, one shared head and the complete method, and each once more as a control: with
+    L_traj's own best learning rate, or with the λ_adv that gives one shared head's weighted
+    gradient the norm of separate heads'."""
     def arm(name: str, label: str, *options: str) -> Arm:
         return Arm(f"{name}-m{s.m}", label, (s.key, *options), s.seeds)
 
@@ -123,7 +124,7 @@ def method_arms(s: Settings) -> list[Arm]:
     return arms
 
 
-SEARCH_SEEDS = range(100, 101)  # which no table has
+SEARCH_SEEDS = range(100, 101)  # no table uses this seed
 
 
 def search_arms(s: Settings) -> list[Arm]:
@@ -287,9 +288,10 @@ def search_table(plan: Plan, s: Settings) -> Section:
 def data_shares(arms: dict[str, dict], s: Settings) -> dict[str, dict[str, float]]:
     """What a method's endpoint error consists of, as shares of its error on mismatched clips.
 
-    ours, the error of the complete method on trajectories; method, what the method adds to that on
-    the teacher's own samples; data, what clips add that the teacher did not generate; mismatch,
-    what clips of other objects add to that. Args: arms, the numbers of the table of methods.
+    ours, the error of the complete method on trajectories; method, what the method adds to it when
+    it learns from the teacher's own samples; data, what matched clips, which the teacher did not
+    generate, add; mismatch, what clips of smaller objects add. Args: arms, the numbers of the table
+    of methods.
     """
     def error_of(name: str) -> float:
         return statistics.fmean(row["endpoint"][0] for row in arms[name]["seeds"])

@@ -6,9 +6,9 @@
 In:  <run>/synvid (or --synvid) and the teacher's folder; settings as in distill.py's section.
 Out: <run>/taps/taps.json and taps.png: by key timestep t'_k and block of the teacher, the accuracy
      of a linear probe and of a head as in distill.py.
-Generated latents are the teacher's own in as few steps as `key` has. Where both accuracies are
-high, a head can learn what to repair: use that block as `tap` (t'_k > 0) or `tap_data` (t'_0). Half
-of the videos train, the others test.
+Generated latents are made by the teacher itself in as few steps as `key` has. Where both accuracies
+are high, a head can learn what to repair: use that block as `tap` (t'_k > 0) or `tap_data` (t'_0).
+Half of the videos are for training, the others for testing.
 """
 
 import itertools
@@ -42,15 +42,15 @@ class Config(distill.Config):
                                "[8, inf)")
     blocks: list[int] | None = field(None, "blocks of the teacher, 0-based; default: 8 "
                                      "spread evenly")
-    frames_kept: int = field(2, "latent frames of each video whose features are kept", "[1, inf)")
+    frames_kept: int = field(2, "latent frames per video whose features are kept", "[1, inf)")
     updates: int = field(64, "updates of a head, with lr_heads", "[1, inf)")
 
 
 # ------------------------------------------------------------------------------- classifiers
 
 def probe_accuracy(real: Tensor, fake: Tensor) -> float:
-    """Accuracy of a logistic regression on mean features [N,D], fake against real, on the second
-    half of each; it is trained on the first."""
+    """Accuracy of a logistic regression that separates real from fake by mean features [N,D]; it is
+    trained on the first half of each and tested on the second."""
     half = len(real) // 2
     train, test = torch.cat((real[:half], fake[:half])), torch.cat((real[half:], fake[half:]))
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
@@ -74,8 +74,8 @@ def probe_accuracy(real: Tensor, fake: Tensor) -> float:
 
 
 def head_accuracy(cfg: Config, real: Tensor, fake: Tensor, key: tuple) -> float:
-    """Accuracy of a head, by its mean logit over a video's patches, on the second half of the
-    videos; it is trained for cfg.updates on the first. real, fake [N,F,D,h,w]."""
+    """Accuracy of a head, by its mean logit over a video's patches: it is trained for cfg.updates
+    on the first half of the videos and tested on the second. real, fake [N,F,D,h,w]."""
     half, g = len(real) // 2, generator("taps", *key)
     head = distill.make_heads(cfg, real.shape[2])[0].to(real.device)
     lr = cfg.lr if cfg.lr_heads is None else cfg.lr_heads

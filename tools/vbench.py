@@ -1,4 +1,4 @@
-"""VBench: a prompt file with every video that it expects, and its scores as the paper's Table 1.
+"""VBench: a prompt file with every video it expects, and its scores in the form of Table 1.
 
     python -m tools.vbench --info all_dimension.txt [--prompts augmented.txt]
         [--flickering temporal_flickering.txt] [--seed 0] --out vbench.jsonl
@@ -28,8 +28,8 @@ def expected_videos(original: str | Path, augmented: str | Path | None = None,
     """Prompt, seed and file name of every video that VBench expects; a repeated prompt counts once.
 
     Args: original, its all_dimension.txt, whose prompts name the files; augmented, a file with as
-    many prompts in the same order to sample from; flickering, its temporal_flickering.txt; seed,
-    from which with prompt and number the seed of each video is made.
+    many prompts in the same order, from which the videos are sampled; flickering, its
+    temporal_flickering.txt; seed: each video's seed depends on it, the prompt and a number.
     Raises as read_prompts does, and ValueError if the files do not fit together, or if a prompt
     cannot be a file name.
     """
@@ -65,7 +65,7 @@ class Dimension(NamedTuple):
     weight: float = 1.0
 
     def normalise(self, score: float) -> float:
-        """The score as VBench adds it up."""
+        """The score as VBench normalises it before it averages."""
         return (score - self.least) / (self.most - self.least)
 
 
@@ -92,10 +92,10 @@ PAPER_TOTALS = {"total": 83.26, "quality": 84.58, "semantic": 77.96}
 
 
 def read_scores(folder: Path) -> dict[str, float]:
-    """The score of each dimension found in a folder and those below it, from 0 to 1.
+    """The score of each dimension found in a folder and the folders below it, from 0 to 1.
 
-    Raises FileNotFoundError if there is no result file, ValueError naming one that is not as
-    VBench writes it, or has a dimension that is unknown or that another file has too.
+    Raises FileNotFoundError if there is no result file; ValueError naming a file that is not as
+    VBench writes it, or that has an unknown dimension, or one that another file has too.
     """
     files = sorted(folder.rglob("*_eval_results.json"))
     if not files:

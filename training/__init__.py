@@ -1,1 +1,1 @@
-"""What distill.py leans on: checkpoints, what it logs and draws, the memory it needs."""
+"""Parts of distill.py: data, optimizer, checkpoints, log and curves, the memory plan."""

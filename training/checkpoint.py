@@ -2,9 +2,9 @@
 
 <folder>/step_NNNNNN/ is a checkpoint. Each rank writes its rows of the sharded tensors to
 rank_NNNNN.safetensors, from a copy in host memory, while training continues; the file's metadata
-says which rows of which tensor they are. meta.json holds the step, the settings, and the size and
-CRC-32 of each file. A checkpoint gets its name when all ranks have written it. Damaged ones are
-reported and skipped. It loads on any number of ranks, and holds no pickle.
+contains, for each tensor, which rows they are. meta.json holds the step, the settings, and the size
+and CRC-32 of each file. A checkpoint gets its name when all ranks have written it. Damaged ones are
+reported and skipped. A checkpoint loads on any number of ranks, and contains no pickle.
 """
 
 import contextlib
@@ -48,12 +48,12 @@ class Saver:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int, step: int = 0):
         self.folder, self.ranks, self.keep = folder, ranks, keep
-        # A separate group, since training uses the others meanwhile. A slow disk may take long; a
-        # disk of one node that no longer answers ends the run.
+        # A separate group, since training uses the others meanwhile. Its timeout is long because a
+        # disk may be slow; if the disk of one node no longer answers, it ends the run.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=3))
         self.thread: Thread | None = None
         self.error: BaseException | None = None
-        self.failures = 0  # in a row
+        self.failures = 0  # consecutive ones
         self.path, self.step = folder, step
 
     def save(self, step: int, state: dict[str, Tensor], meta: dict) -> None:
@@ -70,7 +70,7 @@ class Saver:
         self.path, self.step, self.error = self.folder / f"step_{step:06d}", step, None
         aside = self.folder / f".step_{step:06d}.part"
         if self.ranks.rank == 0:
-            for stale in self.folder.glob(".step_*"):  # what killed runs left
+            for stale in self.folder.glob(".step_*"):  # left by killed runs
                 shutil.rmtree(stale, ignore_errors=True)
         tensors, rows = copy_to_host(state, self.ranks, self.group)
         meta = {**meta, "format": FORMAT, "step": step}
@@ -87,7 +87,7 @@ class Saver:
             aside.mkdir(parents=True, exist_ok=True)
             lazy = {name: lazy_tensor(t, aside) for name, t in tensors.items()}
             result: Any = stream_safetensors(path, lazy, {"rows": json.dumps(rows)})
-        except Exception as e:  # other exceptions may not survive the pickle to other ranks
+        except Exception as e:  # others may not survive being pickled for the other ranks
             result = e if isinstance(e, (OSError, ValueError)) else RuntimeError(repr(e))
         lazy = tensors.clear()  # free the copy
         try:
@@ -98,7 +98,7 @@ class Saver:
                 error = self.publish(aside, {**meta, "files": files})
             if self.ranks.rank == 0 and error is not None:
                 shutil.rmtree(aside, ignore_errors=True)
-            # No rank leaves before the checkpoint has its name.
+            # No rank continues before the checkpoint has its final name.
             self.error = gather_values(error, self.group)[0]
         except Exception as e:
             self.error = e
@@ -110,8 +110,8 @@ class Saver:
             replace_folder(self.path, aside)
         except (OSError, ValueError) as e:
             return e
-        # Later checkpoints, which resuming skipped as damaged, stay until the run has passed them:
-        # another start may be able to read them.
+        # Later checkpoints, which resuming skipped as damaged, are kept until the run has passed
+        # their step: another start may be able to read them.
         steps = checkpoints(self.folder)
         for old in [s for s in steps if s <= meta["step"]][:-self.keep]:
             shutil.rmtree(steps[old], ignore_errors=True)
@@ -139,7 +139,8 @@ class Saver:
 
 def copy_to_host(state: dict[str, Tensor], ranks: Ranks,
                  group: dist.ProcessGroup) -> tuple[dict[str, Tensor], dict]:
-    """Copies of what this rank writes, and by name [first row, rows of the full tensor]."""
+    """Copies of the tensors or rows that this rank writes, and by name [first row, rows of the full
+    tensor]."""
     plain = gather_values([n for n, t in state.items() if not isinstance(t, DTensor)], group)
     of_lower_ranks = {name for names in plain[:ranks.rank] for name in names}
     tensors, rows = {}, {}
@@ -152,7 +153,7 @@ def copy_to_host(state: dict[str, Tensor], ranks: Ranks,
 
 
 def replace_folder(path: Path, aside: Path) -> None:
-    """Rename the finished folder `aside` to `path`; a folder of that name is removed."""
+    """Rename the finished folder `aside` to `path`, in place of an earlier folder of that name."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     for part in [*aside.rglob("*"), aside]:
@@ -193,8 +194,8 @@ def check_disk(folder: Path, parameters: int, moments: int, keep: int, export: i
 def latest_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
     """The newest intact checkpoint and its meta; damaged ones are reported and skipped.
 
-    The first rank lists them; all ranks share the checking of checksums. Raises ValueError if there
-    are checkpoints and none is intact.
+    The first rank lists them; all ranks share the computation of checksums. Raises ValueError if
+    there are checkpoints and none is intact.
     """
     listed = on_first_rank(lambda: [(path, read_meta(path)) for path in
                                     reversed(checkpoints(folder).values())])
@@ -218,7 +219,7 @@ def read_meta(path: Path) -> dict | str:
         meta = read_json(path / "meta.json", {"crc32": str, "format": int, "step": int,
                                               "files": {str: list}})
         if meta.pop("crc32") != crc32_of_json(meta) or meta["format"] != FORMAT:
-            return f"meta.json has another checksum than its own, or another format than {FORMAT}"
+            return f"meta.json does not match its own checksum, or is not of format {FORMAT}"
     except (OSError, ValueError) as e:
         return f"meta.json ({e})"
     if not all(re.fullmatch(r"rank_\d+\.safetensors", name) for name in meta["files"]):
@@ -227,8 +228,9 @@ def read_meta(path: Path) -> dict | str:
 
 
 def check_files(path: Path, files: dict[str, list], ranks: Ranks) -> str | None:
-    """Compare a checkpoint's files, their sizes on each rank and their CRC-32 on one; None if all
-    match. Where several ranks share a disk, one may see a file late: it is checked once more."""
+    """Which of a checkpoint's files do not match; None if all do. Every rank compares the sizes of
+    all files, and one rank each file's CRC-32. With several ranks, one may see a file late on a
+    shared disk, so files that do not match are compared once more."""
     own = list(files)[ranks.rank::ranks.world]
 
     def matches(name: str) -> bool:
@@ -277,7 +279,8 @@ def load_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def read_rows(name: str, target: Tensor, shards: list[tuple[int, int, LazyTensor]]) -> None:
-    """Fill this rank's rows of a tensor from its shards: (first row, rows of all, rows)."""
+    """Fill this rank's rows of a tensor from its shards, each (first row, number of rows of the
+    full tensor, the rows)."""
     local, rows = local_rows(target)
     _, size, first = shards[0]
     shape = (size, *first.shape[1:]) if target.ndim else ()
@@ -351,7 +354,7 @@ CHANGEABLE_ON_RESUME = {
     "run", "device", "iterations", "micro_batch", "eval_every", "save_every", "keep", "synvid",
     "export_every", "checkpointing", "compile", "export", "export_dtype", "peak_tflops", "weights",
     "fps", "sp", "offload", "attention", "force_plan", "high_student",
-    "experts"}  # which has a folder for each value
+    "experts"}  # each value has a folder of its own
 
 
 def run_folder(cfg: Any) -> Path:
@@ -362,7 +365,8 @@ def run_folder(cfg: Any) -> Path:
 def check_same_run(path: Path, saved: dict, meta: dict) -> None:
     """Raise ValueError if the run saved at `path` had other settings, teacher or data.
 
-    If the learning rate falls to lr_final at the last iteration, their number cannot change either.
+    Where the learning rate falls to lr_final at the last iteration, `iterations` cannot change
+    either.
     """
     fixed = {"iterations"} if meta["config"].get("lr_final", 1) != 1 else set()
     changeable = CHANGEABLE_ON_RESUME - fixed
@@ -375,7 +379,7 @@ def check_same_run(path: Path, saved: dict, meta: dict) -> None:
 
 
 def check_begun(folder: Path, meta: dict) -> None:
-    """As check_same_run, for a run that logged iterations and has no checkpoint yet."""
+    """check_same_run for a run that has logged iterations and has no checkpoint yet."""
     path = folder / "config.yaml"
     if path.exists() and read_log(folder / "log.jsonl", "step"):
         begun = dict(meta["config"])

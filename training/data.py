@@ -42,7 +42,7 @@ def make_small_synvid(cfg: Any, folder: Path) -> None:
     shared = {f.name: getattr(cfg, f.name) for f in fields(Shared)}
     if (folder / "manifest.json").exists():  # students of several seeds share one SynVid
         shared["seed"] = read_manifest(folder)["seed"]
-    # Stage 1 runs alone, so torchrun's variables are removed from its environment.
+    # Stage 1 runs as a single process, so torchrun's variables are removed from its environment.
     alone = {name: value for name, value in os.environ.items()
              if not name.startswith(("TORCHELASTIC", "MASTER_"))
              and not name.endswith(("RANK", "WORLD_SIZE"))}
@@ -79,8 +79,8 @@ class Batch:
 
 
 def trained_steps(cfg: Any, t_key: list[float]) -> list[int]:
-    """The k of the student's steps that a run trains, from noise to data: all m of them, or those
-    whose start t'_{k+1} belongs to the one expert that it trains.
+    """The k of the student's steps that a run trains, from noise to data: all m, or, for a run that
+    trains one expert, those whose start t'_{k+1} is in that expert's range.
 
     Args: t_key[k] = t'_k. Raises ValueError if there is none.
     """
@@ -100,8 +100,8 @@ def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 def trajectories_of(cfg: Any, step: int, slots: Iterable[int], count: int) -> list[int]:
-    """Which of `count` trajectories are in some slots of an iteration's batch: each once before any
-    is repeated."""
+    """The trajectories, out of `count`, in some slots of an iteration's batch; each is used once
+    before any is used again."""
     positions = [divmod(step * cfg.batch + slot, count) for slot in slots]
     return [epoch_order(cfg.seed, epoch, count)[position] for epoch, position in positions]
 

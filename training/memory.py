@@ -1,4 +1,4 @@
-"""The memory plan: what a run will need of each GPU and of a node's host, before it allocates."""
+"""The memory plan: how much a run will need on each GPU and on a host, before it allocates."""
 
 import math
 import os
@@ -18,12 +18,12 @@ from model import sizes_of
 from training.checkpoint import check_disk, checkpoints, run_folder
 
 # What a block saves per token for its backward, as (a, b, c): a numbers in fp32 and b in the dtype
-# of computation, in units of the block's width, and c in that dtype, in units of its MLP's width.
-# The first triple holds for trainable weights, the second for frozen ones. EXTRA: what a backward
-# with checkpointing needs in addition, in units of the width. Source: tools/rehearse.py.
+# of computation, both times the block's width, and c in that dtype, times its MLP's width. The
+# first triple is for trainable weights, the second for frozen ones. EXTRA: what a backward with
+# checkpointing needs in addition, times the width. Source: measured by tools/rehearse.py.
 SAVED_PER_TOKEN = {"wan": ((8, 10, 3), (6, 6, 1)), "hunyuan": ((3, 8, 3), (3, 5, 1))}
 EXTRA_PER_TOKEN = {"wan": 11, "hunyuan": 8}
-USABLE_MEMORY = 0.92  # fraction of a GPU's memory; the rest is the framework's
+USABLE_MEMORY = 0.92  # fraction of a GPU's memory; the rest is left for the framework
 
 meta_student = lru_cache(maxsize=4)(build_student)  # a plan is computed for many settings
 
@@ -32,8 +32,8 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
                  sp: int) -> dict[str, float]:
     """Bytes that each of `world` ranks needs for latents of `shape` [C,T,H,W], by purpose.
 
-    Of two experts one computes at a time. A run that trains only one of them also holds the other
-    in the dtype of computation: the teacher's, or for low noise the student's.
+    Of two experts one computes at a time. A run that trains only one of them also holds the other,
+    frozen, in the dtype of computation: for high noise the teacher's, for low noise the student's.
     """
     dit = meta_student(sizes_of(cfg.preset), cfg.lora, cfg.experts)
     held, frozen = len(dit.blocks) // dit.cfg.num_layers, 1 if cfg.experts == "both" else 2
@@ -46,7 +46,7 @@ def memory_parts(cfg: Any, shape: tuple[int, ...], device: torch.device, world: 
     L, stream = -(-tokens // sp), 4 if dit.cfg.family == "wan" else wide        # bytes a number
     saved, saved_frozen = (L * (D * (4 * a + wide * b) + dit.cfg.ffn_dim * wide * c)
                       for a, b, c in SAVED_PER_TOKEN[dit.cfg.family])
-    # Of the student or of the teacher, never both at once.
+    # Activations of the student or of the teacher; with checkpointing never both at once.
     each = L * D * stream if cfg.checkpointing else saved + cfg.adv * saved_frozen
     # While backward is at a block: its weights and those gathered ahead, its gradients, and those
     # of the block after it in fp32; all parameters around the blocks in fp32.
@@ -93,13 +93,13 @@ def student_size(cfg: Any) -> tuple[int, int, int]:
 
 
 def host_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks) -> str:
-    """A line on what a node's host memory must hold, apart from the processes themselves: the copy
-    of a checkpoint, with --offload the moments again, and waiting trajectories."""
+    """A line with what a node's host memory must hold in addition to the processes themselves: the
+    copy of a checkpoint, with --offload also the moments, and waiting trajectories."""
     parameters, _, moments = student_size(cfg)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     need = 4 * parameters * (1 + moments * (1 + cfg.offload)) * local_ranks / ranks.world
     need += local_ranks * waiting_latents(cfg, shape, ranks.dp_size)
-    text = f"  host memory     {need / 2 ** 30:9.2f} GiB a node, most of it a checkpoint's copy"
+    text = f"  host memory     {need / 2 ** 30:9.2f} GiB per node, mostly a checkpoint's copy"
     lines = Path("/proc/meminfo").read_text().splitlines() if sys.platform == "linux" else []
     for line in lines:
         if line.startswith("MemAvailable:") and int(line.split()[1]) * 1024 < need:
@@ -132,21 +132,21 @@ def shortage(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -
 
 
 def print_plan(cfg: Any, shape: tuple[int, ...], ranks: Ranks, have: int | None) -> None:
-    """Print GiB per rank, computed from the shapes, without the framework's own memory, and the
-    host's; in one line if they are small.
+    """Print the GiB that each rank and the host need, computed from the shapes, without the
+    framework's own memory; in one line if they are small.
 
-    Args: have, bytes of the GPU's memory, or None. Raises ValueError with settings that would do if
-    the run does not fit, unless force_plan.
+    Args: have, bytes of the GPU's memory, or None. Raises ValueError with settings that would fit
+    if the run does not, unless force_plan.
     """
     parts = memory_parts(cfg, shape, ranks.device, ranks.world, ranks.sp)
     together = sum(parts.values())
     if together < 2 ** 30:
-        print(f"memory plan: {together / 2 ** 20:.0f} MiB a rank")
+        print(f"memory plan: {together / 2 ** 20:.0f} MiB per rank")
         return
     print("memory plan")
     for name, size in parts.items():
         print(f"  {name:<16}{size / 2 ** 30:9.2f} GiB")
-    print(f"  {'together':<16}{together / 2 ** 30:9.2f} GiB a rank")
+    print(f"  {'together':<16}{together / 2 ** 30:9.2f} GiB per rank")
     print(host_plan(cfg, shape, ranks))
     lacks = shortage(cfg, shape, ranks, have)
     if lacks and not cfg.force_plan:

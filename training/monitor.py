@@ -1,4 +1,4 @@
-"""What a training run logs: figures of an iteration, log.jsonl, curves.png and held-out errors."""
+"""What a training run logs: figures per iteration, log.jsonl, curves.png and held-out errors."""
 
 import json
 import math
@@ -68,7 +68,7 @@ def short_form(line: dict) -> str:
 
 def step_flops(cfg: Any, dit: nn.Module, tap: int, tokens: int, recomputed: bool = False) -> float:
     """Floating-point operations of an iteration that reads the teacher's features after block
-    `tap`; with what checkpointing computes again, if `recomputed` (not for MFU).
+    `tap`; if `recomputed`, with what checkpointing computes again, which MFU does not count.
 
     Student: forward and backward (3 forwards' worth, 2 with a LoRA) for each loss; teacher: two
     forwards and a backward to its input, up to the tap.
@@ -186,7 +186,8 @@ def held_out_errors(cfg: Any, dit: nn.Module, loader: Any, ranks: Ranks) -> dict
 
 def teacher_errors(cfg: Any, teacher: nn.Module, loader: Any, ranks: Ranks,
                    journal: Journal) -> dict:
-    """The teacher's held-out errors, named *_teacher; from the log if an earlier start has them."""
+    """The teacher's held-out errors, named *_teacher; read from the log if an earlier start wrote
+    them."""
     logged = on_first_rank(lambda: next((
         {name: x[name] for name in x if name.endswith("_teacher")}
         for x in journal.lines if "endpoint_teacher" in x), None))

@@ -1,5 +1,5 @@
-"""AdamW on sharded weights. It acts on each element alone, so every rank steps its rows as plain
-tensors: for many small ones, DTensor's dispatch takes longer than the step."""
+"""AdamW on sharded weights. It treats each element independently, so every rank updates its rows as
+plain tensors: for many small tensors, DTensor's dispatch would take longer than the update."""
 
 from typing import Any
 
@@ -40,8 +40,8 @@ def adamw(cfg: Any, module: nn.Module, offload: bool = False) -> torch.optim.Ada
 
 @torch.no_grad()
 def step(opt: torch.optim.AdamW) -> None:
-    """opt.step() with torch's fused kernel; with offloaded moments one parameter after the other,
-    whose moments are copied to the device and back."""
+    """opt.step() with torch's fused kernel. With offloaded moments it updates one parameter after
+    the other and copies its moments to the device and back."""
     (group,) = opt.param_groups
     params = [p for p in group["params"] if p.grad is not None]
     offloaded = any(opt.state[p]["exp_avg"].device != p.device for p in params)
@@ -49,7 +49,7 @@ def step(opt: torch.optim.AdamW) -> None:
         rows, count = [local_part(p) for p in part], len(part)
         moments = [local_part(opt.state[p][name]) for name in ("exp_avg", "exp_avg_sq")
                    for p in part]
-        on_device = [x.to(rows[0].device) for x in moments]  # themselves, if not offloaded
+        on_device = [x.to(rows[0].device) for x in moments]  # the same tensors if not offloaded
         adamw_step(rows, [local_part(p.grad) for p in part], on_device[:count], on_device[count:],
                    [], [opt.state[p]["step"] for p in part], foreach=False, fused=True,
                    amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
@@ -70,7 +70,7 @@ def norm_of(gradients: list[Tensor]) -> Tensor:
 
 def apply_update(opt: torch.optim.AdamW, params: list[nn.Parameter], lr: float,
                  limit: float | None) -> Tensor:
-    """Clip the gradients' norm to a limit, step, and clear them; returns the norm before that."""
+    """Clip the gradients' norm to a limit, update, and clear them; returns the unclipped norm."""
     gradients = [p.grad for p in params]
     norm = norm_of(gradients)
     if limit is not None:

@@ -30,8 +30,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from artifacts.trajectories import (
-    check_encoders, decode_trajectory, find_trajectories, first_gap, first_header, initial_noise,
-    open_manifest, verify, write_trajectory)
+    check_other_jobs, decode_trajectory, find_trajectories, first_gap, first_header,
+    initial_noise, open_manifest, verify, write_trajectory)
 from common.config import Shared, announce, field, load_config
 from common.prompts import Prompt, fingerprints, read_prompts
 from common.ranks import (
@@ -169,7 +169,7 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
         return
     conditioner, uncond = load_conditioner(cfg, ranks.device, ranks.dtype, crop=True), None
     encoders = conditioner.identity()
-    on_first_rank(lambda: check_encoders(folder, encoders))
+    on_first_rank(lambda: check_other_jobs(folder, manifest, encoders))
     batches, turns = list(missing), shared_queue(len(missing), ranks)
     if ranks.dp_rank >= len(batches):
         return
@@ -192,11 +192,10 @@ def generate(cfg: Config, prompts: list[Prompt], folder: Path, manifest: dict, i
                              for i, prompt in zip(batch, chosen, strict=True)])
         x = sample_trajectories(cfg, teacher, noise.to(ranks.device), manifest["stored"],
                                 collate(conds), uncond, ranks.cfg_group)
-        check_encoders(folder, encoders)
-        for i in missing[b] if ranks.is_writer else []:
-            prompt, image = chosen[i - batch.start]
-            write_trajectory(folder, manifest, i, prompt, x[i - batch.start],
-                             conds[i - batch.start], encoders, image)
+        check_other_jobs(folder, manifest, encoders)
+        for i, (prompt, image), latents, cond in zip(batch, chosen, x, conds, strict=True):
+            if i in missing[b] and ranks.is_writer:
+                write_trajectory(folder, manifest, i, prompt, latents, cond, encoders, image)
         if bar.n == 0 and ranks.rank == 0:
             print_cost(time.perf_counter() - started, cfg.batch, len(batches), ranks)
         for i in with_video.intersection(missing[b]):

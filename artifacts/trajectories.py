@@ -127,7 +127,7 @@ def open_manifest(folder: Path, cfg: Any, write: bool = True) -> dict[str, Any]:
     write_json(path, expected)
     if recorded is not None:
         print(f"{path}: was missing or damaged; written again from the config")
-    return read_manifest(folder)
+    return open_manifest(folder, cfg, write=False)  # another job may have written its own
 
 
 def first_header(folder: Path) -> dict[str, Any]:
@@ -139,8 +139,11 @@ def first_header(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def check_encoders(folder: Path, encoders: str) -> None:
-    """Raise ValueError if the folder's trajectories were made with other text or image encoders."""
+def check_other_jobs(folder: Path, manifest: dict, encoders: str) -> None:
+    """Raise ValueError if another job has replaced this job's manifest, or made trajectories with
+    other text or image encoders."""
+    check_same(folder / "manifest.json", read_manifest(folder), manifest, "another job with other "
+               "settings replaced it: give each job its own --run")
     first = first_header(folder)
     if (found := first.get("encoders", encoders)) != encoders:
         raise ValueError(f"{trajectory_path(folder, first['index'])}: was made with other text or "

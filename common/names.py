@@ -282,8 +282,8 @@ def role_file(weights: str | Path, role: str, family: str = "wan") -> Path | Non
     found = [p for p in files.get(role, ()) if p.exists() or p.is_symlink()]
     if len(found) != 1:
         got = ", ".join(map(str, files.get(role, ())[:6])) or "none"
-        raise FileNotFoundError(f"{weights}: {role}: expected one existing file, got {got}: point "
-                                f"`weights` at a file.yaml with its name, `{role}: FILE`")
+        raise FileNotFoundError(f"{weights}: {role}: expected one existing file, got {got}: give "
+                                f"`{role}: FILE` in a file.yaml, and point `weights` at that")
     return found[0]
 
 

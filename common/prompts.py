@@ -95,10 +95,9 @@ def to_prompt(entry: str | dict, place: str, folder: Path) -> Prompt:
     """The prompt in a string or an object. Raises ValueError naming the place."""
     values = {"prompt": entry} if isinstance(entry, str) else entry
     texts, images = ([value for name, value in values.items()
-                      if name.strip().lower() in keys and value not in (None, "")]
+                      if name.strip().lower() in keys and str(value or "").strip()]
                      for keys in (TEXT_KEYS, IMAGE_KEYS))
-    strings = all(isinstance(value, str) and value.strip() for value in texts + images)
-    if len(texts) != 1 or len(images) > 1 or not strings:
+    if len(texts) != 1 or len(images) > 1 or not all(isinstance(x, str) for x in texts + images):
         raise ValueError(f"{place}: expected one prompt and at most one image, as {EXAMPLE}, got "
                          f"{abbreviate(entry)}")
     if re.search("[\0\ud800-\udfff]", "".join(texts + images)):

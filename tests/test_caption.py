@@ -64,6 +64,7 @@ def run(tmp_path, monkeypatch, videos):
     main.out, main.videos = tmp_path / "out/prompts.jsonl", tmp_path / "videos"
     shutil.copytree(videos, main.videos)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
     monkeypatch.setattr(caption, "load_captioner", lambda *_: lambda clips: main.describe(clips))
     return main
 
@@ -135,6 +136,7 @@ def test_wrong_input_is_one_line(run, tmp_path, monkeypatch):
     Path("empty").mkdir()
     for videos, option, message in (
             (run.videos, "--out=notes.jsonl", "notes.jsonl: exists, and is not of this tool"),
+            (run.videos, "--model=nowhere", "nowhere: contains no config.json: give the folder"),
             ("empty", "--batch=1", "empty: expected a video, or a folder with some"),
             ("nowhere.mp4", "--batch=1", "nowhere.mp4: expected a video")):
         run.videos = videos

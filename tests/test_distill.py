@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import distill
 import model
 from common.config import load_config
-from common.ranks import generator, local_rows
+from common.ranks import AgreedError, generator, local_rows
 from common.weights import save_tensors
 from model import WanConfig, key_times
 from training import data as loading
@@ -478,7 +478,7 @@ def test_resuming_with_other_settings_is_an_error_that_names_them(weights, tmp_p
     meta = {"config": asdict(cfg), "teacher": "t", "synvid": "s", "count": 9}
     keep(cfg, nets, loader, ranks, meta)
     other = asdict(settings(weights, tmp_path, lr=2e-3))
-    with pytest.raises(ValueError, match="lr=0.001, the config has 0.002"):
+    with pytest.raises(AgreedError, match="lr=0.001, the config has 0.002"):  # printed once
         resume(cfg, nets, loader, ranks, {**meta, "config": other})
     longer = asdict(settings(weights, tmp_path, iterations=9))
     resume(cfg, nets, loader, ranks, {**meta, "config": longer})

@@ -32,6 +32,7 @@ def write(folder, name, content):
                 '{"text": " say \\"hi\\" "}'),
     ("a.csv", f'id,prompt,id\n1,"{A}",x\n,,\n2,"say ""hi""",\n'),
     ("a.csv", f'\ufeff"Prompt"\r\n"{A}"\r\n\r\n"say ""hi"""\r\n'),
+    ("a.csv", f'prompt,image,caption\n"{A}", ,\n," ","say ""hi"""\n'),  # blank cells
     ("a.tsv", f"caption\tid\n{A}\t1\nsay \"hi\"\t2\n")])
 def test_each_form_gives_the_same_prompts(tmp_path, name, content):
     assert read_prompts(write(tmp_path, name, content)) == [Prompt(A), Prompt(B)]

@@ -491,6 +491,32 @@ def test_missing_empty_and_unfinished_folders_are_named_with_the_command(made, t
             SynVid(copy, cfg)
 
 
+def test_a_manifest_that_another_job_replaces_while_this_one_runs_stops_it(made, tmp_path,
+                                                                           monkeypatch):
+    path, sample = tmp_path / "synvid/manifest.json", synvid.sample_trajectories
+
+    def meddle(*args):
+        write_json(path, json.loads(path.read_text()) | {"seed": 9})
+        return sample(*args)
+
+    monkeypatch.setattr(synvid, "sample_trajectories", meddle)
+    with pytest.raises(ValueError, match="manifest.json: seed: .*got 9: another job .*replaced"):
+        generate(*made[2], "--run", tmp_path)
+    assert not (tmp_path / "synvid/000").exists()
+
+
+def test_a_job_stops_whose_manifest_another_one_replaces_as_soon_as_it_is_written(
+        made, tmp_path, monkeypatch):
+    def write(path, manifest):
+        write_json(path, manifest)
+        write_json(path, manifest | {"seed": 9})
+
+    monkeypatch.setattr(trajectories, "write_json", write)
+    with pytest.raises(ValueError, match="manifest.json: seed: expected 0 by this config, got 9"):
+        generate(*made[2], "--run", tmp_path)
+    assert not (tmp_path / "synvid/000").exists()
+
+
 @pytest.mark.parametrize("damage", [
     lambda path: path.unlink(), lambda path: path.write_text("{"),
     lambda path: write_json(path, json.loads(path.read_text()) | {"version": 1}),

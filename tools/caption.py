@@ -136,6 +136,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix != ".jsonl" or min(args.frames, args.max_tokens, args.batch) < 1:
         parser.error("give --out FILE.jsonl, and --frames, --max_tokens, --batch of at least 1")
+    if not (args.model / "config.json").is_file():
+        raise FileNotFoundError(f"{args.model}: contains no config.json: give the folder of a "
+                                "model as transformers saves it")
     out, images = args.out.resolve(), args.images and args.images.resolve()
     folder = out.with_suffix(".captions")
     if out.exists() and not folder.exists():

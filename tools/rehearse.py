@@ -115,7 +115,7 @@ def rehearse_synvid(cfg: synvid.Config, ranks: Ranks, meter: Meter) -> None:
     meter.begin("synvid")
     with patch.object(Conditioner, "identity", nothing), patch.multiple(
             synvid, load_dit=lambda *args: meter.watch(load_dit(*args), "DiT"),
-            write_trajectory=nothing, print_cost=nothing,
+            check_other_jobs=nothing, write_trajectory=nothing, print_cost=nothing,
             shared_queue=lambda count, _: iter(range(count))), patch.multiple(
             trajectories, read_trajectory=lambda *_: (torch.zeros(1, *shape), {}, ""),
             write_video=nothing):

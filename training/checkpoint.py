@@ -398,7 +398,7 @@ def resume(cfg: Any, state: Any, loader: Any, ranks: Ranks, meta: dict) -> None:
     if found is None:
         return on_first_rank(lambda: check_begun(folder, meta))
     path, saved = found
-    check_same_run(path, saved, meta)
+    on_first_rank(lambda: check_same_run(path, saved, meta))
     if saved["count"] > loader.count:
         raise ValueError(f"{path}: expected the {saved['count']} trajectories that the run trained "
                          f"on, got {loader.count}: make the missing ones again by synvid.py")

@@ -294,8 +294,9 @@ def main(argv: list[str] | None = None) -> None:
     ranks = setup_distributed(
         cfg, **identity, students=[fingerprint_files(student["file"]) for student in students])
     if cfg.count < ranks.world:
-        raise ValueError(f"count: expected at least one video for each of {ranks.world} ranks, got "
-                         f"{cfg.count}: start fewer ranks or raise --count")
+        error = (f"count: expected at least one video for each of {ranks.world} ranks, got "
+                 f"{cfg.count}: start fewer ranks or raise --count")
+        raise ValueError(error if ranks.rank == 0 else "")  # all ranks have it: one prints it
     first, stop = (cfg.count * rank // ranks.world for rank in (ranks.rank, ranks.rank + 1))
     indices, device = range(first, stop), ranks.device  # of this rank's videos
     out = announce(cfg, "evaluate", ranks.rank)

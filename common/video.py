@@ -101,7 +101,8 @@ def check_ffmpeg() -> None:
     """Encode a small video, so that a missing or unsuitable ffmpeg is reported before hours of
     sampling. Raises ValueError."""
     try:
-        run_ffmpeg(*"-f lavfi -i color=s=16x16:d=1 -c:v libx264 -f null -".split())
+        run_ffmpeg(*"-f rawvideo -pix_fmt rgb24 -s 16x16 -i - -c:v libx264 -f null -".split(),
+                   pixels=bytes(16 * 16 * 3))
     except (OSError, RuntimeError) as e:  # imageio-ffmpeg raises the last
         raise ValueError(f"ffmpeg: cannot write a video ({error_summary(e)}): install imageio-"
                          "ffmpeg again, or set IMAGEIO_FFMPEG_EXE to one with libx264") from e

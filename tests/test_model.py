@@ -822,7 +822,7 @@ def test_help_lists_every_field_with_default_and_meaning(capsys):
         load_config(Config, "lora", ["--help"], "What it does.")
     said = capsys.readouterr().out
     assert e.value.code == 0 and "What it does." in said and "python lora.py" in said
-    assert "values of" in said and "configs/tiny.yaml" in said
+    assert "at the end of each line is that of" in said and "configs/tiny.yaml" in said
     assert re.search(r"--shift .*\[2.0\]", said)  # the file's, which a command takes
     for f in dataclasses.fields(Config):
         assert f"--{f.name} " in said and f.metadata["help"] in said
@@ -833,7 +833,7 @@ def test_help_after_a_config_shows_that_file_s_values(tmp_path, capsys):
     with pytest.raises(SystemExit):
         config(tmp_path, "height: 80\ndistill: {lr: 7e-3}", "--steps", "3", "--help")
     said = capsys.readouterr().out
-    assert f"values of {tmp_path}" in said and "[80]" in said and "[0.007]" in said
+    assert f"is that of {tmp_path}" in said and "[80]" in said and "[0.007]" in said
     assert re.search(r"--steps .*\[3\]", said)
 
 

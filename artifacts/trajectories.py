@@ -127,7 +127,9 @@ def open_manifest(folder: Path, cfg: Any, write: bool = True) -> dict[str, Any]:
     write_json(path, expected)
     if recorded is not None:
         print(f"{path}: was missing or damaged; written again from the config")
-    return open_manifest(folder, cfg, write=False)  # another job may have written its own
+    stored = read_manifest(folder)  # another job may have written its own
+    check_same(path, stored, expected, remedy)
+    return stored
 
 
 def first_header(folder: Path) -> dict[str, Any]:

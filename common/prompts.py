@@ -94,8 +94,8 @@ def read_prompts(path: str | Path, images: bool = False) -> list[Prompt]:
 def to_prompt(entry: str | dict, place: str, folder: Path) -> Prompt:
     """The prompt in a string or an object. Raises ValueError naming the place."""
     values = {"prompt": entry} if isinstance(entry, str) else entry
-    texts, images = ([value for name, value in values.items()
-                      if name.strip().lower() in keys and str(value or "").strip()]
+    texts, images = ([value for name, value in values.items() if name.strip().lower() in keys
+                      and (value.strip() if isinstance(value, str) else value is not None)]
                      for keys in (TEXT_KEYS, IMAGE_KEYS))
     if len(texts) != 1 or len(images) > 1 or not all(isinstance(x, str) for x in texts + images):
         raise ValueError(f"{place}: expected one prompt and at most one image, as {EXAMPLE}, got "

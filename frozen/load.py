@@ -32,6 +32,9 @@ def component(weights: str | Path, what: str, official: list[str], subfolder: st
     weights = Path(weights)
     if (listed := role_file(weights, subfolder, family)) is not None:
         return listed
+    if not weights.exists():
+        raise FileNotFoundError(f"weights: {weights} does not exist: expected an official or "
+                                "diffusers folder")
     matches = (sorted(weights.glob(pattern)) or [  # open_file reports a link to no file
         path for path in [weights / pattern] if path.is_symlink()] for pattern in official)
     path, *others = next(filter(None, matches), [weights / subfolder])

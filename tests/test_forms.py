@@ -161,7 +161,8 @@ def test_comfyui_s_folder_of_models_is_a_weight_folder(comfy):
     same_folders(models, official)
     (models / "diffusion_models/sub").mkdir()
     shutil.copy(official / FULL, models / "diffusion_models/sub/wan2.1_i2v.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"sub/wan2.1_i2v.safet.*give `dit: FILE`"):
+    message = r"dit: expected one .*sub/wan2.1_i2v.safet.*give `dit: FILE`"
+    with pytest.raises(FileNotFoundError, match=message):
         dit_files(models)
     (models / "vae/wan_2.1_vae.safetensors").rename(models / "vae/wan_2.1_vae.gguf")
     (models / "vae/wan_2.1_vae.gguf").write_bytes(b"GGUF\3\0\0\0")

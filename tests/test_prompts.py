@@ -101,6 +101,7 @@ def test_prompts_keep_what_their_form_can_hold(tmp_path):
     # tables
     ("a.csv", "a dog\na cat", "line 2: expected one prompt .* got {'a dog': 'a cat'}"),
     ("a.csv", "caption;seed\na;1", "line 2: expected one prompt"),
+    ("a.jsonl", '{"prompt": "a", "image": 0}', "line 1: expected one prompt and at most one image"),
     ("a.csv", "prompt,prompt\na,b", "line 1: expected one column 'prompt', got several"),
     ("a.csv", "prompt,Prompt\na,b", "line 2: expected one prompt"),
     ("a.csv", "prompt,image,image_path\na,b,c", "line 2: expected one prompt and at most"),
